@@ -1,0 +1,9 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""MCMC kernels with mini-batch gradients for Pyro's drivers."""
+
+from pyro_apd.kernels.schedules import Constant, Cyclical, PolynomialDecay
+from pyro_apd.kernels.sgld import SGLD
+
+__all__ = ["SGLD", "Constant", "Cyclical", "PolynomialDecay"]

@@ -1,0 +1,26 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Every test starts from the same seed with Pyro's validation on, and must leave global state as it found it."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _clean_global_state():
+    pyro.clear_param_store()
+    pyro.enable_validation(True)
+    pyro.set_rng_seed(0)
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    yield
+    assert dist.is_validation_enabled(), "the test, or what it calls, left Pyro's validation off"
+    assert torch.get_default_dtype() == dtype, "the default dtype was changed"
+    assert torch.get_num_threads() == threads, "the number of threads was changed"
+    assert not list(pyro.get_param_store().keys()), "the param store was left with entries"
