@@ -12,6 +12,7 @@ the model is run on batches of different rows and different sizes, with the same
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,6 +82,12 @@ def examine(model: Callable[..., Any], source: MinibatchSource, call: Call, trac
     """
     latents = {name: site for name, site in trace.iter_stochastic_nodes() if not is_subsample(site)}
     _refuse_discrete(latents)
+    if trace.param_nodes:
+        warnings.warn(
+            f"The model has parameters {sorted(trace.param_nodes)} that are not sampled: they stay at their present "
+            "values. Give them priors (PyroSample) if they belong to the posterior.",
+            stacklevel=2,
+        )
     layout = Layout.from_trace(trace)
     start = {name: site["value"].detach() for name, site in latents.items()}
     if isinstance(source, PlateSubsample):

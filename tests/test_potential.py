@@ -120,8 +120,8 @@ class PartlyBayesian(PyroModule):
 
 @pytest.mark.parametrize("capture", [True, False])
 def test_global_state_is_left_alone(capture):
-    model = PartlyBayesian()
-    potential, start = build_potential(model, (X, LABELS), {}, capture=capture)
+    with pytest.warns(UserWarning, match=r"parameters \['body\.weight'\] that are not sampled"):
+        potential, start = build_potential(PartlyBayesian(), (X, LABELS), {}, capture=capture)
     gradient, _ = potential.gradient(potential.layout.unconstrain(start), ())
     assert gradient.shape == (3,)
     assert not gradient.requires_grad

@@ -136,8 +136,8 @@ class Chain:
             f"{self.name} diverged by Langevin step {self.step}: potential {energy:.3g}, at the start "
             f"{self._energy_start:.3g}; site '{site}' at |value| {reach[site]:.3g}, with "
             f"step_size={self.step_size:.3g}. The largest curvature met is about {curvature:.2g}, so step sizes must "
-            f"stay under {4 / curvature:.2g}; try step_size={suggested:.0e}. The {len(draws)} draws taken before are in "
-            "this error's `draws`.",
+            f"stay under {4 / curvature:.2g}; try step_size={suggested:.0e}. The {len(draws)} draws taken before are "
+            "in this error's `draws`.",
             step=self.step,
             site=site,
             step_size=self.step_size,

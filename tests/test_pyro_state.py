@@ -1,0 +1,36 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pyro
+import pytest
+import torch
+
+from pyro_apd.pyro_state import preserved_param_store, seeded
+
+
+def test_new_parameters_go_and_old_ones_stay():
+    old = pyro.param("old", torch.ones(2))
+    with pytest.raises(RuntimeError), preserved_param_store():
+        pyro.param("new", torch.zeros(1))
+        raise RuntimeError
+    store = pyro.get_param_store()
+    assert list(store.keys()) == ["old"]
+    assert store["old"] is old
+    pyro.clear_param_store()
+
+
+def test_seeded_repeats_and_restores():
+    before = torch.get_rng_state()
+    with seeded(3):
+        first = torch.rand(2)
+    with pytest.raises(RuntimeError), seeded(3):
+        assert torch.equal(first, torch.rand(2))
+        raise RuntimeError
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_seed_leaves_everything_as_it_is():
+    before = torch.get_rng_state()
+    with seeded(None):
+        torch.rand(2)
+    assert not torch.equal(torch.get_rng_state(), before)
