@@ -66,7 +66,7 @@ class Potential:
 
     def value(self, theta: Tensor, inputs: Inputs) -> Tensor:
         """U at ``theta`` ``(D,)``, by running the model; a scalar."""
-        return self._by_trace(theta, inputs, frozenset())
+        return self._by_trace(self.model, theta, inputs, frozenset())
 
     def gradient(self, theta: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Gradient of U ``(D,)`` and U at ``theta`` ``(D,)``, on the batch ``inputs`` that the source drew."""
@@ -86,13 +86,13 @@ class Potential:
             (gradient,) = torch.autograd.grad(energy, leaf)
         return gradient, energy.detach()
 
-    def _by_trace(self, theta: Tensor, inputs: Inputs, skipped: frozenset[str]) -> Tensor:
+    def _by_trace(self, model: Callable[..., Any], theta: Tensor, inputs: Inputs, skipped: frozenset[str]) -> Tensor:
         call = self.source.bind(inputs)
         if self._anatomy.pass_through:
             rows = inputs[0].shape[0]
             indices = {name: torch.arange(rows) for name in self._anatomy.pass_through}
             call = Call(call.args, call.kwargs, {**call.indices, **indices})
-        trace = run_model(self.model, call, self.layout.constrain(theta))
+        trace = run_model(model, call, self.layout.constrain(theta))
         scaled = self._anatomy.scaled
         log_joint = trace.log_prob_sum(lambda name, site: name not in scaled and name not in skipped)
         if scaled:
@@ -107,7 +107,8 @@ class Potential:
                     log_joint = log_joint + factor * trace.log_prob_sum(lambda name, site, n=names: name in n)
         if not self.layout.is_real:
             log_joint = log_joint + self.layout.log_abs_det_jacobian(theta)
-        return -log_joint
+        # Where every site has a closed form, what is left is a number, and still must be a function of theta.
+        return -(log_joint if isinstance(log_joint, Tensor) else log_joint + 0.0 * theta.sum())
 
     def _prepare(self, theta: Tensor, inputs: Inputs) -> GradientAndValue:
         """The captured graph for inputs of these shapes, or the traced path with the reason logged."""
@@ -133,15 +134,21 @@ class Potential:
         gaussian = self._gaussian
         assert gaussian is not None
 
+        unvalidated = _UnvalidatedInstances()
+        model = unvalidated(self.model)
+
         def rest(theta: Tensor, *inputs: Tensor) -> Tensor:
-            return self._by_trace(theta, inputs, gaussian.names)
+            return self._by_trace(model, theta, inputs, gaussian.names)
 
         def gradient_and_value(theta: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
             gradient, energy = torch.func.grad_and_value(rest)(theta, *inputs)
             return gaussian.add_to(theta, gradient.detach(), energy.detach())
 
-        with pyro.validation_enabled(False), _UnvalidatedInstances():
-            return make_fx(gradient_and_value)(theta.detach().clone(), *inputs)
+        try:
+            with pyro.validation_enabled(False):
+                return make_fx(gradient_and_value)(theta.detach().clone(), *inputs)
+        finally:
+            unvalidated.restore()
 
     def _verify(self, graph: GradientAndValue, theta: Tensor, inputs: Inputs) -> None:
         """Compares the graph with the model at new points, and on other batches where there are any."""
@@ -213,20 +220,22 @@ def _gaussian_parameters(site: Mapping[str, Any]) -> tuple[Tensor, Tensor] | Non
 
 
 class _UnvalidatedInstances(Messenger):
-    """Switches argument validation off in distributions that were built before, and on again at the end.
+    """Switches argument validation off in distributions that were built before, until :meth:`restore`.
 
-    ``pyro.validation_enabled(False)`` reaches only those built inside. A torch that renames the attribute makes the
-    capture fail, and the model is then traced at every step.
+    ``pyro.validation_enabled(False)`` reaches only those built inside. Densities are taken after the model has run,
+    so leaving the context does not switch it on again. A torch that renames the attribute makes the capture fail, and
+    the model is then traced at every step.
     """
 
-    def __enter__(self) -> Any:
+    def __init__(self) -> None:
+        super().__init__()
         self._changed: list[tuple[Any, bool]] = []
-        return super().__enter__()
 
-    def __exit__(self, *exc: Any) -> Any:
-        for fn, flag in reversed(self._changed):
+    def restore(self) -> None:
+        """Switches validation on again where it was."""
+        while self._changed:
+            fn, flag = self._changed.pop()
             fn._validate_args = flag
-        return super().__exit__(*exc)
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]

@@ -128,19 +128,29 @@ def test_global_state_is_left_alone(capture):
     assert not list(pyro.get_param_store().keys())
 
 
-def test_priors_keep_their_validation_after_capture():
-    prior = dist.Gamma(2.0, 1.0)
-
+@pytest.mark.parametrize("prior", [dist.Gamma(2.0, 1.0), dist.HalfCauchy(1.0).expand(())])
+def test_priors_keep_their_validation_after_capture(prior):
     def model(y):
         rate = pyro.sample("rate", prior)
         with pyro.plate("data", len(y)):
             pyro.sample("obs", dist.Exponential(rate), obs=y)
 
-    flag = prior._validate_args
+    flag = getattr(prior, "base_dist", prior)._validate_args
     potential, start = build_potential(model, (torch.ones(5),), {})
     potential.gradient(potential.layout.unconstrain(start), ())
     assert potential.path == "captured"
-    assert prior._validate_args is flag
+    assert getattr(prior, "base_dist", prior)._validate_args is flag
+
+
+def test_a_model_of_gaussians_alone():
+    def model():
+        pyro.sample("w", dist.Normal(torch.tensor([1.0, 2.0]), 0.5).to_event(1))
+
+    potential, _ = build_potential(model, (), {})
+    gradient, energy = potential.gradient(torch.zeros(2), ())
+    assert potential.path == "captured"
+    torch.testing.assert_close(gradient, torch.tensor([-4.0, -8.0]))
+    torch.testing.assert_close(energy, potential.value(torch.zeros(2), ()))
 
 
 def test_capture_relies_on_what_torch_offers():

@@ -1,0 +1,81 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+import re
+
+import pytest
+
+import pyro_apd
+from pyro_apd.cli import main
+from pyro_apd.demo import require_device
+
+
+@pytest.fixture(scope="module")
+def quick_runs(tmp_path_factory):
+    """Two quick demos with one seed and one with another: folder and printed text of each."""
+    import contextlib
+    import io
+
+    runs = []
+    for i, seed in enumerate(("3", "3", "4")):
+        out = tmp_path_factory.mktemp(f"demo{i}")
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            assert main(["demo", "--quick", "--seed", seed, "--out", str(out)]) == 0
+        runs.append((out, printed.getvalue()))
+    return runs
+
+
+def table(text):
+    """The comparison alone: without timings and paths."""
+    return [line for line in text.splitlines() if re.search(r"accuracy|NLL|ECE|entropy|information|AUROC|bytes", line)]
+
+
+@pytest.mark.slow
+def test_demo_writes_its_files_and_says_where(quick_runs):
+    out, text = quick_runs[0]
+    for name in ("posterior.safetensors", "chains.nc", "report.html"):
+        assert (out / name).stat().st_size > 1000
+        assert str(out / name) in text
+    assert (out / "report.html").stat().st_size < 5_000_000
+    loaded = pyro_apd.DistilledPosterior.load(out / "posterior.safetensors")
+    assert loaded.num_bytes == (out / "posterior.safetensors").stat().st_size
+
+
+@pytest.mark.slow
+def test_same_seed_same_table_and_file(quick_runs):
+    (one, text_one), (two, text_two), (_, text_other) = quick_runs
+    assert len(table(text_one)) >= 8
+    assert table(text_one) == table(text_two)
+    assert table(text_one) != table(text_other)
+    assert (one / "posterior.safetensors").read_bytes() == (two / "posterior.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_demo_chains_open_in_arviz(quick_runs):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import arviz as az
+
+        idata = az.from_netcdf(quick_runs[0][0] / "chains.nc")
+    assert idata.posterior.sizes["chain"] == 2
+    assert bool((idata.posterior["net.0.weight"].std("draw") > 0).all())
+
+
+def test_unusable_device():
+    with pytest.raises(ValueError, match="--device nonsense"):
+        require_device("nonsense")
+
+
+def test_errors_are_one_line_and_status_2(capsys):
+    assert main(["demo", "--quick", "--device", "nonsense"]) == 2
+    assert "Try --device cpu" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert pyro_apd.__version__ in capsys.readouterr().out
