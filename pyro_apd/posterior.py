@@ -1,0 +1,225 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The distilled posterior: a generator that draws networks, with the interface of Pyro's posteriors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_apd import artifact
+from pyro_apd.errors import ArtifactError
+from pyro_apd.generators import Generator, build_generator
+from pyro_apd.layout import Layout
+from pyro_apd.pyro_state import preserved_param_store, seeded
+
+#: Name of the auxiliary sample site that holds the latent of a draw when the posterior runs as a guide. Without a
+#: site of its own, Pyro's vectorised Predictive would see S times the same draw.
+NOISE_SITE = "_apd_noise"
+
+_NO_DENSITY = (
+    "A distilled posterior has no log_prob: its density is implicit. Use its draws (get_samples, Predictive); SVI, "
+    "WeighedPredictive and importance sampling need a guide with a density, such as an AutoNormal."
+)
+
+
+class _LatentNoise(dist.Normal):
+    """Standard normal latents whose density is no one's to ask for: it is not that of the draw made from them.
+
+    Inference that would take it for one stops here, instead of returning weights that mean nothing.
+    """
+
+    def log_prob(self, value: Tensor) -> NoReturn:
+        raise NotImplementedError(_NO_DENSITY)
+
+
+class DistilledPosterior(nn.Module):
+    """A generator of draws from a posterior, distilled from draws of a chain (Wang et al., ICML 2018).
+
+    It stands in wherever Pyro takes a posterior: :meth:`get_samples` as after :class:`~pyro.infer.MCMC`, called as a
+    guide as after :class:`~pyro.infer.SVI`. Draws are independent, and there is no end to them. One latent vector is
+    one network: ``sample(latent=z)`` gives it again.
+
+    The density of what it draws is implicit, as for any generative adversarial network: there is no ``log_prob``.
+
+    :param Layout layout: the latent sites of the model.
+    :param Generator generator: from latents ``(S, L)``, standard normal, to unconstrained draws ``(S, D)``.
+    :param int num_samples: draws that :meth:`get_samples` gives by default.
+    :param dict metadata: what JSON holds: seed, figures, notes. It travels in the file.
+    :param dict training_log: numbers by step, by name.
+    """
+
+    #: Draws are independent, hence of one chain.
+    num_chains = 1
+
+    def __init__(
+        self,
+        layout: Layout,
+        generator: Generator,
+        *,
+        num_samples: int = 100,
+        metadata: dict[str, Any] | None = None,
+        training_log: dict[str, list[float]] | None = None,
+    ) -> None:
+        super().__init__()
+        if generator.output_size != layout.size:
+            raise ValueError(
+                f"The generator gives {generator.output_size} numbers a draw, but the layout has {layout.size}: "
+                f"{layout!r}."
+            )
+        self.layout = layout
+        self.generator: Generator = generator
+        self.num_samples = num_samples
+        self.metadata = {} if metadata is None else metadata
+        self.training_log = {} if training_log is None else training_log
+
+    @property
+    def latent_size(self) -> int:
+        """Length ``L`` of the latent vector of a draw."""
+        return self.generator.latent_size
+
+    def sample(self, sample_shape: Sequence[int] = (), *, latent: Tensor | None = None) -> dict[str, Tensor]:
+        """Draws networks: constrained values ``(*sample_shape, *site.shape)`` by site.
+
+        :param sample_shape: leading dimensions of the draws.
+        :param Tensor latent: latents ``(..., L)`` of the draws wanted, instead of fresh ones.
+        :raises ValueError: if both are given, or ``latent`` is of another length than ``latent_size``.
+        """
+        with torch.no_grad():
+            if latent is None:
+                like = self._like()
+                latent = torch.randn((*sample_shape, self.latent_size), dtype=like.dtype, device=like.device)
+            elif len(tuple(sample_shape)) > 0:
+                raise ValueError("`latent` fixes how many draws there are; leave `sample_shape` out.")
+            if latent.shape[-1:] != (self.latent_size,):
+                raise ValueError(
+                    f"`latent` has shape {tuple(latent.shape)}; its last dimension must be {self.latent_size}."
+                )
+            theta = self.generator(latent.reshape(-1, self.latent_size).to(self._like()))
+            return self.layout.constrain(theta.reshape(*latent.shape[:-1], self.layout.size))
+
+    def get_samples(
+        self, num_samples: int | None = None, group_by_chain: bool = False, *, seed: int | None = None
+    ) -> dict[str, Tensor]:
+        """Fresh draws as ``MCMC.get_samples()`` gives them: ``(S, ...)`` by site, or ``(1, S, ...)`` by chain.
+
+        :param int num_samples: S; by default :attr:`num_samples`, which is 100 unless the posterior says otherwise.
+        :param bool group_by_chain: add a leading dimension for the one chain.
+        :param int seed: makes the draws reproducible without touching the global generator.
+        :raises ValueError: if ``num_samples`` is not positive.
+        """
+        num_samples = self.num_samples if num_samples is None else num_samples
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"num_samples={num_samples!r} must be a positive integer.")
+        with seeded(seed, self._like().device):
+            draws = self.sample((num_samples,))
+        return {name: value.unsqueeze(0) for name, value in draws.items()} if group_by_chain else draws
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """One draw as a guide: an auxiliary noise site and a Delta at every latent site. The arguments are ignored."""
+        like = self._like()
+        noise = _LatentNoise(torch.zeros_like(like), torch.ones_like(like)).expand([self.latent_size]).to_event(1)
+        latent = pyro.sample(NOISE_SITE, noise, infer={"is_auxiliary": True})
+        values = self.sample(latent=latent)
+        return {
+            site.name: pyro.sample(site.name, dist.Delta(values[site.name], event_dim=len(site.shape)))
+            for site in self.layout
+        }
+
+    def log_prob(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """There is none: a generator's density is implicit.
+
+        :raises NotImplementedError: always.
+        """
+        raise NotImplementedError(_NO_DENSITY)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """As ``MCMC.diagnostics()``, of which only ``divergences`` has a meaning here: there are none."""
+        return {"divergences": {}}
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file that :meth:`save` writes, in bytes."""
+        return len(artifact.to_bytes(self._artifact()))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes everything needed to draw to one safetensors file, at once or not at all."""
+        artifact.write(self._artifact(), path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> DistilledPosterior:
+        """Reads what :meth:`save` wrote. Nothing in the file is executed.
+
+        :raises ArtifactError: if the file is truncated, damaged, of another kind, or of a newer format.
+        :raises FileNotFoundError: if there is none.
+        """
+        contents = artifact.read(path)
+        try:
+            with torch.device("meta"):
+                expected = build_generator(contents.generator).state_dict()
+            artifact.check_tensors(contents.tensors, expected, path)
+            generator = build_generator(contents.generator)
+            posterior = cls(
+                contents.layout,
+                generator,
+                num_samples=contents.num_samples,
+                metadata=contents.metadata,
+                training_log=contents.training_log,
+            )
+        except ArtifactError:
+            raise
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, OverflowError) as error:
+            raise ArtifactError(f"{path} describes a generator that cannot be built: {error}") from error
+        dtypes = {value.dtype for value in contents.tensors.values() if value.is_floating_point()}
+        if len(dtypes) == 1:
+            generator.to(dtypes.pop())
+        generator.load_state_dict(contents.tensors)
+        return posterior.to(device)
+
+    def check_model(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Makes sure that ``model``, called with these arguments, has the latent sites that are drawn here.
+
+        :raises ArtifactError: if a site is missing on either side, or differs in shape or support.
+        """
+        with poutine.block(), preserved_param_store(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+        known = {name for name, site in trace.iter_stochastic_nodes()}
+        names = [name for name in self.layout.names if name in known]
+        missing = [name for name in self.layout.names if name not in known]
+        theirs = {d["name"]: d for d in Layout.from_trace(trace, names).to_json()}
+        ours = {d["name"]: d for d in self.layout.to_json()}
+        unlike = [f"{n}: {theirs[n]['shape']} {theirs[n]['support']['kind']}" for n in names if theirs[n] != ours[n]]
+        if missing or unlike:
+            raise ArtifactError(
+                f"This posterior is of another model. It draws {self.layout!r}; the model lacks {missing} and differs "
+                f"in {unlike}."
+            )
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows of it."""
+        return f"sites={list(self.layout.names)}, weights={self.layout.size}, latent_size={self.latent_size}"
+
+    def _artifact(self) -> artifact.Artifact:
+        return artifact.Artifact(
+            layout=self.layout,
+            generator=self.generator.config,
+            tensors=dict(self.generator.state_dict()),
+            num_samples=self.num_samples,
+            metadata=self.metadata,
+            training_log=self.training_log,
+        )
+
+    def _like(self) -> Tensor:
+        """A scalar of the generator's floating dtype and device."""
+        for value in self.generator.state_dict().values():
+            if value.is_floating_point():
+                return value.new_zeros(())
+        return torch.zeros(())

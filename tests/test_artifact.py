@@ -1,0 +1,173 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+import os
+import struct
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch.distributions import constraints
+
+from pyro_apd import artifact
+from pyro_apd.artifact import METADATA_KEY, Artifact
+from pyro_apd.errors import ArtifactError
+from pyro_apd.layout import Layout
+
+
+def example():
+    layout = Layout({"w": (2, 3), "scale": ()}, {"scale": constraints.positive})
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.int64)}
+    return Artifact(layout, {"kind": "some", "size": 3}, tensors, 50, {"seed": 3, "note": "é"}, {"loss": [1.0, 0.5]})
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "posterior.safetensors"
+    artifact.write(example(), path)
+    return path
+
+
+def edited(path, change):
+    """The file with its header, and the description in it, changed; tensors as they were."""
+    contents = path.read_bytes()
+    (length,) = struct.unpack("<Q", contents[:8])
+    header = json.loads(contents[8 : 8 + length])
+    description = json.loads(header["__metadata__"][METADATA_KEY])
+    change(header, description)
+    if METADATA_KEY in header.get("__metadata__", {}):
+        header["__metadata__"][METADATA_KEY] = json.dumps(description)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + contents[8 + length :])
+    return path
+
+
+def test_round_trip(path):
+    again, expected = artifact.read(path), example()
+    assert again.layout == expected.layout
+    assert again.generator == expected.generator
+    assert again.metadata == expected.metadata
+    assert again.training_log == expected.training_log
+    assert again.num_samples == 50
+    assert again.versions["torch"] == torch.__version__
+    for name, value in expected.tensors.items():
+        assert torch.equal(again.tensors[name], value)
+        assert again.tensors[name].dtype == value.dtype
+
+
+def test_same_artifact_same_bytes(path, tmp_path):
+    artifact.write(example(), tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == path.read_bytes() == artifact.to_bytes(example())
+
+
+def test_description_without_tensors(path):
+    assert artifact.read_description(path).metadata["seed"] == 3
+    assert artifact.read_description(path).tensors == {}
+
+
+def test_failed_write_leaves_what_was_there(path, monkeypatch):
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        artifact.write(Artifact(example().layout, {}, {}), path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_metadata_must_be_json(tmp_path):
+    with pytest.raises(ValueError, match="metadata must be what JSON holds"):
+        artifact.write(Artifact(example().layout, {}, {}, metadata={"a": torch.ones(1)}), tmp_path / "x")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 50, -1])
+def test_truncated(path, kept):
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ArtifactError, match=r"truncated|damaged"):
+        artifact.read(path)
+
+
+def test_surplus_bytes(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(ArtifactError, match="truncated or damaged"):
+        artifact.read(path)
+
+
+def test_other_files(tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("not a posterior, but long enough to have a header")
+    with pytest.raises(ArtifactError, match="not a safetensors file"):
+        artifact.read(text)
+    foreign = tmp_path / "weights.safetensors"
+    save_file({"a": torch.zeros(2)}, foreign)
+    with pytest.raises(ArtifactError, match="no distilled posterior"):
+        artifact.read(foreign)
+    with pytest.raises(FileNotFoundError):
+        artifact.read(tmp_path / "nowhere")
+
+
+def set_format(value):
+    return lambda header, description: description.update(format=value)
+
+
+CHANGES = {
+    "newer format": (set_format(2), "reads up to 1. Update it"),
+    "format is text": (set_format("1"), "format version is '1'"),
+    "no format": (lambda h, d: d.pop("format"), "cannot be read"),
+    "no generator": (lambda h, d: d.pop("generator"), "'generator'"),
+    "layout is a table": (lambda h, d: d.update(layout={}), "'layout'"),
+    "unknown support": (lambda h, d: d["layout"][0].update(support={"kind": "x"}), "sites that cannot be"),
+    "enormous tensor": (lambda h, d: h["a"].update(shape=[2**40, 2**40]), "does not fill"),
+    "negative shape": (lambda h, d: h["a"].update(shape=[-2, -3]), "malformed"),
+    "overlap": (lambda h, d: h["b"].update(data_offsets=h["a"]["data_offsets"]), r"does not fill|truncated"),
+    "unknown dtype": (lambda h, d: h["a"].update(dtype="PICKLE"), "malformed"),
+    "tensor is text": (lambda h, d: h.update(a="x"), "malformed"),
+    "offsets are text": (lambda h, d: h["a"].update(data_offsets="x"), "malformed"),
+    "no metadata": (lambda h, d: h.pop("__metadata__"), "no distilled posterior"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_damaged_or_hostile_headers(path, name):
+    change, message = CHANGES[name]
+    with pytest.raises(ArtifactError, match=message):
+        artifact.read(edited(path, change))
+
+
+def test_enormous_header_is_not_read(path):
+    contents = path.read_bytes()
+    path.write_bytes(struct.pack("<Q", 2**60) + contents[8:])
+    with pytest.raises(ArtifactError, match="header claims"):
+        artifact.read(path)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_flipped_bytes_read_right_or_are_refused(path, data):
+    contents = bytearray(artifact.to_bytes(example()))
+    for _ in range(data.draw(st.integers(1, 3))):
+        contents[data.draw(st.integers(0, len(contents) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(contents)
+    try:
+        again = artifact.read(path)
+    except ArtifactError:
+        return
+    assert isinstance(again.layout, Layout)
+    assert sum(v.numel() * v.element_size() for v in again.tensors.values()) < len(contents)
+
+
+def test_tensors_are_checked_against_the_description():
+    expected = {"a": torch.zeros(2, device="meta"), "b": torch.zeros((), dtype=torch.int64, device="meta")}
+    good = {"a": torch.ones(2), "b": torch.tensor(1)}
+    artifact.check_tensors(good, expected, "file")
+    for bad, message in (
+        ({"a": torch.ones(2)}, r"missing \['b'\]"),
+        ({**good, "c": torch.ones(1)}, r"not known \['c'\]"),
+        ({**good, "a": torch.ones(3)}, "shape"),
+        ({**good, "a": torch.ones(2, dtype=torch.int64)}, "int64"),
+        ({**good, "a": torch.tensor([1.0, float("nan")])}, "NaN"),
+    ):
+        with pytest.raises(ArtifactError, match=message):
+            artifact.check_tensors(bad, expected, "file")
