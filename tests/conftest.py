@@ -12,6 +12,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+# Matrices here are small: threads cost more than they give, and on a shared machine they wait for each other.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _clean_global_state():

@@ -1,0 +1,82 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The shim between the two ArviZ generations.
+
+It is loaded by path and needs NumPy and ArviZ alone, so that this file also runs where ArviZ 1.x is, on Python 3.12
+without torch: ``python -m pytest --noconftest -c /dev/null tests/diagnostics/test_arviz_compat.py``.
+"""
+
+import importlib.util
+import pathlib
+
+import numpy as np
+import pytest
+
+PATH = pathlib.Path(__file__).parents[2] / "pyro_apd" / "diagnostics" / "arviz_compat.py"
+
+
+@pytest.fixture(scope="module")
+def compat():
+    spec = importlib.util.spec_from_file_location("arviz_compat", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def groups():
+    rng = np.random.default_rng(0)
+    return {
+        "posterior": {"net.0.weight": rng.normal(size=(2, 5, 3, 4)).astype(np.float32)},
+        "posterior_apd": {"net.0.weight": rng.normal(size=(1, 7, 3, 4)).astype(np.float32)},
+        "sample_stats": {"diverging": np.zeros((2, 5), dtype=bool)},
+        "observed_data": {"y": np.arange(6)},
+    }
+
+
+def names(idata):
+    found = idata.groups() if callable(idata.groups) else idata.groups
+    return {name.strip("/") for name in found} - {""}
+
+
+def test_groups_dims_values_and_attributes(compat, groups):
+    idata = compat.build(groups, {"/": {"versions": "1"}, "posterior_apd": {"source": "generator"}, "absent": {}})
+    assert names(idata) == set(groups)
+    for group, arrays in groups.items():
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(idata[group][name].values, array)
+    weight = idata["posterior_apd"]["net.0.weight"]
+    assert weight.dims == ("chain", "draw", "net.0.weight_dim_0", "net.0.weight_dim_1")
+    assert weight.dtype == np.float32
+    assert idata["observed_data"]["y"].dims == ("y_dim_0",)
+    assert idata.attrs["versions"] == "1"
+    assert idata["posterior_apd"].attrs["source"] == "generator"
+
+
+def test_empty_groups_are_left_out(compat, groups):
+    assert names(compat.build({**groups, "observed_data": {}}, {})) == set(groups) - {"observed_data"}
+    assert names(compat.build({"posterior": groups["posterior"]}, {})) == {"posterior"}
+
+
+def test_more_chains_than_draws_is_no_warning(compat):
+    compat.build({"posterior": {"a": np.zeros((4, 2))}, "posterior_apd": {"a": np.zeros((4, 2))}}, {})
+
+
+def test_file_opens_again_and_is_not_compressed(compat, groups, tmp_path):
+    idata = compat.build(groups, {"/": {"versions": "1"}})
+    compat.write(idata, tmp_path / "chains.nc")
+    read = compat.import_arviz().from_netcdf(tmp_path / "chains.nc")
+    assert names(read) == set(groups)
+    weight = read["posterior"]["net.0.weight"]
+    np.testing.assert_array_equal(weight.values, groups["posterior"]["net.0.weight"])
+    assert not weight.encoding.get("zlib")
+    assert weight.encoding.get("compression") is None
+    assert read["sample_stats"]["diverging"].dtype == bool
+
+
+def test_statistics_take_plain_arrays(compat):
+    arviz = compat.import_arviz()
+    values = np.random.default_rng(0).normal(size=(4, 100))
+    assert float(arviz.rhat(values)) == pytest.approx(1.0, abs=0.05)
+    assert float(arviz.ess(values, method="bulk")) > 200

@@ -1,0 +1,99 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis.extra import numpy as hnp
+from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
+
+from pyro_apd import metrics
+
+PROBS = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.6, 0.4], [0.2, 0.8]], dtype=torch.float64)
+LABELS = torch.tensor([0, 0, 1, 0])
+
+
+def test_hand_computed():
+    assert metrics.accuracy(PROBS, LABELS) == 0.5
+    assert metrics.negative_log_likelihood(PROBS, LABELS) == pytest.approx(-math.log(0.9 * 0.6 * 0.4 * 0.2) / 4)
+    # Bins: 0.9 alone (gap 0.1), 0.6 twice (half right, gap 0.1), 0.8 alone (wrong, gap 0.8).
+    assert metrics.expected_calibration_error(PROBS, LABELS) == pytest.approx((0.1 + 2 * 0.1 + 0.8) / 4)
+
+
+def test_one_bin_compares_mean_confidence_with_accuracy():
+    assert metrics.expected_calibration_error(PROBS, LABELS, num_bins=1) == pytest.approx(abs(2.9 / 4 - 0.5))
+
+
+def test_bins_are_closed_above():
+    probs = torch.tensor([[0.5, 0.5], [0.75, 0.25], [1.0, 0.0]], dtype=torch.float64)
+    count, confidence, accuracy = metrics.calibration_bins(probs, torch.tensor([0, 0, 1]), num_bins=2)
+    assert count.tolist() == [1, 2]
+    assert confidence.tolist() == [0.5, 0.875]
+    assert accuracy.tolist() == [1, 0.5]
+
+
+def test_agrees_with_scikit_learn():
+    probs = torch.softmax(2 * torch.randn(200, 5, dtype=torch.float64), -1)
+    labels = torch.randint(5, (200,))
+    assert metrics.accuracy(probs, labels) == pytest.approx(accuracy_score(labels, probs.argmax(-1)))
+    assert metrics.negative_log_likelihood(probs, labels) == pytest.approx(log_loss(labels, probs, labels=range(5)))
+
+
+def test_impossible_label_costs_infinity():
+    assert metrics.negative_log_likelihood(torch.tensor([[1.0, 0.0]]), torch.tensor([1])) == math.inf
+
+
+def test_perfectly_calibrated_prediction_has_no_error():
+    probs = torch.full((10, 2), 0.5, dtype=torch.float64)
+    labels = torch.tensor([0, 1] * 5)
+    assert metrics.expected_calibration_error(probs, labels) == pytest.approx(0.0, abs=1e-15)
+
+
+@given(
+    hnp.arrays(np.int64, st.integers(1, 20), elements=st.integers(0, 5)),
+    hnp.arrays(np.int64, st.integers(1, 20), elements=st.integers(0, 5)),
+)
+@settings(max_examples=100, deadline=None)
+def test_auroc_agrees_with_scikit_learn_and_averages_ties(inside, outside):
+    truth = np.r_[np.zeros(len(inside)), np.ones(len(outside))]
+    expected = roc_auc_score(truth, np.r_[inside, outside])
+    inside, outside = torch.from_numpy(inside), torch.from_numpy(outside)
+    assert metrics.auroc(inside, outside) == pytest.approx(expected, abs=1e-12)
+    assert metrics.auroc(outside, inside) == pytest.approx(1 - expected, abs=1e-12)
+
+
+def test_auroc_extremes():
+    low, high = torch.tensor([0.0, 1.0]), torch.tensor([2.0, math.inf])
+    assert metrics.auroc(low, high) == 1.0
+    assert metrics.auroc(high, low) == 0.0
+    assert metrics.auroc(torch.zeros(3), torch.zeros(4)) == 0.5
+
+
+@pytest.mark.parametrize("function", [metrics.accuracy, metrics.negative_log_likelihood, metrics.calibration_bins])
+@pytest.mark.parametrize(
+    ("probs", "labels", "message"),
+    [
+        (PROBS, LABELS[:3], r"\(4, 2\) and \(3,\)"),
+        (PROBS[0], LABELS, r"\(2,\) and \(4,\)"),
+        (PROBS[:0], LABELS[:0], "at least one datum"),
+        (PROBS, LABELS + 1, "from 0 to 1; got values from 1 to 2"),
+        (PROBS, LABELS - 1, "from -1 to 0"),
+        (PROBS, LABELS + 0.5, "whole numbers"),
+    ],
+)
+def test_errors_say_what_came(function, probs, labels, message):
+    with pytest.raises(ValueError, match=message):
+        function(probs, labels)
+
+
+def test_other_errors():
+    with pytest.raises(ValueError, match=r"num_bins.*0"):
+        metrics.expected_calibration_error(PROBS, LABELS, num_bins=0)
+    with pytest.raises(ValueError, match=r"scores_in.*0 scores"):
+        metrics.auroc(torch.empty(0), torch.ones(2))
+    with pytest.raises(ValueError, match="scores_out"):
+        metrics.auroc(torch.ones(2), torch.tensor([math.nan]))
