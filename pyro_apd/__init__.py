@@ -1,6 +1,40 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""SG-MCMC for Pyro's ``MCMC`` driver, and adversarial distillation of what it draws."""
+"""SG-MCMC for Pyro's ``MCMC`` driver, and adversarial distillation of what it draws.
+
+A Bayesian neural network is sampled with :class:`SGLD` inside :class:`pyro.infer.MCMC`; :func:`distill` trains a
+generator on the draws, a :class:`DistilledPosterior`, which stands in for them wherever Pyro takes a posterior.
+"""
 
 __version__ = "0.1.0"
+
+from pyro_apd import datasets, diagnostics, metrics, uncertainty
+from pyro_apd.bnn import BNN
+from pyro_apd.distill import DistillationWarning, distill
+from pyro_apd.errors import ArtifactError, DataError, DivergenceError, ModelError
+from pyro_apd.kernels import SGLD, schedules
+from pyro_apd.posterior import DistilledPosterior
+from pyro_apd.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs
+
+__all__ = [
+    "BNN",
+    "SGLD",
+    "ArtifactError",
+    "DataError",
+    "DistillationWarning",
+    "DistilledPosterior",
+    "DivergenceError",
+    "FunctionView",
+    "ModelError",
+    "Predictive",
+    "datasets",
+    "diagnostics",
+    "distill",
+    "function_values",
+    "log_likelihood",
+    "metrics",
+    "outputs",
+    "schedules",
+    "uncertainty",
+]

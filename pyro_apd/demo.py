@@ -27,7 +27,7 @@ from pyro_apd.predictive import Predictive
 
 logger = logging.getLogger("pyro_apd")
 
-NUM_PREDICTIVE_DRAWS = 100
+NUM_PREDICTIVE_DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ def run_demo(out: Path, *, seed: int = 0, budget: Budget = FULL, device: str = "
     :param Budget budget: amount of work.
     :param str device: where to compute.
     """
+    with one_thread():
+        return _run_demo(out, seed, budget, device)
+
+
+def _run_demo(out: Path, seed: int, budget: Budget, device: str) -> DemoResult:
     start = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     data = digits(seed=seed).to(device)
@@ -103,7 +108,26 @@ def run_demo(out: Path, *, seed: int = 0, budget: Budget = FULL, device: str = "
             title="Digits: 64-50-10 Bayesian neural network",
             seed=seed,
         )
+        draw_summary(fidelity, out / "summary.png")
     return DemoResult(fidelity, posterior_path, Path(chains_path), report_path, time.monotonic() - start)
+
+
+def draw_summary(fidelity: diagnostics.Fidelity, path: Path) -> None:
+    """The comparison in three panels: agreement input by input, and what either makes of noise and inverted digits."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
+    chain, generator = fidelity.per_input["chain"], fidelity.per_input["generator"]
+    diagnostics.plots.score_scatter(chain["mi"], generator["mi"], axes[0])
+    axes[0].set_title("each test image")
+    upper = float(max(chain["mi[noise]"].max(), generator["mi[noise]"].max(), chain["mi[inverted]"].max()))
+    for ax, scores, title in zip(axes[1:], (chain, generator), ("SGLD chains", "distilled posterior"), strict=True):
+        outside = {name: scores[f"mi[{name}]"] for name in ("noise", "inverted")}
+        diagnostics.plots.score_histograms(
+            scores["mi"], outside, ax, score="mutual information (nats)", upper=upper, title=title
+        )
+    figure.savefig(path, dpi=110)
 
 
 def digit_network() -> nn.Module:
@@ -136,6 +160,17 @@ def report_predictions(model: BNN, mcmc: MCMC, posterior: DistilledPosterior, da
         labels_SN: Tensor = predictive(data.x_test)["obs"]
         accuracy = (labels_SN.mode(0).values == data.y_test).float().mean()
         logger.info("  %s: %d label draws an image, majority right on %.1f %%", name, len(labels_SN), 100 * accuracy)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One CPU thread inside: for matrices as small as these, threads cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

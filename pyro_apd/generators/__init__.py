@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What ships: generators of weight vectors. Pure modules, without training code, rebuilt from a JSON-able ``config``."""
+"""What ships: generators of weight vectors, pure modules without training code, rebuilt from a JSON-able ``config``."""
 
 from __future__ import annotations
 

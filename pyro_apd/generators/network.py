@@ -70,10 +70,10 @@ class CoordinateGenerator(Generator):
             nn.SiLU(),
             nn.Linear(width, width),
             nn.SiLU(),
-            nn.Linear(width, rank),
+            last := nn.Linear(width, rank),
         )
-        nn.init.zeros_(self.residual[-1].weight)
-        nn.init.zeros_(self.residual[-1].bias)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     @classmethod
     def fit(cls, theta_CSD: Tensor, rank: int, width: int = 64) -> CoordinateGenerator:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class PaperGenerator(Generator):
 def he_perceptron(sizes: list[int]) -> nn.Sequential:
     """Linear layers with ReLU between them, initialised uniformly after He et al. 2015, biases zero."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in pairwise(sizes):
         linear = nn.Linear(inputs, outputs)
         nn.init.kaiming_uniform_(linear.weight, nonlinearity="relu")
         nn.init.zeros_(linear.bias)

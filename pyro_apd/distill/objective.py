@@ -1,0 +1,225 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a generator is trained to make small, and what it is judged by on held-out draws."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pyro_apd.distill.critic import build_critic, critic_loss
+from pyro_apd.distill.probes import Probes
+from pyro_apd.layout import Layout
+from pyro_apd.predictive import FunctionView
+from pyro_apd.uncertainty import mutual_information
+
+#: From a number of draws to as many draws of the generator, ``(S, D)``.
+Generate = Callable[[int], Tensor]
+
+# Spread, relative to the average over probes, below which a probe no longer gains weight.
+_SPREAD_FLOOR = 0.05
+
+
+def spread(values_PSF: Tensor) -> Tensor:
+    """Mean distance between two different draws, ``(P,)``."""
+    num_draws = values_PSF.shape[1]
+    return torch.cdist(values_PSF, values_PSF).sum((1, 2)) / (num_draws * (num_draws - 1))
+
+
+def energy_distance(fake_PSF: Tensor, real_PTF: Tensor) -> Tensor:
+    """Energy distance between two samples, ``(P,)``, without bias (Szekely & Rizzo 2013).
+
+    2 E|x - y| - E|x - x'| - E|y - y'|: zero where the distributions agree, in every moment. It is the game against
+    the best critic among functions of bounded norm, whose answer is known in closed form, so that no critic has to be
+    trained (Bellemare et al. 2017). Pairs of a draw with itself are left out: with them, a narrower generator would
+    win.
+    """
+    # cdist squares its arguments; without their common part it keeps its digits.
+    centre = real_PTF.mean(1, keepdim=True)
+    fake_PSF, real_PTF = fake_PSF - centre, real_PTF - centre
+    return 2 * torch.cdist(fake_PSF, real_PTF).mean((1, 2)) - spread(fake_PSF) - spread(real_PTF)
+
+
+def nearest_neighbour_distance(fake_SR: Tensor, real_TR: Tensor) -> Tensor:
+    """Mean distance to the nearest draw of the other sample, over both directions.
+
+    Draws off the chain's path raise the one direction, a part of the path never visited raises the other.
+    """
+    distance_ST = torch.cdist(fake_SR, real_TR)
+    return 0.5 * (distance_ST.amin(1).mean() + distance_ST.amin(0).mean())
+
+
+class FunctionSpace:
+    """Draws as functions of probe inputs.
+
+    :param FunctionView view: from constrained draws to function values ``(S, N, F)``.
+    :param Layout layout: of the draws.
+    :param str kind: of the observed site, as in :class:`~pyro_apd.predictive.Outputs`.
+    """
+
+    def __init__(self, view: FunctionView, layout: Layout, kind: str) -> None:
+        self._view, self._layout, self._kind = view, layout, kind
+
+    def views(self, theta_SD: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Function values ``(P, S, F)``, on each scale that matters.
+
+        Log-probabilities tell draws apart everywhere, probabilities where the decision falls; each alone lets the
+        generator be wrong where the other looks. The last view is the one that users see.
+        """
+        values_PSF = self._view(self._layout.constrain(theta_SD), *inputs).transpose(0, 1)
+        if self._kind == "categorical":
+            return [values_PSF, values_PSF.exp()]
+        if self._kind == "bernoulli":
+            return [values_PSF, torch.cat([-values_PSF, values_PSF], dim=-1).sigmoid()]
+        return [values_PSF]
+
+    def distance(self, fake: list[Tensor], real: list[Tensor]) -> Tensor:
+        """Energy distance relative to the chain's own spread, averaged over probes and summed over views."""
+        total = real[0].new_zeros(())
+        for fake_PSF, real_PTF in zip(fake, real, strict=True):
+            spread_P = spread(real_PTF)
+            floor = _SPREAD_FLOOR * spread_P.mean() + torch.finfo(spread_P.dtype).eps
+            total = total + (energy_distance(fake_PSF, real_PTF) / (spread_P + floor)).mean()
+        return total
+
+    def mutual_information(self, views: list[Tensor]) -> Tensor | None:
+        """Mean over probes, in nats; None unless the model classifies."""
+        if self._kind not in ("categorical", "bernoulli"):
+            return None
+        return mutual_information(views[-1].transpose(0, 1)).mean()
+
+
+class Objective(ABC):
+    """What a generator is trained to make small."""
+
+    @abstractmethod
+    def loss(self, generate: Generate) -> Tensor:
+        """The generator's loss on fresh draws, differentiable."""
+
+
+class FunctionObjective(Objective):
+    """Energy distance between generator and chain at fresh probe inputs in each step.
+
+    :param FunctionSpace space: where to compare.
+    :param Probes probes: where the inputs come from.
+    :param Tensor theta_SD: draws of the chain.
+    :param int batch_size: draws of either a step.
+    :param int num_probes: inputs a step.
+    """
+
+    def __init__(
+        self, space: FunctionSpace, probes: Probes, theta_SD: Tensor, batch_size: int = 64, num_probes: int = 96
+    ) -> None:
+        self._space, self._probes, self._theta_SD = space, probes, theta_SD
+        self._batch_size, self._num_probes = batch_size, num_probes
+
+    def loss(self, generate: Generate) -> Tensor:
+        """See :class:`Objective`."""
+        inputs = self._probes.draw(self._num_probes)
+        with torch.no_grad():
+            real = self._space.views(pick(self._theta_SD, self._batch_size), inputs)
+        return self._space.distance(self._space.views(generate(self._batch_size), inputs), real)
+
+
+class AdversarialObjective(Objective):
+    """The game against a learned critic: WGAN-GP (Gulrajani et al. 2017), as in Wang et al. 2018.
+
+    :param callable features: from draws ``(S, D)`` to what the critic sees, ``(S, F)``.
+    :param Tensor theta_SD: draws of the chain.
+    :param float learning_rate: of the critic.
+    :param int batch_size: draws of either a step.
+    :param int critic_steps: steps of the critic for one of the generator; each sees fresh draws.
+    """
+
+    def __init__(
+        self,
+        features: Callable[[Tensor], Tensor],
+        theta_SD: Tensor,
+        learning_rate: float,
+        batch_size: int = 100,
+        critic_steps: int = 5,
+    ) -> None:
+        self._features, self._real_SF = features, features(theta_SD)
+        self._batch_size, self._critic_steps = batch_size, critic_steps
+        self._critic: nn.Sequential = build_critic(self._real_SF.shape[1]).to(theta_SD)
+        self._optimiser = torch.optim.Adam(self._critic.parameters(), lr=learning_rate, betas=(0.5, 0.9))
+
+    def loss(self, generate: Generate) -> Tensor:
+        """See :class:`Objective`; the critic is trained first."""
+        for _ in range(self._critic_steps):
+            with torch.no_grad():
+                fake_SF = self._features(generate(self._batch_size))
+            loss = critic_loss(self._critic, pick(self._real_SF, self._batch_size), fake_SF)
+            self._optimiser.zero_grad()
+            loss.backward()
+            self._optimiser.step()
+        return -self._critic(self._features(generate(self._batch_size))).mean()
+
+
+class Judge(ABC):
+    """Figures of a generator against held-out draws. The smallest ``distance`` wins, never the best NLL."""
+
+    @abstractmethod
+    def figures(self, theta_SD: Tensor) -> dict[str, float]:
+        """``distance``, ``spread_ratio`` and, for classification, ``mi_ratio`` of generated draws."""
+
+
+class FunctionJudge(Judge):
+    """Compares in function space, at probes that stay the same.
+
+    :param Tensor held_out_TD: draws of the chain that were not trained on.
+    """
+
+    def __init__(self, space: FunctionSpace, probes: Probes, held_out_TD: Tensor, num_probes: int = 96) -> None:
+        self._space, self._inputs = space, probes.draw(num_probes)
+        with torch.no_grad():
+            self._real = space.views(held_out_TD, self._inputs)
+
+    @torch.no_grad()
+    def figures(self, theta_SD: Tensor) -> dict[str, float]:
+        """See :class:`Judge`."""
+        fake, real = self._space.views(theta_SD, self._inputs), self._real
+        if not all(bool(value.isfinite().all()) for value in fake):
+            return {"distance": math.nan, "spread_ratio": math.nan}
+        figures = {
+            "distance": float(self._space.distance(fake, real)),
+            "spread_ratio": _ratio(spread(fake[-1]).mean(), spread(real[-1]).mean()),
+        }
+        fake_mi, real_mi = self._space.mutual_information(fake), self._space.mutual_information(real)
+        if fake_mi is not None and real_mi is not None:
+            figures["mi_ratio"] = _ratio(fake_mi, real_mi)
+        return figures
+
+
+class WeightJudge(Judge):
+    """Compares in weight space, for want of functions.
+
+    :param callable features: from draws ``(S, D)`` to what is compared, ``(S, F)``.
+    :param Tensor held_out_TD: draws of the chain that were not trained on.
+    """
+
+    def __init__(self, features: Callable[[Tensor], Tensor], held_out_TD: Tensor) -> None:
+        self._features, self._real_TF = features, features(held_out_TD)
+
+    @torch.no_grad()
+    def figures(self, theta_SD: Tensor) -> dict[str, float]:
+        """See :class:`Judge`."""
+        fake_SF, real_TF = self._features(theta_SD), self._real_TF
+        return {
+            "distance": float(nearest_neighbour_distance(fake_SF, real_TF)),
+            "spread_ratio": _ratio(spread(fake_SF[None])[0], spread(real_TF[None])[0]),
+        }
+
+
+def pick(values_SD: Tensor, count: int) -> Tensor:
+    """``count`` rows, drawn with replacement."""
+    return values_SD[torch.randint(len(values_SD), (count,), device=values_SD.device)]
+
+
+def _ratio(fake: Tensor, real: Tensor) -> float:
+    return float(fake / real.clamp(min=torch.finfo(real.dtype).eps))

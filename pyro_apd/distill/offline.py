@@ -1,0 +1,311 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Offline adversarial posterior distillation: a generator from the stored draws of a chain (paper, Algorithm 1)."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_apd.distill.failure import DistillationError, DistillationWarning, find_failures
+from pyro_apd.distill.objective import (
+    AdversarialObjective,
+    FunctionJudge,
+    FunctionObjective,
+    FunctionSpace,
+    Judge,
+    Objective,
+    WeightJudge,
+)
+from pyro_apd.distill.probes import Probes, RowArguments
+from pyro_apd.distill.source import HELD_OUT, Source, read_source, split_held_out
+from pyro_apd.distill.training import Schedule, Training, train
+from pyro_apd.generators import GENERATORS, CoordinateGenerator, Generator, PaperGenerator
+from pyro_apd.posterior import DistilledPosterior
+from pyro_apd.predictive import FunctionView, outputs
+from pyro_apd.pyro_state import preserved_param_store, seeded
+
+logger = logging.getLogger("pyro_apd")
+
+# A model that insists on its data as they are is still compared in function space, up to this many rows.
+_MAX_WHOLE_ROWS = 512
+_MAX_JUDGED = 200
+_NUM_PROBES = 96
+
+
+def distill(
+    source: Any,
+    model: Callable[..., Any] | None = None,
+    *,
+    data: Sequence[Any] | None = None,
+    num_steps: int | None = None,
+    seed: int | None = None,
+    generator: str = "coordinates",
+    rank: int | None = None,
+    probe_inputs: Sequence[Any] | None = None,
+    group_by_chain: bool = False,
+    strict: bool = False,
+    progress: bool = True,
+) -> DistilledPosterior:
+    """Distils draws of a chain into a generator.
+
+    ``generator="coordinates"`` starts at the Gaussian fit of each chain in the principal coordinates of all draws.
+    Where model and data are known, coordinates and basis are then trained to make the energy distance between generator
+    and chain small in function space, at inputs near the data and far from them. Where they are not, the logger
+    ``pyro_apd`` says so, and the coordinates are trained against a learned critic (WGAN-GP) with the basis fixed.
+    ``generator="paper"`` is offline APD as published (Wang et al., ICML 2018): a perceptron to raw weights, trained by
+    WGAN-GP; the paper takes 100,000 steps.
+
+    A fifth of each chain is held out, five draws of every 25. The state that ships is that of the smallest distance
+    to it.
+
+    :param source: an ``MCMC`` after ``run``; or draws by site, ``(S, ...)``, with ``group_by_chain`` ``(C, S, ...)``.
+    :param callable model: the Pyro model; by default that of the ``MCMC``'s kernel.
+    :param tuple data: arguments of the model, with or without targets; by default those of the run.
+    :param int num_steps: generator steps; by default 1,500, for ``"paper"`` 2,000. 0 gives the start.
+    :param int seed: makes the posterior, and its file, reproducible; the global generator stays as it was.
+    :param str generator: ``"coordinates"`` or ``"paper"``.
+    :param int rank: principal coordinates; the file costs about ``rank`` + 3 networks. By default 8 and two more for
+        each chain, up to 20.
+    :param tuple probe_inputs: arguments of the model at whose rows functions are compared, instead of variations on
+        ``data``.
+    :param bool group_by_chain: whether a dict has a leading dimension for chains.
+    :param bool strict: raise instead of warn if the generator collapsed, diverged or was interrupted.
+    :param bool progress: show a progress bar.
+    :raises TypeError: if ``source`` is neither, or ``data`` is not a tuple.
+    :raises ValueError: if draws are too few, malformed or not the model's, or an argument is out of range.
+    :raises DistillationError: with ``strict=True``, where :class:`DistillationWarning` would have been issued.
+    """
+    _check_arguments(num_steps, seed, generator, rank)
+    draws = read_source(source, model, data, group_by_chain)
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    with seeded(seed, draws.theta_CSD.device), preserved_param_store():
+        posterior, training = _distil(draws, generator, num_steps, rank, probe_inputs, progress)
+    posterior.metadata["seed"] = seed
+    _report(training, strict)
+    return posterior
+
+
+def _distil(
+    draws: Source,
+    kind: str,
+    num_steps: int | None,
+    rank: int | None,
+    probe_inputs: Sequence[Any] | None,
+    progress: bool,
+) -> tuple[DistilledPosterior, Training]:
+    """:func:`distill` once its arguments are in order, by torch's global random numbers."""
+    num_chains, num_draws, _ = draws.theta_CSD.shape
+    train_index, held_out_index = split_held_out(num_draws)
+    device = draws.theta_CSD.device
+    train_CSD = draws.theta_CSD[:, train_index.to(device)]
+    held_out_TD = _thinned(draws.theta_CSD[:, held_out_index.to(device)].flatten(0, 1), _MAX_JUDGED)
+    functions = _function_space(draws, probe_inputs)
+    prepare = _prepare_paper if kind == "paper" else _prepare_coordinates
+    prepared = prepare(train_CSD, held_out_TD, functions, num_steps, rank)
+    training = train(
+        prepared.generator,
+        prepared.to_theta,
+        prepared.objective,
+        prepared.judge,
+        prepared.schedule,
+        progress=progress,
+    )
+    prepared.finish()
+    metadata = {
+        "num_chains": num_chains,
+        "num_draws": num_draws,
+        "held_out": HELD_OUT if len(held_out_index) < num_draws else None,
+        "space": "weights" if functions is None else "functions",
+        "num_steps": prepared.schedule.num_steps,
+        "best_step": training.best_step,
+        "figures": {name: float(f"{value:.4g}") for name, value in training.figures.items()},
+    }
+    shipped = prepared.generator.requires_grad_(False).eval()
+    return DistilledPosterior(draws.layout, shipped, metadata=metadata, training_log=training.log), training
+
+
+@dataclass
+class _Prepared:
+    """A generator with everything that training it takes."""
+
+    generator: Generator
+    to_theta: Callable[[Tensor], Tensor]
+    objective: Objective
+    judge: Judge
+    schedule: Schedule
+    finish: Callable[[], None] = lambda: None
+
+
+def _prepare_coordinates(
+    train_CSD: Tensor,
+    held_out_TD: Tensor,
+    functions: tuple[FunctionSpace, Probes] | None,
+    num_steps: int | None,
+    rank: int | None,
+) -> _Prepared:
+    """Trains on standardised draws, where one learning rate fits all entries; takes the standardisation back after."""
+    theta_SD = train_CSD.flatten(0, 1)
+    shift_D, scale_D = theta_SD.mean(0), theta_SD.std(0, correction=0)
+    divisor_D = scale_D.where(scale_D > 0, torch.ones_like(scale_D))
+    rank = min(20, 8 + 2 * len(train_CSD)) if rank is None else rank
+    generator = CoordinateGenerator.fit((train_CSD - shift_D) / divisor_D, rank)
+
+    def to_theta(standard_SD: Tensor) -> Tensor:
+        return shift_D + scale_D * standard_SD
+
+    def finish() -> None:
+        generator.rescale(shift_D, scale_D)
+
+    if functions is not None:
+        return _Prepared(
+            generator,
+            to_theta,
+            FunctionObjective(*functions, theta_SD, num_probes=_NUM_PROBES),
+            FunctionJudge(*functions, held_out_TD, _NUM_PROBES),
+            Schedule(1500 if num_steps is None else num_steps, 3e-3),
+            finish,
+        )
+    # Nothing tells how directions matter to the function, so the basis stays that of the draws.
+    generator.basis.requires_grad_(False)
+    generator.location.requires_grad_(False)
+    dual_DR = torch.linalg.pinv(generator.basis.detach())
+
+    def coordinates(theta_SD: Tensor) -> Tensor:
+        return ((theta_SD - shift_D) / divisor_D) @ dual_DR
+
+    return _Prepared(
+        generator,
+        to_theta,
+        AdversarialObjective(coordinates, theta_SD, 1e-3),
+        WeightJudge(coordinates, held_out_TD),
+        Schedule(1500 if num_steps is None else num_steps, 1e-3),
+        finish,
+    )
+
+
+def _prepare_paper(
+    train_CSD: Tensor,
+    held_out_TD: Tensor,
+    functions: tuple[FunctionSpace, Probes] | None,
+    num_steps: int | None,
+    rank: int | None,
+) -> _Prepared:
+    """Raw weights, no standardisation, a constant rate, no averaging, as published; only the checkpoint is chosen."""
+    if rank is not None:
+        raise ValueError(f"rank={rank} has no meaning for generator='paper', which has no coordinates; leave it out.")
+    theta_SD = train_CSD.flatten(0, 1)
+    judge: Judge = (
+        WeightJudge(_identity, held_out_TD)
+        if functions is None
+        else FunctionJudge(*functions, held_out_TD, _NUM_PROBES)
+    )
+    return _Prepared(
+        PaperGenerator(theta_SD.shape[1]).to(theta_SD),
+        _identity,
+        AdversarialObjective(_identity, theta_SD, 1e-4),
+        judge,
+        Schedule(2000 if num_steps is None else num_steps, 1e-4, is_annealed=False),
+    )
+
+
+def _function_space(source: Source, probe_inputs: Sequence[Any] | None) -> tuple[FunctionSpace, Probes] | None:
+    """How to see draws as functions; None, with the reason in the log, where that cannot be."""
+    args = source.args if probe_inputs is None else tuple(probe_inputs)
+    if source.model is None or args is None:
+        lacking = "model" if source.model is None else "data"
+        if probe_inputs is not None:
+            raise ValueError("`probe_inputs` need a model to be given to; pass `model=` as well.")
+        logger.info("No %s at hand: distilling in weight space, blind to what the draws predict.", lacking)
+        return None
+    example_SD = source.theta_CSD[0, :2]
+    try:
+        rows = RowArguments(source.model, args, source.kwargs if probe_inputs is None else {})
+        probes = Probes(rows.rows, as_they_are=probe_inputs is not None)
+        return _viewed(rows, source, probes.draw(_NUM_PROBES), example_SD), probes
+    except Exception as error:
+        logger.info("The model cannot be run on a choice of rows (%s).", error)
+        reason = error
+    if probe_inputs is not None:
+        raise ValueError(f"The model cannot be run on `probe_inputs`: {reason}") from reason
+    try:
+        whole = _WholeData(source.model, args, source.kwargs)
+        space = _viewed(whole, source, (), example_SD)
+        if space.views(example_SD, ())[0].shape[0] <= _MAX_WHOLE_ROWS:
+            return space, whole
+        reason = ValueError(f"more than {_MAX_WHOLE_ROWS} rows, which cannot be thinned")
+    except Exception as error:
+        reason = error
+    logger.info("Distilling in weight space, blind to what the draws predict: %s.", reason)
+    return None
+
+
+class _WholeData(Probes):
+    """The data as they are, for a model that takes them no other way."""
+
+    def __init__(self, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._call = (model, tuple(args), dict(kwargs))
+
+    def __call__(self) -> Any:
+        model, args, kwargs = self._call
+        return model(*args, **kwargs)
+
+    def draw(self, count: int) -> tuple[Tensor, ...]:
+        """No inputs: the model has them."""
+        return ()
+
+
+def _viewed(model: Callable[..., Any], source: Source, inputs: tuple[Tensor, ...], example_SD: Tensor) -> FunctionSpace:
+    """The function space of a model, after a trial run with gradients."""
+    draws = source.layout.constrain(example_SD)
+    kind = outputs(model, draws, *inputs).kind
+    space = FunctionSpace(FunctionView(model, draws, *inputs), source.layout, kind)
+    values = space.views(example_SD.clone().requires_grad_(), inputs)[0]
+    if not values.requires_grad or not bool(values.isfinite().all()):
+        raise ValueError("function values are not finite, or not differentiable")
+    return space
+
+
+def _report(training: Training, strict: bool) -> None:
+    """Warns or raises if the generator did not come out well."""
+    failures = find_failures(training.figures)
+    if not training.figures:
+        failures.append("no state of the generator had finite figures")
+    if training.stopped is not None:
+        failures.insert(0, f"{training.stopped}; this is the best state before, of step {training.best_step}")
+    if not failures:
+        return
+    figures = ", ".join(f"{name} {value:.3g}" for name, value in sorted(training.figures.items()))
+    message = (
+        f"Distillation went wrong: {'; '.join(failures)}. Figures on held-out draws: {figures or 'none'}. Give it more "
+        "draws, more steps (num_steps) or more coordinates (rank), or compare with pyro_apd.diagnostics.compare first."
+    )
+    if strict:
+        raise DistillationError(message)
+    warnings.warn(message, DistillationWarning, stacklevel=3)
+
+
+def _check_arguments(num_steps: Any, seed: Any, generator: Any, rank: Any) -> None:
+    if generator not in GENERATORS:
+        raise ValueError(f"generator={generator!r} is not known; choose one of {sorted(GENERATORS)}.")
+    for name, value, smallest in (("num_steps", num_steps, 0), ("seed", seed, 0), ("rank", rank, 1)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
+            raise ValueError(f"{name}={value!r} must be an integer of at least {smallest}, or None for the default.")
+
+
+def _thinned(values_SD: Tensor, count: int) -> Tensor:
+    """At most ``count`` rows, evenly spaced."""
+    step = -(-len(values_SD) // count)
+    return values_SD[::step]
+
+
+def _identity(theta_SD: Tensor) -> Tensor:
+    return theta_SD

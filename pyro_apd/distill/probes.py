@@ -1,0 +1,102 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Inputs at which functions are compared: near the data, and far from them, where posteriors differ most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Shares of the probes: mixtures of two rows, rows with noise added, rows as they are; the rest is noise alone. Rows as
+# they are have a small share: training has pinned every draw there, so they show less spread than fresh data would,
+# and without any the generator is too wide near the data.
+_MIXTURES, _PERTURBED, _AS_THEY_ARE = 0.25, 0.38, 0.12
+
+
+class RowArguments:
+    """A model as a function of those of its arguments that have one row a datum.
+
+    :param callable model: a Pyro model.
+    :param args: its arguments; the leading dimension of the first tensor is the number of rows.
+    :param kwargs: its keyword arguments.
+    :raises ValueError: if no argument is a tensor with rows.
+    """
+
+    def __init__(self, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._model, self._args, self._kwargs = model, list(args), dict(kwargs)
+        entries: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        tensors = [(key, value) for key, value in entries if isinstance(value, Tensor) and value.dim() > 0]
+        if not tensors or len(tensors[0][1]) == 0:
+            raise ValueError("no argument of the model is a tensor with rows")
+        num_rows = len(tensors[0][1])
+        self._keys = [key for key, value in tensors if len(value) == num_rows]
+        #: The arguments with rows, in order.
+        self.rows: tuple[Tensor, ...] = tuple(value for _, value in tensors if len(value) == num_rows)
+
+    def __call__(self, *rows: Tensor) -> Any:
+        args, kwargs = list(self._args), dict(self._kwargs)
+        for key, value in zip(self._keys, rows, strict=True):
+            if isinstance(key, int):
+                args[key] = value
+            else:
+                kwargs[key] = value
+        return self._model(*args, **kwargs)
+
+
+class Probes:
+    """An endless supply of probe inputs made from rows of data.
+
+    A quarter are mixtures of two rows (Zhang et al., ICLR 2018), 38 % are rows with Gaussian noise of up to the data's
+    own standard deviation, 12 % are rows as they are, a quarter are uniform noise in the data's range. Integer
+    arguments are only ever rows.
+
+    :param rows: tensors with one row a datum, ``(N, ...)`` each.
+    :param bool as_they_are: only pick rows.
+    """
+
+    def __init__(self, rows: Sequence[Tensor], *, as_they_are: bool = False) -> None:
+        self._rows, self._as_they_are = tuple(rows), as_they_are
+        self._ranges = [_range(value) if value.is_floating_point() else None for value in rows]
+
+    def draw(self, count: int) -> tuple[Tensor, ...]:
+        """``count`` probes, by torch's global generator."""
+        device, num_rows = self._rows[0].device, len(self._rows[0])
+        first, second = torch.randint(num_rows, (2, count), device=device)
+        amount = torch.rand(count, device=device)
+        return tuple(
+            value[first] if bounds is None or self._as_they_are else _vary(value, bounds, first, second, amount)
+            for value, bounds in zip(self._rows, self._ranges, strict=True)
+        )
+
+
+def _vary(
+    value: Tensor, bounds: tuple[Tensor, Tensor, Tensor], first: Tensor, second: Tensor, amount: Tensor
+) -> Tensor:
+    low, high, deviation = bounds
+    count = len(first)
+    mixtures, perturbed = int(_MIXTURES * count), int((_MIXTURES + _PERTURBED) * count)
+    noise = int((_MIXTURES + _PERTURBED + _AS_THEY_ARE) * count)
+    probes = value[first].clone()
+    amount = amount.to(value).reshape(-1, *[1] * (value.dim() - 1))
+    probes[:mixtures] = torch.lerp(probes[:mixtures], value[second[:mixtures]], amount[:mixtures] / 2)
+    middle = slice(mixtures, perturbed)
+    probes[middle] += torch.randn_like(probes[middle]) * deviation * amount[middle]
+    probes[noise:] = low + (high - low) * torch.rand_like(probes[noise:])
+    return probes
+
+
+def _range(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lower and upper bound and standard deviation: of all entries, or by column where columns differ in unit.
+
+    Pixels share a unit, also those that are constant in the data, and are to vary like the others. A column whose
+    range is far from that of the whole has a unit of its own.
+    """
+    low, high = value.amin(0), value.amax(0)
+    moving = (high - low)[high > low]
+    if value.dim() != 2 or len(moving) == 0 or moving.median() >= 0.5 * (high.amax() - low.amin()):
+        return low.amin(), high.amax(), value.std(correction=0)
+    return low, high, value.std(0, correction=0)

@@ -1,0 +1,148 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The training loop: averages the generator, keeps the best of it by held-out distance, and survives interruption."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyro_apd.distill.objective import Judge, Objective
+from pyro_apd.generators import Generator
+
+_NUM_EVALUATIONS = 20
+_MAX_JUDGED = 200
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How to take the generator's steps.
+
+    :ivar int num_steps: generator steps.
+    :ivar float learning_rate: Adam's; beta = (0.5, 0.9) as is usual against a critic.
+    :ivar bool is_annealed: let the rate fall to zero, and judge and keep a moving average of the generator.
+    """
+
+    num_steps: int
+    learning_rate: float
+    is_annealed: bool = True
+
+
+@dataclass
+class Training:
+    """What came of a training; the generator holds its best state.
+
+    :ivar dict figures: of the best state, on held-out draws.
+    :ivar int best_step: the step at which it was reached.
+    :ivar dict log: numbers by name, one for each evaluation.
+    :ivar str stopped: why training ended before its time, or None.
+    """
+
+    figures: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+    log: dict[str, list[float]] = field(default_factory=dict)
+    stopped: str | None = None
+
+
+def train(
+    generator: Generator,
+    to_theta: Callable[[Tensor], Tensor],
+    objective: Objective,
+    judge: Judge,
+    schedule: Schedule,
+    *,
+    progress: bool = True,
+) -> Training:
+    """Trains a generator in place, by torch's global random numbers.
+
+    Ctrl-C and numbers that are not finite end it early, with the best state so far.
+
+    :param Generator generator: what to train; parameters that need no gradient stay as they are.
+    :param callable to_theta: from the generator's output to unconstrained draws.
+    :param Objective objective: what to make small.
+    :param Judge judge: chooses the checkpoint.
+    :param Schedule schedule: length and rate.
+    :param bool progress: show a bar.
+    """
+    like = generator(torch.zeros(1, generator.latent_size).to(next(generator.parameters())))
+
+    def latents(count: int) -> Tensor:
+        return torch.randn(count, generator.latent_size, dtype=like.dtype, device=like.device)
+
+    average = copy.deepcopy(generator) if schedule.is_annealed else generator
+    result, best = Training(), copy.deepcopy(generator.state_dict())
+    judged_SL = latents(_MAX_JUDGED)
+
+    @torch.no_grad()
+    def evaluate(step: int, loss: Tensor | None) -> bool:
+        """Logs a state and keeps it if it is the best; whether its figures are finite."""
+        figures = judge.figures(to_theta(average(judged_SL)))
+        is_finite = all(math.isfinite(value) for value in figures.values())
+        _append(result.log, step, figures, loss)
+        if is_finite and (not result.figures or figures["distance"] < result.figures["distance"]):
+            result.figures, result.best_step = figures, step
+            best.update(copy.deepcopy(average.state_dict()))
+        return is_finite
+
+    step = 0
+    with tqdm(total=schedule.num_steps, desc="Distil", disable=not progress, leave=True) as bar:
+        try:
+            is_finite = evaluate(0, None)
+            for step, loss in enumerate(_steps(generator, average, to_theta, latents, objective, schedule), start=1):
+                bar.update()
+                if step % max(1, schedule.num_steps // _NUM_EVALUATIONS) == 0 or step == schedule.num_steps:
+                    is_finite = evaluate(step, loss)
+                    bar.set_postfix(loss=f"{float(loss):.3f}", **{k: f"{v:.3f}" for k, v in _last(result.log).items()})
+                if not is_finite:
+                    result.stopped = f"training diverged by step {step} of {schedule.num_steps}"
+                    break
+        except KeyboardInterrupt:
+            result.stopped = f"training was interrupted at step {step} of {schedule.num_steps}"
+    generator.load_state_dict(best)
+    return result
+
+
+def _steps(
+    generator: nn.Module,
+    average: nn.Module,
+    to_theta: Callable[[Tensor], Tensor],
+    latents: Callable[[int], Tensor],
+    objective: Objective,
+    schedule: Schedule,
+) -> Iterator[Tensor]:
+    """Takes the steps one by one, and yields the loss of each."""
+    trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.Adam(trained, lr=schedule.learning_rate, betas=(0.5, 0.9))
+    # The average looks back over the last two hundredths of a training, whatever its length.
+    decay = max(0.0, 1.0 - 5.0 / max(schedule.num_steps, 1))
+    for step in range(schedule.num_steps):
+        if schedule.is_annealed:
+            optimiser.param_groups[0]["lr"] = schedule.learning_rate * (1.0 - step / schedule.num_steps)
+        loss = objective.loss(lambda count: to_theta(generator(latents(count))))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if average is not generator:
+            with torch.no_grad():
+                for mean, value in zip(average.parameters(), generator.parameters(), strict=True):
+                    mean.lerp_(value, 1.0 - decay)
+        yield loss.detach()
+
+
+def _append(log: dict[str, list[float]], step: int, figures: dict[str, float], loss: Tensor | None) -> None:
+    """Four digits a number: the log travels in the file."""
+    entries = {"step": float(step), "loss": math.nan if loss is None else float(loss), **figures}
+    for name in log.keys() | entries.keys():
+        value = entries.get(name, math.nan)
+        log.setdefault(name, []).append(float(f"{value:.4g}"))
+
+
+def _last(log: dict[str, list[float]]) -> dict[str, float]:
+    return {name: values[-1] for name, values in sorted(log.items()) if name not in ("step", "loss")}

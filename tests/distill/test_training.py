@@ -1,0 +1,126 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The loop: keeps the best, ends in order, and tells when a generator is no good."""
+
+import math
+
+import pytest
+import torch
+
+from pyro_apd.distill.failure import find_failures
+from pyro_apd.distill.objective import Judge, Objective
+from pyro_apd.distill.training import Schedule, train
+from pyro_apd.generators import PaperGenerator
+
+
+class Shift(Objective):
+    """Drives the mean of the draws towards a target; may fail at a step."""
+
+    def __init__(self, target=2.0, fail_at=None, failure=None):
+        self.target, self.fail_at, self.failure, self.step = target, fail_at, failure, 0
+
+    def loss(self, generate):
+        self.step += 1
+        if self.step == self.fail_at:
+            if isinstance(self.failure, BaseException):
+                raise self.failure
+            return generate(4).mean() * self.failure
+        return (generate(16).mean() - self.target) ** 2
+
+
+class Mean(Judge):
+    """Distance of the mean from a value of its own."""
+
+    def __init__(self, best):
+        self.best, self.seen = best, []
+
+    def figures(self, theta_SD):
+        mean = float(theta_SD.mean())
+        self.seen.append(abs(mean - self.best))
+        return {"distance": self.seen[-1], "spread_ratio": 1.0 if math.isfinite(mean) else math.nan}
+
+
+def identity(theta_SD):
+    return theta_SD
+
+
+def run(objective, judge, num_steps=60, is_annealed=False):
+    generator = PaperGenerator(3, latent_size=2, width=4)
+    schedule = Schedule(num_steps, 2e-2, is_annealed)
+    return generator, train(generator, identity, objective, judge, schedule, progress=False)
+
+
+def test_the_best_state_is_kept_and_not_the_last():
+    judge = Mean(best=1.0)
+    generator, training = run(Shift(target=5.0), judge, num_steps=200)
+    assert 0 < training.best_step < 200
+    assert training.figures["distance"] == min(judge.seen) < judge.seen[-1]
+    with torch.no_grad():
+        assert abs(float(generator(torch.randn(500, 2)).mean()) - 1.0) < abs(judge.seen[-1])
+    assert training.stopped is None
+
+
+def test_log_has_one_entry_for_each_evaluation():
+    _, training = run(Shift(), Mean(2.0))
+    assert training.log["step"] == [float(3 * i) for i in range(21)]
+    assert {len(values) for values in training.log.values()} == {21}
+    assert math.isnan(training.log["loss"][0])
+
+
+def test_no_steps_give_the_start():
+    generator = PaperGenerator(3, latent_size=2, width=4)
+    before = {name: value.clone() for name, value in generator.state_dict().items()}
+    training = train(generator, identity, Shift(), Mean(2.0), Schedule(0, 1e-2), progress=False)
+    assert training.best_step == 0
+    assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
+
+
+def test_interruption_gives_the_best_so_far():
+    _, training = run(Shift(fail_at=40, failure=KeyboardInterrupt()), Mean(2.0))
+    assert training.stopped == "training was interrupted at step 39 of 60"
+    assert 0 < training.best_step <= 39
+
+
+def test_divergence_gives_the_best_before():
+    generator, training = run(Shift(fail_at=31, failure=math.nan), Mean(2.0))
+    assert "diverged" in training.stopped
+    assert 0 < training.best_step <= 30
+    assert all(torch.isfinite(value).all() for value in generator.state_dict().values())
+
+
+def test_other_errors_are_not_swallowed():
+    with pytest.raises(ZeroDivisionError):
+        run(Shift(fail_at=5, failure=ZeroDivisionError()), Mean(2.0))
+
+
+def test_parameters_without_gradient_stay():
+    generator = PaperGenerator(3, latent_size=2, width=4)
+    first = generator.layers[0].weight.requires_grad_(False)
+    before = first.clone()
+    train(generator, identity, Shift(), Mean(2.0), Schedule(20, 1e-2), progress=False)
+    assert torch.equal(generator.layers[0].weight, before)
+
+
+def test_progress_bar_shows_figures(capsys):
+    generator = PaperGenerator(3, latent_size=2, width=4)
+    train(generator, identity, Shift(), Mean(2.0), Schedule(20, 1e-2), progress=True)
+    assert "distance" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("figures", "word"),
+    [
+        ({"distance": 1.0, "spread_ratio": 0.3}, "collapsed"),
+        ({"distance": 1.0, "spread_ratio": 1.0, "mi_ratio": 0.1}, "collapsed"),
+        ({"distance": 1.0, "spread_ratio": 9.0}, "blew up"),
+        ({"distance": 1.0, "spread_ratio": math.nan}, "blew up"),
+    ],
+)
+def test_failures_are_found(figures, word):
+    (failure,) = find_failures(figures)
+    assert word in failure
+
+
+def test_good_figures_are_no_failure():
+    assert find_failures({"distance": 0.1, "spread_ratio": 0.9, "mi_ratio": 1.2}) == []

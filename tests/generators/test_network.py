@@ -1,0 +1,142 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The generators: exact at the start, one latent one network, rebuilt from their config."""
+
+import json
+
+import pytest
+import torch
+
+from pyro_apd.generators import GENERATORS, CoordinateGenerator, PaperGenerator, build_generator
+
+
+def chains(num_chains=3, num_draws=40, size=6, dtype=torch.float64):
+    """Chains with means and covariances of their own."""
+    mixing = torch.randn(num_chains, size, size, dtype=dtype)
+    centre = 4 * torch.randn(num_chains, 1, size, dtype=dtype)
+    return centre + torch.randn(num_chains, num_draws, size, dtype=dtype) @ mixing
+
+
+def moments(generator):
+    """Mean and covariance of what a generator at its start draws, from its parameters."""
+    location_CR, covariance_CRR = generator.mode_location, generator.mode_scale @ generator.mode_scale.mT
+    mean_R = location_CR.mean(0)
+    second_RR = (covariance_CRR + location_CR.unsqueeze(-1) * location_CR.unsqueeze(-2)).mean(0)
+    covariance_RR = second_RR - torch.outer(mean_R, mean_R)
+    return generator.location + mean_R @ generator.basis, generator.basis.mT @ covariance_RR @ generator.basis
+
+
+def test_the_start_has_mean_and_covariance_of_all_draws():
+    theta_CSD = chains()
+    with torch.no_grad():
+        mean_D, covariance_DD = moments(CoordinateGenerator.fit(theta_CSD, rank=6))
+    theta_SD = theta_CSD.flatten(0, 1)
+    torch.testing.assert_close(mean_D, theta_SD.mean(0))
+    torch.testing.assert_close(covariance_DD, torch.cov(theta_SD.mT, correction=0))
+
+
+def test_the_start_keeps_the_covariance_in_the_span_it_retains():
+    theta_SD = chains().flatten(0, 1)
+    with torch.no_grad():
+        generator = CoordinateGenerator.fit(chains_of := theta_SD.unflatten(0, (3, 40)), rank=3)
+        _, covariance_DD = moments(generator)
+    assert chains_of.shape == (3, 40, 6)
+    span_RD = torch.linalg.qr(generator.basis.detach().mT).Q.mT
+    expected = span_RD @ torch.cov(theta_SD.mT, correction=0) @ span_RD.mT
+    torch.testing.assert_close(span_RD @ covariance_DD @ span_RD.mT, expected)
+
+
+def test_each_mode_is_the_gaussian_of_its_chain():
+    theta_CSD = chains()
+    generator = CoordinateGenerator.fit(theta_CSD, rank=6)
+    latent_SL = torch.randn(90_000, generator.latent_size, dtype=torch.float64)
+    with torch.no_grad():
+        theta_SD, mode_S = generator(latent_SL), generator.mode(latent_SL)
+    for chain, expected_SD in enumerate(theta_CSD):
+        drawn_SD = theta_SD[mode_S == chain]
+        assert len(drawn_SD) == pytest.approx(30_000, rel=0.03)
+        scale = expected_SD.std()
+        assert (drawn_SD.mean(0) - expected_SD.mean(0)).abs().max() < 0.05 * scale
+        difference = torch.cov(drawn_SD.mT) - torch.cov(expected_SD.mT, correction=0)
+        assert difference.abs().max() < 0.1 * scale**2
+
+
+def test_the_residual_is_zero_at_the_start_but_trainable():
+    generator = CoordinateGenerator.fit(chains(), rank=2)
+    generator(torch.randn(8, 3, dtype=torch.float64)).square().sum().backward()
+    assert not generator.residual[-1].weight.any()
+    assert generator.residual[-1].weight.grad.abs().sum() > 0
+
+
+def test_a_chain_that_moved_in_fewer_directions_than_the_others():
+    theta_CSD = chains()
+    theta_CSD[1] = theta_CSD[1, :1]
+    generator = CoordinateGenerator.fit(theta_CSD, rank=6)
+    latent_SL = torch.randn(200, 7, dtype=torch.float64)
+    latent_SL[:, 0] = 0.0
+    assert torch.isfinite(generator(latent_SL)).all()
+    torch.testing.assert_close(generator(latent_SL), theta_CSD[1, :1].expand(200, -1))
+
+
+def test_one_latent_is_one_network():
+    generator = CoordinateGenerator.fit(chains(), rank=4)
+    latent_SL = torch.randn(10, 5, dtype=torch.float64)
+    together, alone = generator(latent_SL), torch.cat([generator(latent_L[None]) for latent_L in latent_SL])
+    torch.testing.assert_close(together, alone)
+
+
+def test_extreme_latents_stay_in_a_mode():
+    generator = CoordinateGenerator(3, 2, num_modes=4)
+    latent_SL = torch.tensor([[-40.0, 0.0, 0.0], [40.0, 0.0, 0.0]])
+    assert generator.mode(latent_SL).tolist() == [0, 3]
+
+
+def test_rescaling_is_an_affine_map_of_the_draws():
+    generator = CoordinateGenerator.fit(chains(), rank=4)
+    latent_SL, shift_D, scale_D = (torch.randn(n, dtype=torch.float64) for n in ((9, 5), (6,), (6,)))
+    expected = shift_D + scale_D * generator(latent_SL)
+    generator.rescale(shift_D, scale_D)
+    torch.testing.assert_close(generator(latent_SL), expected)
+
+
+@pytest.mark.parametrize("original", [CoordinateGenerator(7, 3, 2, width=8), PaperGenerator(7, latent_size=4, width=5)])
+def test_config_and_state_rebuild_the_generator(original):
+    rebuilt = build_generator(json.loads(json.dumps(original.config)))
+    rebuilt.load_state_dict(original.state_dict())
+    latent_SL = torch.randn(6, original.latent_size)
+    assert torch.equal(rebuilt(latent_SL), original(latent_SL))
+    assert original(latent_SL).shape == (6, original.output_size)
+
+
+def test_the_papers_sizes():
+    generator = PaperGenerator(79_510)
+    assert sum(parameter.numel() for parameter in generator.parameters()) == 8_054_010
+
+
+def test_building_on_meta_allocates_nothing():
+    with torch.device("meta"):
+        generator = build_generator({"kind": "coordinates", "output_size": 10**12, "rank": 3})
+    assert all(value.is_meta for value in generator.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "Unknown generator None"),
+        ({"kind": "gan"}, "Unknown generator 'gan'"),
+        ({"kind": ["paper"]}, "Unknown generator"),
+        ({"kind": "paper"}, "not those of a 'paper' generator"),
+        ({"kind": "coordinates", "output_size": 3, "rank": 2, "depth": 9}, "not those of a 'coordinates' generator"),
+        ({"kind": "coordinates", "output_size": 3, "rank": 0}, "rank=0"),
+        ({"kind": "paper", "output_size": True}, "output_size=True"),
+        ({"kind": "paper", "output_size": 3, "width": 2.0}, "width=2.0"),
+    ],
+)
+def test_configs_that_describe_no_generator(config, message):
+    with pytest.raises(ValueError, match=message):
+        build_generator(config)
+
+
+def test_every_generator_is_documented():
+    assert all(generator.__doc__ for generator in GENERATORS.values())
