@@ -19,7 +19,7 @@ DESCRIPTION = "Sample the posterior of a Bayesian neural network in Pyro, and di
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    _show_messages()
     try:
         return int(arguments.run(arguments))
     except KeyboardInterrupt:
@@ -28,6 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError, OSError) as error:
         print(f"pyro-apd: {error}", file=sys.stderr)
         return 2
+
+
+def _show_messages() -> None:
+    """The package's own messages on standard output, as they are; those of other packages where they were."""
+    logger = logging.getLogger("pyro_apd")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -125,7 +125,7 @@ class Potential:
             self.path = "traced"
             return lambda theta, *inputs: self.traced_gradient(theta, inputs)
         self.path = "captured"
-        logger.info("Captured the model's potential; Gaussian priors in closed form: %s.", self._gaussian.names or None)
+        logger.debug("Captured the potential; Gaussian priors in closed form: %s.", sorted(self._gaussian.names))
         return graph
 
     def _capture(self, theta: Tensor, inputs: Inputs) -> GradientAndValue:

@@ -1,0 +1,40 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The README's example runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_twenty_lines(tmp_path, monkeypatch, capsys):
+    (code,) = blocks("python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(compile(code, str(README), "exec"), scope)
+    assert (tmp_path / "posterior.safetensors").exists()
+    accuracy = (scope["labels"].mode(0).values == scope["data"].y_test).float().mean()
+    assert accuracy > 0.9
+    assert "generator" in capsys.readouterr().out
+
+
+def test_the_commands_exist():
+    makefile = (README.parent / "Makefile").read_text()
+    for command in re.findall(r"^make (\w+)", "\n".join(blocks("bash")), flags=re.MULTILINE):
+        assert re.search(rf"^{command}:", makefile, flags=re.MULTILINE)
+
+
+def test_local_links_and_pictures_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
+        if not target.startswith("http"):
+            assert (README.parent / target).exists(), target
