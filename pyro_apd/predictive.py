@@ -103,10 +103,24 @@ class Predictive(pyro.infer.Predictive):
     def _guide_draws(self, args: tuple, kwargs: dict[str, Any]) -> Values:
         """Values of the guide's sites, shaped as the guide has them: without singleton dimensions for plates."""
         if isinstance(getattr(self.guide, "layout", None), Layout) and hasattr(self.guide, "get_samples"):
+            self._check_sites(self.guide.layout, args, kwargs)
             return self.guide.get_samples(self.num_samples)
         trace, footprint = _prototype(self.guide, args, kwargs)
         names = [*trace.stochastic_nodes, *trace.observation_nodes]
         return self._evaluate(self.guide, {}, names, footprint, args, kwargs)
+
+    def _check_sites(self, layout: Layout, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A posterior of another model would be ignored site by site, and the prior predicted instead."""
+        nodes = _prototype(self.model, args, kwargs)[0].nodes
+        theirs = {site.name: tuple(nodes[site.name]["value"].shape) for site in layout if site.name in nodes}
+        unlike = {
+            site.name: (site.shape, theirs.get(site.name)) for site in layout if theirs.get(site.name) != site.shape
+        }
+        if unlike:
+            raise ValueError(
+                f"`guide` is a posterior of another model: its sites and shapes, and what the model has there, are "
+                f"{unlike}. Use it with the model it was distilled from."
+            )
 
     def _predict(
         self, draws: Values, return_sites: Collection[str] | None, args: tuple, kwargs: dict[str, Any]

@@ -170,6 +170,13 @@ def test_file_of_another_model_is_told():
         posterior.check_model(Conjugate().full, Conjugate().x)
 
 
+@pytest.mark.parametrize("sizes", [(4, 7, 3), (5, 6, 3)])
+def test_predicting_with_another_model_is_refused(sizes):
+    _, posterior = of_classifier()
+    with pytest.raises(ValueError, match=r"another model.*first\.weight"):
+        VectorisedPredictive(Classifier(sizes), guide=posterior, num_samples=3)(torch.randn(5, sizes[0]))
+
+
 @pytest.mark.parametrize("config", [{"kind": "nonsense"}, {}, {"kind": "affine", "size": 4}, {"kind": "affine"}])
 def test_file_whose_generator_cannot_be_built(tmp_path, config):
     posterior = mixed()
