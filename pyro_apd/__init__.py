@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 from pyro_apd import datasets, diagnostics, metrics, uncertainty
 from pyro_apd.bnn import BNN
-from pyro_apd.distill import DistillationWarning, distill
+from pyro_apd.distill import DistillationError, DistillationWarning, distill
 from pyro_apd.errors import ArtifactError, DataError, DivergenceError, ModelError
 from pyro_apd.kernels import SGLD, schedules
 from pyro_apd.posterior import DistilledPosterior
@@ -22,6 +22,7 @@ __all__ = [
     "SGLD",
     "ArtifactError",
     "DataError",
+    "DistillationError",
     "DistillationWarning",
     "DistilledPosterior",
     "DivergenceError",

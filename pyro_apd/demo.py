@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -164,13 +165,18 @@ def report_predictions(model: BNN, mcmc: MCMC, posterior: DistilledPosterior, da
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One CPU thread inside: for matrices as small as these, threads cost more than they give."""
-    before = torch.get_num_threads()
+    """One CPU thread inside, and in processes begun there: for small matrices threads cost more than they give."""
+    before, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        if variable is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = variable
 
 
 @contextmanager

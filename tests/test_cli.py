@@ -1,13 +1,15 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
+import os
 import re
 
 import pytest
+import torch
 
 import pyro_apd
 from pyro_apd.cli import main
-from pyro_apd.demo import require_device
+from pyro_apd.demo import one_thread, require_device
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,16 @@ def test_demo_chains_open_in_arviz(quick_runs):
         idata = az.from_netcdf(quick_runs[0][0] / "chains.nc")
     assert idata.posterior.sizes["chain"] == 2
     assert bool((idata.posterior["net.0.weight"].std("draw") > 0).all())
+
+
+def test_one_thread_inside_and_as_before_after(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(2)
+    with one_thread():
+        assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"]) == 1
+    assert torch.get_num_threads() == 2
+    assert "OMP_NUM_THREADS" not in os.environ
+    torch.set_num_threads(1)
 
 
 def test_unusable_device():
