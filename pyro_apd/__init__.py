@@ -13,12 +13,14 @@ from pyro_apd import datasets, diagnostics, metrics, uncertainty
 from pyro_apd.bnn import BNN
 from pyro_apd.distill import DistillationError, DistillationWarning, distill
 from pyro_apd.errors import ArtifactError, DataError, DivergenceError, ModelError
-from pyro_apd.kernels import SGLD, schedules
+from pyro_apd.kernels import PSGLD, SGHMC, SGLD, schedules
 from pyro_apd.posterior import DistilledPosterior
 from pyro_apd.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs
 
 __all__ = [
     "BNN",
+    "PSGLD",
+    "SGHMC",
     "SGLD",
     "ArtifactError",
     "DataError",

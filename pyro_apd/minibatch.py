@@ -55,7 +55,7 @@ class IndexStream:
 class MinibatchSource(ABC):
     """A source of mini-batches.
 
-    :ivar num_data: number of data in the full set, ``N``; None where the model alone knows it.
+    :ivar num_data: number of data in the full set, ``N``; None where no argument has rows.
     """
 
     num_data: int | None = None
@@ -82,6 +82,8 @@ class FullBatch(MinibatchSource):
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._call = Call(tuple(args), dict(kwargs))
+        with_rows = [leaf for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))) if _has_rows(leaf)]
+        self.num_data = with_rows[0].shape[0] if with_rows else None
 
     def draw(self) -> tuple[Tensor, ...]:
         """Nothing changes between steps."""
@@ -130,7 +132,7 @@ class RowSubsample(MinibatchSource):
         self, args: Sequence[Any], kwargs: Mapping[str, Any], batch_size: int, num_data: int | None = None
     ) -> None:
         leaves, self._spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        with_rows = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+        with_rows = [leaf for leaf in leaves if _has_rows(leaf)]
         if not with_rows:
             raise ValueError(
                 "batch_size= slices the rows of tensors given to mcmc.run(...), but none of the arguments is a tensor "
@@ -138,9 +140,7 @@ class RowSubsample(MinibatchSource):
             )
         self.num_data = with_rows[0].shape[0] if num_data is None else num_data
         self._leaves = leaves
-        self._has_rows = [
-            isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.num_data for leaf in leaves
-        ]
+        self._has_rows = [_has_rows(leaf) and leaf.shape[0] == self.num_data for leaf in leaves]
         if not any(self._has_rows):
             shapes = [tuple(leaf.shape) for leaf in with_rows]
             raise ValueError(f"No argument has num_data={num_data} rows; their shapes are {shapes}.")
@@ -273,6 +273,10 @@ class LoaderBatches(MinibatchSource):
         if isinstance(batch, Mapping):
             return (), dict(batch)
         return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
 
 
 def is_loader(args: Sequence[Any], num_data: int | None) -> bool:

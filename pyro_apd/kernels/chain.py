@@ -67,6 +67,10 @@ class Chain:
         self._last_good = self.theta.clone()
         self._checked_step = self._num_good = 0
 
+    def gradient_at(self, theta: Tensor) -> Tensor:
+        """Gradient of U ``(D,)`` at another point, on the mini-batch of the present step."""
+        return self.potential.gradient(theta, self._inputs)[0]
+
     def gaussian_noise(self) -> Tensor:
         """Standard normal noise ``(D,)``, in one buffer that the next call overwrites."""
         return self._noise.normal_(generator=self._generator)

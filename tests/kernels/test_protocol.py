@@ -16,16 +16,22 @@ from pyro.infer.mcmc.api import StreamingMCMC
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.errors import DataError, DivergenceError
-from pyro_apd.kernels import SGLD
+from pyro_apd.kernels import PSGLD, SGHMC, SGLD
 from tests.models import Classifier, Conjugate, constrained, null
 
-KERNELS = [SGLD]
+KERNELS = [SGLD, PSGLD, SGHMC]
 PROBLEM = Conjugate()
 DATA = (PROBLEM.x, PROBLEM.y)
 
 
 @pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.__name__)
 def kernel_class(request):
+    return request.param
+
+
+@pytest.fixture(params=[SGLD, SGHMC], ids=lambda kernel: kernel.__name__)
+def diverging_kernel_class(request):
+    """PSGLD is not among them: its preconditioner shrinks as gradients grow, so that steps stay bounded."""
     return request.param
 
 
@@ -252,8 +258,8 @@ def test_arviz_reads_a_run(kernel_class):
     assert not idata.sample_stats["diverging"].any()
 
 
-def test_divergence_is_caught_within_100_steps_and_keeps_the_draws(kernel_class):
-    kernel = kernel_class(PROBLEM.full, lambda step: 1e-3 if step < 300 else 1.0, thinning=10)
+def test_divergence_is_caught_within_100_steps_and_keeps_the_draws(diverging_kernel_class):
+    kernel = diverging_kernel_class(PROBLEM.full, lambda step: 1e-3 if step < 300 else 1.0, thinning=10)
     with pytest.raises(DivergenceError, match=r"site 'w'.*try step_size=") as caught:
         run(kernel, *DATA, num_samples=100, warmup_steps=10)
     error = caught.value
@@ -269,14 +275,14 @@ def test_divergence_is_caught_within_100_steps_and_keeps_the_draws(kernel_class)
     assert again.suggested_step_size == error.suggested_step_size
 
 
-def test_suggested_step_size_does_not_diverge(kernel_class):
+def test_suggested_step_size_does_not_diverge(diverging_kernel_class):
     with pytest.raises(DivergenceError) as caught:
-        run(kernel_class(PROBLEM.full, 0.1, thinning=100), *DATA)
-    run(kernel_class(PROBLEM.full, caught.value.suggested_step_size, thinning=100), *DATA)
+        run(diverging_kernel_class(PROBLEM.full, 0.1, thinning=100), *DATA)
+    run(diverging_kernel_class(PROBLEM.full, caught.value.suggested_step_size, thinning=100), *DATA)
 
 
-def test_divergence_in_the_last_steps_is_not_missed(kernel_class):
-    kernel = kernel_class(PROBLEM.full, lambda step: 1e-3 if step < 20 else 10.0)
+def test_divergence_in_the_last_steps_is_not_missed(diverging_kernel_class):
+    kernel = diverging_kernel_class(PROBLEM.full, lambda step: 1e-3 if step < 20 else 10.0)
     with pytest.raises(DivergenceError):
         run(kernel, *DATA, num_samples=38, warmup_steps=0)
 
@@ -325,9 +331,9 @@ def test_batch_larger_than_the_data(kernel_class):
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_global_state_after_a_run(kernel_class, fails):
+def test_global_state_after_a_run(diverging_kernel_class, fails):
     validation = pyro.distributions.is_validation_enabled()
-    kernel = kernel_class(PROBLEM.full, 10.0 if fails else 1e-3)
+    kernel = diverging_kernel_class(PROBLEM.full, 10.0 if fails else 1e-3)
     if fails:
         with pytest.raises(DivergenceError):
             run(kernel, *DATA, num_samples=200)

@@ -1,0 +1,66 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Stochastic gradient Hamiltonian Monte Carlo."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_apd.kernels.base import StochasticGradientKernel
+from pyro_apd.kernels.chain import Chain
+from pyro_apd.kernels.schedules import Schedule
+
+
+class SGHMC(StochasticGradientKernel):
+    r"""Stochastic gradient Hamiltonian Monte Carlo, Chen, Fox & Guestrin (ICML 2014), equation 15.
+
+    .. math::
+
+        v &\leftarrow (1 - a)\, v - \eta \nabla U(\theta) + \mathcal{N}\bigl(0,\, 2 (a - \hat b)\, \eta T\bigr) \\
+        \theta &\leftarrow \theta + v
+
+    with :math:`\eta = \epsilon / 2`, so that at friction :math:`a = 1` the step is exactly that of
+    :class:`~pyro_apd.kernels.sgld.SGLD` at the same epsilon. The target is :math:`\exp(-U / T)` as epsilon goes to 0.
+    :math:`\hat b = \eta \hat V / (2 T)` is the share of the friction's noise that mini-batches supply already, V being
+    the variance of the gradient's estimate; subtracting it corrects the temperature.
+
+    :param float friction: a, between 0 and 1; 0.1 is momentum 0.9.
+    :param float noise_estimate: b-hat, at least 0 and less than the friction; 0, the default, ignores the mini-batches'
+        noise and is a little too hot.
+
+    Other parameters as for :class:`~pyro_apd.kernels.base.StochasticGradientKernel`.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        step_size: float | Schedule,
+        *,
+        friction: float = 0.1,
+        noise_estimate: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, step_size, **settings)
+        if not 0 < friction <= 1:
+            raise ValueError(f"friction={friction!r} must lie above 0 and at most at 1.")
+        if not 0 <= noise_estimate < friction:
+            raise ValueError(f"noise_estimate={noise_estimate!r} must lie between 0 and friction={friction!r}.")
+        self.friction, self.noise_estimate = friction, noise_estimate
+
+    def _start_chain(self, chain: Chain) -> None:
+        # At rest; the momentum reaches its own temperature within some 1 / friction steps of warm-up.
+        chain.auxiliary["momentum"] = torch.zeros_like(chain.theta)
+
+    def _update(self, chain: Chain, gradient: Tensor, step_size: float) -> None:
+        momentum, rate = chain.auxiliary["momentum"], 0.5 * step_size
+        momentum.mul_(1 - self.friction).add_(gradient, alpha=-rate)
+        if self.temperature > 0:
+            variance = 2 * (self.friction - self.noise_estimate) * rate * self.temperature
+            momentum.add_(chain.gaussian_noise(), alpha=math.sqrt(variance))
+        chain.theta.add_(momentum)

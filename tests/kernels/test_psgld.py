@@ -1,0 +1,79 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""PSGLD on an ill-conditioned Gaussian, and its update equation by hand."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import MCMC
+
+from pyro_apd.kernels import PSGLD
+
+# Curvatures 1 and 100 along the axes: condition number 100.
+CURVATURE = torch.tensor([100.0, 10.0, 1.0])
+
+
+def gaussian():
+    pyro.sample("w", dist.Normal(torch.tensor([1.0, -2.0, 3.0]), CURVATURE.rsqrt()).to_event(1))
+
+
+def run(kernel, num_samples):
+    mcmc = MCMC(kernel, num_samples=num_samples, warmup_steps=50, disable_progbar=True)
+    mcmc.run()
+    return mcmc.get_samples()["w"]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_ill_conditioned_gaussian(temperature):
+    step_size = 0.03 * temperature**0.5  # the preconditioner follows the gradients, which shrink with temperature
+    draws = run(PSGLD(gaussian, step_size, thinning=20, seed=0, temperature=temperature, decay=0.999), 3000)
+    variance = temperature / CURVATURE
+    assert ((draws.mean(0) - torch.tensor([1.0, -2.0, 3.0])).abs() < 0.1 * variance.sqrt()).all()
+    assert (torch.cov(draws.T).diagonal() / variance - 1).abs().max() < 0.15
+
+
+def test_mixes_better_than_its_conditioning():
+    """With one step size for all, the slowest direction would need 100 times the steps of the fastest."""
+    draws = run(PSGLD(gaussian, 0.03, thinning=20, seed=0), 1000)
+    ahead, behind = draws[1:] - draws.mean(0), draws[:-1] - draws.mean(0)
+    correlation = (ahead * behind).mean(0) / draws.var(0)
+    # SGLD at the step that is as accurate for the fastest direction keeps exp(-20 * 0.03 / 20) = 0.97 of the slowest.
+    assert correlation.max() < 0.85
+
+
+def test_one_step_by_hand():
+    kernel = PSGLD(gaussian, 0.1, temperature=0.0, decay=0.9, stability=0.5)
+    kernel.initial_params = {"w": torch.zeros(3)}
+    kernel.setup(0)
+    first = kernel.sample(kernel.initial_params)["w"]
+    gradient = CURVATURE * torch.tensor([-1.0, 2.0, -3.0])
+    expected = -0.05 * gradient / (0.5 + gradient.abs())
+    torch.testing.assert_close(first, expected)
+    second = kernel.sample({"w": first})["w"]
+    later = CURVATURE * (first - torch.tensor([1.0, -2.0, 3.0]))
+    moment = 0.9 * gradient.square() + 0.1 * later.square()
+    torch.testing.assert_close(second, first - 0.05 * later / (0.5 + moment.sqrt()))
+
+
+def test_gamma_is_the_derivative_of_the_preconditioner():
+    kernel = PSGLD(gaussian, 0.1, decay=0.9, stability=0.5, use_gamma=True)
+    kernel.initial_params = {"w": torch.zeros(3)}
+    kernel.setup(0)
+    kernel.sample(kernel.initial_params)
+    chain, mean = kernel._chain, torch.tensor([1.0, -2.0, 3.0])
+    theta = chain.theta.double().requires_grad_()
+    before = torch.rand(3, dtype=torch.float64) * 50
+    gradient = CURVATURE.double() * (theta - mean)
+    second = 0.9 * before + 0.1 * gradient.square()
+    scale = 1 / (0.5 + second.sqrt())
+    (expected,) = torch.autograd.grad(scale.sum(), theta)  # the Hessian is diagonal
+    found = kernel._gamma(chain, *(v.detach().float() for v in (gradient, gradient, scale, second)))
+    torch.testing.assert_close(found, expected.float(), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"decay": 1.0}, {"decay": 0.0}, {"stability": 0.0}, {"stability": float("nan")}])
+def test_settings_out_of_range(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        PSGLD(gaussian, 0.1, **settings)
