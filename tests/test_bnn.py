@@ -460,8 +460,8 @@ def test_bad_targets_of_a_minibatch(x):
 def test_values_are_not_looked_at_without_validation(x):
     """So that a step on a GPU need not wait."""
     with pyro.validation_enabled(False):
-        BNN(mlp(1), "bernoulli")(x, torch.full((N,), 2))
-        BNN(mlp(4))(x, torch.full((N,), 9))
+        assert BNN(mlp(1), "bernoulli")(x, torch.full((N,), 2)) is not None
+        assert BNN(mlp(4))(x, torch.full((N,), 9)).shape == (N, 4)
 
 
 @pytest.mark.parametrize(

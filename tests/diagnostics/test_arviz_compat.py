@@ -60,7 +60,8 @@ def test_empty_groups_are_left_out(compat, groups):
 
 
 def test_more_chains_than_draws_is_no_warning(compat):
-    compat.build({"posterior": {"a": np.zeros((4, 2))}, "posterior_apd": {"a": np.zeros((4, 2))}}, {})
+    idata = compat.build({"posterior": {"a": np.zeros((4, 2))}, "posterior_apd": {"a": np.zeros((4, 2))}}, {})
+    assert dict(idata["posterior"].sizes) == {"chain": 4, "draw": 2}
 
 
 def test_file_opens_again_and_is_not_compressed(compat, groups, tmp_path):
