@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -31,6 +32,7 @@ class DivergenceError(ArithmeticError):
     :param float step_size: step size at that step.
     :param float suggested_step_size: a stable step size by the curvature met.
     :param dict draws: what the chain had drawn before, constrained, ``(S, ...)`` a site.
+    :param int chain: index of the chain, among those that advance together.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class DivergenceError(ArithmeticError):
         step_size: float,
         suggested_step_size: float,
         draws: Mapping[str, Tensor],
+        chain: int = 0,
     ) -> None:
         super().__init__(message)
         self.step = step
@@ -49,6 +52,16 @@ class DivergenceError(ArithmeticError):
         self.step_size = step_size
         self.suggested_step_size = suggested_step_size
         self.draws = dict(draws)
+        self.chain = chain
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the draws, for a checkpoint."""
+        return {"message": str(self), **{name: value for name, value in self.__dict__.items() if name != "draws"}}
+
+    @classmethod
+    def from_json(cls, description: Mapping[str, Any]) -> DivergenceError:
+        """Inverse of :meth:`to_json`, without draws."""
+        return cls(**description, draws={})
 
     def __reduce__(self) -> tuple[object, ...]:
         # Pyro's parallel driver sends exceptions through a queue; keyword-only arguments need help.

@@ -165,8 +165,11 @@ class Layout(Sequence[Site]):
 
     def constrain(self, theta: Tensor) -> dict[str, Tensor]:
         """``(..., D)`` to values by site as the model sees them, shapes ``(..., *site.shape)``."""
-        values = self.split(theta)
-        return {s.name: values[s.name] if s.is_real else s.transform(values[s.name]) for s in self}
+        return self.constrain_sites(self.split(theta))
+
+    def constrain_sites(self, unconstrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Unconstrained values by site, as :meth:`split` gives them, to values as the model sees them."""
+        return {s.name: unconstrained[s.name] if s.is_real else s.transform(unconstrained[s.name]) for s in self}
 
     def unconstrain(self, draws: Mapping[str, Tensor]) -> Tensor:
         """Values by site as the model sees them, with equal leading dimensions, to ``(..., D)``.
@@ -188,13 +191,17 @@ class Layout(Sequence[Site]):
 
     def log_abs_det_jacobian(self, theta: Tensor) -> Tensor:
         """log |d constrained / d unconstrained| summed over sites, ``(...)`` for ``theta`` of shape ``(..., D)``."""
-        total = theta.new_zeros(theta.shape[:-1])
-        values = self.split(theta)
+        return self.log_abs_det_jacobian_sites(self.split(theta)) + theta.new_zeros(theta.shape[:-1])
+
+    def log_abs_det_jacobian_sites(self, unconstrained: Mapping[str, Tensor]) -> Tensor | float:
+        """The same for unconstrained values by site; the number 0 where every site is real."""
+        total: Tensor | float = 0.0
         for site in self:
             if not site.is_real:
-                value = values[site.name]
+                value = unconstrained[site.name]
+                batch = value.shape[: value.dim() - len(site.unconstrained_shape)]
                 term = site.transform.log_abs_det_jacobian(value, site.transform(value))
-                total = total + term.reshape(*theta.shape[:-1], -1).sum(-1)
+                total = total + term.reshape(*batch, -1).sum(-1)
         return total
 
     def to_json(self) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ of the tensors that change.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,24 +33,66 @@ class Call:
     indices: dict[str, Tensor] = field(default_factory=dict)
 
 
+#: One generator for one chain; a list of C for C chains that advance together.
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+def generator_states(generators: Generators) -> list[Tensor]:
+    """State of each generator."""
+    listed = [generators] if isinstance(generators, torch.Generator) else generators
+    return [generator.get_state() for generator in listed]
+
+
+def set_generator_states(generators: Generators, states: Sequence[Tensor]) -> None:
+    """Inverse of :func:`generator_states`."""
+    listed = [generators] if isinstance(generators, torch.Generator) else generators
+    for generator, state in zip(listed, states, strict=True):
+        generator.set_state(state)
+
+
 class IndexStream:
     """Batches of ``batch_size`` distinct indices out of ``num_data``: epochs without replacement.
 
     A permutation serves ``num_data // batch_size`` batches, so its cost for each is O(batch_size). The remainder of an
     epoch is dropped; the next epoch is shuffled afresh, so every batch is a uniform random subset.
+
+    :param generators: one generator gives indices ``(B,)``; a list of C, one a chain, gives ``(C, B)``.
     """
 
-    def __init__(self, num_data: int, batch_size: int, generator: torch.Generator) -> None:
+    def __init__(self, num_data: int, batch_size: int, generators: Generators) -> None:
         self.num_data, self.batch_size = num_data, batch_size
-        self._generator = generator
+        self._generators = generators
         self._position = num_data
+        self._before_epoch = generator_states(generators)
 
     def __next__(self) -> Tensor:
         if self._position + self.batch_size > self.num_data:
-            self._epoch = torch.randperm(self.num_data, generator=self._generator, device=self._generator.device)
-            self._position = 0
+            self._shuffle()
         self._position += self.batch_size
-        return self._epoch[self._position - self.batch_size : self._position]
+        return self._epoch[self._position // self.batch_size - 1]
+
+    def _shuffle(self) -> None:
+        self._before_epoch = generator_states(self._generators)
+        if isinstance(self._generators, torch.Generator):
+            self._epoch = self._batches(self._generators)
+        else:  # stacked so that each step's batches are contiguous
+            self._epoch = torch.stack([self._batches(generator) for generator in self._generators], 1)
+        self._position = 0
+
+    def _batches(self, generator: torch.Generator) -> Tensor:
+        order = torch.randperm(self.num_data, generator=generator, device=generator.device)
+        return order[: self.num_data - self.num_data % self.batch_size].view(-1, self.batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is."""
+        return {"before_epoch": list(self._before_epoch), "position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to where a stream was. The generators are left just behind its present epoch."""
+        if state["position"] + self.batch_size <= self.num_data:  # else the next batch begins an epoch by itself
+            set_generator_states(self._generators, state["before_epoch"])
+            self._shuffle()
+        self._before_epoch, self._position = list(state["before_epoch"]), int(state["position"])
 
 
 class MinibatchSource(ABC):
@@ -60,9 +103,24 @@ class MinibatchSource(ABC):
 
     num_data: int | None = None
 
-    def start(self, generator: torch.Generator) -> None:
-        """Begins a chain: all randomness comes from ``generator`` from here on."""
-        self._generator = generator
+    def start(self, generators: Generators) -> None:
+        """Begins a chain, or C chains: all randomness comes from ``generators`` from here on.
+
+        With a list of C generators, :meth:`draw` stacks the batches of C chains, each as it would be by itself.
+        """
+        self._generators = generators
+        self._streams: list[IndexStream] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the batches are: with :meth:`load_state_dict`, the next are the same again."""
+        streams = [stream.state_dict() for stream in self._streams]
+        return {"streams": streams, "generators": generator_states(self._generators)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to where a source that was started alike stood."""
+        for stream, stream_state in zip(self._streams, state["streams"], strict=True):
+            stream.load_state_dict(stream_state)
+        set_generator_states(self._generators, state["generators"])
 
     @abstractmethod
     def draw(self) -> tuple[Tensor, ...]:
@@ -107,9 +165,10 @@ class PlateSubsample(MinibatchSource):
         self.plates = dict(plates)
         self.num_data = max(size for size, _ in plates.values())
 
-    def start(self, generator: torch.Generator) -> None:
-        """Begins a chain with one stream of indices for each plate."""
-        self._streams = [IndexStream(size, batch, generator) for size, batch in self.plates.values()]
+    def start(self, generators: Generators) -> None:
+        """Begins chains with one stream of indices for each plate."""
+        super().start(generators)
+        self._streams = [IndexStream(size, batch, generators) for size, batch in self.plates.values()]
 
     def draw(self) -> tuple[Tensor, ...]:
         """One index tensor ``(B,)`` a plate."""
@@ -151,14 +210,15 @@ class RowSubsample(MinibatchSource):
             )
         self.batch_size = batch_size
 
-    def start(self, generator: torch.Generator) -> None:
-        """Begins a chain with a stream of row indices."""
+    def start(self, generators: Generators) -> None:
+        """Begins chains with a stream of row indices."""
         assert self.num_data is not None
-        self._stream = IndexStream(self.num_data, self.batch_size, generator)
+        super().start(generators)
+        self._streams = [IndexStream(self.num_data, self.batch_size, generators)]
 
     def draw(self) -> tuple[Tensor, ...]:
         """Row indices ``(B,)``."""
-        return (next(self._stream),)
+        return (next(self._streams[0]),)
 
     def bind(self, inputs: tuple[Tensor, ...]) -> Call:
         """The arguments, each tensor with N rows reduced to the rows in ``inputs``."""
@@ -206,18 +266,49 @@ class LoaderBatches(MinibatchSource):
         self._spec: Any = None
         self._full_rows = 0
         self._random_state: Tensor | None = None
+        self._before_epoch: Tensor | None = None
+        self._num_taken = 0
+        self._by_chain: list[LoaderBatches] = []
 
-    def start(self, generator: torch.Generator) -> None:
-        """Begins a chain: the loader shuffles by a seed drawn from ``generator``; the global one is left alone."""
-        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+    def start(self, generators: Generators) -> None:
+        """Begins chains: the loader shuffles by a seed drawn from each generator; the global one is left alone."""
+        super().start(generators)
+        self._by_chain, self._iterator, self._num_taken = [], None, 0
+        if not isinstance(generators, torch.Generator):
+            self._by_chain = [copy.copy(self) for _ in generators]
+            for source, generator in zip(self._by_chain, generators, strict=True):
+                source.device = self.device
+                source.start(generator)
+            return
+        seed = torch.randint(2**62, (), generator=generators, device=generators.device)
         self._random_state = torch.Generator().manual_seed(int(seed)).get_state()
-        self._iterator = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random state before this epoch, and the number of batches taken from it."""
+        if self._by_chain:
+            return {"by_chain": [source.state_dict() for source in self._by_chain]}
+        before = self._random_state if self._iterator is None else self._before_epoch
+        return {"before_epoch": before, "num_taken": self._num_taken}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Begins the epoch anew and passes over the batches that were taken: as dear as reading these once more."""
+        for source, source_state in zip(self._by_chain, state.get("by_chain", ()), strict=True):
+            source.load_state_dict(source_state)
+        if not self._by_chain:
+            self._random_state, self._iterator, self._num_taken = state["before_epoch"], None, 0
+            for _ in range(int(state["num_taken"])):
+                self._next_batch()
 
     def draw(self) -> tuple[Tensor, ...]:
         """The tensors of the next batch, flattened.
 
         :raises DataError: if the iterable is exhausted or a batch holds no tensors.
         """
+        if self._by_chain:
+            batches = [source.draw() for source in self._by_chain]
+            self._spec = self._by_chain[0]._spec
+            self._full_rows = self._by_chain[0]._full_rows
+            return tuple(torch.stack(leaves) for leaves in zip(*batches, strict=True))
         leaves, spec = pytree.tree_flatten(self._as_call(self._next_batch()))
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         if len(tensors) != len(leaves) or not tensors or tensors[0].dim() == 0:
@@ -254,9 +345,12 @@ class LoaderBatches(MinibatchSource):
         try:
             for _ in range(2):
                 if self._iterator is None:
+                    self._before_epoch, self._num_taken = torch.get_rng_state(), 0
                     self._iterator = iter(self._loader)
                 try:
-                    return next(self._iterator)
+                    batch = next(self._iterator)
+                    self._num_taken += 1
+                    return batch
                 except StopIteration:
                     self._iterator = None
             raise DataError(

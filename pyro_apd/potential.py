@@ -14,16 +14,15 @@ reproduced the model at points it was not captured at; otherwise the model is tr
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_apd.capture import GaussianPriors, UnvalidatedInstances, capture
 from pyro_apd.errors import DataError
 from pyro_apd.minibatch import (
     Call,
@@ -40,59 +39,111 @@ from pyro_apd.scaling import Anatomy, check_densities, examine, run_model, subsa
 logger = logging.getLogger("pyro_apd")
 
 Inputs = tuple[Tensor, ...]
-GradientAndValue = Callable[..., tuple[Tensor, Tensor]]
+#: A state by site, in the order of the layout: flat unconstrained tensors ``(n,)`` or, for C chains, ``(C, n)``.
+Pieces = tuple[Tensor, ...]
+GradientFunction = Callable[[Pieces, Inputs], tuple[Pieces, Tensor]]
 
 
 class Potential:
     """The potential of a model under a source of mini-batches.
 
+    Every gradient is taken of one chain or, where tensors have a leading dimension, of C chains at once, each on a
+    mini-batch of its own.
+
     :param model: a Pyro model.
     :param source: where its mini-batches come from.
     :param Anatomy anatomy: what :func:`~pyro_apd.scaling.examine` established about the model.
+    :param Call example: a call of the model.
     :param bool capture: whether to try the captured graph; otherwise the model is traced at every step.
     :ivar str path: ``"captured"`` or ``"traced"``, once a gradient was asked for.
     """
 
     def __init__(
-        self, model: Callable[..., Any], source: MinibatchSource, anatomy: Anatomy, *, capture: bool = True
+        self,
+        model: Callable[..., Any],
+        source: MinibatchSource,
+        anatomy: Anatomy,
+        example: Call,
+        *,
+        capture: bool = True,
     ) -> None:
         self.model, self.source, self.layout = model, source, anatomy.layout
-        self._anatomy = anatomy
-        self._latents = frozenset(anatomy.layout.names)
+        self._anatomy, self._example = anatomy, example
         self._is_capturing = capture
-        self._graphs: dict[tuple[Any, ...], GradientAndValue] = {}
-        self._gaussian: _GaussianPrior | None = None
+        self._graphs: dict[tuple[Any, ...], GradientFunction] = {}
+        self._priors: GaussianPriors | None = None
         self.path = "traced"
+
+    def draw_start(self) -> dict[str, Tensor]:
+        """Another draw of the latents from the prior, or from whatever the model's init strategy is; constrained."""
+        trace = run_model(self.model, self._example)
+        return {name: trace.nodes[name]["value"].detach() for name in self.layout.names}
 
     def value(self, theta: Tensor, inputs: Inputs) -> Tensor:
         """U at ``theta`` ``(D,)``, by running the model; a scalar."""
-        return self._by_trace(self.model, theta, inputs, frozenset())
+        return self._by_trace(self.model, self.layout.split(theta), inputs, frozenset())
 
     def gradient(self, theta: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Gradient of U ``(D,)`` and U at ``theta`` ``(D,)``, on the batch ``inputs`` that the source drew."""
+        """Gradient of U and U at ``theta``, on the batch ``inputs`` that the source drew.
+
+        :param theta: ``(D,)``, or ``(C, D)`` with ``inputs`` of C chains.
+        :returns: ``(D,)`` and ``()``, or ``(C, D)`` and ``(C,)``.
+        """
+        gradients, energy = self.gradients(self.pieces(theta), inputs)
+        return torch.cat(gradients, -1) if gradients else torch.zeros_like(theta), energy
+
+    def gradients(self, pieces: Pieces, inputs: Inputs) -> tuple[Pieces, Tensor]:
+        """The same by site, without joining what the model keeps apart."""
+        return self.gradient_function(pieces, inputs)(pieces, inputs)
+
+    def gradient_function(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
+        """What :meth:`gradients` calls for tensors of these shapes: the captured graph, or the model's own code."""
         if not self._is_capturing:
-            return self.traced_gradient(theta, inputs)
-        key = tuple((tuple(t.shape), t.dtype) for t in inputs)
-        graph = self._graphs.get(key)
-        if graph is None:
-            graph = self._graphs[key] = self._prepare(theta, inputs)
-        return graph(theta, *inputs)
+            return self._traced_gradients
+        key = (pieces[0].shape[:-1] if pieces else (), *((tuple(t.shape), t.dtype) for t in inputs))
+        if key not in self._graphs:
+            self._graphs[key] = self._prepare(pieces, inputs)
+        return self._graphs[key]
+
+    @property
+    def gaussian_priors(self) -> GaussianPriors:
+        """The independent Gaussian priors that were found when the potential was captured; none if it was not."""
+        return GaussianPriors({}, 0.0) if self._priors is None else self._priors
 
     def traced_gradient(self, theta: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """The same through the model's own code: slower, and right for any model that Pyro can run."""
-        with torch.enable_grad(), pyro.validation_enabled(False):
-            leaf = theta.detach().requires_grad_()
-            energy = self.value(leaf, inputs)
-            (gradient,) = torch.autograd.grad(energy, leaf)
-        return gradient, energy.detach()
+        """As :meth:`gradient`, through the model's own code: slower, and right for any model that Pyro can run."""
+        gradients, energy = self._traced_gradients(self.pieces(theta), inputs)
+        return torch.cat(gradients, -1) if gradients else torch.zeros_like(theta), energy
 
-    def _by_trace(self, model: Callable[..., Any], theta: Tensor, inputs: Inputs, skipped: frozenset[str]) -> Tensor:
+    def pieces(self, theta: Tensor) -> Pieces:
+        """``(..., D)`` by site, as views ``(..., n)``."""
+        return tuple(theta.split([site.size for site in self.layout], dim=-1)) if len(self.layout) else ()
+
+    def _traced_gradients(self, pieces: Pieces, inputs: Inputs) -> tuple[Pieces, Tensor]:
+        if pieces and pieces[0].dim() > 1:
+            by_chain = [
+                self._traced_gradients(tuple(p[c] for p in pieces), tuple(t[c] for t in inputs))
+                for c in range(len(pieces[0]))
+            ]
+            gradients = tuple(torch.stack(parts) for parts in zip(*(g for g, _ in by_chain), strict=True))
+            return gradients, torch.stack([energy for _, energy in by_chain])
+        with torch.enable_grad(), pyro.validation_enabled(False):
+            leaves = [piece.detach().requires_grad_() for piece in pieces]
+            energy = self._by_trace(self.model, self._unconstrained(leaves), inputs, frozenset())
+            return tuple(torch.autograd.grad(energy, leaves, materialize_grads=True)), energy.detach()
+
+    def _unconstrained(self, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {s.name: p.reshape(s.unconstrained_shape) for s, p in zip(self.layout, pieces, strict=True)}
+
+    def _by_trace(
+        self, model: Callable[..., Any], unconstrained: Mapping[str, Tensor], inputs: Inputs, skipped: frozenset[str]
+    ) -> Tensor:
         call = self.source.bind(inputs)
         if self._anatomy.pass_through:
             rows = inputs[0].shape[0]
             indices = {name: torch.arange(rows) for name in self._anatomy.pass_through}
             call = Call(call.args, call.kwargs, {**call.indices, **indices})
-        trace = run_model(model, call, self.layout.constrain(theta))
+        trace = run_model(model, call, self.layout.constrain_sites(unconstrained))
         scaled = self._anatomy.scaled
         log_joint = trace.log_prob_sum(lambda name, site: name not in scaled and name not in skipped)
         if scaled:
@@ -105,60 +156,77 @@ class Potential:
                 names = frozenset(name for name, flag in scaled.items() if flag == is_scaled)
                 if names:
                     log_joint = log_joint + factor * trace.log_prob_sum(lambda name, site, n=names: name in n)
-        if not self.layout.is_real:
-            log_joint = log_joint + self.layout.log_abs_det_jacobian(theta)
-        # Where every site has a closed form, what is left is a number, and still must be a function of theta.
-        return -(log_joint if isinstance(log_joint, Tensor) else log_joint + 0.0 * theta.sum())
+        log_joint = log_joint + self.layout.log_abs_det_jacobian_sites(unconstrained)
+        if not isinstance(log_joint, Tensor):
+            # Where every site has a closed form, what is left is a number, and still must be a function of theta.
+            log_joint = log_joint + 0.0 * sum(value.sum() for value in unconstrained.values())
+        return -log_joint
 
-    def _prepare(self, theta: Tensor, inputs: Inputs) -> GradientAndValue:
+    def _prepare(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
         """The captured graph for inputs of these shapes, or the traced path with the reason logged."""
+        where = self.source.state_dict()  # the comparison below draws batches, which belong to no chain
         try:
-            if self._gaussian is None:
-                self._gaussian = _GaussianPrior.of(self, theta, inputs)
-            graph = self._capture(theta, inputs)
-            self._verify(graph, theta, inputs)
+            if self._priors is None:
+                self._priors = self._find_priors(pieces, inputs)
+            graph = self._capture(pieces, inputs)
+            self._verify(graph, pieces, inputs)
         except DataError:
             raise
         except Exception as error:  # whatever a model does that a graph cannot, tracing still can
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             logger.warning("The model is traced at every step, which is slower: it cannot be captured (%s).", reason)
             self.path = "traced"
-            return lambda theta, *inputs: self.traced_gradient(theta, inputs)
+            return self._traced_gradients
+        finally:
+            self.source.load_state_dict(where)
         self.path = "captured"
-        logger.debug("Captured the potential; Gaussian priors in closed form: %s.", sorted(self._gaussian.names))
+        logger.debug("Captured the potential; Gaussian priors in closed form: %s.", sorted(self._priors.names))
         return graph
 
-    def _capture(self, theta: Tensor, inputs: Inputs) -> GradientAndValue:
-        from torch.fx.experimental.proxy_tensor import make_fx
+    def _find_priors(self, pieces: Pieces, inputs: Inputs) -> GaussianPriors:
+        first = [piece.detach() if piece.dim() == 1 else piece[0].detach() for piece in pieces]
+        call = self.source.bind(inputs if not pieces or pieces[0].dim() == 1 else tuple(t[0] for t in inputs))
+        with pyro.validation_enabled(False):
+            traces = [
+                run_model(self.model, call, self.layout.constrain_sites(self._unconstrained(point)))
+                for point in (first, [0.5 * piece + 0.1 for piece in first])
+            ]
+        return GaussianPriors.of(self.layout, traces)
 
-        gaussian = self._gaussian
-        assert gaussian is not None
-
-        unvalidated = _UnvalidatedInstances()
+    def _capture(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
+        priors, unvalidated = self._priors, UnvalidatedInstances()
+        assert priors is not None
         model = unvalidated(self.model)
 
-        def rest(theta: Tensor, *inputs: Tensor) -> Tensor:
-            return self._by_trace(model, theta, inputs, gaussian.names)
+        def rest(pieces: Pieces, inputs: Inputs) -> Tensor:
+            return self._by_trace(model, self._unconstrained(pieces), inputs, priors.names)
 
-        def gradient_and_value(theta: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-            gradient, energy = torch.func.grad_and_value(rest)(theta, *inputs)
-            return gaussian.add_to(theta, gradient.detach(), energy.detach())
+        def gradients_and_energy(pieces: Pieces, inputs: Inputs) -> tuple[Pieces, Tensor]:
+            function = torch.func.grad_and_value(rest)
+            if pieces[0].dim() > 1:
+                function = torch.vmap(function, in_dims=(0, 0 if inputs else None))
+            gradients, energy = function(pieces, inputs)
+            detached = tuple(gradient.detach() for gradient in gradients)
+            return priors.add_to(self.layout, pieces, detached, energy.detach())
 
         try:
-            with pyro.validation_enabled(False):
-                return make_fx(gradient_and_value)(theta.detach().clone(), *inputs)
+            return capture(gradients_and_energy, tuple(piece.detach().clone() for piece in pieces), inputs)
         finally:
             unvalidated.restore()
 
-    def _verify(self, graph: GradientAndValue, theta: Tensor, inputs: Inputs) -> None:
+    def _verify(self, graph: GradientFunction, pieces: Pieces, inputs: Inputs) -> None:
         """Compares the graph with the model at new points, and on other batches where there are any."""
+        theta = torch.cat(pieces, -1).detach()
         generator = torch.Generator(device=theta.device).manual_seed(0)
         for scale in (0.0, 0.1, 1.0):
             noise = torch.empty_like(theta).normal_(generator=generator)
-            point = theta.detach() + scale * noise * (theta.detach().std() if theta.numel() > 1 else 1.0)
+            point = theta + scale * noise * (theta.std() if theta.numel() > 1 else 1.0)
             drawn = self.source.draw()
             other = drawn if [t.shape for t in drawn] == [t.shape for t in inputs] else inputs
-            gradient, energy = graph(point, *other)
+            parts, energy = graph(self.pieces(point), other)
+            gradient = torch.cat(parts, -1)
+            if theta.dim() > 1:  # one chain of several tells, and another of which the batch is not the first
+                gradient, energy, point, other = gradient[-1], energy[-1], point[-1], tuple(t[-1] for t in other)
             expected, expected_energy = self.traced_gradient(point, other)
             error = (gradient - expected).norm()
             close = error <= 1e-3 * expected.norm() + 1e-6
@@ -166,85 +234,6 @@ class Potential:
                 raise RuntimeError(f"its graph gives another gradient than the model, relative error {error:.1e}")
             if not torch.allclose(energy, expected_energy, rtol=1e-3, equal_nan=True):
                 raise RuntimeError(f"its graph gives U = {float(energy):g}, the model {float(expected_energy):g}")
-
-
-class _GaussianPrior:
-    """The sites whose prior is an independent Gaussian with constant parameters, as two vectors over theta.
-
-    Its part of U is half of ``precision * (theta - loc)**2`` up to a constant, which is kept, so that energies agree.
-    """
-
-    def __init__(self, names: frozenset[str], loc: Tensor, precision: Tensor, constant: Tensor) -> None:
-        self.names, self._loc, self._precision, self._constant = names, loc, precision, constant
-
-    @classmethod
-    def of(cls, potential: Potential, theta: Tensor, inputs: Inputs) -> _GaussianPrior:
-        """Finds them by running the model at two points: parameters that moved belong to a hierarchy, and stay out."""
-        layout = potential.layout
-        loc, precision = torch.zeros_like(theta), torch.zeros_like(theta)
-        constant = torch.zeros((), dtype=theta.dtype, device=theta.device)
-        names = set()
-        with pyro.validation_enabled(False):
-            traces = [
-                run_model(potential.model, potential.source.bind(inputs), layout.constrain(point))
-                for point in (theta.detach(), 0.5 * theta.detach() + 0.1)
-            ]
-        for site in layout:
-            here, there = (_gaussian_parameters(trace.nodes[site.name]) for trace in traces)
-            if here is None or there is None or not all(map(torch.equal, here, there)):
-                continue
-            names.add(site.name)
-            loc[site.start : site.stop], scale = here[0].reshape(-1), here[1].reshape(-1)
-            precision[site.start : site.stop] = scale.square().reciprocal()
-            constant = constant + scale.log().sum() + 0.5 * scale.numel() * torch.log(torch.tensor(2 * torch.pi))
-        return cls(frozenset(names), loc, precision, constant)
-
-    def add_to(self, theta: Tensor, gradient: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient and U with this prior's part added."""
-        if not self.names:
-            return gradient, energy
-        deviation = theta - self._loc
-        pull = self._precision * deviation
-        return gradient + pull, energy + 0.5 * torch.dot(pull, deviation) + self._constant
-
-
-def _gaussian_parameters(site: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Mean and sd, each of the site's full shape; None if it is not an unscaled, unmasked independent Gaussian."""
-    fn, shape = site["fn"], site["value"].shape
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    # ExpandedDistribution and MaskedDistribution are other types: they stay with autograd unless exactly Normal.
-    if type(fn) not in (dist.Normal, torch.distributions.Normal) or site["mask"] is not None or site["scale"] != 1.0:
-        return None
-    return fn.loc.detach().expand(shape), fn.scale.detach().expand(shape)
-
-
-class _UnvalidatedInstances(Messenger):
-    """Switches argument validation off in distributions that were built before, until :meth:`restore`.
-
-    ``pyro.validation_enabled(False)`` reaches only those built inside. Densities are taken after the model has run,
-    so leaving the context does not switch it on again. A torch that renames the attribute makes the capture fail, and
-    the model is then traced at every step.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._changed: list[tuple[Any, bool]] = []
-
-    def restore(self) -> None:
-        """Switches validation on again where it was."""
-        while self._changed:
-            fn, flag = self._changed.pop()
-            fn._validate_args = flag
-
-    def _pyro_sample(self, msg: Any) -> None:
-        fn = msg["fn"]
-        while fn is not None:
-            flag = getattr(fn, "_validate_args", False)
-            if flag:
-                self._changed.append((fn, flag))
-                fn._validate_args = False
-            fn = getattr(fn, "base_dist", None)
 
 
 def build_potential(
@@ -270,10 +259,16 @@ def build_potential(
     :raises ValueError: if ``batch_size`` does not fit the data.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    source, call, trace = _open_source(model, args, kwargs, batch_size, num_data, generator)
+    source, first_call, trace = _open_source(model, args, kwargs, batch_size, num_data, generator)
+    call = first_call
+    plates = subsampled_plates(trace)
+    if plates and isinstance(source, FullBatch):
+        source = PlateSubsample(args, kwargs, plates)
+        source.start(generator)
+        call = source.bind(source.draw())
     anatomy = examine(model, source, call, trace)
     source.start(generator)  # the batch looked at belongs to no epoch
-    return Potential(model, source, anatomy, capture=capture), anatomy.start
+    return Potential(model, source, anatomy, first_call, capture=capture), anatomy.start
 
 
 def _open_source(
@@ -305,9 +300,4 @@ def _open_source(
     with pyro.validation_enabled(True):
         trace = run_model(model, call)
         check_densities(trace)
-    plates = subsampled_plates(trace)
-    if plates and isinstance(source, FullBatch):
-        source = PlateSubsample(args, kwargs, plates)
-        source.start(generator)
-        call = source.bind(source.draw())
     return source, call, trace

@@ -64,7 +64,7 @@ def test_closed_form_covers_constant_gaussian_priors_only():
         model, args, settings = MODELS[name]
         potential, start = build_potential(model, args, {}, **settings)
         potential.gradient(potential.layout.unconstrain(start), potential.source.draw())
-        assert potential._gaussian.names == expected
+        assert potential._priors.names == expected
 
 
 def test_data_dependent_control_flow_is_traced_at_every_step(caplog):

@@ -22,9 +22,14 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyro_apd.kernels.chain import Chain
+from pyro_apd.kernels.dynamics import Dynamics
 from pyro_apd.kernels.schedules import Schedule, as_schedule
+from pyro_apd.kernels.step import Step
+from pyro_apd.kernels.tuning import MAX_INFLATION, AutoStep, checked_max_inflation
+from pyro_apd.kernels.warm_start import checked_warm_start
+from pyro_apd.kernels.warmup import WarmUp
 from pyro_apd.layout import Layout
-from pyro_apd.potential import build_potential
+from pyro_apd.potential import Potential, build_potential
 from pyro_apd.pyro_state import seeded
 
 
@@ -41,7 +46,11 @@ class StochasticGradientKernel(MCMCKernel):
         where the iterable has no sized ``dataset``).
 
     :param model: a Pyro model with continuous latents. Weights must be drawn outside the data plate.
-    :param step_size: epsilon, a positive number, or a callable from the Langevin step (from 0, warm-up included) to it.
+    :param step_size: epsilon: a positive number, a callable from the Langevin step (from 0, warm-up included) to it, or
+        ``"auto"``: chosen during warm-up, from measured curvature and gradient noise, and then kept (see
+        :mod:`pyro_apd.kernels.tuning`). What was chosen and why is logged, and is ``diagnostics()["tuning"]``.
+    :param float max_inflation: with ``step_size="auto"``, the share by which variances may come out too large.
+    :param int warm_start: optimise each chain for so many steps of Adam before it warms up; None for none.
     :param int batch_size: rows a mini-batch, style (ii); None uses whatever the model and the arguments say.
     :param int num_data: N, where it is not the leading dimension of the first tensor, or the loader does not tell.
     :param int thinning: Langevin steps a draw; ``num_samples`` and ``warmup_steps`` of the driver count draws.
@@ -49,7 +58,11 @@ class StochasticGradientKernel(MCMCKernel):
     :param init_strategy: where chains start, as for Pyro's HMC; by default a draw from the prior.
     :param int seed: makes the run reproducible without touching the global generator. Chains of one run differ. If
         None, the seed is taken from the global generator.
-    :param bool capture: capture the potential as a graph of tensor operations (see :mod:`pyro_apd.potential`).
+    :param compile: compile each step, which costs some ten seconds at first. ``"auto"`` does so in runs long enough to
+        gain from it: where the steps known of beforehand, or taken, come to 30,000 over all chains that advance
+        together. What was chosen is logged, and is ``diagnostics()["path"]``.
+    :param bool capture: capture the potential as a graph of tensor operations (see :mod:`pyro_apd.potential`);
+        otherwise the model is traced at every step.
     :raises ValueError: if a number is out of range.
     """
 
@@ -60,14 +73,17 @@ class StochasticGradientKernel(MCMCKernel):
     def __init__(
         self,
         model: Callable[..., Any],
-        step_size: float | Schedule,
+        step_size: float | str | Schedule,
         *,
         batch_size: int | None = None,
         num_data: int | None = None,
         thinning: int = 1,
         temperature: float = 1.0,
+        max_inflation: float = MAX_INFLATION,
+        warm_start: int | None = None,
         init_strategy: Callable[..., Any] = init_to_sample,
         seed: int | None = None,
+        compile: bool | str = "auto",
         capture: bool = True,
     ) -> None:
         if not callable(model):
@@ -77,11 +93,18 @@ class StochasticGradientKernel(MCMCKernel):
                 raise ValueError(f"{name}={value!r} must be a positive integer.")
         if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"temperature={temperature!r} must be a finite number >= 0; 1 is the posterior.")
+        if not (isinstance(compile, bool) or compile == "auto"):
+            raise ValueError(f"compile={compile!r} must be True, False or 'auto'.")
         self.model = model
-        self.schedule = as_schedule(step_size)
+        #: Step size by step; None where it is found during warm-up.
+        self.schedule: Schedule | None = None if step_size == "auto" else as_schedule(step_size)
+        self.max_inflation, self.warm_start = checked_max_inflation(max_inflation), checked_warm_start(warm_start)
+        #: What ``step_size="auto"`` chose for the last chain, and why.
+        self.tuning: dict[str, Any] = {}
         self.batch_size, self.num_data = batch_size, num_data
         self.thinning, self.temperature = thinning, float(temperature)
-        self.init_strategy, self.seed, self.capture = init_strategy, seed, capture
+        self.init_strategy, self.seed = init_strategy, seed
+        self.compile, self.capture = compile, capture
         self._initial_params: dict[str, Tensor] | None = None
         self._chain: Chain | None = None
         self._num_chains_begun = 0
@@ -100,29 +123,95 @@ class StochasticGradientKernel(MCMCKernel):
         :raises DataError: if the data are NaN, infinite, or outside the likelihood's support.
         :raises ValueError: if ``batch_size`` does not fit the data, or ``initial_params`` does not fit the model.
         """
-        assert self.model is not None
         self._warmup_steps, self._num_draws = warmup_steps, 0
-        self._started_at, self._logged_at = time.monotonic(), 0.0
-        self._log = OrderedDict()
-        seed = self._next_seed()
-        with seeded(seed):
-            potential, start = build_potential(
-                InitMessenger(self.init_strategy)(self.model),
-                args,
-                kwargs,
-                batch_size=self.batch_size,
-                num_data=self.num_data,
-                capture=self.capture,
-            )
-        # The strategy served to find the start. From here on every latent is given, and the bare model is enough.
-        potential.model = self.model
+        chain = self.begin(args, kwargs, warmup_steps=warmup_steps, initial_params=self._initial_params)
+        self._initial_params = chain.layout.split(chain.theta)
+
+    def begin(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        warmup_steps: int,
+        num_samples: int | None = None,
+        num_chains: int | None = None,
+        first_chain: int | None = None,
+        initial_params: Mapping[str, Tensor] | None = None,
+        keep_draws: bool = True,
+    ) -> Chain:
+        """A chain, or several that advance together, ready to be driven.
+
+        :param args: arguments of the run, and ``kwargs`` its keyword arguments.
+        :param int warmup_steps: draws of warm-up.
+        :param int num_samples: draws after it, where they are known.
+        :param int num_chains: None for one chain with state ``(D,)``, or C for a state ``(C, D)``.
+        :param int first_chain: index of the (first) chain in its run; a chain's seed depends on nothing else. None
+            counts the chains that this kernel began.
+        :param initial_params: unconstrained values by site; for C chains with a leading dimension of C.
+        :param bool keep_draws: keep the draws for the error of a chain that diverges.
+        :raises: as :meth:`setup`.
+        """
+        self._started_at, self._logged_at, self._log = time.monotonic(), 0.0, OrderedDict()
+        first = self._num_chains_begun if first_chain is None else first_chain
+        seeds = [self._seed_of(first + i, is_numbered=first_chain is not None) for i in range(num_chains or 1)]
+        self._num_chains_begun += num_chains or 1
+        potential, starts = self._open(args, kwargs, seeds)
         self.layout, self.transforms = potential.layout, potential.layout.transforms
-        theta = potential.layout.unconstrain(start).detach()
-        if self._initial_params is not None:
-            theta = _checked_start(self._initial_params, potential.layout, theta)
-        self._initial_params = potential.layout.split(theta)
-        self._chain = Chain(potential, theta, self.schedule, self._update, seed, type(self).__name__)
+        theta = torch.stack(starts) if num_chains else starts[0]
+        if initial_params is not None:
+            theta = _checked_start(initial_params, potential.layout, theta)
+        known = (warmup_steps + (warmup_steps if num_samples is None else num_samples)) * self.thinning
+        num_warmup = warmup_steps * self.thinning
+        auto = AutoStep(self.max_inflation, num_warmup, seeds[0]) if self.schedule is None else None
+        self._chain = Chain(
+            potential,
+            theta,
+            auto or self.schedule,  # type: ignore[arg-type]
+            self._update,
+            seeds,
+            type(self).__name__,
+            compile=self.compile,
+            expected_steps=known,
+            keep_draws=keep_draws,
+            warmup=WarmUp(num_warmup, self.temperature, self._dynamics, auto, self.warm_start),
+        )
         self._start_chain(self._chain)
+        return self._chain
+
+    def end(self, chain: Chain) -> None:
+        """Says that a chain of :meth:`begin` is over. Warns if its warm-up was too short.
+
+        :raises DivergenceError: if its last steps ran away unnoticed.
+        """
+        chain.check()
+        if chain.warmup is not None:
+            self.tuning = chain.warmup.report()
+            chain.warmup.finish(chain)
+
+    def _open(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], seeds: list[int]
+    ) -> tuple[Potential, list[Tensor]]:
+        """The potential, and where each chain starts."""
+        assert self.model is not None
+        starting = InitMessenger(self.init_strategy)(self.model)
+        starts: list[Tensor] = []
+        for seed in seeds:
+            with seeded(seed):
+                if not starts:
+                    potential, start = build_potential(
+                        starting,
+                        args,
+                        kwargs,
+                        batch_size=self.batch_size,
+                        num_data=self.num_data,
+                        capture=self.capture,
+                    )
+                else:
+                    start = potential.draw_start()
+            starts.append(potential.layout.unconstrain(start).detach())
+        # The strategy served to find the starts. From here on every latent is given, and the bare model is enough.
+        potential.model = self.model
+        return potential, starts
 
     @property
     def initial_params(self) -> dict[str, Tensor] | None:
@@ -140,37 +229,50 @@ class StochasticGradientKernel(MCMCKernel):
         """
         chain = self._running_chain()
         is_warm = self._num_draws >= self._warmup_steps
+        if self._num_draws == self._warmup_steps:
+            chain.end_warmup()
         self._num_draws += 1
         if len(chain.layout) == 0:
             return {}
         with torch.no_grad():
             if params is not self._last_params:
-                chain.theta.copy_(chain.layout.join(params))
+                chain.theta = chain.layout.join(params)
             chain.advance(self.thinning)
-            self._last_params = chain.layout.split(chain.record(keep=is_warm))
+            draw = chain.record()
+            if is_warm:
+                chain.keep(draw)
+            self._last_params = chain.layout.split(draw)
         return self._last_params
 
     def logging(self) -> OrderedDict[str, str]:
-        """What the progress bar shows. On a GPU it is read twice a second only, since reading waits for the device."""
+        """What the progress bar shows: of several chains the mean, the number that diverged, and steps of all a second.
+
+        On a GPU it is read twice a second only, since reading waits for the device.
+        """
         chain, now = self._running_chain(), time.monotonic()
-        if chain.step and (chain.theta.device.type == "cpu" or now - self._logged_at > 0.5):
+        if chain.step and (chain.energy.device.type == "cpu" or now - self._logged_at > 0.5):
             self._log["step size"] = f"{chain.step_size:.2e}"
-            self._log["potential"] = f"{float(chain.energy):.4g}"
-            self._log["|grad|"] = f"{float(chain.gradient_norm):.3g}"
-            self._log["steps/s"] = f"{chain.step / max(now - self._started_at, 1e-9):.0f}"
+            self._log["potential"] = f"{float(chain.energy.mean()):.4g}"
+            self._log["|grad|"] = f"{float(chain.gradient_norm.mean()):.3g}"
+            if chain.num_chains:
+                self._log["diverged"] = f"{len(chain.divergences)}/{chain.num_chains}"
+            self._log["steps/s"] = f"{chain.step * (chain.num_chains or 1) / max(now - self._started_at, 1e-9):.0f}"
             self._logged_at = now
         return self._log
 
     def diagnostics(self) -> dict[str, Any]:
         """Of the finished chain: ``divergences`` (indices of draws; empty, as a chain that diverges raises) and, one
-        entry a draw, ``potential`` (U on that draw's mini-batch), ``grad_norm`` and ``step_size``.
+        entry a draw, ``potential`` (U on that draw's mini-batch), ``grad_norm`` and ``step_size``; ``path``, how the
+        steps were taken; and ``tuning``, what ``step_size="auto"`` chose and why. Warns if the warm-up was too short.
 
         :raises DivergenceError: if the last steps ran away unnoticed.
         """
         chain = self._running_chain()
-        chain.check()
+        self.end(chain)
         series = {name: torch.stack(values) if values else torch.empty(0) for name, values in chain.trace.items()}
-        return {"divergences": [], **{name: values.cpu() for name, values in series.items()}}
+        statistics = {name: values.cpu() for name, values in series.items()}
+        tuning = {"tuning": self.tuning} if self.tuning else {}
+        return {"divergences": [], **statistics, "path": chain.path, **tuning}
 
     def cleanup(self) -> None:
         """Lets go of the data and the chain's buffers. Safe to call twice; ``layout`` and ``transforms`` stay."""
@@ -185,11 +287,15 @@ class StochasticGradientKernel(MCMCKernel):
     # -- what a sampler defines ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _update(self, chain: Chain, gradient: Tensor, step_size: float) -> None:
-        """Moves ``chain.theta`` ``(D,)`` in place by one step, given the gradient of U there."""
+    def _update(self, step: Step) -> None:
+        """Moves ``step.theta`` in place by one step. Tensor operations alone, since it may be compiled."""
 
     def _start_chain(self, chain: Chain) -> None:
         """Prepares what the sampler keeps beside theta, such as momenta, in ``chain.auxiliary``."""
+
+    def _dynamics(self, chain: Chain) -> Dynamics:
+        """The sampler's recursion at the chain's state, for ``step_size="auto"`` and the warning of a short warm-up."""
+        return Dynamics()
 
     # -- internals ----------------------------------------------------------------------------------------------------
 
@@ -198,16 +304,15 @@ class StochasticGradientKernel(MCMCKernel):
             raise RuntimeError(f"{type(self).__name__}.setup(warmup_steps, *args) comes first; the driver calls it.")
         return self._chain
 
-    def _next_seed(self) -> int:
-        """A seed for the next chain: by the number of chains begun before and, in a worker process, by its own."""
+    def _seed_of(self, index: int, is_numbered: bool = False) -> int:
+        """The seed of a chain: by its index in the run and, in a worker process of Pyro's, by the worker's."""
         if self.seed is None:
             return int(torch.randint(2**62, ()))
         worker = 0
-        if os.getpid() != self._home[0]:
+        if os.getpid() != self._home[0] and not is_numbered:
             # Pyro seeds the worker of chain i with the parent's initial seed plus i.
             worker = (torch.initial_seed() - self._home[1]) % 2**31
-        stream = self.seed * 1_000_003 + self._num_chains_begun * 7_919 + worker
-        self._num_chains_begun += 1
+        stream = self.seed * 1_000_003 + index * 7_919 + worker
         return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(stream % 2**62)))
 
 
@@ -216,7 +321,8 @@ def _checked_start(given: Mapping[str, Tensor], layout: Layout, like: Tensor) ->
 
     :raises ValueError: if sites or shapes are not the model's, or a value is not finite.
     """
-    expected = {site.name: site.unconstrained_shape for site in layout}
+    batch = tuple(like.shape[:-1])
+    expected = {site.name: (*batch, *site.unconstrained_shape) for site in layout}
     shapes = {name: tuple(torch.as_tensor(value).shape) for name, value in given.items()}
     if shapes != expected:
         raise ValueError(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from pyro_apd.kernels.base import StochasticGradientKernel
 from pyro_apd.kernels.chain import Chain
+from pyro_apd.kernels.dynamics import Dynamics
 from pyro_apd.kernels.schedules import Schedule
+from pyro_apd.kernels.step import Step
 
 
 class PSGLD(StochasticGradientKernel):
@@ -46,7 +48,7 @@ class PSGLD(StochasticGradientKernel):
     def __init__(
         self,
         model: Callable[..., Any],
-        step_size: float | Schedule,
+        step_size: float | str | Schedule,
         *,
         decay: float = 0.99,
         stability: float = 1e-5,
@@ -60,27 +62,47 @@ class PSGLD(StochasticGradientKernel):
             raise ValueError(f"stability={stability!r} must be a positive finite number.")
         self.decay, self.stability, self.use_gamma = decay, stability, use_gamma
 
-    def _update(self, chain: Chain, gradient: Tensor, step_size: float) -> None:
-        mean_gradient = gradient / (chain.potential.source.num_data or 1)
-        second = chain.auxiliary.get("second_moment")
-        if second is None:
-            second = chain.auxiliary["second_moment"] = mean_gradient.square()
-        else:
-            second.mul_(self.decay).addcmul_(mean_gradient, mean_gradient, value=1 - self.decay)
-        scale = (second.sqrt() + self.stability).reciprocal_()
-        drift = scale * gradient
-        if self.use_gamma:
-            drift = drift - self.temperature * self._gamma(chain, gradient, mean_gradient, scale, second)
-        chain.theta.add_(drift, alpha=-0.5 * step_size)
-        if self.temperature > 0:
-            noise = chain.gaussian_noise().mul_(scale.sqrt())
-            chain.theta.add_(noise, alpha=math.sqrt(step_size * self.temperature))
+    def _start_chain(self, chain: Chain) -> None:
+        chain.auxiliary["second_moment"] = chain.zeros()
 
-    def _gamma(self, chain: Chain, gradient: Tensor, mean_gradient: Tensor, scale: Tensor, second: Tensor) -> Tensor:
-        """dG_ii / d theta_i, with the Hessian's diagonal from one random probe (Hutchinson's estimator)."""
-        probe = torch.sign(chain.gaussian_noise())
+    def _dynamics(self, chain: Chain) -> Dynamics:
+        """As of SGLD with the present preconditioner, held fixed: what its fluctuations add is not in it."""
+        source = chain.potential.source
+        second = torch.cat(chain.auxiliary["second_moment"], -1)
+        if chain.step == 0:
+            gradient = chain.potential.gradient(chain.theta, source.draw())[0]
+            second = (gradient / (source.num_data or 1)).square()
+        return Dynamics(metric=(second.sqrt() + self.stability).reciprocal())
+
+    def _update(self, step: Step) -> None:
+        gammas: Sequence[Tensor | float] = self._gamma(step) if self.use_gamma else [0.0] * len(step.theta)
+        seconds = step.auxiliary["second_moment"]
+        states = zip(step.theta, seconds, step.gradient, step.noise, gammas, strict=True)
+        for theta, second, gradient, noise, gamma in states:
+            second.copy_(self._next_second(second, gradient, step.num_data))
+            scale = (second.sqrt() + self.stability).reciprocal()
+            theta.addcmul_(scale * gradient - self.temperature * gamma, step.size, value=-0.5)
+            theta.addcmul_(noise, (scale * (step.size * self.temperature)).sqrt())
+
+    def _next_second(self, second: Tensor, gradient: Tensor, num_data: int) -> Tensor:
+        square = (gradient / num_data).square()
+        # Zero is where it starts, and where there is nothing to average yet.
+        return torch.where(second == 0, square, self.decay * second + (1 - self.decay) * square)
+
+    def _gamma(self, step: Step) -> list[Tensor]:
+        """dG_ii / d theta_i, with the Hessian's diagonal from one random probe (Hutchinson's estimator).
+
+        The probe is the signs of the step's own noise: Gamma is even in it, so that the two stay uncorrelated.
+        """
         reach = 1e-3
-        ahead = chain.gradient_at(chain.theta + reach * probe)
-        curvature = probe * (ahead - gradient) / reach / (chain.potential.source.num_data or 1)
-        slope = 2 * (1 - self.decay) * mean_gradient * curvature
-        return -0.5 * scale.square() * slope / second.sqrt().clamp_min(self.stability)
+        probes = [torch.sign(noise) for noise in step.noise]
+        ahead = step.gradient_at(tuple(t + reach * p for t, p in zip(step.theta, probes, strict=True)))
+        gammas = []
+        for probe, there, here, second in zip(
+            probes, ahead, step.gradient, step.auxiliary["second_moment"], strict=True
+        ):
+            root = self._next_second(second, here, step.num_data).sqrt()
+            curvature = probe * (there - here) / (reach * step.num_data)
+            slope = 2 * (1 - self.decay) * (here / step.num_data) * curvature
+            gammas.append(-0.5 * slope / ((root + self.stability).square() * root.clamp_min(self.stability)))
+        return gammas

@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pyro_apd.kernels.base import StochasticGradientKernel
 from pyro_apd.kernels.chain import Chain
+from pyro_apd.kernels.dynamics import Dynamics
 from pyro_apd.kernels.schedules import Schedule
+from pyro_apd.kernels.step import Step
 
 
 class SGHMC(StochasticGradientKernel):
@@ -40,7 +38,7 @@ class SGHMC(StochasticGradientKernel):
     def __init__(
         self,
         model: Callable[..., Any],
-        step_size: float | Schedule,
+        step_size: float | str | Schedule,
         *,
         friction: float = 0.1,
         noise_estimate: float = 0.0,
@@ -55,12 +53,14 @@ class SGHMC(StochasticGradientKernel):
 
     def _start_chain(self, chain: Chain) -> None:
         # At rest; the momentum reaches its own temperature within some 1 / friction steps of warm-up.
-        chain.auxiliary["momentum"] = torch.zeros_like(chain.theta)
+        chain.auxiliary["momentum"] = chain.zeros()
 
-    def _update(self, chain: Chain, gradient: Tensor, step_size: float) -> None:
-        momentum, rate = chain.auxiliary["momentum"], 0.5 * step_size
-        momentum.mul_(1 - self.friction).add_(gradient, alpha=-rate)
-        if self.temperature > 0:
-            variance = 2 * (self.friction - self.noise_estimate) * rate * self.temperature
-            momentum.add_(chain.gaussian_noise(), alpha=math.sqrt(variance))
-        chain.theta.add_(momentum)
+    def _dynamics(self, chain: Chain) -> Dynamics:
+        return Dynamics(self.friction, self.noise_estimate)
+
+    def _update(self, step: Step) -> None:
+        scale = ((self.friction - self.noise_estimate) * self.temperature * step.size).sqrt()
+        states = zip(step.theta, step.auxiliary["momentum"], step.gradient, step.noise, strict=True)
+        for theta, momentum, gradient, noise in states:
+            momentum.mul_(1 - self.friction).addcmul_(gradient, step.size, value=-0.5).addcmul_(noise, scale)
+            theta.add_(momentum)

@@ -5,12 +5,8 @@
 
 from __future__ import annotations
 
-import math
-
-from torch import Tensor
-
 from pyro_apd.kernels.base import StochasticGradientKernel
-from pyro_apd.kernels.chain import Chain
+from pyro_apd.kernels.step import Step
 
 
 class SGLD(StochasticGradientKernel):
@@ -36,7 +32,7 @@ class SGLD(StochasticGradientKernel):
         mcmc.run(x_train, y_train)
     """
 
-    def _update(self, chain: Chain, gradient: Tensor, step_size: float) -> None:
-        chain.theta.add_(gradient, alpha=-0.5 * step_size)
-        if self.temperature > 0:
-            chain.theta.add_(chain.gaussian_noise(), alpha=math.sqrt(step_size * self.temperature))
+    def _update(self, step: Step) -> None:
+        scale = (step.size * self.temperature).sqrt()
+        for theta, gradient, noise in zip(step.theta, step.gradient, step.noise, strict=True):
+            theta.addcmul_(gradient, step.size, value=-0.5).addcmul_(noise, scale)

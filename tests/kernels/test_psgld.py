@@ -10,6 +10,7 @@ import torch
 from pyro.infer import MCMC
 
 from pyro_apd.kernels import PSGLD
+from pyro_apd.kernels.step import Step
 
 # Curvatures 1 and 100 along the axes: condition number 100.
 CURVATURE = torch.tensor([100.0, 10.0, 1.0])
@@ -59,18 +60,24 @@ def test_one_step_by_hand():
 
 def test_gamma_is_the_derivative_of_the_preconditioner():
     kernel = PSGLD(gaussian, 0.1, decay=0.9, stability=0.5, use_gamma=True)
-    kernel.initial_params = {"w": torch.zeros(3)}
-    kernel.setup(0)
-    kernel.sample(kernel.initial_params)
-    chain, mean = kernel._chain, torch.tensor([1.0, -2.0, 3.0])
-    theta = chain.theta.double().requires_grad_()
-    before = torch.rand(3, dtype=torch.float64) * 50
-    gradient = CURVATURE.double() * (theta - mean)
-    second = 0.9 * before + 0.1 * gradient.square()
-    scale = 1 / (0.5 + second.sqrt())
+    mean, before = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64), torch.rand(3, dtype=torch.float64) * 50
+    theta = torch.tensor([1.5, 0.3, -0.2], dtype=torch.float64, requires_grad=True)
+
+    def gradient_at(theta_by_site):
+        return (CURVATURE.double() * (theta_by_site[0] - mean),)
+
+    scale = 1 / (0.5 + (0.9 * before + 0.1 * gradient_at((theta,))[0].square()).sqrt())
     (expected,) = torch.autograd.grad(scale.sum(), theta)  # the Hessian is diagonal
-    found = kernel._gamma(chain, *(v.detach().float() for v in (gradient, gradient, scale, second)))
-    torch.testing.assert_close(found, expected.float(), rtol=1e-2, atol=1e-6)
+    step = Step(
+        theta=(theta.detach(),),
+        auxiliary={"second_moment": (before,)},
+        gradient=gradient_at((theta.detach(),)),
+        noise=(torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64),),
+        size=torch.tensor(0.1),
+        gradient_at=gradient_at,
+        num_data=1,
+    )
+    torch.testing.assert_close(kernel._gamma(step)[0], expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("settings", [{"decay": 1.0}, {"decay": 0.0}, {"stability": 0.0}, {"stability": float("nan")}])
