@@ -11,6 +11,7 @@ of the tensors that change.
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,6 +112,11 @@ class MinibatchSource(ABC):
         self._generators = generators
         self._streams: list[IndexStream] = []
 
+    def _device(self) -> torch.device:
+        """Where indices are drawn."""
+        first = self._generators if isinstance(self._generators, torch.Generator) else self._generators[0]
+        return first.device
+
     def state_dict(self) -> dict[str, Any]:
         """Where the batches are: with :meth:`load_state_dict`, the next are the same again."""
         streams = [stream.state_dict() for stream in self._streams]
@@ -121,6 +127,15 @@ class MinibatchSource(ABC):
         for stream, stream_state in zip(self._streams, state["streams"], strict=True):
             stream.load_state_dict(stream_state)
         set_generator_states(self._generators, state["generators"])
+
+    def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
+        """Batches that together hold each datum equally often, with weights that add up to 1.
+
+        The weighted mean of U over them is that of the full data.
+
+        :raises ValueError: if there are none.
+        """
+        raise ValueError("There are no mini-batches here: the full data are used at every step.")
 
     @abstractmethod
     def draw(self) -> tuple[Tensor, ...]:
@@ -174,6 +189,18 @@ class PlateSubsample(MinibatchSource):
         """One index tensor ``(B,)`` a plate."""
         return tuple(next(stream) for stream in self._streams)
 
+    def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
+        """Batches of a fixed size, round and round the data until they end where they began.
+
+        :raises ValueError: if several plates subsample, whose batches do not combine.
+        """
+        if len(self.plates) > 1:
+            raise ValueError(f"Plates {sorted(self.plates)} all subsample; with several there is no simple cover.")
+        ((size, batch),) = self.plates.values()
+        num_batches = size // math.gcd(size, batch)
+        for k in range(num_batches):
+            yield ((torch.arange(k * batch, (k + 1) * batch) % size).to(self._device()),), 1 / num_batches
+
     def bind(self, inputs: tuple[Tensor, ...]) -> Call:
         """All arguments, with the plates' own index sites set."""
         return Call(self._args, self._kwargs, dict(zip(self.plates, inputs, strict=True)))
@@ -219,6 +246,12 @@ class RowSubsample(MinibatchSource):
     def draw(self) -> tuple[Tensor, ...]:
         """Row indices ``(B,)``."""
         return (next(self._streams[0]),)
+
+    def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
+        """The rows in order; the last batch may be shorter."""
+        assert self.num_data is not None
+        for rows in torch.arange(self.num_data, device=self._device()).split(self.batch_size):
+            yield (rows,), len(rows) / self.num_data
 
     def bind(self, inputs: tuple[Tensor, ...]) -> Call:
         """The arguments, each tensor with N rows reduced to the rows in ``inputs``."""
@@ -309,7 +342,10 @@ class LoaderBatches(MinibatchSource):
             self._spec = self._by_chain[0]._spec
             self._full_rows = self._by_chain[0]._full_rows
             return tuple(torch.stack(leaves) for leaves in zip(*batches, strict=True))
-        leaves, spec = pytree.tree_flatten(self._as_call(self._next_batch()))
+        return self._tensors(self._next_batch())
+
+    def _tensors(self, batch: Any) -> tuple[Tensor, ...]:
+        leaves, spec = pytree.tree_flatten(self._as_call(batch))
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         if len(tensors) != len(leaves) or not tensors or tensors[0].dim() == 0:
             raise DataError(
@@ -319,6 +355,25 @@ class LoaderBatches(MinibatchSource):
         self._spec = spec
         self._full_rows = max(self._full_rows, tensors[0].shape[0])
         return tensors if self.device is None else tuple(t.to(self.device, non_blocking=True) for t in tensors)
+
+    def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
+        """One epoch of the iterable.
+
+        :raises ValueError: if an epoch does not hold each datum once.
+        """
+        random_state = torch.get_rng_state()
+        try:
+            batches = [self._tensors(batch) for batch in self._loader]
+        finally:
+            torch.set_rng_state(random_state)
+        rows = sum(batch[0].shape[0] for batch in batches)
+        if rows != self.num_data:
+            raise ValueError(
+                f"An epoch of the iterable holds {rows} rows, the data {self.num_data}: batches must cover the data "
+                "once. Leave out drop_last=True and samplers that draw with replacement."
+            )
+        for batch in batches:
+            yield batch, 1 / self.scale(batch)
 
     def bind(self, inputs: tuple[Tensor, ...]) -> Call:
         """The batch as the model's arguments."""

@@ -354,7 +354,8 @@ def _tensors(call: Call) -> list[Tensor]:
 
 def _numel(site: Mapping[str, Any]) -> int:
     """Number of scalars that a site scores; for a pyro.factor the size of its term."""
-    return max(int(torch.as_tensor(site["value"]).numel()), int(site["fn"].batch_shape.numel()))
+    # An improper prior's batch_shape may be a plain tuple.
+    return max(int(torch.as_tensor(site["value"]).numel()), torch.Size(site["fn"].batch_shape).numel())
 
 
 def _differs(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

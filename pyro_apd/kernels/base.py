@@ -25,11 +25,12 @@ from pyro_apd.kernels.chain import Chain
 from pyro_apd.kernels.dynamics import Dynamics
 from pyro_apd.kernels.schedules import Schedule, as_schedule
 from pyro_apd.kernels.step import Step
+from pyro_apd.kernels.temperature import Temperature
 from pyro_apd.kernels.tuning import MAX_INFLATION, AutoStep, checked_max_inflation
 from pyro_apd.kernels.warm_start import checked_warm_start
 from pyro_apd.kernels.warmup import WarmUp
 from pyro_apd.layout import Layout
-from pyro_apd.potential import Potential, build_potential
+from pyro_apd.potential import Pieces, Potential, build_potential
 from pyro_apd.pyro_state import seeded
 
 
@@ -58,6 +59,8 @@ class StochasticGradientKernel(MCMCKernel):
     :param init_strategy: where chains start, as for Pyro's HMC; by default a draw from the prior.
     :param int seed: makes the run reproducible without touching the global generator. Chains of one run differ. If
         None, the seed is taken from the global generator.
+    :param bool control_variates: remove mini-batch noise near the state that sampling starts from, for two gradients a
+        step (Baker et al. 2019; see :mod:`~pyro_apd.kernels.control_variates`). It wants a start at a mode.
     :param compile: compile each step, which costs some ten seconds at first. ``"auto"`` does so in runs long enough to
         gain from it: where the steps known of beforehand, or taken, come to 30,000 over all chains that advance
         together. What was chosen is logged, and is ``diagnostics()["path"]``.
@@ -83,6 +86,7 @@ class StochasticGradientKernel(MCMCKernel):
         warm_start: int | None = None,
         init_strategy: Callable[..., Any] = init_to_sample,
         seed: int | None = None,
+        control_variates: bool = False,
         compile: bool | str = "auto",
         capture: bool = True,
     ) -> None:
@@ -104,6 +108,7 @@ class StochasticGradientKernel(MCMCKernel):
         self.batch_size, self.num_data = batch_size, num_data
         self.thinning, self.temperature = thinning, float(temperature)
         self.init_strategy, self.seed = init_strategy, seed
+        self.control_variates = control_variates
         self.compile, self.capture = compile, capture
         self._initial_params: dict[str, Tensor] | None = None
         self._chain: Chain | None = None
@@ -113,6 +118,7 @@ class StochasticGradientKernel(MCMCKernel):
         self._warmup_steps = self._num_draws = 0
         self._log: OrderedDict[str, str] = OrderedDict()
         self._started_at = self._logged_at = 0.0
+        self._temperatures: list[Temperature] = []
 
     # -- Pyro's contract ----------------------------------------------------------------------------------------------
 
@@ -172,8 +178,11 @@ class StochasticGradientKernel(MCMCKernel):
             type(self).__name__,
             compile=self.compile,
             expected_steps=known,
+            unroll=_unroll(self.thinning) if num_chains is None else 1,
             keep_draws=keep_draws,
             warmup=WarmUp(num_warmup, self.temperature, self._dynamics, auto, self.warm_start),
+            control_variates=self.control_variates,
+            kinetic=self._kinetic,
         )
         self._start_chain(self._chain)
         return self._chain
@@ -184,6 +193,7 @@ class StochasticGradientKernel(MCMCKernel):
         :raises DivergenceError: if its last steps ran away unnoticed.
         """
         chain.check()
+        self._temperatures = chain.temperatures(self.temperature)
         if chain.warmup is not None:
             self.tuning = chain.warmup.report()
             chain.warmup.finish(chain)
@@ -238,7 +248,7 @@ class StochasticGradientKernel(MCMCKernel):
             if params is not self._last_params:
                 chain.theta = chain.layout.join(params)
             chain.advance(self.thinning)
-            draw = chain.record()
+            draw = chain.theta
             if is_warm:
                 chain.keep(draw)
             self._last_params = chain.layout.split(draw)
@@ -247,10 +257,10 @@ class StochasticGradientKernel(MCMCKernel):
     def logging(self) -> OrderedDict[str, str]:
         """What the progress bar shows: of several chains the mean, the number that diverged, and steps of all a second.
 
-        On a GPU it is read twice a second only, since reading waits for the device.
+        It is read a few times a second only: on a GPU, reading waits for the device.
         """
         chain, now = self._running_chain(), time.monotonic()
-        if chain.step and (chain.energy.device.type == "cpu" or now - self._logged_at > 0.5):
+        if chain.step and now - self._logged_at > (0.1 if chain.energy.device.type == "cpu" else 0.5):
             self._log["step size"] = f"{chain.step_size:.2e}"
             self._log["potential"] = f"{float(chain.energy.mean()):.4g}"
             self._log["|grad|"] = f"{float(chain.gradient_norm.mean()):.3g}"
@@ -263,7 +273,8 @@ class StochasticGradientKernel(MCMCKernel):
     def diagnostics(self) -> dict[str, Any]:
         """Of the finished chain: ``divergences`` (indices of draws; empty, as a chain that diverges raises) and, one
         entry a draw, ``potential`` (U on that draw's mini-batch), ``grad_norm`` and ``step_size``; ``path``, how the
-        steps were taken; and ``tuning``, what ``step_size="auto"`` chose and why. Warns if the warm-up was too short.
+        steps were taken; ``temperatures``, see :meth:`temperatures`; and ``tuning``, what ``step_size="auto"`` chose
+        and why. Warns if the warm-up was too short.
 
         :raises DivergenceError: if the last steps ran away unnoticed.
         """
@@ -272,7 +283,15 @@ class StochasticGradientKernel(MCMCKernel):
         series = {name: torch.stack(values) if values else torch.empty(0) for name, values in chain.trace.items()}
         statistics = {name: values.cpu() for name, values in series.items()}
         tuning = {"tuning": self.tuning} if self.tuning else {}
-        return {"divergences": [], **statistics, "path": chain.path, **tuning}
+        return {"divergences": [], **statistics, "path": chain.path, "temperatures": self.temperatures(), **tuning}
+
+    def temperatures(self) -> list[Temperature]:
+        """Temperatures of the chain that ran last, over all weights and by site, each with its standard error.
+
+        A chain as hot as it should be reads the kernel's temperature; see :mod:`~pyro_apd.kernels.temperature`. Empty
+        where no chain has drawn yet.
+        """
+        return self._temperatures if self._chain is None else self._chain.temperatures(self.temperature)
 
     def cleanup(self) -> None:
         """Lets go of the data and the chain's buffers. Safe to call twice; ``layout`` and ``transforms`` stay."""
@@ -289,6 +308,9 @@ class StochasticGradientKernel(MCMCKernel):
     @abstractmethod
     def _update(self, step: Step) -> None:
         """Moves ``step.theta`` in place by one step. Tensor operations alone, since it may be compiled."""
+
+    #: Of a sampler with momenta: sums of their thermal motion, n T by site, from the auxiliary state and step size.
+    _kinetic: Callable[[Mapping[str, Pieces], float], Tensor] | None = None
 
     def _start_chain(self, chain: Chain) -> None:
         """Prepares what the sampler keeps beside theta, such as momenta, in ``chain.auxiliary``."""
@@ -314,6 +336,11 @@ class StochasticGradientKernel(MCMCKernel):
             worker = (torch.initial_seed() - self._home[1]) % 2**31
         stream = self.seed * 1_000_003 + index * 7_919 + worker
         return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(stream % 2**62)))
+
+
+def _unroll(thinning: int) -> int:
+    """Steps to compile into one program: a draw's in equal parts, of five at most, since compiling takes time."""
+    return max(num for num in range(1, 6) if thinning % num == 0)
 
 
 def _checked_start(given: Mapping[str, Tensor], layout: Layout, like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Kernels hold settings and speak Pyro's contract; what moves is here.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from pyro_apd.errors import DataError, DivergenceError
+from pyro_apd.kernels.control_variates import ControlVariates
 from pyro_apd.kernels.noise import Noise
 from pyro_apd.kernels.schedules import Schedule
-from pyro_apd.kernels.step import Step, Stepper
+from pyro_apd.kernels.step import Measures, Step, Stepper
+from pyro_apd.kernels.temperature import READ_EVERY, Temperature, Thermometer
 from pyro_apd.kernels.warmup import WarmUp
 from pyro_apd.minibatch import LoaderBatches, check_finite
 from pyro_apd.potential import Inputs, Pieces, Potential
@@ -42,8 +45,11 @@ class Chain:
     :param str name: the sampler's name, for messages.
     :param compile: see :class:`~pyro_apd.kernels.step.Stepper`.
     :param int expected_steps: Langevin steps that the run is known to take.
-    :param bool keep_draws: keep recorded draws for the error of a chain that diverges.
+    :param int unroll: steps that are compiled into one program.
+    :param bool keep_draws: keep draws for the error of a chain that diverges.
     :param WarmUp warmup: what the chain does for itself; None for nothing.
+    :param bool control_variates: take gradients with control variates about the state before the first step.
+    :param kinetic: sums of the momenta's thermal motion by site, given the auxiliary state and the step size.
     :ivar dict auxiliary: what a sampler keeps beside theta, by site, such as momenta.
     :ivar divergences: errors of the chains that diverged, with the chain's index as ``chain``.
     :ivar int step: Langevin steps taken.
@@ -60,28 +66,44 @@ class Chain:
         *,
         compile: bool | str = False,
         expected_steps: int = 0,
+        unroll: int = 1,
         keep_draws: bool = True,
         warmup: WarmUp | None = None,
+        control_variates: bool = False,
+        kinetic: Callable[[Mapping[str, Pieces], float], Tensor] | None = None,
     ) -> None:
         self.potential, self.layout, self.name = potential, potential.layout, name
         self.num_chains = len(theta) if theta.dim() > 1 else None
         self._theta: Pieces = tuple(piece.clone() for piece in potential.pieces(theta))
         self.auxiliary: dict[str, Pieces] = {}
         self.step, self.step_size = 0, float("nan")
-        self.energy = self._squared_norm = theta.new_zeros(theta.shape[:-1])
+        self._measures = Measures(*[theta.new_zeros(theta.shape[:-1])] * 2)
         self.draws: list[Tensor] = []
         self.trace: dict[str, list[Tensor]] = {"potential": [], "grad_norm": [], "step_size": []}
         self.divergences: list[DivergenceError] = []
+        self.control: ControlVariates | None = None
+        self._wants_control = control_variates
         self._schedule, self._keep_draws, self.warmup = schedule, keep_draws, warmup
         self._like = theta.new_empty(0)
         self._is_cpu = theta.device.type == "cpu"
-        self._size = theta.new_full((len(theta), 1) if self.num_chains else (), float("nan"))
+        self._sizes = theta.new_empty((1, len(theta), 1) if self.num_chains else (1,))
+        self._values: list[float] = []
         self._start_streams(theta, seeds)
-        self._stepper = Stepper(potential, update, self._noise, compile, expected_steps * (self.num_chains or 1))
+        sizes = [site.size for site in self.layout]
+        known = expected_steps * (self.num_chains or 1)
+        self._stepper = Stepper(potential, sizes, update, self._noise, compile, known, unroll)
+        self._read_step = 0
+        # Virials of weights far from zero are noisy; their average over the warm-up is as good a centre, and near.
+        self._centre, self._num_averaged, self._is_warming = self.zeros(), 0, True
+        self.thermometers = [Thermometer("configurational", sizes)]
+        self._kinetic = kinetic
+        if kinetic is not None:
+            self.thermometers.append(Thermometer("kinetic", sizes))
         self._inputs: Inputs = ()
         self._energy_start: Tensor | None = None
         self._is_frozen = torch.zeros(theta.shape[:-1], dtype=torch.bool)
-        self._last_good = tuple(piece.clone() for piece in self._theta)
+        # The potential of a state is known a step later: it counts as good once the next look finds the chain well.
+        self._last_good, self._hopeful = (tuple(piece.clone() for piece in self._theta) for _ in range(2))
         self._checked_step = self._num_good = 0
 
     def _start_streams(self, theta: Tensor, seeds: Sequence[int]) -> None:
@@ -90,6 +112,9 @@ class Chain:
             self.potential.source.device = theta.device
         self.potential.source.start(generators if self.num_chains else generators[0])
         self._noise = Noise(theta, seeds)
+        others = [torch.Generator(device=theta.device).manual_seed(seed ^ 1) for seed in seeds]
+        self._thermal_source = copy.copy(self.potential.source)
+        self._thermal_source.start(others if self.num_chains else others[0])
 
     @property
     def theta(self) -> Tensor:
@@ -107,9 +132,15 @@ class Chain:
         return self._stepper.path
 
     @property
+    def energy(self) -> Tensor:
+        """U before the last step, on its mini-batch, ``()`` or ``(C,)``."""
+        return self._measures.energy
+
+    @property
     def gradient_norm(self) -> Tensor:
-        """Norm of the last gradient, ``()`` or ``(C,)``."""
-        return self._squared_norm.sqrt()
+        """Norm of the gradient of the last step of the last :meth:`advance`, ``()`` or ``(C,)``."""
+        assert self._measures.squared_norm is not None
+        return self._measures.squared_norm.sqrt()
 
     def zeros(self) -> Pieces:
         """Zeros by site, for what a sampler keeps beside theta."""
@@ -121,43 +152,87 @@ class Chain:
         :raises DivergenceError: if the chain ran away, or all of several did.
         :raises ValueError: if the schedule gives a step size that is not positive and finite.
         """
-        for _ in range(num_steps):
+        while num_steps > 0:
             if self.warmup is not None:
                 self.warmup.before_step(self)
-            self._set_step_size(self._schedule(self.step))
-            self._inputs = self.potential.source.draw()
+            if self._wants_control:
+                self.use_control_variates()
             taken = self.step * (self.num_chains or 1)
-            self.energy, self._squared_norm = self._stepper.take(
-                self._theta, self.auxiliary, self._size, self._inputs, taken
+            num = self._stepper.num_at_once(num_steps, taken)
+            num_steps -= num
+            inputs = [self.potential.source.draw() for _ in range(num)]
+            self._measures = self._stepper.take(
+                self._theta,
+                self.auxiliary,
+                self._step_sizes(num),
+                inputs,
+                steps_taken=taken,
+                is_measured=num_steps == 0,
             )
-            self.step += 1
+            self._inputs = inputs[-1]
+            self.step += num
             # On a CPU the potential can be read at once; elsewhere reading waits for the device.
             is_lost = self._is_cpu and not self._is_finite()
             if is_lost or self.step == 1 or self.step - self._checked_step >= _CHECK_EVERY:
                 self.check()
+        if self._is_warming:
+            self._average()
         if self.warmup is not None:
             self.warmup.after_draw(self, self._theta)
 
-    def record(self) -> Tensor:
-        """The state as a draw ``(D,)`` or ``(C, D)`` that later steps do not change."""
-        return self.theta
-
     def statistics(self) -> dict[str, Tensor]:
-        """Of the last step, ``()`` or ``(C,)``: ``potential`` (U on its mini-batch), ``grad_norm`` and ``step_size``."""
+        """Of the last step, ``()`` or ``(C,)``: ``potential`` (U on its batch), ``grad_norm`` and ``step_size``."""
         size = self.energy.new_full(self.energy.shape, self.step_size)
-        return {"potential": self.energy.clone(), "grad_norm": self.gradient_norm, "step_size": size}
+        return {"potential": self.energy, "grad_norm": self.gradient_norm, "step_size": size}
 
     def keep(self, draw: Tensor) -> None:
-        """Adds a draw after warm-up, with its statistics, to what is kept for the end of the run."""
+        """Keeps a draw and its statistics, for a driver that does not; and observes it."""
         if self._keep_draws:
             self.draws.append(draw)
         for name, value in self.statistics().items():
             self.trace[name].append(value)
+        self.observe()
+
+    def observe(self) -> None:
+        """Reads the thermometers, where it is time. To be called at each draw after warm-up."""
+        if self.step - self._read_step >= READ_EVERY:
+            self._read_temperatures()
+
+    def _read_temperatures(self) -> None:
+        self._read_step = self.step
+        inputs = self._thermal_source.draw()
+        gradient, _ = self._stepper.potential.gradient_function(self._theta, inputs)(self._theta, inputs)
+        states = zip(self._theta, self._centre, gradient, strict=True)
+        self.thermometers[0].add(torch.stack([((t - c) * g).sum(-1) for t, c, g in states], -1))
+        if self._kinetic is not None:
+            self.thermometers[1].add(self._kinetic(self.auxiliary, self.step_size))
+
+    def temperatures(self, target: float) -> list[Temperature]:
+        """What the thermometers read over the kept draws, beside the ``target``."""
+        return [reading for t in self.thermometers for reading in t.readings(self.layout.names, target)]
 
     def end_warmup(self) -> None:
         """Says that what follows is kept."""
+        self._is_warming = False
+
+    def _average(self) -> None:
+        """Takes the state into an average that forgets the early ones (Shamir & Zhang, ICML 2013, with eta = 3)."""
+        self._num_averaged += 1
+        for centre, piece in zip(self._centre, self._theta, strict=True):
+            centre.lerp_(piece, 4 / (self._num_averaged + 3))
         if self.warmup is not None:
             self.warmup.begin_keeping(self)
+
+    def use_control_variates(self) -> None:
+        """From here on takes gradients with control variates about the present state.
+
+        :raises ValueError: if the mini-batches cannot be made to cover the data once.
+        """
+        self._install(ControlVariates.about(self.potential, self._theta))
+
+    def _install(self, control: ControlVariates) -> None:
+        self.control, self._wants_control = control, False
+        self._stepper.potential = control
 
     def state_dict(self) -> dict[str, Any]:
         """All that the continuation depends on: tensors, numbers, strings, and dicts and lists of them."""
@@ -170,8 +245,13 @@ class Chain:
             "energy_start": self._energy_start,
             "is_frozen": self._is_frozen.clone(),
             "last_good": torch.cat(self._last_good, -1) if self._last_good else self._like,
+            "hopeful": torch.cat(self._hopeful, -1) if self._hopeful else self._like,
             "checked_step": self._checked_step,
             "divergences": [error.to_json() for error in self.divergences],
+            "centre": [piece.clone() for piece in self._centre],
+            "num_averaged": self._num_averaged,
+            "is_warming": self._is_warming,
+            "control": None if self.control is None else self.control.state_dict(),
             "warmup": None if self.warmup is None else self.warmup.state_dict(),
         }
 
@@ -184,12 +264,18 @@ class Chain:
         self.potential.source.load_state_dict(state["source"])
         self._noise.load_state_dict(state["noise"])
         self._energy_start, self._is_frozen = state["energy_start"], state["is_frozen"].clone()
-        for piece, new in zip(self._last_good, self.potential.pieces(state["last_good"]), strict=True):
-            piece.copy_(new)
+        for pieces, name in ((self._last_good, "last_good"), (self._hopeful, "hopeful")):
+            for piece, new in zip(pieces, self.potential.pieces(state[name]), strict=True):
+                piece.copy_(new)
         self.divergences = [DivergenceError.from_json(error) for error in state["divergences"]]
+        self._values = []
+        for piece, new in zip(self._centre, state["centre"], strict=True):
+            piece.copy_(new)
+        self._num_averaged, self._is_warming = int(state["num_averaged"]), bool(state["is_warming"])
+        if state["control"] is not None:
+            self._install(ControlVariates(self.potential, **state["control"]))
         if self.warmup is not None and state["warmup"] is not None:
             self.warmup.load_state_dict(state["warmup"], self)
-        self.step_size = float("nan")
 
     # -- divergence ---------------------------------------------------------------------------------------------------
 
@@ -210,8 +296,9 @@ class Chain:
         is_good = is_good.cpu() | self._is_frozen
         if not bool(is_good.all()):
             self._stop(torch.nonzero(~is_good.reshape(-1)).flatten().tolist())
-        for good, piece in zip(self._last_good, self._theta, strict=True):
-            good.copy_(piece)
+        for good, hopeful, piece in zip(self._last_good, self._hopeful, self._theta, strict=True):
+            good.copy_(hopeful)
+            hopeful.copy_(piece)
         self._checked_step, self._num_good = self.step, len(self.draws)
 
     def _stop(self, chains: Sequence[int]) -> None:
@@ -227,17 +314,23 @@ class Chain:
             for pieces in (self._theta, *self.auxiliary.values()):
                 for piece, good in zip(pieces, self._last_good, strict=True):
                     piece[chain] = good[chain] if pieces is self._theta else 0.0
-        self.step_size = float("nan")  # so that the next step sets it anew, to zero for these
+        self._values = []  # so that the next step sets them anew, to zero for these
 
-    def _set_step_size(self, step_size: float) -> None:
-        if step_size == self.step_size:
-            return
-        if not (math.isfinite(step_size) and step_size > 0):
-            raise ValueError(f"step_size({self.step}) = {step_size!r}: a schedule must stay positive, finite.")
-        self.step_size = step_size
-        self._size.fill_(step_size)
-        if self.divergences:
-            self._size[self._is_frozen] = 0.0
+    def _step_sizes(self, num_steps: int) -> Tensor:
+        """Of the next steps, ``(K,)`` or ``(K, C, 1)``; nothing is written where they are those of the last."""
+        values = [self._schedule(self.step + i) for i in range(num_steps)]
+        for i, value in enumerate(values):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"step_size({self.step + i}) = {value!r}: a schedule must stay positive, finite.")
+        if values != self._values:
+            if len(self._sizes) != num_steps:
+                self._sizes = self._sizes.new_empty((num_steps, *self._sizes.shape[1:]))
+            for row, value in zip(self._sizes, values, strict=True):
+                row.fill_(value)
+                if self.divergences:
+                    row[self._is_frozen] = 0.0
+        self._values, self.step_size = values, values[-1]
+        return self._sizes
 
     def _is_finite(self) -> bool:
         if self.num_chains is None:

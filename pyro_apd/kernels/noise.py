@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Raw numbers drawn in one go: small models would otherwise spend their time on the calls.
+# Raw numbers drawn in one go for each chain: small models would otherwise spend their time on the calls.
 _BLOCK = 8192
 _BITS = 24  # of a float32's mantissa
 _MASK = 2**_BITS - 1
@@ -35,37 +35,41 @@ class Noise:
     def __init__(self, like: Tensor, seeds: Sequence[int]) -> None:
         self._shape, self._size = like.shape, like.shape[-1]
         self._is_raw = like.device.type == "cpu" and like.dtype == torch.float32
-        self._buffer = torch.empty_like(like)
+        self._buffer = like.new_empty((1, *like.shape))
         self._device_generator = torch.Generator(device=like.device).manual_seed(seeds[0])
         self._generators = [np.random.SFC64(seed) for seed in seeds]
         self._half = (self._size + 1) // 2
-        self._steps = max(1, _BLOCK // max(self._half * len(seeds), 1)) if self._is_raw else 1
+        self._steps = max(1, _BLOCK // max(self._half, 1)) if self._is_raw else 1
         self._raw_KCB = torch.empty(0)
         self._normal_KCD: Tensor | None = None
         self._position = 0  # steps taken from the present block; 0 where there is none yet
         self._before_block = self._generator_states()
 
-    def raw(self) -> Tensor:
-        """The next step's noise in the form that :meth:`to_normal` takes; valid until the next call."""
+    def raw(self, num_steps: int) -> Tensor:
+        """The next steps' noise ``(K, ...)``, in the form that :meth:`to_normal` takes; valid until the next call."""
         if not self._is_raw:
-            return self._buffer.normal_(generator=self._device_generator)
-        self._advance()
-        return self._raw_KCB[self._position - 1].view(*self._shape[:-1], 2 * self._half)
+            return self._buffers(num_steps).normal_(generator=self._device_generator)
+        if 0 < self._position <= self._steps - num_steps:
+            taken = self._raw_KCB[self._position : self._position + num_steps]
+            self._position += num_steps
+        else:
+            taken = torch.stack([self._next_raw() for _ in range(num_steps)])
+        return taken.view(num_steps, *self._shape[:-1], 2 * self._half)
 
-    def raw_like(self) -> Tensor:
+    def raw_like(self, num_steps: int) -> Tensor:
         """A tensor of zeros such as :meth:`raw` gives."""
         if not self._is_raw:
-            return torch.zeros_like(self._buffer)
-        return torch.zeros((*self._shape[:-1], 2 * self._half), dtype=torch.int32)
+            return torch.zeros_like(self._buffers(num_steps))
+        return torch.zeros((num_steps, *self._shape[:-1], 2 * self._half), dtype=torch.int32)
 
     def to_normal(self, raw: Tensor) -> Tensor:
-        """Noise of the state's shape from what :meth:`raw` gave. A function of tensors alone, fit to be captured."""
+        """Noise ``(K, ...)`` of the state's shape from what :meth:`raw` gave: a function of tensors alone."""
         return box_muller(raw)[..., : self._size] if self._is_raw else raw
 
     def normal(self) -> Tensor:
         """The next step's noise; valid until the next call."""
         if not self._is_raw:
-            return self.raw()
+            return self.raw(1)[0]
         self._advance()
         if self._normal_KCD is None:
             self._normal_KCD = box_muller(self._raw_KCB)[..., : self._size]
@@ -89,6 +93,15 @@ class Noise:
         if state["position"]:
             self._advance()
         self._before_block, self._position = state["before_block"], int(state["position"])
+
+    def _buffers(self, num_steps: int) -> Tensor:
+        if len(self._buffer) != num_steps:
+            self._buffer = self._buffer.new_empty((num_steps, *self._shape))
+        return self._buffer
+
+    def _next_raw(self) -> Tensor:
+        self._advance()
+        return self._raw_KCB[self._position - 1]
 
     def _advance(self) -> None:
         if self._position in (0, self._steps):

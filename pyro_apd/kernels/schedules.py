@@ -78,7 +78,7 @@ class Cyclical:
         return self.step_size * max(0.5 * (math.cos(math.pi * position) + 1.0), self.floor)
 
 
-def as_schedule(step_size: float | Schedule) -> Schedule:
+def as_schedule(step_size: float | str | Schedule) -> Schedule:
     """A schedule from what users pass as ``step_size``.
 
     :raises ValueError: if it is neither a positive finite number nor callable.
@@ -87,8 +87,8 @@ def as_schedule(step_size: float | Schedule) -> Schedule:
         return step_size
     if isinstance(step_size, bool) or not isinstance(step_size, (int, float)):
         raise ValueError(
-            f"step_size={step_size!r}: give a positive number, or a callable from the Langevin step to one, such as "
-            "pyro_apd.kernels.schedules.PolynomialDecay."
+            f"step_size={step_size!r}: give a positive number, 'auto', or a callable from the Langevin step to a "
+            "number, such as pyro_apd.kernels.schedules.PolynomialDecay."
         )
     return Constant(float(step_size))
 

@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from pyro_apd.kernels.base import StochasticGradientKernel
 from pyro_apd.kernels.chain import Chain
 from pyro_apd.kernels.dynamics import Dynamics
 from pyro_apd.kernels.schedules import Schedule
 from pyro_apd.kernels.step import Step
+from pyro_apd.potential import Pieces
 
 
 class SGHMC(StochasticGradientKernel):
@@ -64,3 +68,8 @@ class SGHMC(StochasticGradientKernel):
         for theta, momentum, gradient, noise in states:
             momentum.mul_(1 - self.friction).addcmul_(gradient, step.size, value=-0.5).addcmul_(noise, scale)
             theta.add_(momentum)
+
+    def _kinetic(self, auxiliary: Mapping[str, Pieces], step_size: float) -> Tensor:
+        # Free momenta have the variance epsilon T / (2 - a).
+        sums = [momentum.square().sum(-1) for momentum in auxiliary["momentum"]]
+        return torch.stack(sums, -1) * ((2 - self.friction) / step_size)

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pyro_apd.capture import capture
 from pyro_apd.kernels.noise import Noise
-from pyro_apd.potential import Inputs, Pieces, Potential
+from pyro_apd.minibatch import MinibatchSource
+from pyro_apd.potential import GradientFunction, Inputs, Pieces
 
 logger = logging.getLogger("pyro_apd")
 
@@ -50,111 +53,169 @@ class Step:
     num_data: int
 
 
+@dataclass(frozen=True)
+class Measures:
+    """What is known of a step, ``()`` or ``(C,)`` each.
+
+    :ivar energy: U before the step, on its mini-batch.
+    :ivar squared_norm: of the gradient; None where it was not asked for.
+    """
+
+    energy: Tensor
+    squared_norm: Tensor | None = None
+
+
+class Gradients(Protocol):
+    """What a stepper needs of a potential, or of what stands in for it."""
+
+    path: str
+    source: MinibatchSource
+
+    def gradient_function(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
+        """As :meth:`pyro_apd.potential.Potential.gradient_function`."""
+
+
 Update = Callable[[Step], None]
 
 
 class Stepper:
-    """Takes steps: by the captured or traced gradient and the update as written, or both compiled into one.
+    """Takes steps: by the captured or traced gradient and the update as written, or several compiled into one program.
 
-    :param potential: what is sampled.
+    :param potential: gives gradients.
+    :param sizes: number of weights by site.
     :param update: a sampler's update.
     :param noise: where noise comes from.
     :param compile: True, False, or ``"auto"``: once ``expected_steps``, or the steps taken, reach
         :data:`COMPILE_STEPS`. By steps and not by time, so that a seed gives the same draws again.
     :param expected_steps: steps that the run will take at least, over all chains.
+    :param int unroll: steps in a compiled program, which share the price of a call.
     :ivar str path: ``"compiled"``, or the potential's ``"captured"`` or ``"traced"``.
     """
 
     def __init__(
-        self, potential: Potential, update: Update, noise: Noise, compile: bool | str, expected_steps: int
+        self,
+        potential: Gradients,
+        sizes: Sequence[int],
+        update: Update,
+        noise: Noise,
+        compile: bool | str,
+        expected_steps: int,
+        unroll: int,
     ) -> None:
-        self._potential, self._update, self._noise = potential, update, noise
-        self._compile, self._expected_steps = compile, expected_steps
-        self._sizes = [site.size for site in potential.layout]
+        self.potential, self._sizes, self._update, self._noise = potential, list(sizes), update, noise
+        self._compile, self._expected_steps, self._unroll = compile, expected_steps, unroll
         self._programs: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
         self.path = "traced"
 
+    def num_at_once(self, num_left: int, steps_taken: int) -> int:
+        """How many of ``num_left`` steps the next :meth:`take` should have."""
+        return self._unroll if num_left >= self._unroll and self._is_compiling(steps_taken) else 1
+
     def take(
-        self, theta: Pieces, auxiliary: Mapping[str, Pieces], size: Tensor, inputs: Inputs, steps_taken: int
-    ) -> tuple[Tensor, Tensor]:
-        """Moves ``theta`` and ``auxiliary`` in place by one step on the batch ``inputs``.
-
-        :param steps_taken: over all chains, so far.
-        :returns: U before the step and the squared norm of its gradient, ``()`` or ``(C,)``.
-        """
-        program = self._program(theta, auxiliary, size, inputs, steps_taken)
-        if program is not None:
-            return program(theta, auxiliary, self._noise.raw(), size, inputs)
-        gradients = self._potential.gradient_function(theta, inputs)
-        self.path = self._potential.path
-        return self._step(gradients, theta, auxiliary, self._noise.normal(), size, inputs)
-
-    def _step(
         self,
-        gradients: Callable[[Pieces, Inputs], tuple[Pieces, Tensor]],
         theta: Pieces,
         auxiliary: Mapping[str, Pieces],
-        noise: Tensor,
-        size: Tensor,
-        inputs: Inputs,
-    ) -> tuple[Tensor, Tensor]:
+        sizes: Tensor,
+        inputs: Sequence[Inputs],
+        *,
+        steps_taken: int,
+        is_measured: bool,
+    ) -> Measures:
+        """Moves ``theta`` and ``auxiliary`` in place by a step on each of the batches ``inputs``.
+
+        :param sizes: epsilon for each step, ``(K,)`` or ``(K, C, 1)``.
+        :param steps_taken: over all chains, so far.
+        :param is_measured: whether to say more than the energy.
+        """
+        state = (theta, auxiliary)
+        program = self._program(state, sizes, inputs, steps_taken)
+        if program is not None:
+            return Measures(*program(state, self._noise.raw(len(inputs)), sizes, tuple(inputs)))
+        for size, batch in zip(sizes, inputs, strict=True):
+            gradients = self.potential.gradient_function(theta, batch)
+            measures = self._step(gradients, state, self._noise.normal(), size, batch, is_measured)
+        if self.path != "compiled":
+            self.path = self.potential.path
+        return Measures(*measures)
+
+    def _step(
+        self, gradients: GradientFunction, state: Any, noise: Tensor, size: Tensor, inputs: Inputs, is_measured: bool
+    ) -> tuple[Tensor, ...]:
+        theta, auxiliary = state
         gradient, energy = gradients(theta, inputs)
-        squared_norm = sum((g * g).sum(-1) for g in gradient)
+        measures: tuple[Tensor, ...] = (energy,)
+        if is_measured:
+            measures = (energy, torch.stack([(g * g).sum(-1) for g in gradient]).sum(0))
         pieces = tuple(noise.split(self._sizes, -1))
-        num_data = self._potential.source.num_data or 1
+        num_data = self.potential.source.num_data or 1
         self._update(Step(theta, auxiliary, gradient, pieces, size, lambda at: gradients(at, inputs)[0], num_data))
-        return energy, squared_norm  # type: ignore[return-value]
+        return measures
+
+    def _is_compiling(self, steps_taken: int) -> bool:
+        # The first step goes by the captured graph, which has its say about models and starting points that do not do.
+        if not self._compile or steps_taken == 0:
+            return False
+        return self._compile is True or max(self._expected_steps, steps_taken) >= COMPILE_STEPS
 
     def _program(
-        self, theta: Pieces, auxiliary: Mapping[str, Pieces], size: Tensor, inputs: Inputs, steps_taken: int
+        self, state: Any, sizes: Tensor, inputs: Sequence[Inputs], steps_taken: int
     ) -> Callable[..., Any] | None:
-        """The compiled step for inputs of these shapes; None where it is not wanted, not yet, or cannot be had."""
-        if not self._compile:
+        """The compiled steps for inputs of these shapes; None where it is not wanted, not yet, or cannot be had."""
+        if len(inputs) != self._unroll or not self._is_compiling(steps_taken):
             return None
-        if self._compile == "auto" and max(self._expected_steps, steps_taken) < COMPILE_STEPS:
-            return None
-        key = tuple((tuple(t.shape), t.dtype) for t in inputs)
+        key = tuple((tuple(t.shape), t.dtype) for batch in inputs for t in batch)
         if key not in self._programs:
-            self._programs[key] = self._build(theta, auxiliary, size, inputs)
+            self._programs[key] = self._build(state, sizes, tuple(inputs))
         return self._programs[key]
 
-    def _build(
-        self, theta: Pieces, auxiliary: Mapping[str, Pieces], size: Tensor, inputs: Inputs
-    ) -> Callable[..., Any] | None:
-        gradients = self._potential.gradient_function(theta, inputs)
-        if self._potential.path != "captured":
+    def _build(self, state: Any, sizes: Tensor, inputs: tuple[Inputs, ...]) -> Callable[..., Any] | None:
+        functions = [self.potential.gradient_function(state[0], batch) for batch in inputs]
+        if self.potential.path != "captured":
             logger.info("Steps are not compiled: the model could not be captured.")
             return None
 
-        def step(theta: Pieces, auxiliary: Any, raw: Tensor, size: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-            return self._step(gradients, theta, auxiliary, self._noise.to_normal(raw), size, inputs)
+        def steps(state: Any, raw: Tensor, sizes: Tensor, inputs: tuple[Inputs, ...]) -> tuple[Tensor, ...]:
+            noise = self._noise.to_normal(raw)
+            for i, batch in enumerate(inputs):
+                is_last = i == len(inputs) - 1
+                measures = self._step(functions[i], state, noise[i], sizes[i], batch, is_last)
+            return measures
 
-        # Compiling runs the step once: on copies.
-        copies = [_copied(tree) for tree in (theta, auxiliary, self._noise.raw_like(), size, inputs)]
         began = time.monotonic()
         try:
-            program = compile_graph(capture(step, *copies))
-            program(*copies)
+            program = compiled(steps, state, self._noise.raw_like(len(inputs)), sizes, inputs)
         except Exception as error:  # no compiler, or a model that it fails on: the captured graph still works
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             logger.warning("Steps are not compiled, which is slower: %s.", reason)
             return None
-        logger.info("Compiled the step in %.1f s.", time.monotonic() - began)
+        logger.info("Compiled %d steps in %.1f s.", len(inputs), time.monotonic() - began)
         self.path = "compiled"
         return program
 
 
-def compile_graph(graph: Callable[..., Any]) -> Callable[..., Any]:
-    """``graph``, which :func:`~pyro_apd.capture.capture` made, compiled for inputs of the shapes it is first given."""
-    # The code of each captured graph is its own, and is only ever called with the same shapes. Checking that at each
-    # call would take a tenth of a small step. The method itself is compiled, not the module, whose call all share.
-    forward = graph.forward  # type: ignore[attr-defined]
-    options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False for _ in guards]}
-    try:
-        return torch.compile(forward, fullgraph=True, dynamic=False, options=options)
-    except (RuntimeError, TypeError):  # an older torch does not know the option
-        return torch.compile(forward, fullgraph=True, dynamic=False)
+def compiled(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
+    """``function``, of trees of tensors, compiled for trees with the shapes of ``examples``.
 
+    It is captured as a flat graph, and that is given to the compiler. By way of :func:`torch.compile` the same graph
+    would be traced once more, and its arguments checked at each call for changes that cannot be, which takes a small
+    step longer than its arithmetic.
+    """
+    leaves, spec = pytree.tree_flatten(examples)
 
-def _copied(tree: Any) -> Any:
-    return torch.utils._pytree.tree_map(lambda t: t.clone(), tree)
+    def flat(*tensors: Tensor) -> Any:
+        return function(*pytree.tree_unflatten(list(tensors), spec))
+
+    copies = [leaf.clone() for leaf in leaves]  # the first call is a rehearsal
+    graph = capture(flat, *copies)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's, about itself
+        try:
+            from torch._inductor import compile as compile_graph
+
+            program = compile_graph(graph, copies)  # type: ignore[arg-type]
+            program(*copies)
+        except (ImportError, AttributeError, TypeError) as error:  # not of torch's stable interface
+            logger.debug("Compiling by way of torch.compile, since %s.", error)
+            program = torch.compile(graph.forward, fullgraph=True, dynamic=False)  # type: ignore[attr-defined]
+            program(*copies)
+    return lambda *arguments: program(*pytree.arg_tree_leaves(*arguments))

@@ -1,0 +1,73 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""``warm_start=``: each chain is optimised to a mode before it warms up.
+
+A network started at a draw from its prior spends its warm-up on learning, at the steps of a sampler. An optimiser is
+there sooner; several chains, each from a start and with mini-batches of its own, are then a deep ensemble, around the
+members of which the chains sample (Sommer et al., ICLR 2025, start their samplers so).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+#: Learning rate of Adam at its highest.
+LEARNING_RATE = 0.01
+# Decay of the averages of gradients and of their squares, and what keeps their ratio finite: Kingma & Ba (2015).
+_DECAY, _SQUARE_DECAY, _STABILITY = 0.9, 0.999, 1e-8
+# The learning rate rises over this share of the steps, then falls as half a cosine.
+_RISING = 0.05
+
+
+def optimised(
+    gradient: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]],
+    draw: Callable[[], tuple[Tensor, ...]],
+    theta: Tensor,
+    num_steps: int,
+    learning_rate: float = LEARNING_RATE,
+) -> Tensor:
+    """Near a mode of exp(-U), by Adam on mini-batches; never waits for the device.
+
+    :param gradient: gradient of U ``(..., D)`` and U ``(...)``, at ``(..., D)`` on a batch.
+    :param draw: the next batch.
+    :param theta: where to start, ``(D,)``, or ``(C, D)`` for C chains that know nothing of each other.
+    :returns: where it came to, as ``theta``; a chain whose entries are no longer finite is given back as it was.
+    """
+    position = theta.clone()
+    mean, square = torch.zeros_like(theta), torch.zeros_like(theta)
+    for i in range(num_steps):
+        slope = gradient(position, draw())[0]
+        mean.mul_(_DECAY).add_(slope, alpha=1 - _DECAY)
+        square.mul_(_SQUARE_DECAY).addcmul_(slope, slope, value=1 - _SQUARE_DECAY)
+        scale = (square / (1 - _SQUARE_DECAY ** (i + 1))).sqrt_().add_(_STABILITY)
+        rate = learning_rate * share_of_rate((i + 0.5) / num_steps)
+        position.addcdiv_(mean, scale, value=-rate / (1 - _DECAY ** (i + 1)))
+    is_finite = torch.isfinite(position).all(-1, keepdim=True)
+    return torch.where(is_finite, position, theta)
+
+
+def share_of_rate(progress: float) -> float:
+    """Share of the highest learning rate at a ``progress`` from 0 to 1."""
+    if progress < _RISING:
+        return progress / _RISING
+    return 0.5 * (1 + math.cos(math.pi * (progress - _RISING) / (1 - _RISING)))
+
+
+def checked_warm_start(warm_start: int | None) -> int:
+    """Steps of optimisation; 0 for None.
+
+    :raises ValueError: if it is neither None nor a non-negative integer.
+    """
+    if warm_start is None:
+        return 0
+    if isinstance(warm_start, bool) or not isinstance(warm_start, int) or warm_start < 0:
+        raise ValueError(
+            f"warm_start={warm_start!r} must be None or a number of optimisation steps, such as 2000, that each chain "
+            "takes before it warms up."
+        )
+    return warm_start
