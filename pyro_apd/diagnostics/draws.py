@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_apd.pyro_state import seeded
+from pyro_apd.store import all_finite
 
 Draws = dict[str, Tensor]
 
@@ -181,7 +182,7 @@ def _check(values: Mapping[str, Tensor], argument: str, leading: int) -> None:
     if 0 in next(iter(sizes.values())):
         raise ValueError(f"`{argument}` holds no draws: sites have leading dimensions {next(iter(sizes.values()))}.")
     for site, value in values.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        if value.is_floating_point() and not all_finite(value):
             raise ValueError(f"Draws of site '{site}' of `{argument}` hold NaN or infinite values; the run diverged.")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from pyro import poutine
@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_apd.layout import Layout
 from pyro_apd.minibatch import model_arguments
 from pyro_apd.pyro_state import preserved_param_store
+from pyro_apd.store import DrawStore, all_finite
 
 logger = logging.getLogger("pyro_apd")
 
@@ -50,9 +51,11 @@ def read_source(
     data: Sequence[Any] | None = None,
     group_by_chain: bool = False,
 ) -> Source:
-    """Draws of an ``MCMC`` after ``run``, or of a dict. Arguments as in :func:`~pyro_apd.distill.distill`.
+    """Draws of an ``MCMC`` after ``run``, of a store, or of a dict. Arguments as in :func:`~pyro_apd.distill.distill`.
 
-    :raises TypeError: if ``source`` is neither, or ``data`` is not a tuple.
+    Draws that this package's driver keeps are taken as they are, without a copy.
+
+    :raises TypeError: if ``source`` is none of them, or ``data`` is not a tuple.
     :raises ValueError: if draws are missing, malformed, not finite, or not of the model's sites.
     """
     if data is not None and not isinstance(data, (tuple, list)):
@@ -70,6 +73,12 @@ def read_source(
         if args is None and getattr(source, "_args", None) is not None:
             num_data = getattr(kernel, "num_data", None)
             args, kwargs = model_arguments(source._args, getattr(source, "_kwargs", None) or {}, num_data)
+    store = source if isinstance(source, DrawStore) else getattr(source, "store", None)
+    if isinstance(store, DrawStore):
+        theta_CSD = store.unconstrained()
+        _check_count(*theta_CSD.shape[:2])
+        _check_finite(store, theta_CSD)
+        return Source(theta_CSD, store.layout, model, args, kwargs)
     _check_draws(draws)
     layout = _find_layout(kernel, model, args, kwargs, draws)
     theta_CSD = layout.unconstrain({name: value.detach() for name, value in draws.items()})
@@ -120,19 +129,31 @@ def _check_draws(draws: Mapping[str, Any]) -> None:
     leading = {name: tuple(value.shape[:2]) for name, value in draws.items()}
     if len(set(leading.values())) > 1:
         raise ValueError(f"Sites of `source` disagree about (chains, draws): {leading}.")
-    chains, num_draws = next(iter(leading.values()))
-    if chains * num_draws < MIN_DRAWS:
-        raise ValueError(
-            f"`source` holds {chains * num_draws} draws ({chains} chains of {num_draws}); at least {MIN_DRAWS} are "
-            "needed to fit a generator, and a few hundred to fit it well. Run the chain for longer."
-        )
+    _check_count(*next(iter(leading.values())))
     for name, value in draws.items():
-        if not bool(value.isfinite().all()):
-            bad = int((~value.isfinite()).sum())
-            raise ValueError(
-                f"Draws of site '{name}' hold {bad} NaN or infinite numbers: the chain diverged. Sample again with a "
-                "smaller step size."
-            )
+        if not all_finite(value):
+            _refuse_not_finite(name, int((~value.isfinite()).sum()))
+
+
+def _check_count(num_chains: int, num_draws: int) -> None:
+    if num_chains * num_draws < MIN_DRAWS:
+        raise ValueError(
+            f"`source` holds {num_chains * num_draws} draws ({num_chains} chains of {num_draws}); at least {MIN_DRAWS} "
+            "are needed to fit a generator, and a few hundred to fit it well. Run the chain for longer."
+        )
+
+
+def _check_finite(store: DrawStore, theta_CSD: Tensor) -> None:
+    for name, value in store.layout.split(theta_CSD).items():
+        if not all_finite(value):
+            _refuse_not_finite(name, sum(int((~row.isfinite()).sum()) for row in value.flatten(0, 1)))
+
+
+def _refuse_not_finite(name: str, count: int) -> NoReturn:
+    raise ValueError(
+        f"Draws of site '{name}' hold {count} NaN or infinite numbers: the chain diverged. Sample again with a smaller "
+        "step size."
+    )
 
 
 def _check_interior(layout: Layout, theta_CSD: Tensor) -> None:

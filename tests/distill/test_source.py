@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch.distributions import constraints
 
+from pyro_apd.disk_store import DiskStore, open_store
 from pyro_apd.distill.source import read_source, split_held_out
+from pyro_apd.layout import Layout
+from pyro_apd.store import STATISTICS
 from tests.models import Classifier, constrained
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
@@ -143,3 +146,33 @@ def test_draws_on_the_edge_of_their_support():
     values = {"scale": torch.zeros(12), "mix": torch.full((12, 3), 1 / 3), "corr": torch.eye(2).expand(12, 2, 2)}
     with pytest.raises(ValueError, match="'scale' lie on or outside the boundary"):
         read_source(values, constrained, (torch.zeros(5),))
+
+
+def stored(path, num_draws=20, value=0.0):
+    """A store of two chains, on disk."""
+    layout = Layout({"w": (2, 3), "scale": ()}, {"scale": constraints.positive})
+    store = DiskStore.create(path, layout, 2, num_draws, torch.float32)
+    for draw in range(num_draws):
+        theta_CD = torch.full((2, 7), float(draw))
+        theta_CD[1, -1] = value
+        store.write(0, draw, theta_CD, dict.fromkeys(STATISTICS, 1.0))
+    store.close()
+    return open_store(path)
+
+
+def test_draws_of_a_store_are_not_copied(tmp_path):
+    store = stored(tmp_path / "s")
+    mcmc = FakeMCMC(store.get_samples(group_by_chain=True), FakeKernel(Classifier()), (X,))
+    mcmc.store = store
+    for source in (read_source(store), read_source(mcmc)):
+        assert source.theta_CSD.data_ptr() == store.theta_CSD.data_ptr()
+        assert source.layout["scale"].support is constraints.positive
+        assert torch.equal(source.layout.constrain(source.theta_CSD)["scale"], store.samples()["scale"])
+    assert source.args == (X,)
+
+
+def test_unfit_stores(tmp_path):
+    with pytest.raises(ValueError, match="'scale' hold 20 NaN or infinite"):
+        read_source(stored(tmp_path / "s", value=float("nan")))
+    with pytest.raises(ValueError, match="holds 8 draws"):
+        read_source(stored(tmp_path / "t", num_draws=4))

@@ -1,0 +1,332 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""One run of the driver: which chains, in which processes, into which store, from which checkpoint."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+import torch.multiprocessing
+from pyro.infer.mcmc.logger import ProgressBar
+from torch import Tensor
+
+from pyro_apd.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Progress,
+    check_identity,
+    describe,
+    fingerprint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from pyro_apd.disk_store import DiskStore, open_store
+from pyro_apd.layout import Layout
+from pyro_apd.sampling import Group, GroupRun, Plan, begin
+from pyro_apd.store import DrawStore, MemoryStore, kept_layout
+from pyro_apd.workers import Job, run_workers
+
+logger = logging.getLogger("pyro_apd")
+
+# Seconds between updates of the progress bar; writing what it shows costs more than a step.
+_BAR_EVERY = 0.1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run goes about its plan; see :class:`~pyro_apd.chains.MCMC`.
+
+    :ivar store_path: a folder for the draws; None keeps them in memory, or beside the checkpoint.
+    :ivar checkpoint_path: a file; None for no checkpoints.
+    """
+
+    plan: Plan
+    chain_method: str
+    save_params: list[str] | None = None
+    store_path: Path | None = None
+    checkpoint_path: Path | None = None
+    mp_context: str | None = None
+    disable_progbar: bool = False
+
+
+class Run:
+    """One call of :meth:`pyro_apd.chains.MCMC.run`.
+
+    :param stack: closed when the run is over, however it ends.
+    """
+
+    def __init__(
+        self, kernel: Any, settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any], stack: ExitStack
+    ) -> None:
+        self.kernel, self.settings, self.plan, self.args, self.kwargs = kernel, settings, settings.plan, args, kwargs
+        self.store: DrawStore | None = None
+        self._stack, self._path = stack, settings.checkpoint_path
+        self._is_parallel = settings.chain_method == "parallel" and self.plan.num_chains > 1
+        is_one = settings.chain_method == "vectorized" or self.plan.num_chains == 1
+        width = self.plan.num_chains if self.plan.num_chains > 1 else None
+        self.groups = [Group(0, width)] if is_one else [Group(i) for i in range(self.plan.num_chains)]
+        self.progress = {group.first: Progress() for group in self.groups}
+        self._identity: dict[str, Any] = {}
+        self._notes: dict[str, Any] = {}
+        self._bars: _Bars | None = None
+
+    def sample(self) -> None:
+        """All chains, from where a checkpoint left them."""
+        saved = None if self._path is None else read_checkpoint(self._path)
+        self._stack.callback(self.kernel.cleanup)
+        self._stack.enter_context(_seeded_kernel(self.kernel, saved.notes.get("seed") if saved else None))
+        done = {first: progress.num_done for first, progress in saved.chains.items()} if saved else {}
+        pending = [group for group in self.groups if done.get(group.first, 0) < self.plan.total]
+        # The first chain tells the layout; where it is not to run here, it is only asked.
+        group = (pending or self.groups)[0] if not self._is_parallel else Group(0)
+        chain = begin(self.kernel, self.plan, group, self.args, self.kwargs)
+        store = self._open(chain, saved)
+        if self._is_parallel:
+            self.kernel.end(chain)
+            self._run_workers()
+            return
+        for group in self.groups:
+            if self.progress[group.first].num_done >= self.plan.total:
+                continue
+            if chain is None:
+                chain = begin(self.kernel, self.plan, group, self.args, self.kwargs)
+            with _Bars(self.plan, 1, self.settings.disable_progbar) as self._bars:
+                self._bars.start(0, self.progress[group.first].num_done)
+                run = GroupRun(self.kernel, chain, self.plan, group, store, self.progress[group.first])
+                run.run(self)
+            chain = None
+
+    def divergences(self) -> list[dict[str, Any]]:
+        """What is noted of chains that diverged."""
+        noted = [note for progress in self.progress.values() for note in progress.divergences]
+        return sorted(noted, key=lambda note: note["chain"])
+
+    def settled_store(self) -> DrawStore:
+        """The store as the caller asked for it."""
+        assert self.store is not None
+        if self.settings.store_path is not None or not isinstance(self.store, DiskStore):
+            return self.store
+        if self._device.type != "cpu":
+            return MemoryStore.of(self.store, self._device)
+        # The mapped files are memory enough, and a copy would take as much again.
+        store = MemoryStore.adopting(self.store)
+        if self._path is None:
+            self.store.remove()
+        return store
+
+    # -- a Listener ---------------------------------------------------------------------------------------------------
+
+    def drew(self, group: Group, num_done: int, num_diverged: int) -> None:
+        """Tells the progress bar."""
+        assert self._bars is not None
+        if self._bars.wants(num_done):
+            self._bars.show(0, num_done, num_diverged, self.kernel.logging())
+
+    def is_due(self, group: Group, num_done: int) -> bool:
+        """Whether it is time for a checkpoint."""
+        return self.plan.checkpoint_every is not None and num_done % self.plan.checkpoint_every == 0
+
+    def checkpoint(self, group: Group, progress: Progress) -> None:
+        """Writes it."""
+        self._save({group.first: progress})
+
+    # -- internals ----------------------------------------------------------------------------------------------------
+
+    def _save(self, saved: Mapping[int, Progress]) -> None:
+        assert self._path is not None
+        self._saved.update(saved)
+        write_checkpoint(self._path, Checkpoint(self._identity, self._saved, self._notes))
+
+    def _open(self, chain: Any, saved: Checkpoint | None) -> DrawStore:
+        """The store, new or as the checkpoint knows it."""
+        self._device, dtype = chain.theta.device, chain.theta.dtype
+        kept = kept_layout(chain.layout, self.settings.save_params)
+        path = self.settings.store_path
+        if self._path is not None:
+            self._identity = self._describe(chain.layout, chain.theta)
+            if saved is not None:
+                check_identity(self._path, saved.identity, self._identity)
+                self.store = self._resume(saved, kept)
+                return self.store
+            path = path or draws_path(self._path)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        elif path is None and self._is_parallel:
+            path = _shared_folder(self.plan.num_chains * self.plan.num_samples * kept.size * dtype.itemsize)
+            self._stack.callback(_remove_folder, path)
+        if path is None:
+            self.store = MemoryStore(kept, self.plan.num_chains, self.plan.num_samples, chain.theta)
+            return self.store
+        self._notes = {"run": os.urandom(8).hex(), "seed": self.kernel.seed, "versions": {"torch": torch.__version__}}
+        info = {"run": self._notes["run"]}
+        store = DiskStore.create(path, kept, self.plan.num_chains, self.plan.num_samples, dtype, info)
+        self._stack.callback(store.close)
+        self.store, self._saved = store, {first: Progress() for first in self.progress}
+        if self._path is not None:
+            self._save({})
+        return store
+
+    def _resume(self, saved: Checkpoint, kept: Layout) -> DrawStore:
+        assert self._path is not None
+        path = self.settings.store_path or draws_path(self._path)
+        try:
+            store = open_store(path)
+        except (FileNotFoundError, ValueError) as error:
+            raise CheckpointError(
+                f"The checkpoint '{self._path}' has no draws to continue: {error} Put the folder back, or delete the "
+                "checkpoint to start over."
+            ) from error
+        if store.info.get("run") != saved.notes.get("run"):
+            raise CheckpointError(f"The draws at '{path}' are not those of the checkpoint '{self._path}'.")
+        if saved.notes.get("versions") != {"torch": torch.__version__}:
+            logger.warning("The checkpoint was made with %s; draws may differ in the last bits.", saved.notes)
+        store.layout = kept
+        self._stack.callback(store.close)
+        counts = store.counts
+        for group in self.groups:
+            progress = saved.chains[group.first]
+            for number in group.chains:
+                expected = min(max(progress.num_done - self.plan.warmup_steps, 0), self.plan.num_samples)
+                is_ended = any(note["chain"] == number for note in progress.divergences)
+                if counts[number] < expected and not is_ended:
+                    raise CheckpointError(
+                        f"The draws at '{path}' lack some that the checkpoint '{self._path}' counts: chain {number} "
+                        f"has {counts[number]} of {expected}. Delete the checkpoint to start over."
+                    )
+                if not is_ended:
+                    store.truncate(number, expected)
+        self.progress, self._notes = saved.chains, saved.notes
+        self._saved = dict(saved.chains)
+        done = {first: progress.num_done for first, progress in saved.chains.items()}
+        logger.info("Resuming from '%s': draws made, warm-up included, by chain: %s.", self._path, done)
+        return store
+
+    def _describe(self, layout: Layout, theta: Tensor) -> dict[str, Any]:
+        """What tells this run from others, by the name of what would differ."""
+        settings = {name: describe(value) for name, value in _constructor_settings(self.kernel).items()}
+        start = self.plan.initial_params
+        return {
+            "kernel": type(self.kernel).__name__,
+            **{f"kernel.{name}": value for name, value in settings.items()},
+            "seed": self.kernel.seed,
+            "num_samples": self.plan.num_samples,
+            "warmup_steps": self.plan.warmup_steps,
+            "num_chains": self.plan.num_chains,
+            "chain_method": self.settings.chain_method if self.plan.num_chains > 1 else None,
+            "save_params": None if self.settings.save_params is None else sorted(self.settings.save_params),
+            "initial_params": None if start is None else fingerprint(dict(start)),
+            "layout": [str(site) for site in layout],
+            "dtype": str(theta.dtype),
+            "data": fingerprint((self.args, self.kwargs)),
+        }
+
+    def _run_workers(self) -> None:
+        assert isinstance(self.store, DiskStore)
+        active = [group for group in self.groups if self.progress[group.first].num_done < self.plan.total]
+        jobs = [
+            Job(
+                self.kernel, self.plan, group.first, self.store.path, self.progress[group.first],
+                seed=self.kernel.seed + group.first, is_reporting=not self.settings.disable_progbar,
+                validates=pyro.distributions.is_validation_enabled(), dtype=torch.get_default_dtype(),
+                parent=os.getpid(),
+            )
+            for group in active
+        ]  # fmt: skip
+        with _Bars(self.plan, self.plan.num_chains, self.settings.disable_progbar) as bars:
+            for group in self.groups:
+                bars.start(group.first, self.progress[group.first].num_done)
+            run_workers(jobs, self.args, self.kwargs, self._context(), bars.show, self._save, self.progress)
+
+    def _context(self) -> Any:
+        method = self.settings.mp_context
+        is_on_gpu = self._device.type != "cpu"
+        if method == "fork" and is_on_gpu:
+            raise ValueError(
+                "mp_context='fork' cannot be used on a GPU: use 'spawn', or chain_method='vectorized', which is faster."
+            )
+        return torch.multiprocessing.get_context(method or ("spawn" if is_on_gpu else None))
+
+
+class _Bars:
+    """Pyro's progress bars, told at most a few times a second."""
+
+    def __init__(self, plan: Plan, count: int, is_disabled: bool) -> None:
+        self._plan, self._shown, self._at = plan, [0] * count, 0.0
+        self._bar = ProgressBar(plan.warmup_steps, plan.num_samples, disable=is_disabled, num_bars=count)
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()
+
+    def start(self, index: int, num_done: int) -> None:
+        """Where a resumed chain is."""
+        self._bar.update(num_done, pos=index)
+        self._shown[index] = num_done
+
+    def wants(self, num_done: int) -> bool:
+        """Whether it is time to show something."""
+        return not self._bar.disable and (num_done in (1, self._plan.total) or time.monotonic() - self._at > _BAR_EVERY)
+
+    def show(self, index: int, num_done: int, num_diverged: int, log: Mapping[str, str]) -> None:
+        """Brings a bar up to date."""
+        self._at = time.monotonic()
+        stage = "Warmup" if num_done <= self._plan.warmup_steps else "Sample"
+        name = stage if len(self._shown) == 1 else f"{stage} [{index + 1}]"
+        self._bar.set_description(name, pos=index, refresh=False)
+        # Vectorised chains speak of it themselves.
+        counted = {} if "diverged" in log else {"divergences": str(num_diverged)}
+        self._bar.set_postfix({**log, **counted}, pos=index, refresh=False)
+        self._bar.update(num_done - self._shown[index], pos=index)
+        self._shown[index] = num_done
+
+
+@contextmanager
+def _seeded_kernel(kernel: Any, saved: int | None) -> Iterator[None]:
+    """A kernel without a seed gets one for the run, from the global generator, so that all processes have the same."""
+    given = kernel.seed
+    if given is None:
+        kernel.seed = int(torch.randint(2**31, ())) if saved is None else saved
+    try:
+        yield
+    finally:
+        kernel.seed = given
+
+
+def _constructor_settings(kernel: Any) -> dict[str, Any]:
+    """What a kernel was made with, as far as it shows it; what it found out since is no setting."""
+    names = {"schedule"}  # what ``step_size`` became
+    for base in type(kernel).__mro__:
+        if "__init__" in vars(base):
+            names.update(inspect.signature(vars(base)["__init__"]).parameters)
+    names -= {"self", "seed", "layout"}
+    return {name: value for name, value in sorted(vars(kernel).items()) if name in names}
+
+
+def draws_path(checkpoint: Path) -> Path:
+    """Where the draws of a run with a checkpoint are, unless said otherwise."""
+    return checkpoint.with_name(checkpoint.name + ".draws")
+
+
+def _shared_folder(num_bytes: int) -> Path:
+    """A folder for draws that several processes write: in shared memory where that has room, else with other files."""
+    shared = Path("/dev/shm")
+    has_room = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 1.1 * num_bytes
+    return Path(tempfile.mkdtemp(prefix="pyro_apd_", dir=shared if has_room else None))
+
+
+def _remove_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)

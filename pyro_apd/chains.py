@@ -1,0 +1,318 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Pyro's ``MCMC`` driver with vectorised chains, draws kept once, on disk where asked, and checkpoints."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.infer
+import torch
+from pyro import poutine
+from pyro.infer.mcmc.api import AbstractMCMC, StreamingMCMC
+from torch import Tensor
+from torch.distributions import Transform
+
+from pyro_apd.chain_run import Run, Settings, draws_path
+from pyro_apd.disk_store import open_store
+from pyro_apd.errors import DivergenceError
+from pyro_apd.pyro_state import preserved_param_store
+from pyro_apd.sampling import Hook, Plan, rebuilt_error
+from pyro_apd.store import DrawStore
+
+__all__ = ["MCMC", "open_store"]
+
+METHODS = ("vectorized", "sequential", "parallel")
+# Checkpoints a run, where nothing is said.
+_NUM_CHECKPOINTS = 20
+
+
+class MCMC(pyro.infer.MCMC):
+    """:class:`pyro.infer.MCMC` for this package's kernels: chains vectorised, draws kept once, runs that resume.
+
+    Draws are written into one buffer of their final size, of which :meth:`get_samples` gives views. Everything else is
+    Pyro's: ``get_samples``, ``diagnostics``, ``summary``. Kernels of others, such as NUTS, run as in Pyro.
+
+    A chain that diverges stays where it was last well, and the others go on; a warning names it at the end,
+    :attr:`diverged` holds the errors, and ``diagnostics()["divergences"]`` lists its draws from there on. If no chain
+    is left, :class:`~pyro_apd.errors.DivergenceError` is raised, with the draws from before in its ``draws``. After
+    that error, or any other, ``get_samples()`` gives the draws made so far. Ctrl-C stops the run, warns, and leaves
+    the draws so far; it is raised on only where there are none. Of chains of unequal length the largest block
+    that can be grouped is given, and :attr:`store` has the rest.
+
+    :param kernel: a kernel.
+    :param int num_samples: draws kept of each chain.
+    :param int warmup_steps: draws before them, which are not kept; default as many.
+    :param dict initial_params: unconstrained values by site to start from; with several chains, ``(C, ...)``.
+    :param int num_chains: chains, ``C``.
+    :param hook_fn: ``hook_fn(kernel, params, stage, i)`` after every draw, with unconstrained params. Vectorised chains
+        are one call with params ``(C, ...)``. With ``"parallel"`` it runs in the worker processes, as in Pyro.
+    :param str mp_context: how ``"parallel"`` starts processes, ``"fork"`` or ``"spawn"``; default torch's, and
+        ``"spawn"`` where data are on a GPU.
+    :param bool disable_progbar: no progress bar.
+    :param bool disable_validation: as Pyro's.
+    :param dict transforms: to unconstrained space by site, in place of those of the supports, as Pyro's.
+    :param save_params: sites to keep; default all.
+    :param str chain_method: ``"vectorized"`` (default): all chains in one process as one batched computation;
+        ``"sequential"``: one after the other; ``"parallel"``: a process each. Chain i is the same in the last two.
+    :param str store: ``"memory"``: draws on the device of the chains; ``"disk"``: in files at ``store_path``, in
+        constant memory, and read through a mapping (see :func:`open_store`).
+    :param store_path: a folder for ``store="disk"``; default ``CHECKPOINT.draws``. A store that was there is replaced.
+    :param checkpoint: a file. A run that finds its own checkpoint there continues from it, bit for bit, and one that
+        finds it complete returns its draws; delete it, and ``CHECKPOINT.previous``, to start over. Draws made so far
+        are kept beside it, in ``CHECKPOINT.draws``.
+    :param int checkpoint_every: draws between checkpoints, warm-up included; default twenty a run.
+    :raises ValueError: if settings are out of range or do not go together.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        num_samples: int,
+        warmup_steps: int | None = None,
+        initial_params: Mapping[str, Tensor] | None = None,
+        num_chains: int = 1,
+        hook_fn: Hook | None = None,
+        mp_context: str | None = None,
+        disable_progbar: bool = False,
+        disable_validation: bool | None = True,
+        transforms: Mapping[str, Transform] | None = None,
+        save_params: Sequence[str] | None = None,
+        chain_method: str | None = None,
+        store: str = "memory",
+        store_path: str | os.PathLike[str] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+    ) -> None:
+        _check_numbers(num_samples=num_samples, num_chains=num_chains)
+        if warmup_steps is not None:
+            _check_numbers(0, warmup_steps=warmup_steps)
+        if chain_method is not None and chain_method not in METHODS:
+            raise ValueError(f"chain_method={chain_method!r} must be one of {', '.join(map(repr, METHODS))}.")
+        self._is_ours = callable(getattr(kernel, "begin", None))
+        #: The draws of the last run, all of them, and their statistics.
+        self.store: DrawStore | None = None
+        #: What :class:`~pyro_apd.errors.DivergenceError` said of each chain that diverged.
+        self.diverged: list[DivergenceError] = []
+        checkpoint_path = None if checkpoint is None else Path(checkpoint).absolute()
+        folder = _checked_store(store, store_path, checkpoint_path)
+        if checkpoint_every is not None:
+            _check_numbers(checkpoint_every=checkpoint_every)
+            if checkpoint is None:
+                raise ValueError(f"checkpoint_every={checkpoint_every} needs checkpoint=, the file to write to.")
+        if not self._is_ours:
+            if folder is not None or checkpoint is not None:
+                raise ValueError(
+                    f"store='disk' and checkpoint= are for this package's kernels; {type(kernel).__name__} has neither."
+                )
+            self._init_as_pyro(
+                kernel, num_samples, warmup_steps, initial_params, num_chains, hook_fn, mp_context, disable_progbar,
+                disable_validation, transforms, save_params, chain_method,
+            )  # fmt: skip
+            return
+        AbstractMCMC.__init__(self, kernel, num_chains, transforms)
+        self.chain_method = chain_method or "vectorized"
+        self.num_samples = num_samples
+        self.warmup_steps = num_samples if warmup_steps is None else warmup_steps
+        self.disable_validation = disable_validation
+        self._given_transforms = transforms
+        self._samples: dict[str, Tensor] | None = None
+        self._args: tuple[Any, ...] | None = None
+        self._kwargs: dict[str, Any] | None = None
+        self._diagnostics: list[dict[str, Any]] = [{"divergences": []} for _ in range(num_chains)]
+        every = checkpoint_every or max(1, (self.num_samples + self.warmup_steps) // _NUM_CHECKPOINTS)
+        plan = Plan(
+            self.num_samples,
+            self.warmup_steps,
+            num_chains,
+            _checked_initial_params(initial_params, num_chains),
+            hook_fn,
+            every if checkpoint is not None else None,
+        )
+        names = None if save_params is None else list(save_params)
+        self._settings = Settings(plan, self.chain_method, names, folder, checkpoint_path, mp_context, disable_progbar)
+
+    def _init_as_pyro(self, kernel: Any, num_samples: int, warmup_steps: int | None, initial_params: Any,
+                      num_chains: int, hook_fn: Hook | None, mp_context: str | None, disable_progbar: bool,
+                      disable_validation: bool | None, transforms: Any, save_params: Any,
+                      chain_method: str | None) -> None:  # fmt: skip
+        """A kernel of Pyro's or of others: as Pyro runs it."""
+        name = type(kernel).__name__
+        if chain_method == "vectorized":
+            raise ValueError(
+                f"chain_method='vectorized' is for this package's kernels; {name} runs 'sequential' or 'parallel'."
+            )
+        common = {
+            "warmup_steps": warmup_steps, "initial_params": initial_params, "hook_fn": hook_fn,
+            "disable_progbar": disable_progbar, "disable_validation": disable_validation, "transforms": transforms,
+            "save_params": None if save_params is None else sorted(save_params),  # Pyro unpacks them in this order
+        }  # fmt: skip
+        is_sequential = chain_method == "sequential" and num_chains > 1
+        super().__init__(
+            kernel, num_samples, num_chains=1 if is_sequential else num_chains, mp_context=mp_context,
+            **common | ({"initial_params": None} if is_sequential else {}),
+        )  # fmt: skip
+        self.chain_method = chain_method or ("parallel" if num_chains > 1 else "sequential")
+        if is_sequential:
+            # Pyro's own choice is by the number of cores; its streaming driver always runs one chain after the other.
+            self.sampler = StreamingMCMC(kernel, num_samples, num_chains=num_chains, **common).sampler
+            self.num_chains, self._diagnostics = num_chains, [None] * num_chains  # type: ignore[list-item]
+
+    @poutine.block
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """Runs all chains; a second call starts over, or from the checkpoint.
+
+        :param args: the model's arguments, in one of the kernel's three styles.
+        :raises DivergenceError: if all chains diverged.
+        :raises WorkerError: if a process of a parallel run died.
+        :raises CheckpointError: if no checkpoint can be read, or it belongs to another run.
+        """
+        if not self._is_ours:
+            super().run(*args, **kwargs)
+            return
+        self._args, self._kwargs = args, kwargs
+        self._samples, self.store, self.diverged = None, None, []
+        self._diagnostics = [{"divergences": []} for _ in range(self.num_chains)]
+        # Gradients of a run do not reach into the data.
+        args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+        validation = nullcontext() if self.disable_validation is None else _validation(not self.disable_validation)
+        with validation, preserved_param_store(), ExitStack() as stack:
+            run = Run(self.kernel, self._settings, args, kwargs, stack)
+            try:
+                run.sample()
+            except KeyboardInterrupt:
+                if not self._collect(run) or self.store is None:
+                    raise
+                chains, num_draws = self.store.complete_part()
+                warnings.warn(
+                    f"Interrupted: {num_draws} of {self.num_samples} draws of chains {chains} are in get_samples()"
+                    + (
+                        ""
+                        if self._settings.checkpoint_path is None
+                        else ", and run() again resumes from the checkpoint"
+                    )
+                    + ".",
+                    RuntimeWarning,
+                )
+                return
+            except BaseException:
+                self._collect(run)
+                raise
+            self._collect(run)
+        self._report_divergences(run)
+
+    def _collect(self, run: Run) -> int:
+        """Makes what the store holds the driver's draws; the number of them that there are a chain."""
+        if run.store is None:
+            return 0
+        run.store.flush()
+        noted = run.divergences()
+        if len(noted) == self.num_chains:
+            # Nobody is left, and what is frozen is no draw.
+            for note in noted:
+                run.store.truncate(note["chain"], note["first_draw"])
+        self.store = run.settled_store()
+        self.transforms = self.kernel.transforms if self._given_transforms is None else self._given_transforms
+        self._samples = self.store.samples(self._given_transforms)
+        self.diverged = [rebuilt_error(note) for note in noted]
+        first = {note["chain"]: note["first_draw"] for note in noted}
+        for chain, count in enumerate(self.store.counts):
+            figures = {name: values[chain, :count].cpu().clone() for name, values in self.store.statistics.items()}
+            divergences = list(range(first.get(chain, count), count))
+            self._diagnostics[chain] = {"divergences": divergences, **figures}
+        return self.store.complete_part()[1]
+
+    def _report_divergences(self, run: Run) -> None:
+        """A warning, or the error where no chain is left."""
+        if not self.diverged:
+            return
+        names = sorted(error.chain for error in self.diverged)
+        if len(names) < self.num_chains:
+            warnings.warn(
+                f"Chains {names} of {self.num_chains} diverged and stopped; their draws from there on repeat their "
+                f"last good state, and diagnostics()['divergences'] lists them. The first said: {self.diverged[0]}",
+                RuntimeWarning,
+            )
+            return
+        error = self.diverged[0]
+        parts = [self._samples_of(chain) for chain in range(self.num_chains)]
+        error.draws = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        count = sum(self.store.counts) if self.store else 0
+        # The chain counts what it kept itself, which under this driver is nothing.
+        error.args = (re.sub(r"The \d+ draws taken before", f"The {count} draws taken before", str(error)),)
+        raise error
+
+    def _samples_of(self, chain: int) -> dict[str, Tensor]:
+        """All draws of one chain, constrained."""
+        assert self.store is not None
+        return self.store.layout.constrain(self.store.theta_CSD[chain, : self.store.counts[chain]])
+
+    def diagnostics(self) -> dict[str, Any]:
+        """As Pyro's: effective sizes and R-hat by site, and what the kernel recorded, by chain.
+
+        ``divergences`` (indices of draws), and one entry a draw ``potential``, ``grad_norm`` and ``step_size``. A run
+        that ended with fewer than four draws has only these.
+        """
+        if not self._is_ours or self.store is None or self.store.complete_part()[1] >= 4:
+            return dict(super().diagnostics())
+        names = self._diagnostics[0]
+        return {name: {f"chain {i}": chain[name] for i, chain in enumerate(self._diagnostics)} for name in names}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Samples are views of one buffer, each of which would be pickled with all of it.
+        return {**self.__dict__, "_samples": None} if self._is_ours and self.store is not None else self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._is_ours and self.store is not None:
+            self._samples = self.store.samples(self._given_transforms)
+
+
+@contextmanager
+def _validation(is_enabled: bool) -> Iterator[None]:
+    with pyro.validation_enabled(is_enabled):
+        yield
+
+
+def _check_numbers(least: int = 1, **values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r} must be an integer, at least {least}.")
+
+
+def _checked_store(store: str, store_path: Any, checkpoint: Path | None) -> Path | None:
+    if store not in ("memory", "disk"):
+        raise ValueError(f"store={store!r} must be 'memory' or 'disk'.")
+    if store == "memory":
+        if store_path is not None:
+            raise ValueError(f"store_path={store_path!r} goes with store='disk'; got store='memory'.")
+        return None
+    if store_path is None and checkpoint is None:
+        raise ValueError("store='disk' needs store_path=, a folder for the draws.")
+    return draws_path(checkpoint) if store_path is None else Path(store_path).absolute()  # type: ignore[arg-type]
+
+
+def _checked_initial_params(params: Mapping[str, Tensor] | None, num_chains: int) -> dict[str, Tensor] | None:
+    """With a leading dimension of chains.
+
+    :raises ValueError: if it is given and not the number of chains.
+    """
+    if params is None:
+        return None
+    if num_chains == 1:
+        return {name: torch.as_tensor(value).unsqueeze(0) for name, value in params.items()}
+    for name, value in params.items():
+        if value.dim() == 0 or len(value) != num_chains:
+            raise ValueError(
+                f"initial_params has '{name}' of shape {tuple(value.shape)}; with num_chains={num_chains} its leading "
+                f"dimension must be {num_chains}, a start for each chain."
+            )
+    return dict(params)

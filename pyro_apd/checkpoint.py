@@ -1,0 +1,283 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Checkpoints of a run: safetensors with a JSON description and a checksum; nothing in them is pickled.
+
+A checkpoint holds what makes the continuation of every chain bit for bit, how far each chain had come, and what run it
+belongs to. Draws are not in it: they are in a :class:`~pyro_apd.disk_store.DiskStore` beside it, to which a run only
+ever appends. A file appears whole or not at all, and the one before it stays as ``PATH.previous``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_apd.store import as_bytes
+
+FORMAT_VERSION = 1
+_KEY, _TENSOR = "pyro_apd_checkpoint", "__tensor__"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used: it is damaged, or belongs to another run."""
+
+
+@dataclass
+class Progress:
+    """How far a chain, or a group of vectorised chains, has come.
+
+    :ivar int num_done: draws that were made, warm-up included.
+    :ivar state: the chain's ``state_dict()``; None before the first step, and when it is finished.
+    :ivar list divergences: what :class:`~pyro_apd.errors.DivergenceError` said, as JSON values, of each that ended.
+    """
+
+    num_done: int = 0
+    state: dict[str, Any] | None = None
+    divergences: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Checkpoint:
+    """What a file holds.
+
+    :ivar dict identity: what the run is, by name of what could differ; JSON values.
+    :ivar dict chains: progress by the number of the (first) chain.
+    :ivar dict notes: anything else that JSON holds.
+    """
+
+    identity: dict[str, Any]
+    chains: dict[int, Progress]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Replaces the checkpoint at ``path``; what was there becomes ``PATH.previous``.
+
+    Durable on return. Killed at any moment, it leaves a whole checkpoint under one of the two names.
+
+    :raises OSError: if it cannot be written; the checkpoint that was there stays.
+    """
+    contents = to_bytes(checkpoint)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, previous_path(path))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """The newest whole checkpoint; None where there is none yet.
+
+    A damaged one is named in a warning, and the one before it used.
+
+    :raises CheckpointError: if neither of those that are there can be read.
+    """
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+    failures = []
+    for candidate in (path, previous_path(path)):
+        try:
+            checkpoint = from_bytes_of(candidate)
+        except FileNotFoundError:
+            continue
+        except CheckpointError as error:
+            failures.append(str(error))
+            continue
+        if failures:
+            warnings.warn(f"{failures[0]} Resuming from the one before it, '{candidate}'.", RuntimeWarning)
+        return checkpoint
+    if failures:
+        raise CheckpointError(
+            f"No checkpoint can be used: {' '.join(failures)} Delete '{path}' and '{previous_path(path)}' to start the "
+            "run over, or give another checkpoint=."
+        )
+    return None
+
+
+def previous_path(path: Path) -> Path:
+    """Where the checkpoint before the present one is."""
+    return path.with_name(path.name + ".previous")
+
+
+def check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Compares what the checkpoint's run was with the present one.
+
+    :raises CheckpointError: if they differ; the message names in what.
+    """
+    # Through JSON, as the file's: tuples become lists.
+    expected = json.loads(json.dumps(expected))
+    differing = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+    if differing:
+        what = "; ".join(
+            f"{name} was {_short(found.get(name))}, now {_short(expected.get(name))}" for name in differing
+        )
+        raise CheckpointError(
+            f"The checkpoint '{path}' belongs to another run: {what}. Run with what it was made with to resume it, or "
+            "give another checkpoint=."
+        )
+
+
+def to_bytes(checkpoint: Checkpoint) -> bytes:
+    """The file's contents."""
+    tensors: dict[str, Tensor] = {}
+    description = {
+        "format": FORMAT_VERSION,
+        "identity": checkpoint.identity,
+        "notes": checkpoint.notes,
+        "chains": {
+            str(chain): _encoded(dataclasses.asdict(dataclasses.replace(progress, state=None)), tensors)
+            | {"state": _encoded(progress.state, tensors)}
+            for chain, progress in checkpoint.chains.items()
+        },
+    }
+    text = json.dumps(description)
+    return bytes(save(tensors, {_KEY: text, "sha256": _checksum(text, tensors)}))
+
+
+def from_bytes_of(path: Path) -> Checkpoint:
+    """Reads one file.
+
+    :raises FileNotFoundError: if there is none.
+    :raises CheckpointError: if it is truncated, damaged, of another kind, or of a newer format.
+    """
+    if not path.exists():
+        raise FileNotFoundError(path)
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        text = metadata[_KEY]
+        if metadata["sha256"] != _checksum(text, tensors):
+            raise ValueError("its checksum is not that of its contents")
+        description = json.loads(text)
+        if description["format"] > FORMAT_VERSION:
+            raise ValueError(f"it has format {description['format']}, newer than this version's {FORMAT_VERSION}")
+        chains = {
+            int(chain): Progress(**_decoded(progress, tensors)) for chain, progress in description["chains"].items()
+        }
+        return Checkpoint(description["identity"], chains, description["notes"])
+    except Exception as error:  # whatever safetensors and JSON find wrong
+        reason = f"{error!r}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"The checkpoint '{path}' is damaged, or is none: {reason}.") from error
+
+
+def fingerprint(values: Any) -> str:
+    """A digest of the arguments of a run: tensors by their contents, loaders by what is known of their data.
+
+    Values without contents that could be read, such as functions, count by their type.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in pytree.tree_flatten_with_path(values)[0]:
+        digest.update(repr([str(key) for key in path]).encode())
+        _add_leaf(digest, leaf)
+    return digest.hexdigest()[:16]
+
+
+def describe(value: Any) -> Any:
+    """A setting as a JSON value that is the same in every process."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, Tensor):
+        return fingerprint(value)
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [describe(item) for item in value]
+    return getattr(value, "__qualname__", None) or type(value).__qualname__
+
+
+def _add_leaf(digest: Any, leaf: Any) -> None:
+    if isinstance(leaf, Tensor):
+        digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+        digest.update(as_bytes(leaf))
+    elif isinstance(leaf, DataLoader):
+        known = (leaf.batch_size, leaf.drop_last, type(leaf.sampler).__name__, type(leaf.dataset).__name__)
+        digest.update(repr(known).encode())
+        digest.update(str(len(leaf.dataset) if hasattr(leaf.dataset, "__len__") else None).encode())
+        if isinstance(leaf.dataset, TensorDataset):
+            for tensor in leaf.dataset.tensors:
+                _add_leaf(digest, tensor)
+    elif leaf is None or isinstance(leaf, (bool, int, float, str, bytes)):
+        digest.update(repr(leaf).encode())
+    else:
+        digest.update(type(leaf).__qualname__.encode())
+
+
+def _encoded(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """A nested state with its tensors put into ``tensors`` under new names.
+
+    :raises TypeError: if it holds what JSON does not.
+    """
+    if isinstance(value, Tensor):
+        name = f"t{len(tensors)}"
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {_TENSOR: name}
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"A state's keys must be strings; got {[k for k in value if not isinstance(k, str)]}.")
+        return {key: _encoded(item, tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encoded(item, tensors) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"A checkpoint holds tensors, numbers, strings, lists and dicts; got a {type(value).__name__}.")
+
+
+def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        return {key: _decoded(item, tensors) for key, item in value.items()}
+    return [_decoded(item, tensors) for item in value] if isinstance(value, list) else value
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(as_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the renames durable, where folders can be synced."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

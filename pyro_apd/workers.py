@@ -1,0 +1,236 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Chains in processes of their own, each writing its draws straight into the files of one store.
+
+A worker reports through a pipe of its own, so that one that dies, however it dies, shows as the end of its pipe and
+cannot hold up the others. A worker whose parent is gone stops by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+import torch.multiprocessing
+
+from pyro_apd.checkpoint import Progress
+from pyro_apd.disk_store import open_store
+from pyro_apd.sampling import Group, GroupRun, Plan, begin
+
+# Seconds between what a worker reports for the progress bar, and between looks whether workers are alive.
+_REPORT_EVERY, _LOOK_EVERY = 0.2, 1.0
+# Seconds that a worker is given to end when told to.
+_GRACE = 5.0
+
+
+class WorkerError(RuntimeError):
+    """A worker process ended before its chain did.
+
+    :ivar int chain: the chain's number.
+    :ivar exitcode: the process's exit code; negative for the signal that killed it.
+    """
+
+    def __init__(self, message: str, chain: int, exitcode: int | None) -> None:
+        super().__init__(message)
+        self.chain, self.exitcode = chain, exitcode
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is sent with.
+
+    :ivar kernel: a kernel of this package.
+    :ivar Plan plan: what the run was asked for.
+    :ivar int chain: the worker's chain.
+    :ivar Path store_path: the folder of a :class:`~pyro_apd.disk_store.DiskStore`.
+    :ivar Progress progress: how far the chain had come.
+    :ivar int seed: of the worker's global generator, for hooks and models that use it.
+    :ivar bool is_reporting: whether anybody watches.
+    """
+
+    kernel: Any
+    plan: Plan
+    chain: int
+    store_path: Path
+    progress: Progress
+    seed: int
+    is_reporting: bool
+    validates: bool
+    dtype: torch.dtype
+    parent: int
+
+
+class _Messenger:
+    """A worker's side of the pipe: a :class:`~pyro_apd.sampling.Listener`."""
+
+    def __init__(self, job: Job, pipe: Connection) -> None:
+        self._job, self._pipe, self._reported_at = job, pipe, 0.0
+
+    def send(self, kind: str, content: Any) -> None:
+        # Plain pickles: torch's own would pass tensors as file handles that die with this process.
+        self._pipe.send_bytes(pickle.dumps((kind, content)))
+
+    def drew(self, group: Group, num_done: int, num_diverged: int) -> None:
+        if os.getppid() != self._job.parent:
+            os._exit(1)
+        now = time.monotonic()
+        if self._job.is_reporting and (now - self._reported_at > _REPORT_EVERY or num_done == self._job.plan.total):
+            self._reported_at = now
+            self.send("drew", (num_done, num_diverged, dict(self._job.kernel.logging())))
+
+    def is_due(self, group: Group, num_done: int) -> bool:
+        every = self._job.plan.checkpoint_every
+        return every is not None and num_done % every == 0
+
+    def checkpoint(self, group: Group, progress: Progress) -> None:
+        self.send("checkpoint", progress)
+
+
+def run_workers(
+    jobs: list[Job],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    context: Any,
+    on_draw: Callable[[int, int, int, Mapping[str, str]], None],
+    on_checkpoint: Callable[[dict[int, Progress]], None],
+    finished: dict[int, Progress],
+) -> None:
+    """Runs every job in a process of its own, to the end.
+
+    :param args: the model's arguments.
+    :param context: of :mod:`torch.multiprocessing`, which says how processes start.
+    :param on_draw: told a chain, its draws so far, its divergences, and what the kernel logs.
+    :param on_checkpoint: told the progress of chains that came to a checkpoint.
+    :param finished: takes up the progress at the end, by chain, as chains come to it.
+    :raises WorkerError: if a process dies, or cannot be started. The others are stopped; draws are in the store.
+    """
+    workers: dict[int, tuple[Any, Connection]] = {}
+    try:
+        for job in jobs:
+            workers[job.chain] = _start(job, args, kwargs, context)
+        active = dict(workers)
+        while active:
+            wait([pipe for _, pipe in active.values()], timeout=_LOOK_EVERY)
+            checkpoints: dict[int, Progress] = {}
+            for chain, (process, pipe) in list(active.items()):
+                for kind, content in _messages(chain, process, pipe):
+                    if kind == "drew":
+                        on_draw(chain, *content)
+                    elif kind == "checkpoint":
+                        checkpoints[chain] = content
+                    elif kind == "error":
+                        raise content
+                    else:
+                        finished[chain] = content
+                        del active[chain]
+                        break
+            if checkpoints:
+                on_checkpoint(checkpoints)
+        for process, _ in workers.values():
+            process.join()
+    finally:
+        _stop(workers)
+
+
+def _start(job: Job, args: tuple[Any, ...], kwargs: Mapping[str, Any], context: Any) -> tuple[Any, Connection]:
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(job, theirs, args, dict(kwargs)), daemon=True)
+    try:
+        process.start()
+    except Exception as error:  # whatever pickling finds wrong
+        raise WorkerError(
+            f"The worker of chain {job.chain} could not be started ({type(error).__name__}: {error}). Where processes "
+            "are spawned, kernel, model, data and hook_fn must pickle: define them at the top level of a module. Or "
+            "use chain_method='vectorized', which needs no processes.",
+            job.chain,
+            None,
+        ) from error
+    # Before the next worker is forked: a copy of this end there would hide this worker's death.
+    theirs.close()
+    return process, ours
+
+
+def _messages(chain: int, process: Any, pipe: Connection) -> Any:
+    """What a worker has sent so far.
+
+    :raises WorkerError: if its pipe has ended without its last word.
+    """
+    try:
+        while pipe.poll():
+            yield pickle.loads(pipe.recv_bytes())
+    except (EOFError, OSError, pickle.UnpicklingError):
+        process.join(_GRACE)
+        code = process.exitcode
+        how = f"was killed by signal {-code} ({_signal_name(-code)})" if code is not None and code < 0 else "ended"
+        raise WorkerError(
+            f"The worker of chain {chain} {how} with exit code {code} before its chain was complete. Signal 9 without "
+            "anybody sending it means that memory ran out; an early exit code 1 under spawn, that kernel or model do "
+            "not unpickle. Draws made so far are in get_samples(). chain_method='vectorized' needs no processes.",
+            chain,
+            code,
+        ) from None
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+def _stop(workers: Mapping[int, tuple[Any, Connection]]) -> None:
+    """Ends what still runs. A draw counts only once it is whole, so ending at any moment is safe."""
+    for process, _ in workers.values():
+        if process.is_alive():
+            process.terminate()
+    for process, pipe in workers.values():
+        process.join(_GRACE)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        pipe.close()
+
+
+def _work(job: Job, pipe: Connection, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """What a worker does."""
+    # An interrupt reaches all processes of a terminal; the parent alone decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    torch.set_default_dtype(job.dtype)
+    pyro.enable_validation(job.validates)
+    pyro.set_rng_seed(job.seed % 2**32)
+    messenger = _Messenger(job, pipe)
+    group = Group(job.chain)
+    try:
+        with closing(open_store(job.store_path)) as store:
+            chain = begin(job.kernel, job.plan, group, args, kwargs)
+            GroupRun(job.kernel, chain, job.plan, group, store, job.progress).run(messenger)
+        messenger.send("finished", job.progress)
+    except BaseException as error:
+        messenger.send("error", _portable(error, job.chain))
+    finally:
+        pipe.close()
+
+
+def _portable(error: BaseException, chain: int) -> BaseException:
+    """The error, if it survives pickling, with the chain's number; else its text."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        again = pickle.loads(pickle.dumps(error))
+        if hasattr(again, "add_note"):
+            again.add_note(f"In the worker of chain {chain}:\n{text}")
+        return again if isinstance(again, Exception) else WorkerError(f"Chain {chain} failed:\n{text}", chain, None)
+    except Exception:  # whatever pickling finds wrong
+        return WorkerError(f"Chain {chain} failed:\n{text}", chain, None)

@@ -1,0 +1,281 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The driver with the package's kernels, on models."""
+
+import random
+import time
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_apd.chains import MCMC, open_store
+from pyro_apd.errors import DivergenceError, ModelError
+from pyro_apd.kernels import PSGLD, SGHMC, SGLD
+from tests.models import Classifier, Conjugate, constrained, null
+from tests.test_chains import METHODS, forked, theta, wait_until
+
+KERNELS = [SGLD, PSGLD, SGHMC]
+PROBLEM = Conjugate()
+DATA = (PROBLEM.x, PROBLEM.y)
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return request.param
+
+
+@pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.__name__)
+def kernel_class(request):
+    return request.param
+
+
+def run(kernel, *args, num_samples=10, warmup_steps=3, **settings):
+    mcmc = MCMC(kernel, num_samples, warmup_steps, **{"disable_progbar": True, **settings})
+    mcmc.run(*args)
+    return mcmc
+
+
+@pytest.mark.parametrize("num_chains", [1, 3])
+@pytest.mark.parametrize("group_by_chain", [False, True])
+def test_mcmc_interface(kernel_class, method, num_chains, group_by_chain):
+    kernel = kernel_class(PROBLEM.full, 1e-3, batch_size=50)
+    mcmc = run(kernel, *DATA, num_chains=num_chains, chain_method=method)
+    shape = (num_chains, 10, 3) if group_by_chain else (num_chains * 10, 3)
+    assert mcmc.get_samples(group_by_chain=group_by_chain)["w"].shape == shape
+    diagnostics = mcmc.diagnostics()
+    assert diagnostics["divergences"] == {f"chain {i}": [] for i in range(num_chains)}
+    for name in ("potential", "grad_norm", "step_size"):
+        assert diagnostics[name][f"chain {num_chains - 1}"].shape == (10,)
+    assert diagnostics["step_size"]["chain 0"][0] == pytest.approx(1e-3)
+    mcmc.summary()
+    assert kernel.layout.names == ("w",)
+    assert set(mcmc.transforms) == {"w"}
+
+
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_parallel_chains_are_the_sequential_ones(kernel_class, context):
+    settings = {"num_chains": 3, "mp_context": context}
+    one, other = (
+        run(kernel_class(PROBLEM.full, 1e-3, batch_size=50, seed=3), *DATA, chain_method=method, **settings)
+        for method in ("sequential", "parallel")
+    )
+    assert torch.equal(theta(one), theta(other))
+    assert len(theta(one).flatten(0, 1).unique(dim=0)) == 30
+
+
+def test_seeds_repeat_and_differ(kernel_class, method):
+    before = torch.get_rng_state()
+    one, again, other = (
+        theta(run(kernel_class(PROBLEM.full, 1e-3, seed=seed), *DATA, num_chains=2, chain_method=method))
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one[0], one[1])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["vectorized", "sequential"])
+@pytest.mark.parametrize("kernel_class", [SGLD, SGHMC])
+def test_chains_agree_with_the_exact_posterior(kernel_class, method):
+    """4 chains of 1,500 draws each; the standard error of a variance is some 3 %."""
+    own = {SGLD: {"step_size": 8e-4}, SGHMC: {"step_size": 4e-4}}
+    kernel = kernel_class(PROBLEM.full, thinning=12, seed=1, **own[kernel_class])
+    settings = {"num_samples": 1500, "warmup_steps": 50, "num_chains": 4}
+    mcmc = run(kernel, *DATA, chain_method=method, **settings)
+    draws = mcmc.get_samples()["w"]
+    sd = PROBLEM.covariance.diagonal().sqrt()
+    assert float(((draws.mean(0) - PROBLEM.mean) / sd).abs().max()) < 0.12
+    scaled = torch.cov(draws.T) / (sd[:, None] * sd)
+    exact = PROBLEM.covariance / (sd[:, None] * sd)
+    assert float((scaled - exact).abs().max()) < 0.2
+    assert float(mcmc.diagnostics()["w"]["r_hat"].max()) < 1.02
+
+
+def test_vectorised_agree_with_sequential_chains_in_distribution():
+    means, covariances = [], []
+    for method in ("vectorized", "sequential"):
+        kernel = SGLD(PROBLEM.full, 8e-4, thinning=6, batch_size=50, seed=1)
+        mcmc = run(kernel, *DATA, num_samples=500, warmup_steps=30, num_chains=4, chain_method=method)
+        draws = mcmc.get_samples()["w"] / PROBLEM.covariance.diagonal().sqrt()
+        means.append(draws.mean(0))
+        covariances.append(torch.cov(draws.T))
+    torch.testing.assert_close(*means, atol=0.15, rtol=0)
+    torch.testing.assert_close(*covariances, atol=0.25, rtol=0)
+
+
+def test_initial_params(method):
+    start = torch.tensor([[3.0, -2.0, 1.0], [0.0, 5.0, 1.0]])
+    mcmc = run(
+        SGLD(PROBLEM.full, 1e-10), *DATA,
+        num_samples=1, warmup_steps=0, num_chains=2, chain_method=method, initial_params={"w": start},
+    )  # fmt: skip
+    torch.testing.assert_close(theta(mcmc)[:, 0], start, atol=1e-3, rtol=0)
+
+
+def test_constrained_latents_in_double_precision(method):
+    y = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.set_default_dtype(torch.float64)
+    try:
+        draws = run(SGLD(constrained, 1e-3), y, num_chains=2, chain_method=method).get_samples(group_by_chain=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {name: value.dtype for name, value in draws.items()} == dict.fromkeys(draws, torch.float64)
+    assert bool((draws["scale"] > 0).all())
+    torch.testing.assert_close(draws["mix"].sum(-1), torch.ones(2, 10, dtype=torch.float64))
+    assert draws["corr"].shape == (2, 10, 2, 2)
+
+
+def test_no_latents(method):
+    hooked = []
+    mcmc = run(SGLD(null, 1e-3), num_chains=1, chain_method=method, hook_fn=lambda k, p, s, i: hooked.append(p))
+    assert mcmc.get_samples() == {}
+    assert hooked == [{}] * 13
+    assert run(SGLD(null, 1e-3), num_chains=2, chain_method=method).get_samples() == {}
+
+
+def test_networks_as_they_stand(kernel_class, method):
+    kernel = kernel_class(Classifier(), 1e-3, batch_size=4)
+    mcmc = run(kernel, torch.randn(8, 4), torch.arange(8) % 3, num_chains=2, chain_method=method)
+    assert mcmc.get_samples(group_by_chain=True)["first.weight"].shape == (2, 10, 6, 4)
+
+
+def test_arviz_reads_a_run(method):
+    mcmc = run(SGLD(Classifier(), 1e-3), torch.randn(8, 4), torch.arange(8) % 3, num_chains=2, chain_method=method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ArviZ announces its refactoring, and omits log-likelihoods, in warnings
+        import arviz as az
+
+        idata = az.from_pyro(mcmc)
+    assert idata.posterior["first.weight"].shape == (2, 10, 6, 4)
+    assert not idata.sample_stats["diverging"].any()
+
+
+@pytest.mark.parametrize("style", ["loader", "plate"])
+def test_other_styles_of_batches(method, style):
+    batches = DataLoader(TensorDataset(*DATA), batch_size=50, shuffle=True)
+    model, args = (PROBLEM.full, (batches,)) if style == "loader" else (PROBLEM.subsampling, DATA)
+    mcmc = run(SGLD(model, 1e-3, seed=1), *args, num_chains=2, chain_method=method)
+    assert theta(mcmc).shape == (2, 10, 3)
+    assert bool(theta(mcmc).isfinite().all())
+
+
+def quartic(y):
+    """Chains from far away run away at a step size that is fine for those from near."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+    pyro.sample("obs", dist.Normal(w.square().sum(), 1.0), obs=y)
+
+
+def test_a_chain_that_diverges_leaves_the_others_alone(method):
+    start = torch.tensor([[0.5, 0.5], [60.0, 60.0], [-0.5, 0.5]])
+    settings = {"num_samples": 100, "warmup_steps": 0, "num_chains": 3, "chain_method": method}
+    with pytest.warns(RuntimeWarning, match=r"Chains \[1\] of 3 diverged.*SGLD diverged"):
+        mcmc = run(SGLD(quartic, 1e-2, seed=1), torch.tensor(1.0), initial_params={"w": start}, **settings)
+    assert mcmc.diagnostics()["divergences"] == {"chain 0": [], "chain 1": list(range(100)), "chain 2": []}
+    assert bool(theta(mcmc).isfinite().all())
+    assert float(theta(mcmc)[[0, 2]].abs().max()) < 5
+    assert len(theta(mcmc)[0].unique(dim=0)) == 100
+    (error,) = mcmc.diverged
+    assert (error.chain, error.site) == (1, "w")
+
+
+def test_divergence_keeps_the_draws(method):
+    kernel = SGLD(PROBLEM.full, lambda step: 1e-3 if step < 300 else 1.0, thinning=10, seed=1)
+    mcmc = MCMC(kernel, 100, 10, num_chains=2, chain_method=method, disable_progbar=True)
+    with pytest.raises(DivergenceError, match=r"try step_size=.*The (\d+) draws taken before") as caught:
+        mcmc.run(*DATA)
+    counts = mcmc.store.counts
+    assert all(14 <= count <= 20 for count in counts)
+    assert f"The {sum(counts)} draws" in str(caught.value)
+    assert len(caught.value.draws["w"]) == sum(counts)
+    good = MCMC(
+        SGLD(PROBLEM.full, 1e-3, thinning=10, seed=1), 100, 10, num_chains=2, chain_method=method, disable_progbar=True
+    )
+    good.run(*DATA)
+    for chain, count in enumerate(counts):
+        assert torch.equal(mcmc.store.theta_CSD[chain, :count], good.store.theta_CSD[chain, :count])
+
+
+def test_data_that_no_model_takes(method):
+    def inside(x, y):
+        with pyro.plate("data", len(x)):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("obs", dist.Normal(w, 1.0), obs=y)
+
+    mcmc = MCMC(SGLD(inside, 1e-3, batch_size=20), 5, 5, num_chains=2, chain_method=method, disable_progbar=True)
+    with pytest.raises(ModelError):
+        mcmc.run(*DATA)
+    assert mcmc._samples is None
+
+
+def test_data_are_let_go_of(method):
+    import gc
+    import weakref
+
+    x, y = PROBLEM.x.clone(), PROBLEM.y.clone()
+    kernel = SGLD(PROBLEM.full, 1e-3, batch_size=50)
+    mcmc = run(kernel, x, y, num_chains=2, chain_method=method)
+    mcmc._args = None
+    gone = weakref.ref(x)
+    del x
+    gc.collect()
+    assert gone() is None
+
+
+def killed(kernel, path, method, args, seed):
+    """A run that was killed three times at random, and the same run left in peace."""
+    settings = {"num_samples": 40, "warmup_steps": 20, "num_chains": 2, "chain_method": method}
+    resuming = {"checkpoint": path / "c", "checkpoint_every": 3}
+    delays = random.Random(seed)
+    for _ in range(3):
+        child = forked(lambda: run(kernel(), *args, **settings, **resuming, hook_fn=lambda *call: time.sleep(0.005)))
+        wait_until((path / "c").exists)
+        time.sleep(delays.uniform(0.0, 0.7))
+        child.kill()
+        child.join()
+    return run(kernel(), *args, **settings, **resuming), run(kernel(), *args, **settings)
+
+
+def test_killed_at_random_a_run_resumes_bit_for_bit(kernel_class, method, tmp_path):
+    def kernel():
+        return kernel_class(PROBLEM.full, 1e-3, batch_size=30, thinning=3, seed=5)
+
+    resumed, whole = killed(kernel, tmp_path, method, DATA, seed=METHODS.index(method))
+    assert torch.equal(theta(resumed), theta(whole))
+    for name, value in whole.store.statistics.items():
+        assert torch.equal(resumed.store.statistics[name], value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["plate", "network", "constrained"])
+def test_other_models_resume_bit_for_bit(style, method, tmp_path):
+    x, y = torch.randn(40, 4), torch.arange(40) % 3
+    model, args, settings = {
+        "plate": (PROBLEM.subsampling, DATA, {}),
+        "network": (Classifier(), (x, y), {"batch_size": 7}),
+        "constrained": (constrained, (torch.randn(20),), {}),
+    }[style]
+    resumed, whole = killed(
+        lambda: SGHMC(model, 1e-3, seed=2, **settings), tmp_path, method, args, seed=METHODS.index(method)
+    )
+    for name, value in whole.get_samples().items():
+        assert torch.equal(resumed.get_samples()[name], value)
+
+
+def test_disk_holds_the_same(method, tmp_path):
+    kernel = SGLD(Classifier(), 1e-3, batch_size=4, seed=1)
+    args = torch.randn(8, 4), torch.arange(8) % 3
+    memory, disk = (
+        run(kernel, *args, num_chains=2, chain_method=method, **settings)
+        for settings in ({}, {"store": "disk", "store_path": tmp_path / "s"})
+    )
+    reopened = open_store(tmp_path / "s").get_samples(group_by_chain=True)
+    for name, value in memory.get_samples(group_by_chain=True).items():
+        assert torch.equal(disk.get_samples(group_by_chain=True)[name], value)
+        assert torch.equal(reopened[name], value)

@@ -1,0 +1,211 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_apd.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Progress,
+    check_identity,
+    describe,
+    fingerprint,
+    previous_path,
+    read_checkpoint,
+    write_checkpoint,
+)
+from pyro_apd.kernels.schedules import Constant
+
+IDENTITY = {"kernel": "SGLD", "seed": 3, "layout": ["w[3]"]}
+
+
+def state_of(step):
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "theta": torch.randn(2, 3, generator=generator),
+        "rng": generator.get_state(),
+        "step": step,
+        "best": 0.1 + step,
+        "lost": math.nan,
+        "is_warm": True,
+        "name": "w",
+        "none": None,
+        "nested": {
+            "list": [1, 2.5, torch.tensor(3.0, dtype=torch.bfloat16)],
+            "empty": {},
+            "flags": torch.tensor([True]),
+        },
+        "large": 2**62 + 1,
+    }
+
+
+def checkpoint_of(step):
+    note = {"chain": 1, "step": 7, "message": "ran away"}
+    return Checkpoint(IDENTITY, {0: Progress(step, state_of(step)), 1: Progress(10, None, [note])}, {"run": "abc"})
+
+
+def assert_same(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list):
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == other or (one != one and other != other)
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_checkpoint(tmp_path / "run.ckpt", checkpoint_of(4))
+    write_checkpoint(tmp_path / "run.ckpt", checkpoint_of(5))
+    return tmp_path / "run.ckpt"
+
+
+def test_round_trip_is_exact(path):
+    found = read_checkpoint(path)
+    assert (found.identity, found.notes) == (IDENTITY, {"run": "abc"})
+    assert found.chains[0].num_done == 5
+    assert_same(found.chains[0].state, state_of(5))
+    assert found.chains[1] == Progress(10, None, checkpoint_of(5).chains[1].divergences)
+    generator = torch.Generator()
+    generator.set_state(found.chains[0].state["rng"])
+
+
+def test_the_one_before_is_kept(path):
+    assert previous_path(path).name == "run.ckpt.previous"
+    assert read_checkpoint(previous_path(path)).chains[0].num_done == 4
+    write_checkpoint(path, checkpoint_of(6))
+    assert read_checkpoint(previous_path(path)).chains[0].num_done == 5
+
+
+def test_nothing_is_pickled(path):
+    contents = path.read_bytes()
+    assert b"torch" not in contents
+    length = int.from_bytes(contents[:8], "little")
+    description = json.loads(json.loads(contents[8 : 8 + length])["__metadata__"]["pyro_apd_checkpoint"])
+    assert description["identity"] == IDENTITY
+
+
+def test_no_checkpoint_yet(tmp_path):
+    assert read_checkpoint(tmp_path / "run.ckpt") is None
+
+
+@pytest.mark.parametrize("position", [3, 40, 300, -200, -1])
+def test_a_flipped_bit_is_found_and_the_one_before_used(path, position):
+    contents = bytearray(path.read_bytes())
+    contents[position] ^= 1
+    path.write_bytes(contents)
+    with pytest.warns(RuntimeWarning, match=r"run.ckpt' is damaged.*one before it, '.*run.ckpt.previous'"):
+        assert read_checkpoint(path).chains[0].num_done == 4
+
+
+@pytest.mark.parametrize("length", [0, 7, 100, -1])
+def test_truncated(path, length):
+    os.truncate(path, length if length >= 0 else path.stat().st_size + length)
+    with pytest.warns(RuntimeWarning, match="is damaged"):
+        assert read_checkpoint(path).chains[0].num_done == 4
+
+
+def test_both_damaged(path):
+    path.write_bytes(b"x" * 100)
+    os.truncate(previous_path(path), 50)
+    with pytest.raises(CheckpointError, match=r"No checkpoint can be used.*run.ckpt'.*run.ckpt.previous'.*Delete"):
+        read_checkpoint(path)
+
+
+def test_killed_between_the_two_renames(path):
+    path.unlink()
+    assert read_checkpoint(path).chains[0].num_done == 4
+
+
+def test_newer_format(path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("pyro_apd.checkpoint.FORMAT_VERSION", 9)
+        write_checkpoint(path, checkpoint_of(6))
+    with pytest.warns(RuntimeWarning, match="format 9, newer"):
+        assert read_checkpoint(path).chains[0].num_done == 5
+
+
+def test_a_failed_write_leaves_what_was_there(path):
+    before = sorted(os.listdir(path.parent)), path.read_bytes()
+    with pytest.raises(TypeError, match="got a function"):
+        write_checkpoint(path, Checkpoint(IDENTITY, {0: Progress(6, {"f": test_no_checkpoint_yet})}))
+    with pytest.raises(TypeError, match="keys must be strings"):
+        write_checkpoint(path, Checkpoint(IDENTITY, {0: Progress(6, {"f": {1: 2}})}))
+    assert (sorted(os.listdir(path.parent)), path.read_bytes()) == before
+
+
+def test_an_interrupted_write_leaves_what_was_there(path, monkeypatch):
+    before = sorted(os.listdir(path.parent)), path.read_bytes()
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(path, checkpoint_of(6))
+    assert (sorted(os.listdir(path.parent)), path.read_bytes()) == before
+
+
+def test_leftovers_of_a_killed_writer_are_swept(path):
+    (path.parent / ".run.ckpt.123.tmp").write_bytes(b"half")
+    assert read_checkpoint(path).chains[0].num_done == 5
+    assert sorted(os.listdir(path.parent)) == ["run.ckpt", "run.ckpt.previous"]
+
+
+def test_another_run_is_refused_by_what_differs(path):
+    check_identity(path, IDENTITY, {**IDENTITY, "layout": ("w[3]",)})
+    with pytest.raises(CheckpointError, match=r"another run: seed was 3, now 4; layout was .*, now \[\"v\[3\]\"\]"):
+        check_identity(path, IDENTITY, {**IDENTITY, "seed": 4, "layout": ["v[3]"]})
+    with pytest.raises(CheckpointError, match="thinning was null, now 2"):
+        check_identity(path, IDENTITY, {**IDENTITY, "thinning": 2})
+
+
+def test_fingerprints_see_the_data():
+    x, y = torch.randn(20, 3), torch.randint(2, (20,))
+    seen = fingerprint(((x, y), {"flag": True}))
+    assert fingerprint(((x.clone(), y), {"flag": True})) == seen
+    changed = x.clone()
+    changed[13, 1] += 1e-6
+    others = [
+        ((changed, y), {"flag": True}),
+        ((x.T.contiguous(), y), {"flag": True}),
+        ((x, y.int()), {"flag": True}),
+        ((y, x), {"flag": True}),
+        ((x, y), {"flag": False}),
+        ((x, y), {"flags": True}),
+        ((x,), {"flag": True}),
+    ]
+    assert len({seen, *map(fingerprint, others)}) == 8
+
+
+def test_fingerprints_see_into_loaders():
+    x = torch.randn(20, 3)
+
+    def of(x, **settings):
+        return fingerprint(((DataLoader(TensorDataset(x), **settings),), {}))
+
+    assert of(x, batch_size=4) == of(x.clone(), batch_size=4)
+    assert (
+        len({of(x, batch_size=4), of(x + 1, batch_size=4), of(x, batch_size=5), of(x, batch_size=4, shuffle=True)}) == 4
+    )
+
+
+def test_settings_are_described_alike_in_every_process():
+    assert describe(Constant(0.5)) == {"type": "Constant", "step_size": 0.5}
+    assert describe(test_no_checkpoint_yet) == "test_no_checkpoint_yet"
+    assert describe({"a": (1, None)}) == {"a": [1, None]}
+    assert describe(object()) == "object"
+    assert describe(torch.ones(2)) == describe(torch.ones(2)) != describe(torch.zeros(2))

@@ -1,0 +1,104 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A kernel that walks at random, diverges when told to, and costs nothing: what the driver needs, and no more."""
+
+from collections import OrderedDict
+
+import torch
+from torch.distributions import constraints
+
+from pyro_apd.errors import DivergenceError
+from pyro_apd.layout import Layout
+
+LAYOUT = Layout({"w": (3,), "scale": (), "b": (2, 2)}, {"scale": constraints.positive})
+
+
+class WalkChain:
+    """One chain, or several vectorised; chain i is the same in both."""
+
+    def __init__(self, kernel, num_chains, first, start):
+        self.kernel, self.layout, self.first = kernel, kernel.layout, first
+        self._is_single, count = num_chains is None, num_chains or 1
+        self._generators = [torch.Generator().manual_seed(1000 * kernel.seed + first + i) for i in range(count)]
+        self._theta = torch.stack([torch.randn(self.layout.size, generator=g) for g in self._generators])
+        if start is not None:
+            self._theta = self.layout.join(start).reshape(count, -1).clone()
+        self.step, self.is_warm, self.divergences = 0, False, []
+
+    @property
+    def theta(self):
+        return self._theta[0] if self._is_single else self._theta
+
+    def advance(self, num_steps):
+        for _ in range(num_steps):
+            self.step += 1
+            for i, generator in enumerate(self._generators):
+                if any(error.chain == i for error in self.divergences):
+                    continue
+                if self.step == self.kernel.noticed_after.get(self.first + i):
+                    self._diverge(i)
+                    continue
+                noise = torch.randn(self.layout.size, generator=generator)
+                self._theta[i] = 0.5 * self._theta[i] + noise
+                if self.step > self.kernel.diverges_after.get(self.first + i, 10**9):
+                    self._theta[i] = torch.inf
+
+    def _diverge(self, i):
+        error = DivergenceError(
+            f"chain {self.first + i} ran away",
+            step=self.step,
+            site="w",
+            step_size=1.0,
+            suggested_step_size=0.1,
+            draws={},
+            chain=i,
+        )
+        self._theta[i] = -7.0  # the last good state
+        self.divergences.append(error)
+        if len(self.divergences) == len(self._generators):
+            raise error
+
+    def end_warmup(self):
+        assert not self.is_warm
+        self.is_warm = True
+
+    def statistics(self):
+        energy = self._theta.square().sum(-1)
+        energy = energy[0] if self._is_single else energy
+        return {"potential": energy, "grad_norm": 2 * energy, "step_size": 0.1}
+
+    def state_dict(self):
+        generators = [generator.get_state() for generator in self._generators]
+        extra = {"last_good": torch.full_like(self._theta, -7.0)}
+        return {"theta": self._theta, "generators": generators, "step": self.step, "is_warm": self.is_warm, **extra}
+
+    def load_state_dict(self, state):
+        self._theta, self.step, self.is_warm = state["theta"].clone(), state["step"], state["is_warm"]
+        for generator, saved in zip(self._generators, state["generators"], strict=True):
+            generator.set_state(saved)
+
+
+class Walk:
+    """:param dict diverges_after: the last good step by chain; it is noticed two steps later."""
+
+    model = None
+
+    def __init__(self, seed=0, thinning=1, diverges_after=None, layout=LAYOUT):
+        self.seed, self.thinning, self.layout = seed, thinning, layout
+        self.transforms = layout.transforms
+        self.diverges_after = dict(diverges_after or {})
+        self.noticed_after = {chain: step + 2 for chain, step in self.diverges_after.items()}
+        self._num_ended = 0
+
+    def begin(self, args, kwargs, *, warmup_steps, num_samples, num_chains=None, first_chain=0, initial_params=None):
+        return WalkChain(self, num_chains, first_chain, initial_params)
+
+    def end(self, chain):
+        self._num_ended += 1
+
+    def cleanup(self):
+        pass
+
+    def logging(self):
+        return OrderedDict([("steps/s", "1")])
