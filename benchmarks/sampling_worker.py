@@ -166,7 +166,7 @@ class OursVectorised(Ours):
         self.max_draws = min(5_000, (8 if job.device == "cpu" else 32) * 2**30 // num_bytes)
 
     def _driver(self, thinning: int, num_samples: int, hook: Callable[..., None] | None) -> Any:
-        from pyro_apd.chains import MCMC
+        from pyro_apd.chains.driver import MCMC
 
         chains = [p.expand(self.num_chains, *p.shape).clone() for p in self.params]
         return MCMC(

@@ -11,14 +11,12 @@ __version__ = "0.1.0"
 
 from pyro_apd import datasets, diagnostics, metrics, uncertainty
 from pyro_apd.bnn import BNN
-from pyro_apd.chains import MCMC, open_store
-from pyro_apd.checkpoint import CheckpointError
+from pyro_apd.chains import MCMC, CheckpointError, WorkerError, open_store
 from pyro_apd.distill import DistillationError, DistillationWarning, distill
 from pyro_apd.errors import ArtifactError, DataError, DivergenceError, ModelError
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD, schedules
 from pyro_apd.posterior import DistilledPosterior
 from pyro_apd.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs
-from pyro_apd.workers import WorkerError
 
 __all__ = [
     "BNN",

@@ -29,7 +29,10 @@ def capture(function: Function, *examples: Any) -> Function:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with pyro.validation_enabled(False), torch.no_grad():
-        return make_fx(function)(*examples)
+        graph = make_fx(function)(*examples)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,19 @@ class GaussianPriors:
             if site.name in self.parameters:
                 loc, precision = self.parameters[site.name]
                 deviation = pieces[i] if isinstance(loc, float) and loc == 0.0 else pieces[i] - loc
-                pull = precision * deviation
-                energy = energy + 0.5 * (pull * deviation).sum(-1)
-                total[i] = total[i] + pull
+                # In few operations, as each is felt where graphs are not compiled.
+                if isinstance(precision, float):
+                    total[i] = torch.add(total[i], deviation, alpha=precision)
+                    energy = energy + _square(deviation) * (0.5 * precision)
+                else:
+                    total[i] = torch.addcmul(total[i], deviation, precision)
+                    energy = energy + 0.5 * (precision * deviation.square()).sum(-1)
         return tuple(total), energy + self.constant
+
+
+def _square(values: Tensor) -> Tensor:
+    """Sum of squares over the last dimension."""
+    return torch.dot(values, values) if values.dim() == 1 else values.square().sum(-1)
 
 
 def _as_number(values: Tensor) -> float | Tensor:

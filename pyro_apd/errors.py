@@ -33,6 +33,7 @@ class DivergenceError(ArithmeticError):
     :param float suggested_step_size: a stable step size by the curvature met.
     :param dict draws: what the chain had drawn before, constrained, ``(S, ...)`` a site.
     :param int chain: index of the chain, among those that advance together.
+    :param int last_good_step: Langevin step at which the chain was last found well.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class DivergenceError(ArithmeticError):
         suggested_step_size: float,
         draws: Mapping[str, Tensor],
         chain: int = 0,
+        last_good_step: int = 0,
     ) -> None:
         super().__init__(message)
         self.step = step
@@ -53,6 +55,7 @@ class DivergenceError(ArithmeticError):
         self.suggested_step_size = suggested_step_size
         self.draws = dict(draws)
         self.chain = chain
+        self.last_good_step = last_good_step
 
     def to_json(self) -> dict[str, Any]:
         """All but the draws, for a checkpoint."""

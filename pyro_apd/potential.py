@@ -206,8 +206,7 @@ class Potential:
             if pieces[0].dim() > 1:
                 function = torch.vmap(function, in_dims=(0, 0 if inputs else None))
             gradients, energy = function(pieces, inputs)
-            detached = tuple(gradient.detach() for gradient in gradients)
-            return priors.add_to(self.layout, pieces, detached, energy.detach())
+            return priors.add_to(self.layout, pieces, gradients, energy)
 
         try:
             return capture(gradients_and_energy, tuple(piece.detach().clone() for piece in pieces), inputs)

@@ -60,6 +60,11 @@ def run_model(model: Callable[..., Any], call: Call, values: Mapping[str, Tensor
     with poutine.block(), preserved_param_store():
         try:
             return tracer.get_trace(*call.args, **call.kwargs)
+        except NotImplementedError as error:
+            raise ModelError(
+                f"A site's prior cannot be drawn from ({error}), so the chain has no start. Give the kernel "
+                "init_strategy=pyro.infer.autoguide.init_to_value(values={...}) with a value for that site."
+            ) from error
         except (RuntimeError, ValueError, IndexError) as error:
             with _no_second_failure():
                 _explain(error, tracer.msngr.trace)

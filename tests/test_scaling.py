@@ -241,3 +241,13 @@ def test_the_three_styles_agree_with_the_full_potential_at_one_point():
         potential, _ = build_potential(model, args, {}, **settings)
         mean = torch.stack([potential.value(theta, potential.source.draw()) for _ in range(4)]).mean()
         torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_prior_that_cannot_be_drawn_from_names_the_mend():
+    def model(y):
+        w = pyro.sample("w", dist.ImproperUniform(dist.constraints.real, (), ()))
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", dist.Normal(w, 1.0), obs=y)
+
+    with pytest.raises(ModelError, match="init_strategy="):
+        build_potential(model, (torch.zeros(3),), {})

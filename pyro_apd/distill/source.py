@@ -14,10 +14,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_apd.chains.store import DrawStore, all_finite
 from pyro_apd.layout import Layout
 from pyro_apd.minibatch import model_arguments
 from pyro_apd.pyro_state import preserved_param_store
-from pyro_apd.store import DrawStore, all_finite
 
 logger = logging.getLogger("pyro_apd")
 

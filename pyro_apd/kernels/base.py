@@ -14,6 +14,7 @@ import time
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -178,7 +179,7 @@ class StochasticGradientKernel(MCMCKernel):
             type(self).__name__,
             compile=self.compile,
             expected_steps=known,
-            unroll=_unroll(self.thinning) if num_chains is None else 1,
+            unroll=_unroll(self.thinning) if theta.numel() <= _MAX_UNROLLED else 1,
             keep_draws=keep_draws,
             warmup=WarmUp(num_warmup, self.temperature, self._dynamics, auto, self.warm_start),
             control_variates=self.control_variates,
@@ -197,6 +198,11 @@ class StochasticGradientKernel(MCMCKernel):
         if chain.warmup is not None:
             self.tuning = chain.warmup.report()
             chain.warmup.finish(chain)
+
+    def report(self, chain: Chain) -> dict[str, Any]:
+        """What is to be said of a chain at its end, as JSON values; see :meth:`diagnostics`."""
+        tuning = {"tuning": self.tuning} if self.tuning else {}
+        return {"path": chain.path, "temperatures": [asdict(t) for t in chain.temperatures(self.temperature)], **tuning}
 
     def _open(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], seeds: list[int]
@@ -282,8 +288,7 @@ class StochasticGradientKernel(MCMCKernel):
         self.end(chain)
         series = {name: torch.stack(values) if values else torch.empty(0) for name, values in chain.trace.items()}
         statistics = {name: values.cpu() for name, values in series.items()}
-        tuning = {"tuning": self.tuning} if self.tuning else {}
-        return {"divergences": [], **statistics, "path": chain.path, "temperatures": self.temperatures(), **tuning}
+        return {"divergences": [], **statistics, **self.report(chain), "temperatures": self.temperatures()}
 
     def temperatures(self) -> list[Temperature]:
         """Temperatures of the chain that ran last, over all weights and by site, each with its standard error.
@@ -336,6 +341,10 @@ class StochasticGradientKernel(MCMCKernel):
             worker = (torch.initial_seed() - self._home[1]) % 2**31
         stream = self.seed * 1_000_003 + index * 7_919 + worker
         return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(stream % 2**62)))
+
+
+# Weights over all chains up to which the price of a call is felt.
+_MAX_UNROLLED = 200_000
 
 
 def _unroll(thinning: int) -> int:

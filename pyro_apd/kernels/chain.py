@@ -88,7 +88,7 @@ class Chain:
         self._is_cpu = theta.device.type == "cpu"
         self._sizes = theta.new_empty((1, len(theta), 1) if self.num_chains else (1,))
         self._values: list[float] = []
-        self._start_streams(theta, seeds)
+        self._start_streams(theta, seeds, unroll)
         sizes = [site.size for site in self.layout]
         known = expected_steps * (self.num_chains or 1)
         self._stepper = Stepper(potential, sizes, update, self._noise, compile, known, unroll)
@@ -106,12 +106,12 @@ class Chain:
         self._last_good, self._hopeful = (tuple(piece.clone() for piece in self._theta) for _ in range(2))
         self._checked_step = self._num_good = 0
 
-    def _start_streams(self, theta: Tensor, seeds: Sequence[int]) -> None:
+    def _start_streams(self, theta: Tensor, seeds: Sequence[int], unroll: int) -> None:
         generators = [torch.Generator(device=theta.device).manual_seed(seed) for seed in seeds]
         if isinstance(self.potential.source, LoaderBatches):
             self.potential.source.device = theta.device
         self.potential.source.start(generators if self.num_chains else generators[0])
-        self._noise = Noise(theta, seeds)
+        self._noise = Noise(theta, seeds, unroll)
         others = [torch.Generator(device=theta.device).manual_seed(seed ^ 1) for seed in seeds]
         self._thermal_source = copy.copy(self.potential.source)
         self._thermal_source.start(others if self.num_chains else others[0])
@@ -158,7 +158,7 @@ class Chain:
             if self._wants_control:
                 self.use_control_variates()
             taken = self.step * (self.num_chains or 1)
-            num = self._stepper.num_at_once(num_steps, taken)
+            num = self._stepper.num_at_once(num_steps, self.step, taken)
             num_steps -= num
             inputs = [self.potential.source.draw() for _ in range(num)]
             self._measures = self._stepper.take(
@@ -214,14 +214,14 @@ class Chain:
     def end_warmup(self) -> None:
         """Says that what follows is kept."""
         self._is_warming = False
+        if self.warmup is not None:
+            self.warmup.begin_keeping(self)
 
     def _average(self) -> None:
         """Takes the state into an average that forgets the early ones (Shamir & Zhang, ICML 2013, with eta = 3)."""
         self._num_averaged += 1
         for centre, piece in zip(self._centre, self._theta, strict=True):
             centre.lerp_(piece, 4 / (self._num_averaged + 3))
-        if self.warmup is not None:
-            self.warmup.begin_keeping(self)
 
     def use_control_variates(self) -> None:
         """From here on takes gradients with control variates about the present state.
@@ -259,7 +259,8 @@ class Chain:
         """Goes to where a chain with the same settings stood."""
         self.theta = state["theta"]
         for name, pieces in state["auxiliary"].items():
-            self.auxiliary[name] = tuple(piece.clone() for piece in pieces)
+            for piece, new in zip(self.auxiliary[name], pieces, strict=True):
+                piece.copy_(new)
         self.step, self._checked_step = int(state["step"]), int(state["checked_step"])
         self.potential.source.load_state_dict(state["source"])
         self._noise.load_state_dict(state["noise"])
@@ -361,13 +362,14 @@ class Chain:
             f"{self.name} diverged{which} by Langevin step {self.step}: potential {energy:.3g}, at the start "
             f"{start:.3g}; site '{site}' at |value| {furthest:.3g}, with step_size={self.step_size:.3g}. The largest "
             f"curvature met is about {curvature:.2g}, so step sizes must stay under {4 / curvature:.2g}; try "
-            f"step_size={suggested:.0e}. The {len(draws)} draws taken before are in this error's `draws`.",
+            f"step_size={suggested:.0e}. The draws taken before are in this error's `draws`.",
             step=self.step,
             site=site,
             step_size=self.step_size,
             suggested_step_size=suggested,
             draws=self.layout.constrain(kept),
             chain=chain,
+            last_good_step=max(self._checked_step - 1, 0),  # its potential was looked at, not that of the next
         )
 
     def _stable_step_size(self, theta: Pieces, inputs: Inputs, iterations: int = 15) -> tuple[float, float]:

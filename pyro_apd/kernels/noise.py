@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 # Raw numbers drawn in one go for each chain: small models would otherwise spend their time on the calls.
-_BLOCK = 8192
+_BLOCK = 16384
 _BITS = 24  # of a float32's mantissa
 _MASK = 2**_BITS - 1
 
@@ -30,16 +30,17 @@ class Noise:
 
     :param Tensor like: a state ``(D,)`` or ``(C, D)``, whose shape, dtype and device noise has.
     :param seeds: one a chain.
+    :param int at_once: steps for which :meth:`raw` is usually asked, so that they lie together.
     """
 
-    def __init__(self, like: Tensor, seeds: Sequence[int]) -> None:
+    def __init__(self, like: Tensor, seeds: Sequence[int], at_once: int = 1) -> None:
         self._shape, self._size = like.shape, like.shape[-1]
         self._is_raw = like.device.type == "cpu" and like.dtype == torch.float32
         self._buffer = like.new_empty((1, *like.shape))
         self._device_generator = torch.Generator(device=like.device).manual_seed(seeds[0])
         self._generators = [np.random.SFC64(seed) for seed in seeds]
         self._half = (self._size + 1) // 2
-        self._steps = max(1, _BLOCK // max(self._half, 1)) if self._is_raw else 1
+        self._steps = at_once * max(1, _BLOCK // max(self._half * at_once, 1))
         self._raw_KCB = torch.empty(0)
         self._normal_KCD: Tensor | None = None
         self._position = 0  # steps taken from the present block; 0 where there is none yet
@@ -49,9 +50,10 @@ class Noise:
         """The next steps' noise ``(K, ...)``, in the form that :meth:`to_normal` takes; valid until the next call."""
         if not self._is_raw:
             return self._buffers(num_steps).normal_(generator=self._device_generator)
-        if 0 < self._position <= self._steps - num_steps:
-            taken = self._raw_KCB[self._position : self._position + num_steps]
-            self._position += num_steps
+        if self._position in (0, self._steps) or self._position <= self._steps - num_steps:
+            self._advance()
+            taken = self._raw_KCB[self._position - 1 : self._position - 1 + num_steps]
+            self._position += num_steps - 1
         else:
             taken = torch.stack([self._next_raw() for _ in range(num_steps)])
         return taken.view(num_steps, *self._shape[:-1], 2 * self._half)

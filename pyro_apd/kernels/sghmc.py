@@ -30,7 +30,8 @@ class SGHMC(StochasticGradientKernel):
     with :math:`\eta = \epsilon / 2`, so that at friction :math:`a = 1` the step is exactly that of
     :class:`~pyro_apd.kernels.sgld.SGLD` at the same epsilon. The target is :math:`\exp(-U / T)` as epsilon goes to 0.
     :math:`\hat b = \eta \hat V / (2 T)` is the share of the friction's noise that mini-batches supply already, V being
-    the variance of the gradient's estimate; subtracting it corrects the temperature.
+    the variance of the gradient's estimate; subtracting it corrects the temperature. That is for independent batches:
+    those of an epoch without replacement, the default, bring less, and the formula would leave the chain too cold.
 
     :param float friction: a, between 0 and 1; 0.1 is momentum 0.9.
     :param float noise_estimate: b-hat, at least 0 and less than the friction; 0, the default, ignores the mini-batches'

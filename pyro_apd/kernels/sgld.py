@@ -19,7 +19,8 @@ class SGLD(StochasticGradientKernel):
     with U the potential of the **full** data, estimated on a mini-batch. The target is :math:`\exp(-U / T)`,
     approached as epsilon goes to 0: there is no accept step. At a constant step the variance along a direction of
     curvature :math:`\lambda` is too large by the factor :math:`1 / (1 - \epsilon \lambda / 4)` from discretisation and
-    by about :math:`1 + \epsilon V / (4 T)` from mini-batches, V being the variance of the gradient's estimate there.
+    by up to about :math:`1 + \epsilon V / (4 T)` from mini-batches, V being the variance of the gradient's estimate.
+    That is for independent batches; those of an epoch without replacement cancel most of it in slow directions.
 
     The paper's own setting for MNIST (Wang et al. 2018) is ``step_size=1e-6``, batches of 100 and ``thinning=20``.
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from pyro_apd.capture import capture
 from pyro_apd.kernels.noise import Noise
+from pyro_apd.kernels.replay import replayed
 from pyro_apd.minibatch import MinibatchSource
 from pyro_apd.potential import GradientFunction, Inputs, Pieces
 
@@ -107,9 +108,10 @@ class Stepper:
         self._programs: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
         self.path = "traced"
 
-    def num_at_once(self, num_left: int, steps_taken: int) -> int:
-        """How many of ``num_left`` steps the next :meth:`take` should have."""
-        return self._unroll if num_left >= self._unroll and self._is_compiling(steps_taken) else 1
+    def num_at_once(self, num_left: int, step: int, steps_taken: int) -> int:
+        """How many of ``num_left`` steps from ``step`` on the next :meth:`take` should have."""
+        is_whole = num_left >= self._unroll and step % self._unroll == 0
+        return self._unroll if is_whole and self._is_compiling(steps_taken) else 1
 
     def take(
         self,
@@ -130,7 +132,7 @@ class Stepper:
         state = (theta, auxiliary)
         program = self._program(state, sizes, inputs, steps_taken)
         if program is not None:
-            return Measures(*program(state, self._noise.raw(len(inputs)), sizes, tuple(inputs)))
+            return Measures(*program(*_leaves(state, self._noise.raw(len(inputs)), sizes, inputs)))
         for size, batch in zip(sizes, inputs, strict=True):
             gradients = self.potential.gradient_function(theta, batch)
             measures = self._step(gradients, state, self._noise.normal(), size, batch, is_measured)
@@ -183,7 +185,12 @@ class Stepper:
 
         began = time.monotonic()
         try:
-            program = compiled(steps, state, self._noise.raw_like(len(inputs)), sizes, inputs)
+            raw = self._noise.raw_like(len(inputs))
+            program = compiled(steps, state, raw, sizes, inputs)
+            if raw.is_cuda:
+                leaves = _leaves(state, raw, sizes, inputs)
+                num_kept = len(_leaves(state, raw, sizes, ())) - 2
+                program = replayed(program, leaves[:num_kept], leaves[num_kept:])
         except Exception as error:  # no compiler, or a model that it fails on: the captured graph still works
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             logger.warning("Steps are not compiled, which is slower: %s.", reason)
@@ -194,7 +201,7 @@ class Stepper:
 
 
 def compiled(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
-    """``function``, of trees of tensors, compiled for trees with the shapes of ``examples``.
+    """``function``, of trees of tensors, compiled for such trees: a function of their leaves.
 
     It is captured as a flat graph, and that is given to the compiler. By way of :func:`torch.compile` the same graph
     would be traced once more, and its arguments checked at each call for changes that cannot be, which takes a small
@@ -218,4 +225,11 @@ def compiled(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]
             logger.debug("Compiling by way of torch.compile, since %s.", error)
             program = torch.compile(graph.forward, fullgraph=True, dynamic=False)  # type: ignore[attr-defined]
             program(*copies)
-    return lambda *arguments: program(*pytree.arg_tree_leaves(*arguments))
+    return program
+
+
+def _leaves(state: Any, raw: Tensor, sizes: Tensor, inputs: Sequence[Inputs]) -> list[Tensor]:
+    """The tensors of a program's arguments, in :mod:`torch.utils._pytree`'s order, and at a tenth of its price."""
+    theta, auxiliary = state
+    kept = [piece for pieces in auxiliary.values() for piece in pieces]
+    return [*theta, *kept, raw, sizes, *(tensor for batch in inputs for tensor in batch)]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-from pyro_apd.disk_store import DiskStore, open_store
+from pyro_apd.chains.disk_store import DiskStore, open_store
+from pyro_apd.chains.store import STATISTICS
 from pyro_apd.distill.source import read_source, split_held_out
 from pyro_apd.layout import Layout
-from pyro_apd.store import STATISTICS
 from tests.models import Classifier, constrained
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))

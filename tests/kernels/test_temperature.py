@@ -14,8 +14,14 @@ from tests.models import Classifier, Conjugate
 PROBLEM = Conjugate()
 
 
-def run(kernel, num_samples=500, **settings):
-    mcmc = MCMC(kernel, num_samples=num_samples, warmup_steps=100, disable_progbar=True, **settings)
+@pytest.fixture(autouse=True)
+def _readings_come_often(monkeypatch):
+    """The chains here forget within some ten steps."""
+    monkeypatch.setattr("pyro_apd.kernels.chain.READ_EVERY", 20)
+
+
+def run(kernel, num_samples=1000, **settings):
+    mcmc = MCMC(kernel, num_samples=num_samples, warmup_steps=50, disable_progbar=True, **settings)
     mcmc.run(PROBLEM.x, PROBLEM.y)
     return mcmc
 
@@ -30,7 +36,7 @@ def reading(temperatures, kind, site="all"):
 @pytest.mark.parametrize("kernel_class", [SGLD, SGHMC])
 def test_a_right_chain_reads_its_temperature(kernel_class, temperature):
     kernel = kernel_class(
-        PROBLEM.full, 1e-4 * (10 if kernel_class is SGLD else 1), temperature=temperature, thinning=100, seed=2
+        PROBLEM.full, 1e-4 * (10 if kernel_class is SGLD else 1), temperature=temperature, thinning=20, seed=2
     )
     run(kernel)
     for kind in ("configurational", "kinetic") if kernel_class is SGHMC else ("configurational",):
@@ -43,7 +49,7 @@ def test_a_right_chain_reads_its_temperature(kernel_class, temperature):
 @pytest.mark.slow
 def test_steps_that_are_too_large_read_too_hot():
     step_size = 2 / PROBLEM.largest_curvature  # half way to instability: that direction is twice as wide
-    kernel = SGLD(PROBLEM.full, step_size, thinning=100, seed=2)
+    kernel = SGLD(PROBLEM.full, step_size, thinning=20, seed=2)
     mcmc = run(kernel)
     draws = mcmc.get_samples()["w"]
     found = reading(kernel.temperatures(), "configurational")

@@ -4,8 +4,8 @@
 """Checkpoints of a run: safetensors with a JSON description and a checksum; nothing in them is pickled.
 
 A checkpoint holds what makes the continuation of every chain bit for bit, how far each chain had come, and what run it
-belongs to. Draws are not in it: they are in a :class:`~pyro_apd.disk_store.DiskStore` beside it, to which a run only
-ever appends. A file appears whole or not at all, and the one before it stays as ``PATH.previous``.
+belongs to. Draws are not in it: they are in a :class:`~pyro_apd.chains.disk_store.DiskStore` beside it, to which a run
+only ever appends. A file appears whole or not at all, and the one before it stays as ``PATH.previous``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_apd.store import as_bytes
+from pyro_apd.chains.store import as_bytes
 
 FORMAT_VERSION = 1
 _KEY, _TENSOR = "pyro_apd_checkpoint", "__tensor__"
@@ -43,11 +43,13 @@ class Progress:
     :ivar int num_done: draws that were made, warm-up included.
     :ivar state: the chain's ``state_dict()``; None before the first step, and when it is finished.
     :ivar list divergences: what :class:`~pyro_apd.errors.DivergenceError` said, as JSON values, of each that ended.
+    :ivar dict report: what the kernel said at the end, as JSON values.
     """
 
     num_done: int = 0
     state: dict[str, Any] | None = None
     divergences: list[dict[str, Any]] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

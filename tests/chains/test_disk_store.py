@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_apd.disk_store import DiskStore, open_store
+from pyro_apd.chains.disk_store import DiskStore, open_store
+from pyro_apd.chains.store import STATISTICS
 from pyro_apd.layout import Layout
-from pyro_apd.store import STATISTICS
-from tests.test_store import LAYOUT, draw_of, expected_theta, fill, resident
+from tests.chains.test_store import LAYOUT, draw_of, expected_theta, fill, resident
 
 
 @pytest.fixture

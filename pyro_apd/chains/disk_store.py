@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_apd.chains.store import STATISTICS, DrawStore, as_bytes
 from pyro_apd.layout import Layout
-from pyro_apd.store import STATISTICS, DrawStore, as_bytes
 
 logger = logging.getLogger("pyro_apd")
 

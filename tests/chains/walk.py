@@ -25,6 +25,7 @@ class WalkChain:
         if start is not None:
             self._theta = self.layout.join(start).reshape(count, -1).clone()
         self.step, self.is_warm, self.divergences = 0, False, []
+        self.num_observed = 0
 
     @property
     def theta(self):
@@ -53,6 +54,7 @@ class WalkChain:
             suggested_step_size=0.1,
             draws={},
             chain=i,
+            last_good_step=max(self.step - self.kernel.look_every, 0),
         )
         self._theta[i] = -7.0  # the last good state
         self.divergences.append(error)
@@ -68,6 +70,9 @@ class WalkChain:
         energy = energy[0] if self._is_single else energy
         return {"potential": energy, "grad_norm": 2 * energy, "step_size": 0.1}
 
+    def observe(self):
+        self.num_observed += 1
+
     def state_dict(self):
         generators = [generator.get_state() for generator in self._generators]
         extra = {"last_good": torch.full_like(self._theta, -7.0)}
@@ -80,22 +85,27 @@ class WalkChain:
 
 
 class Walk:
-    """:param dict diverges_after: the last good step by chain; it is noticed two steps later."""
+    """:param dict diverges_after: the last good step by chain; it is noticed two steps later.
+    :param int look_every: steps since the chain was last found well, when it is noticed.
+    """
 
     model = None
 
-    def __init__(self, seed=0, thinning=1, diverges_after=None, layout=LAYOUT):
+    def __init__(self, seed=0, thinning=1, diverges_after=None, layout=LAYOUT, look_every=2):
         self.seed, self.thinning, self.layout = seed, thinning, layout
         self.transforms = layout.transforms
         self.diverges_after = dict(diverges_after or {})
         self.noticed_after = {chain: step + 2 for chain, step in self.diverges_after.items()}
-        self._num_ended = 0
+        self._num_ended, self.look_every = 0, look_every
 
     def begin(self, args, kwargs, *, warmup_steps, num_samples, num_chains=None, first_chain=0, initial_params=None):
         return WalkChain(self, num_chains, first_chain, initial_params)
 
     def end(self, chain):
         self._num_ended += 1
+
+    def report(self, chain):
+        return {"path": f"on foot, seen {chain.num_observed} times"}
 
     def cleanup(self):
         pass

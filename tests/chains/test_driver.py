@@ -18,22 +18,16 @@ import torch
 import torch.multiprocessing
 from pyro.infer import NUTS
 
-from pyro_apd.chains import MCMC, open_store
-from pyro_apd.checkpoint import CheckpointError
-from pyro_apd.disk_store import DiskStore
+from pyro_apd.chains.checkpoint import CheckpointError
+from pyro_apd.chains.disk_store import DiskStore
+from pyro_apd.chains.driver import MCMC, open_store
+from pyro_apd.chains.workers import WorkerError
 from pyro_apd.errors import DivergenceError
 from pyro_apd.layout import Layout
-from pyro_apd.workers import WorkerError
-from tests.walk import LAYOUT, Walk
+from tests.chains.walk import LAYOUT, Walk
 
 METHODS = ["vectorized", "sequential", "parallel"]
 DATA = (torch.ones(4, 2),)
-
-
-@pytest.fixture(autouse=True)
-def _walks_are_looked_at_often(monkeypatch):
-    """Every two steps; see :class:`tests.walk.Walk`."""
-    monkeypatch.setattr("pyro_apd.sampling._LOOK_EVERY", 2)
 
 
 @pytest.fixture(params=METHODS)
@@ -588,11 +582,11 @@ def test_draws_reach_the_disk_before_the_checkpoint_that_counts_them(tmp_path, m
 
 
 def test_checkpoints_come_every_so_many_draws(tmp_path, monkeypatch):
-    from pyro_apd import chain_run
+    from pyro_apd.chains import run as run_module
 
-    seen, whole = [], chain_run.write_checkpoint
+    seen, whole = [], run_module.write_checkpoint
     note = lambda path, checkpoint: (seen.append(checkpoint.chains[0].num_done), whole(path, checkpoint))  # noqa: E731
-    monkeypatch.setattr(chain_run, "write_checkpoint", note)
+    monkeypatch.setattr(run_module, "write_checkpoint", note)
     run(checkpoint=tmp_path / "c", checkpoint_every=4)
     assert seen == [0, 4, 8, 11]
     seen.clear()
@@ -802,3 +796,10 @@ def test_what_other_kernels_cannot(settings, message):
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         driver(**settings)
+
+
+def test_what_the_kernel_says_at_the_end_is_in_the_diagnostics(method, tmp_path):
+    for _ in range(2):  # sampled, and read from a finished checkpoint
+        mcmc = driver(num_chains=2, chain_method=method, checkpoint=tmp_path / "c")
+        mcmc.run(*DATA)
+        assert mcmc.diagnostics()["path"] == {f"chain {i}": "on foot, seen 8 times" for i in range(2)}

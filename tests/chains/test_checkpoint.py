@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_apd.checkpoint import (
+from pyro_apd.chains.checkpoint import (
     Checkpoint,
     CheckpointError,
     Progress,
@@ -132,7 +132,7 @@ def test_killed_between_the_two_renames(path):
 
 def test_newer_format(path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("pyro_apd.checkpoint.FORMAT_VERSION", 9)
+        patch.setattr("pyro_apd.chains.checkpoint.FORMAT_VERSION", 9)
         write_checkpoint(path, checkpoint_of(6))
     with pytest.warns(RuntimeWarning, match="format 9, newer"):
         assert read_checkpoint(path).chains[0].num_done == 5

@@ -23,7 +23,7 @@ import torch.multiprocessing
 from pyro.infer.mcmc.logger import ProgressBar
 from torch import Tensor
 
-from pyro_apd.checkpoint import (
+from pyro_apd.chains.checkpoint import (
     Checkpoint,
     CheckpointError,
     Progress,
@@ -33,11 +33,12 @@ from pyro_apd.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from pyro_apd.disk_store import DiskStore, open_store
+from pyro_apd.chains.disk_store import DiskStore, open_store
+from pyro_apd.chains.group import Group, GroupRun, Plan, begin
+from pyro_apd.chains.store import DrawStore, MemoryStore, kept_layout
+from pyro_apd.chains.workers import Job, run_workers
+from pyro_apd.kernels.temperature import Temperature
 from pyro_apd.layout import Layout
-from pyro_apd.sampling import Group, GroupRun, Plan, begin
-from pyro_apd.store import DrawStore, MemoryStore, kept_layout
-from pyro_apd.workers import Job, run_workers
 
 logger = logging.getLogger("pyro_apd")
 
@@ -108,6 +109,14 @@ class Run:
                 run = GroupRun(self.kernel, chain, self.plan, group, store, self.progress[group.first])
                 run.run(self)
             chain = None
+
+    def report(self, chain: int) -> dict[str, Any]:
+        """What the kernel said at the end of a chain, or of the group that it was in."""
+        first = max(first for first in self.progress if first <= chain)
+        report = dict(self.progress[first].report)
+        if "temperatures" in report:
+            report["temperatures"] = [Temperature(**reading) for reading in report["temperatures"]]
+        return report
 
     def divergences(self) -> list[dict[str, Any]]:
         """What is noted of chains that diverged."""

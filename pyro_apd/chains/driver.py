@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,12 +20,12 @@ from pyro.infer.mcmc.api import AbstractMCMC, StreamingMCMC
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_apd.chain_run import Run, Settings, draws_path
-from pyro_apd.disk_store import open_store
+from pyro_apd.chains.disk_store import open_store
+from pyro_apd.chains.group import Hook, Plan, rebuilt_error
+from pyro_apd.chains.run import Run, Settings, draws_path
+from pyro_apd.chains.store import DrawStore
 from pyro_apd.errors import DivergenceError
 from pyro_apd.pyro_state import preserved_param_store
-from pyro_apd.sampling import Hook, Plan, rebuilt_error
-from pyro_apd.store import DrawStore
 
 __all__ = ["MCMC", "open_store"]
 
@@ -227,7 +226,7 @@ class MCMC(pyro.infer.MCMC):
         for chain, count in enumerate(self.store.counts):
             figures = {name: values[chain, :count].cpu().clone() for name, values in self.store.statistics.items()}
             divergences = list(range(first.get(chain, count), count))
-            self._diagnostics[chain] = {"divergences": divergences, **figures}
+            self._diagnostics[chain] = {"divergences": divergences, **figures, **run.report(chain)}
         return self.store.complete_part()[1]
 
     def _report_divergences(self, run: Run) -> None:
@@ -245,9 +244,6 @@ class MCMC(pyro.infer.MCMC):
         error = self.diverged[0]
         parts = [self._samples_of(chain) for chain in range(self.num_chains)]
         error.draws = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        count = sum(self.store.counts) if self.store else 0
-        # The chain counts what it kept itself, which under this driver is nothing.
-        error.args = (re.sub(r"The \d+ draws taken before", f"The {count} draws taken before", str(error)),)
         raise error
 
     def _samples_of(self, chain: int) -> dict[str, Tensor]:
@@ -258,8 +254,9 @@ class MCMC(pyro.infer.MCMC):
     def diagnostics(self) -> dict[str, Any]:
         """As Pyro's: effective sizes and R-hat by site, and what the kernel recorded, by chain.
 
-        ``divergences`` (indices of draws), and one entry a draw ``potential``, ``grad_norm`` and ``step_size``. A run
-        that ended with fewer than four draws has only these.
+        ``divergences`` (indices of draws), and one entry a draw ``potential``, ``grad_norm`` and ``step_size``; of a
+        chain that came to its end also ``path``, ``temperatures`` and ``tuning``, as in the kernel's own diagnostics.
+        A run that ended with fewer than four draws has only these.
         """
         if not self._is_ours or self.store is None or self.store.complete_part()[1] >= 4:
             return dict(super().diagnostics())

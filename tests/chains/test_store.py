@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.distributions import constraints, transforms
 
-from pyro_apd.disk_store import DiskStore
+from pyro_apd.chains.disk_store import DiskStore
+from pyro_apd.chains.store import STATISTICS, MemoryStore, all_finite, as_bytes, kept_columns, kept_layout
 from pyro_apd.layout import Layout
-from pyro_apd.store import STATISTICS, MemoryStore, all_finite, as_bytes, kept_columns, kept_layout
 
 LAYOUT = Layout(
     {"w": (2, 3), "scale": (), "mix": (3,), "b": (2,)}, {"scale": constraints.positive, "mix": constraints.simplex}
@@ -80,7 +80,7 @@ def test_samples_are_by_sorted_site_and_constrained(make):
 
 
 def test_constraining_goes_block_by_block(make, monkeypatch):
-    monkeypatch.setattr("pyro_apd.store._BLOCK_BYTES", 2 * 4 * LAYOUT.size)
+    monkeypatch.setattr("pyro_apd.chains.store._BLOCK_BYTES", 2 * 4 * LAYOUT.size)
     store = fill(make())
     assert store.blocks() == [(0, 2), (2, 4), (4, 5)]
     torch.testing.assert_close(store.samples()["mix"], LAYOUT.constrain(expected_theta())["mix"])
@@ -208,7 +208,7 @@ def test_as_bytes(values):
 
 @pytest.mark.parametrize("shape", [(), (7,), (1, 50, 4), (3, 40, 2), (0, 3)])
 def test_all_finite(shape, monkeypatch):
-    monkeypatch.setattr("pyro_apd.store._BLOCK_BYTES", 40)
+    monkeypatch.setattr("pyro_apd.chains.store._BLOCK_BYTES", 40)
     values = torch.zeros(shape)
     assert all_finite(values)
     for place in range(values.numel()):

@@ -4,16 +4,10 @@
 import pytest
 import torch
 
-from pyro_apd.checkpoint import Checkpoint, Progress, read_checkpoint, write_checkpoint
-from pyro_apd.sampling import Group, GroupRun, Plan, begin, rebuilt_error
-from pyro_apd.store import MemoryStore, kept_layout
-from tests.walk import LAYOUT, Walk
-
-
-@pytest.fixture(autouse=True)
-def _walks_are_looked_at_often(monkeypatch):
-    """Every two steps; see :class:`tests.walk.Walk`."""
-    monkeypatch.setattr("pyro_apd.sampling._LOOK_EVERY", 2)
+from pyro_apd.chains.checkpoint import Checkpoint, Progress, read_checkpoint, write_checkpoint
+from pyro_apd.chains.group import Group, GroupRun, Plan, begin, rebuilt_error
+from pyro_apd.chains.store import MemoryStore, kept_layout
+from tests.chains.walk import LAYOUT, Walk
 
 
 class Listening:
@@ -132,9 +126,8 @@ def test_divergence_in_warmup_leaves_the_last_good_state(width):
     assert torch.equal(store.theta_CSD[0], torch.full((3, LAYOUT.size), -7.0))
 
 
-def test_draws_since_the_last_look_are_given_up(monkeypatch):
-    monkeypatch.setattr("pyro_apd.sampling._LOOK_EVERY", 50)
-    store, _ = draw(Walk(diverges_after={0: 100}), Plan(200, 0, 1))
+def test_draws_since_the_last_look_are_given_up():
+    store, _ = draw(Walk(diverges_after={0: 100}, look_every=50), Plan(200, 0, 1))
     assert store.counts == [52]  # noticed at step 102
 
 

@@ -12,14 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pyro_apd.checkpoint import Progress
+from pyro_apd.chains.checkpoint import Progress
+from pyro_apd.chains.store import STATISTICS, DrawStore, kept_columns
 from pyro_apd.errors import DivergenceError
-from pyro_apd.store import STATISTICS, DrawStore, kept_columns
 
 Hook = Callable[[Any, dict[str, Tensor], str, int], None]
-
-# Chains look for divergence at least every so many Langevin steps; draws from before are good.
-_LOOK_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -142,6 +139,7 @@ class GroupRun:
         except DivergenceError as error:
             self._note(error, plan.num_samples)
         self._note_new(plan.num_samples)
+        self.progress.report = self.kernel.report(self.chain)
         self._checkpoint(listener, is_finished=True)
 
     def _advance(self, index: int) -> bool:
@@ -156,6 +154,7 @@ class GroupRun:
         if index >= 0:
             theta_CD = kept_columns(chain.layout, self.store.layout, self._theta_CD)
             self.store.write(self.group.first, index, theta_CD, chain.statistics())
+            chain.observe()
         self._note_new(max(index + 1, 0))
         return True
 
@@ -170,8 +169,7 @@ class GroupRun:
         if number in self._known:
             return
         self._known.add(number)
-        last_good = max(error.step - _LOOK_EVERY, 0)
-        first = min(max(last_good // self.kernel.thinning - self.plan.warmup_steps, 0), num_kept)
+        first = min(max(error.last_good_step // self.kernel.thinning - self.plan.warmup_steps, 0), num_kept)
         self.progress.divergences.append({**error.to_json(), "chain": number, "first_draw": first})
         if self.plan.num_chains == 1:
             self.store.truncate(number, first)
@@ -197,7 +195,8 @@ class GroupRun:
             return
         self.store.flush(durably=True)
         state = None if is_finished else self.chain.state_dict()
-        listener.checkpoint(self.group, Progress(self.progress.num_done, state, list(self.progress.divergences)))
+        done, report = self.progress.num_done, self.progress.report
+        listener.checkpoint(self.group, Progress(done, state, list(self.progress.divergences), report))
 
 
 def rebuilt_error(note: Mapping[str, Any]) -> DivergenceError:

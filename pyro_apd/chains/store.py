@@ -5,7 +5,7 @@
 
 A store is one flat buffer ``theta_CSD`` of unconstrained draws by chain, made once at its full size, and three figures
 a draw. Draws of sites on the real line are views of it; others are constrained a block at a time, once. Here it lies in
-memory; :mod:`pyro_apd.disk_store` keeps the same in files.
+memory; :mod:`pyro_apd.chains.disk_store` keeps the same in files.
 """
 
 from __future__ import annotations
