@@ -20,7 +20,7 @@ from benchmarks.common import markdown_table, write_json
 from pyro_apd import SGLD
 
 NUM_DATA, BATCH_SIZE, SEEDS = 5000, 20, (0, 1, 2)
-STEP_SIZES = (3e-6, 1e-5, 3e-5)
+STEP_SIZES = (1e-5, 3e-5, 1e-4)
 
 
 def model(x: Tensor, y: Tensor) -> None:
@@ -31,9 +31,9 @@ def model(x: Tensor, y: Tensor) -> None:
 
 
 def data() -> tuple[Tensor, Tensor]:
-    """Three predictors of unlike scales, and labels."""
+    """Three standard normal predictors, and labels."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(NUM_DATA, 3, generator=generator) * torch.tensor([1.0, 0.6, 0.3])
+    x = torch.randn(NUM_DATA, 3, generator=generator)
     probs = torch.sigmoid(x @ torch.tensor([1.0, -1.5, 0.5]))
     return x, torch.bernoulli(probs, generator=generator)
 

@@ -8,18 +8,17 @@ from __future__ import annotations
 import logging
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pyro.infer import MCMC
 from torch import Tensor, nn
 
 from pyro_apd import diagnostics
 from pyro_apd.bnn import BNN
+from pyro_apd.chains import MCMC
 from pyro_apd.datasets import Dataset, digits, inverted, noise
 from pyro_apd.distill import distill
 from pyro_apd.kernels import SGLD
@@ -137,18 +136,9 @@ def digit_network() -> nn.Module:
 
 
 def sample_chains(model: BNN, data: Dataset, seed: int, budget: Budget) -> MCMC:
-    """SGLD in Pyro's own driver, on mini-batches of 100."""
+    """SGLD on mini-batches of 100, all chains as one computation."""
     kernel = SGLD(model, step_size=1e-4, batch_size=100, thinning=budget.thinning, seed=seed)
-    with warnings.catch_warnings():
-        # On few cores Pyro runs the chains one after the other, which is what is wanted here.
-        warnings.filterwarnings("ignore", "num_chains=", UserWarning)
-        mcmc = MCMC(
-            kernel,
-            num_samples=budget.num_samples,
-            warmup_steps=budget.warmup_steps,
-            num_chains=budget.num_chains,
-            mp_context="spawn" if budget.num_chains > 1 else None,
-        )
+    mcmc = MCMC(kernel, budget.num_samples, budget.warmup_steps, num_chains=budget.num_chains)
     mcmc.run(data.x_train, data.y_train)
     return mcmc
 

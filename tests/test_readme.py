@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The README's example runs as it stands."""
+"""The README's examples run as they stand."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ def blocks(language):
 
 @pytest.mark.slow
 def test_the_twenty_lines(tmp_path, monkeypatch, capsys):
-    (code,) = blocks("python")
+    code, chains = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 25
     monkeypatch.chdir(tmp_path)
     scope = {}
@@ -26,6 +26,10 @@ def test_the_twenty_lines(tmp_path, monkeypatch, capsys):
     accuracy = (scope["labels"].mode(0).values == scope["data"].y_test).float().mean()
     assert accuracy > 0.9
     assert "generator" in capsys.readouterr().out
+    exec(compile(chains, str(README), "exec"), scope)
+    assert scope["mcmc"].get_samples(group_by_chain=True)["out.bias"].shape == (4, 200, 10)
+    assert (tmp_path / "run.ckpt").exists()
+    assert "configurational all" in capsys.readouterr().out
 
 
 def test_the_commands_exist():

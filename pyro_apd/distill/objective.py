@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from pyro_apd.distill.critic import build_critic, critic_loss
 from pyro_apd.distill.probes import Probes
+from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.layout import Layout
 from pyro_apd.predictive import FunctionView
 from pyro_apd.uncertainty import mutual_information
@@ -107,13 +108,18 @@ class FunctionObjective(Objective):
 
     :param FunctionSpace space: where to compare.
     :param Probes probes: where the inputs come from.
-    :param Tensor theta_SD: draws of the chain.
+    :param theta_SD: draws of the chain, as a tensor or in blocks.
     :param int batch_size: draws of either a step.
     :param int num_probes: inputs a step.
     """
 
     def __init__(
-        self, space: FunctionSpace, probes: Probes, theta_SD: Tensor, batch_size: int = 64, num_probes: int = 96
+        self,
+        space: FunctionSpace,
+        probes: Probes,
+        theta_SD: Tensor | DrawBlocks,
+        batch_size: int = 64,
+        num_probes: int = 96,
     ) -> None:
         self._space, self._probes, self._theta_SD = space, probes, theta_SD
         self._batch_size, self._num_probes = batch_size, num_probes
@@ -130,7 +136,7 @@ class AdversarialObjective(Objective):
     """The game against a learned critic: WGAN-GP (Gulrajani et al. 2017), as in Wang et al. 2018.
 
     :param callable features: from draws ``(S, D)`` to what the critic sees, ``(S, F)``.
-    :param Tensor theta_SD: draws of the chain.
+    :param real_SF: what the critic sees of the chain's draws, as a tensor or in blocks.
     :param float learning_rate: of the critic.
     :param int batch_size: draws of either a step.
     :param int critic_steps: steps of the critic for one of the generator; each sees fresh draws.
@@ -139,14 +145,14 @@ class AdversarialObjective(Objective):
     def __init__(
         self,
         features: Callable[[Tensor], Tensor],
-        theta_SD: Tensor,
+        real_SF: Tensor | DrawBlocks,
         learning_rate: float,
         batch_size: int = 100,
         critic_steps: int = 5,
     ) -> None:
-        self._features, self._real_SF = features, features(theta_SD)
+        self._features, self._real_SF = features, real_SF
         self._batch_size, self._critic_steps = batch_size, critic_steps
-        self._critic: nn.Sequential = build_critic(self._real_SF.shape[1]).to(theta_SD)
+        self._critic: nn.Sequential = build_critic(real_SF.shape[-1]).to(real_SF.device, real_SF.dtype)
         self._optimiser = torch.optim.Adam(self._critic.parameters(), lr=learning_rate, betas=(0.5, 0.9))
 
     def loss(self, generate: Generate) -> Tensor:
@@ -165,25 +171,34 @@ class Judge(ABC):
     """Figures of a generator against held-out draws. The smallest ``distance`` wins, never the best NLL."""
 
     @abstractmethod
-    def figures(self, theta_SD: Tensor) -> dict[str, float]:
-        """``distance``, ``spread_ratio`` and, for classification, ``mi_ratio`` of generated draws."""
+    def figures(self, theta: Tensor | Iterable[Tensor]) -> dict[str, float]:
+        """``distance``, ``spread_ratio`` and, for classification, ``mi_ratio`` of generated draws.
+
+        :param theta: draws ``(S, D)``, or parts of them.
+        """
 
 
 class FunctionJudge(Judge):
     """Compares in function space, at probes that stay the same.
 
-    :param Tensor held_out_TD: draws of the chain that were not trained on.
+    :param held_out: draws of the chain that were not trained on, ``(T, D)``, or parts of them.
     """
 
-    def __init__(self, space: FunctionSpace, probes: Probes, held_out_TD: Tensor, num_probes: int = 96) -> None:
+    def __init__(
+        self, space: FunctionSpace, probes: Probes, held_out: Tensor | Iterable[Tensor], num_probes: int = 96
+    ) -> None:
         self._space, self._inputs = space, probes.draw(num_probes)
-        with torch.no_grad():
-            self._real = space.views(held_out_TD, self._inputs)
+        self._real = self._views(held_out)
 
     @torch.no_grad()
-    def figures(self, theta_SD: Tensor) -> dict[str, float]:
+    def _views(self, theta: Tensor | Iterable[Tensor]) -> list[Tensor]:
+        views = [self._space.views(part_ND, self._inputs) for part_ND in _parts(theta)]
+        return [torch.cat(parts, 1) for parts in zip(*views, strict=True)]
+
+    @torch.no_grad()
+    def figures(self, theta: Tensor | Iterable[Tensor]) -> dict[str, float]:
         """See :class:`Judge`."""
-        fake, real = self._space.views(theta_SD, self._inputs), self._real
+        fake, real = self._views(theta), self._real
         if not all(bool(value.isfinite().all()) for value in fake):
             return {"distance": math.nan, "spread_ratio": math.nan}
         figures = {
@@ -200,25 +215,30 @@ class WeightJudge(Judge):
     """Compares in weight space, for want of functions.
 
     :param callable features: from draws ``(S, D)`` to what is compared, ``(S, F)``.
-    :param Tensor held_out_TD: draws of the chain that were not trained on.
+    :param held_out: draws of the chain that were not trained on, ``(T, D)``, or parts of them.
     """
 
-    def __init__(self, features: Callable[[Tensor], Tensor], held_out_TD: Tensor) -> None:
-        self._features, self._real_TF = features, features(held_out_TD)
+    def __init__(self, features: Callable[[Tensor], Tensor], held_out: Tensor | Iterable[Tensor]) -> None:
+        self._features = features
+        self._real_TF = torch.cat([features(part_ND) for part_ND in _parts(held_out)])
 
     @torch.no_grad()
-    def figures(self, theta_SD: Tensor) -> dict[str, float]:
+    def figures(self, theta: Tensor | Iterable[Tensor]) -> dict[str, float]:
         """See :class:`Judge`."""
-        fake_SF, real_TF = self._features(theta_SD), self._real_TF
+        fake_SF, real_TF = torch.cat([self._features(part_ND) for part_ND in _parts(theta)]), self._real_TF
         return {
             "distance": float(nearest_neighbour_distance(fake_SF, real_TF)),
             "spread_ratio": _ratio(spread(fake_SF[None])[0], spread(real_TF[None])[0]),
         }
 
 
-def pick(values_SD: Tensor, count: int) -> Tensor:
+def pick(values_SD: Tensor | DrawBlocks, count: int) -> Tensor:
     """``count`` rows, drawn with replacement."""
     return values_SD[torch.randint(len(values_SD), (count,), device=values_SD.device)]
+
+
+def _parts(theta: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+    return (theta,) if isinstance(theta, Tensor) else theta
 
 
 def _ratio(fake: Tensor, real: Tensor) -> float:

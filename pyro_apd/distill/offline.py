@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from pyro_apd.distill.probes import Probes, RowArguments
 from pyro_apd.distill.source import HELD_OUT, Source, read_source, split_held_out
 from pyro_apd.distill.training import Schedule, Training, train
 from pyro_apd.generators import GENERATORS, CoordinateGenerator, Generator, PaperGenerator
+from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.posterior import DistilledPosterior
 from pyro_apd.predictive import FunctionView, outputs
 from pyro_apd.pyro_state import preserved_param_store, seeded
@@ -105,12 +106,11 @@ def _distil(
     """:func:`distill` once its arguments are in order, by torch's global random numbers."""
     num_chains, num_draws, _ = draws.theta_CSD.shape
     train_index, held_out_index = split_held_out(num_draws)
-    device = draws.theta_CSD.device
-    train_CSD = draws.theta_CSD[:, train_index.to(device)]
-    held_out_TD = _thinned(draws.theta_CSD[:, held_out_index.to(device)].flatten(0, 1), _MAX_JUDGED)
+    train_draws = DrawBlocks(draws.theta_CSD, train_index)
+    held_out = DrawBlocks(draws.theta_CSD, held_out_index)
     functions = _function_space(draws, probe_inputs)
     prepare = _prepare_paper if kind == "paper" else _prepare_coordinates
-    prepared = prepare(train_CSD, held_out_TD, functions, num_steps, rank)
+    prepared = prepare(train_draws, _thinned(held_out, _MAX_JUDGED), functions, num_steps, rank)
     training = train(
         prepared.generator,
         prepared.to_theta,
@@ -146,18 +146,17 @@ class _Prepared:
 
 
 def _prepare_coordinates(
-    train_CSD: Tensor,
-    held_out_TD: Tensor,
+    draws: DrawBlocks,
+    held_out: Iterator[Tensor],
     functions: tuple[FunctionSpace, Probes] | None,
     num_steps: int | None,
     rank: int | None,
 ) -> _Prepared:
     """Trains on standardised draws, where one learning rate fits all entries; takes the standardisation back after."""
-    theta_SD = train_CSD.flatten(0, 1)
-    shift_D, scale_D = theta_SD.mean(0), theta_SD.std(0, correction=0)
+    shift_D, scale_D = draws.moments()
     divisor_D = scale_D.where(scale_D > 0, torch.ones_like(scale_D))
-    rank = min(20, 8 + 2 * len(train_CSD)) if rank is None else rank
-    generator = CoordinateGenerator.fit((train_CSD - shift_D) / divisor_D, rank)
+    rank = min(20, 8 + 2 * draws.shape[0]) if rank is None else rank
+    generator = CoordinateGenerator.fit(draws.standardised(shift_D, divisor_D), rank)
 
     def to_theta(standard_SD: Tensor) -> Tensor:
         return shift_D + scale_D * standard_SD
@@ -169,8 +168,8 @@ def _prepare_coordinates(
         return _Prepared(
             generator,
             to_theta,
-            FunctionObjective(*functions, theta_SD, num_probes=_NUM_PROBES),
-            FunctionJudge(*functions, held_out_TD, _NUM_PROBES),
+            FunctionObjective(*functions, draws, num_probes=_NUM_PROBES),
+            FunctionJudge(*functions, held_out, _NUM_PROBES),
             Schedule(1500 if num_steps is None else num_steps, 3e-3),
             finish,
         )
@@ -185,16 +184,16 @@ def _prepare_coordinates(
     return _Prepared(
         generator,
         to_theta,
-        AdversarialObjective(coordinates, theta_SD, 1e-3),
-        WeightJudge(coordinates, held_out_TD),
+        AdversarialObjective(coordinates, draws.map(coordinates), 1e-3),
+        WeightJudge(coordinates, held_out),
         Schedule(1500 if num_steps is None else num_steps, 1e-3),
         finish,
     )
 
 
 def _prepare_paper(
-    train_CSD: Tensor,
-    held_out_TD: Tensor,
+    draws: DrawBlocks,
+    held_out: Iterator[Tensor],
     functions: tuple[FunctionSpace, Probes] | None,
     num_steps: int | None,
     rank: int | None,
@@ -202,16 +201,13 @@ def _prepare_paper(
     """Raw weights, no standardisation, a constant rate, no averaging, as published; only the checkpoint is chosen."""
     if rank is not None:
         raise ValueError(f"rank={rank} has no meaning for generator='paper', which has no coordinates; leave it out.")
-    theta_SD = train_CSD.flatten(0, 1)
     judge: Judge = (
-        WeightJudge(_identity, held_out_TD)
-        if functions is None
-        else FunctionJudge(*functions, held_out_TD, _NUM_PROBES)
+        WeightJudge(_identity, held_out) if functions is None else FunctionJudge(*functions, held_out, _NUM_PROBES)
     )
     return _Prepared(
-        PaperGenerator(theta_SD.shape[1]).to(theta_SD),
+        PaperGenerator(draws.shape[2]).to(draws.device, draws.dtype),
         _identity,
-        AdversarialObjective(_identity, theta_SD, 1e-4),
+        AdversarialObjective(_identity, draws, 1e-4),
         judge,
         Schedule(2000 if num_steps is None else num_steps, 1e-4, is_annealed=False),
     )
@@ -301,10 +297,9 @@ def _check_arguments(num_steps: Any, seed: Any, generator: Any, rank: Any) -> No
             raise ValueError(f"{name}={value!r} must be an integer of at least {smallest}, or None for the default.")
 
 
-def _thinned(values_SD: Tensor, count: int) -> Tensor:
-    """At most ``count`` rows, evenly spaced."""
-    step = -(-len(values_SD) // count)
-    return values_SD[::step]
+def _thinned(draws: DrawBlocks, count: int) -> Iterator[Tensor]:
+    """At most ``count`` rows, evenly spaced, some at a time."""
+    return draws.rows(step=-(-len(draws) // count))
 
 
 def _identity(theta_SD: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def read_source(
     if isinstance(source, Mapping):
         draws = dict(source) if group_by_chain else {name: _unsqueezed(name, v) for name, v in source.items()}
     else:
-        draws, kernel = _draws_of_mcmc(source), getattr(source, "kernel", None)
+        kernel = getattr(source, "kernel", None)
         model = getattr(kernel, "model", None) if model is None else model
         if args is None and getattr(source, "_args", None) is not None:
             num_data = getattr(kernel, "num_data", None)
@@ -79,6 +79,8 @@ def read_source(
         _check_count(*theta_CSD.shape[:2])
         _check_finite(store, theta_CSD)
         return Source(theta_CSD, store.layout, model, args, kwargs)
+    if not isinstance(source, Mapping):
+        draws = _draws_of_mcmc(source)
     _check_draws(draws)
     layout = _find_layout(kernel, model, args, kwargs, draws)
     theta_CSD = layout.unconstrain({name: value.detach() for name, value in draws.items()})

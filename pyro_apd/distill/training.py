@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from pyro_apd.distill.objective import Judge, Objective
 from pyro_apd.generators import Generator
+from pyro_apd.generators.draw_blocks import part_length
 
 _NUM_EVALUATIONS = 20
 _MAX_JUDGED = 200
@@ -78,12 +79,13 @@ def train(
 
     average = copy.deepcopy(generator) if schedule.is_annealed else generator
     result, best = Training(), copy.deepcopy(generator.state_dict())
-    judged_SL = latents(_MAX_JUDGED)
+    # Some at a time: so many draws of a large network are more than a step of training holds.
+    judged = latents(_MAX_JUDGED).split(part_length(generator.output_size * like.element_size()))
 
     @torch.no_grad()
     def evaluate(step: int, loss: Tensor | None) -> bool:
         """Logs a state and keeps it if it is the best; whether its figures are finite."""
-        figures = judge.figures(to_theta(average(judged_SL)))
+        figures = judge.figures(to_theta(average(latent_NL)) for latent_NL in judged)
         is_finite = all(math.isfinite(value) for value in figures.values())
         _append(result.log, step, figures, loss)
         if is_finite and (not result.figures or figures["distance"] < result.figures["distance"]):

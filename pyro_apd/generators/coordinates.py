@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_apd.generators.draw_blocks import DrawBlocks
+
 
 @dataclass(frozen=True)
 class PrincipalCoordinates:
@@ -25,29 +27,41 @@ class PrincipalCoordinates:
     coordinates_SR: Tensor
 
 
-def principal_coordinates(theta_SD: Tensor, rank: int) -> PrincipalCoordinates:
+def principal_coordinates(theta_SD: Tensor | DrawBlocks, rank: int) -> PrincipalCoordinates:
     """The ``rank`` directions of largest variance, from the ``S x S`` Gram matrix: nothing is ever ``D x D``.
 
-    Directions without variance are left out, so that the rank found may be smaller than asked for.
+    Directions without variance are left out, so that the rank found may be smaller than asked for. The draws are read
+    twice, some columns at a time.
 
-    :param Tensor theta_SD: draws.
+    :param theta_SD: draws, as a tensor or in blocks.
     :param int rank: largest number of directions.
     :raises ValueError: if all draws are the same.
     """
-    location_D = theta_SD.mean(0)
-    centred_SD = theta_SD - location_D
-    num_draws = len(theta_SD)
+    draws = theta_SD if isinstance(theta_SD, DrawBlocks) else DrawBlocks(theta_SD.unsqueeze(0))
+    num_draws, size = len(draws), draws.shape[2]
+    location_D = torch.empty(size, dtype=draws.dtype, device=draws.device)
     # In double precision, since squaring halves the digits that small directions have.
-    gram_SS = (centred_SD @ centred_SD.mT).double() / num_draws
+    gram_SS = torch.zeros(num_draws, num_draws, dtype=torch.float64, device=draws.device)
+    for span, part_SW in draws.columns():
+        location_D[span] = part_SW.mean(0)
+        centred_SW = part_SW.sub_(location_D[span])
+        gram_SS += centred_SW @ centred_SW.mT
+    left_SR = _leading(gram_SS.div_(num_draws), rank, num_draws * torch.finfo(draws.dtype).eps)
+    del gram_SS
+    basis_RD = location_D.new_empty(left_SR.shape[1], size)
+    for span, part_SW in draws.columns():
+        basis_RD[:, span] = left_SR.to(location_D).mT @ part_SW.sub_(location_D[span]) / num_draws**0.5
+    return PrincipalCoordinates(location_D, basis_RD, (num_draws**0.5 * left_SR).to(location_D))
+
+
+def _leading(gram_SS: Tensor, rank: int, resolution: float) -> Tensor:
+    """Eigenvectors ``(S, R)`` of the largest eigenvalues, without those below ``resolution`` relative to the first."""
     variance, vectors = torch.linalg.eigh(gram_SS)
-    variance, vectors = variance.flip(0), vectors.flip(1)
-    resolution = num_draws * torch.finfo(theta_SD.dtype).eps
-    rank = min(rank, int((variance > resolution * variance[0]).sum()))
+    rank = min(rank, int((variance > resolution * variance[-1]).sum()))
     if rank == 0:
         raise ValueError("All draws are the same, so there is no posterior to distil. Check that the chain moved.")
-    left_SR = vectors[:, :rank] * _sign(vectors[:, :rank])
-    basis_RD = left_SR.to(theta_SD).mT @ centred_SD / num_draws**0.5
-    return PrincipalCoordinates(location_D, basis_RD, (num_draws**0.5 * left_SR).to(theta_SD))
+    left_SR = vectors[:, len(vectors) - rank :].flip(1)
+    return left_SR * _sign(left_SR)
 
 
 def _sign(vectors: Tensor) -> Tensor:

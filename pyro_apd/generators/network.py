@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyro_apd.generators.coordinates import principal_coordinates
+from pyro_apd.generators.draw_blocks import DrawBlocks
 
 
 class Generator(nn.Module, ABC):
@@ -76,19 +77,20 @@ class CoordinateGenerator(Generator):
         nn.init.zeros_(last.bias)
 
     @classmethod
-    def fit(cls, theta_CSD: Tensor, rank: int, width: int = 64) -> CoordinateGenerator:
+    def fit(cls, theta_CSD: Tensor | DrawBlocks, rank: int, width: int = 64) -> CoordinateGenerator:
         """The generator that draws from the Gaussian fit of each chain, in coordinates common to all.
 
         Mean and covariance of its draws in the span of the basis are those of all draws together.
 
-        :param Tensor theta_CSD: draws by chain.
+        :param theta_CSD: draws by chain, as a tensor or in blocks.
         :param int rank: largest number of coordinates; fewer where the draws vary in fewer directions.
         :raises ValueError: if all draws are the same.
         """
-        num_chains, num_draws, size = theta_CSD.shape
-        principal = principal_coordinates(theta_CSD.flatten(0, 1), rank)
+        draws = theta_CSD if isinstance(theta_CSD, DrawBlocks) else DrawBlocks(theta_CSD)
+        num_chains, num_draws, size = draws.shape
+        principal = principal_coordinates(draws, rank)
         coordinates_CSR = principal.coordinates_SR.unflatten(0, (num_chains, num_draws))
-        generator = cls(size, coordinates_CSR.shape[-1], num_chains, width).to(theta_CSD)
+        generator = cls(size, coordinates_CSR.shape[-1], num_chains, width).to(principal.basis_RD)
         with torch.no_grad():
             generator.location.copy_(principal.location_D)
             generator.basis.copy_(principal.basis_RD)

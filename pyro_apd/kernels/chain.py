@@ -93,8 +93,6 @@ class Chain:
         known = expected_steps * (self.num_chains or 1)
         self._stepper = Stepper(potential, sizes, update, self._noise, compile, known, unroll)
         self._read_step = 0
-        # Virials of weights far from zero are noisy; their average over the warm-up is as good a centre, and near.
-        self._centre, self._num_averaged, self._is_warming = self.zeros(), 0, True
         self.thermometers = [Thermometer("configurational", sizes)]
         self._kinetic = kinetic
         if kinetic is not None:
@@ -175,8 +173,6 @@ class Chain:
             is_lost = self._is_cpu and not self._is_finite()
             if is_lost or self.step == 1 or self.step - self._checked_step >= _CHECK_EVERY:
                 self.check()
-        if self._is_warming:
-            self._average()
         if self.warmup is not None:
             self.warmup.after_draw(self, self._theta)
 
@@ -202,8 +198,10 @@ class Chain:
         self._read_step = self.step
         inputs = self._thermal_source.draw()
         gradient, _ = self._stepper.potential.gradient_function(self._theta, inputs)(self._theta, inputs)
-        states = zip(self._theta, self._centre, gradient, strict=True)
-        self.thermometers[0].add(torch.stack([((t - c) * g).sum(-1) for t, c, g in states], -1))
+        priors = self.potential.gaussian_priors.parameters
+        locs = [priors.get(name, (0.0, 0.0))[0] for name in self.layout.names]
+        states = zip(self._theta, locs, gradient, strict=True)
+        self.thermometers[0].add(torch.stack([((theta - loc) * g).sum(-1) for theta, loc, g in states], -1))
         if self._kinetic is not None:
             self.thermometers[1].add(self._kinetic(self.auxiliary, self.step_size))
 
@@ -213,15 +211,8 @@ class Chain:
 
     def end_warmup(self) -> None:
         """Says that what follows is kept."""
-        self._is_warming = False
         if self.warmup is not None:
             self.warmup.begin_keeping(self)
-
-    def _average(self) -> None:
-        """Takes the state into an average that forgets the early ones (Shamir & Zhang, ICML 2013, with eta = 3)."""
-        self._num_averaged += 1
-        for centre, piece in zip(self._centre, self._theta, strict=True):
-            centre.lerp_(piece, 4 / (self._num_averaged + 3))
 
     def use_control_variates(self) -> None:
         """From here on takes gradients with control variates about the present state.
@@ -248,9 +239,6 @@ class Chain:
             "hopeful": torch.cat(self._hopeful, -1) if self._hopeful else self._like,
             "checked_step": self._checked_step,
             "divergences": [error.to_json() for error in self.divergences],
-            "centre": [piece.clone() for piece in self._centre],
-            "num_averaged": self._num_averaged,
-            "is_warming": self._is_warming,
             "control": None if self.control is None else self.control.state_dict(),
             "warmup": None if self.warmup is None else self.warmup.state_dict(),
         }
@@ -270,9 +258,6 @@ class Chain:
                 piece.copy_(new)
         self.divergences = [DivergenceError.from_json(error) for error in state["divergences"]]
         self._values = []
-        for piece, new in zip(self._centre, state["centre"], strict=True):
-            piece.copy_(new)
-        self._num_averaged, self._is_warming = int(state["num_averaged"]), bool(state["is_warming"])
         if state["control"] is not None:
             self._install(ControlVariates(self.potential, **state["control"]))
         if self.warmup is not None and state["warmup"] is not None:

@@ -50,7 +50,8 @@ class Noise:
         """The next steps' noise ``(K, ...)``, in the form that :meth:`to_normal` takes; valid until the next call."""
         if not self._is_raw:
             return self._buffers(num_steps).normal_(generator=self._device_generator)
-        if self._position in (0, self._steps) or self._position <= self._steps - num_steps:
+        left = self._steps - self._position % self._steps  # of this block, or of the next where this is used up
+        if num_steps <= left:
             self._advance()
             taken = self._raw_KCB[self._position - 1 : self._position - 1 + num_steps]
             self._position += num_steps - 1

@@ -3,10 +3,14 @@
 
 """Does a chain have the temperature that it claims? Two thermometers, Wenzel et al. (ICML 2020), appendix I.
 
-At the target exp(-U/T), whatever the model, theta . dU/dtheta has the expectation n T over n weights (equipartition,
-or the virial theorem): divided by n, that is the *configurational* temperature. Steps that are too large and
-mini-batches heat the chain, and both show here; so does a chain that has not arrived. Samplers with momenta also have
-a *kinetic* temperature, that of the momenta alone. Either can be read for each site, so for each layer.
+At the target exp(-U/T), whatever the model, (theta - c) . dU/dtheta has the expectation n T over n weights, for any
+constant c (equipartition, or the virial theorem): divided by n, that is the *configurational* temperature. c is the
+prior's mean here. Where the posterior's mean is many of its sds away from it, readings are noisy, as their standard
+error says; an average of the chain's own would be less so, and wrong while the chain remembers it.
+
+Steps that are too large and mini-batches heat the chain, and both show here; so does a chain that has not arrived.
+Samplers with momenta also have a *kinetic* temperature, that of the momenta alone. Either can be read for each site, so
+for each layer.
 
 Gradients for a reading are taken on mini-batches of their own. Those of the chain's next step would not do: within an
 epoch they are what was left over by the batches that brought theta where it is.

@@ -35,8 +35,8 @@ class Mean(Judge):
     def __init__(self, best):
         self.best, self.seen = best, []
 
-    def figures(self, theta_SD):
-        mean = float(theta_SD.mean())
+    def figures(self, theta):
+        mean = float(torch.cat(list(theta)).mean())
         self.seen.append(abs(mean - self.best))
         return {"distance": self.seen[-1], "spread_ratio": 1.0 if math.isfinite(mean) else math.nan}
 

@@ -1,0 +1,94 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Draws read a part at a time, some rows (draws) or some columns (weights), since all may be larger than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+# Bytes of a part: a thirty-second of the draws within these bounds. Wide parts read long runs of a file.
+_MIN_BYTES, _MAX_BYTES = 16 * 2**20, 256 * 2**20
+
+
+class DrawBlocks:
+    """Some draws of each chain, in order of chains, of which only the part at work is ever copied.
+
+    Indexing with a tensor of row numbers gives these rows.
+
+    :param Tensor theta_CSD: draws by chain, in memory or mapped from a file.
+    :param Tensor index_T: which draws of each chain; by default all.
+    :ivar tuple shape: chains, draws of each, numbers of a draw: ``(C, T, D)``.
+    """
+
+    def __init__(self, theta_CSD: Tensor, index_T: Tensor | None = None) -> None:
+        if index_T is None:
+            index_T = torch.arange(theta_CSD.shape[1])
+        self._theta_CSD, self._index_T = theta_CSD, index_T.to(theta_CSD.device)
+        self.shape = (theta_CSD.shape[0], len(index_T), theta_CSD.shape[2])
+        self.dtype, self.device = theta_CSD.dtype, theta_CSD.device
+        self._shift_D: Tensor | None = None
+        self._divisor_D: Tensor | None = None
+
+    def standardised(self, shift_D: Tensor, divisor_D: Tensor) -> DrawBlocks:
+        """The same draws less ``shift`` and divided by ``divisor``, as they are read."""
+        blocks = DrawBlocks(self._theta_CSD, self._index_T)
+        blocks._shift_D, blocks._divisor_D = shift_D, divisor_D
+        return blocks
+
+    def __len__(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def __getitem__(self, row_N: Tensor) -> Tensor:
+        chain_N = row_N.div(self.shape[1], rounding_mode="floor")
+        return self._standardise(self._theta_CSD[chain_N, self._index_T[row_N % self.shape[1]]], slice(None))
+
+    def rows(self, step: int = 1) -> Iterator[Tensor]:
+        """Every row, or one in ``step``, in order, some ``(N, D)`` at a time."""
+        row_S = torch.arange(0, len(self), step, device=self.device)
+        for row_N in row_S.split(part_length(self.shape[2] * self.dtype.itemsize, self._num_bytes)):
+            yield self[row_N]
+
+    def columns(self) -> Iterator[tuple[slice, Tensor]]:
+        """All columns in order, some ``(S, W)`` at a time with where they stand.
+
+        A part may be changed in place, and lasts until the next is asked for: all share the same memory.
+        """
+        num_chains, num_draws, size = self.shape
+        width = min(size, part_length(len(self) * self.dtype.itemsize, self._num_bytes))
+        buffer = torch.empty(len(self) * width, dtype=self.dtype, device=self.device)
+        for start in range(0, size, width):
+            span = slice(start, min(start + width, size))
+            part_CTW = buffer[: len(self) * (span.stop - start)].view(num_chains, num_draws, -1)
+            torch.index_select(self._theta_CSD[:, :, span], 1, self._index_T, out=part_CTW)
+            yield span, self._standardise(part_CTW.flatten(0, 1), span)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each column, ``(D,)``, the latter without correction."""
+        mean_D = torch.empty(self.shape[2], dtype=self.dtype, device=self.device)
+        scale_D = torch.empty_like(mean_D)
+        for span, part_SW in self.columns():
+            mean_D[span], scale_D[span] = part_SW.mean(0), part_SW.std(0, correction=0)
+        return mean_D, scale_D
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """``function`` of all rows, ``(S, ...)``, of which it is given some ``(N, D)`` at a time."""
+        return torch.cat([function(rows_ND) for rows_ND in self.rows()])
+
+    def _standardise(self, values: Tensor, span: slice) -> Tensor:
+        """In place: ``values`` are a copy."""
+        if self._shift_D is None or self._divisor_D is None:
+            return values
+        return values.sub_(self._shift_D[span]).div_(self._divisor_D[span])
+
+    @property
+    def _num_bytes(self) -> int:
+        return len(self) * self.shape[2] * self.dtype.itemsize
+
+
+def part_length(item_bytes: int, num_bytes: int = 0) -> int:
+    """How many items, such as rows, of that size to work on at a time, of ``num_bytes`` in all."""
+    return max(1, min(max(_MIN_BYTES, num_bytes // 32), _MAX_BYTES) // max(1, item_bytes))
