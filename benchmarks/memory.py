@@ -5,6 +5,10 @@
 
 A 784-100-10 network (79,510 weights), 2,000 draws, 636 MB in float32. Every driver runs in a fresh process. What is
 stated is its peak resident memory above that of the same run with one draw, as a multiple of the draws.
+
+Then ``distill`` of such a run kept on disk, 1,500 draws, in a fresh process: its peak anonymous memory, which is what
+the process itself asks for and the system cannot take back, unlike pages of the draws' file. Since a step of training
+holds 64 networks and their gradients however many draws there are, the same is stated of 100 draws.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ from torch import nn
 from benchmarks.common import markdown_table, write_json
 
 SIZES, NUM_SAMPLES, NUM_ROWS, BATCH_SIZE = (784, 100, 10), 2000, 500, 10
+DISTILLED, FEW_DISTILLED, DISTIL_STEPS = 1500, 100, 5
 DRIVERS = ("pyro.infer.MCMC", "apd.MCMC", "apd.MCMC, 4 chains vectorised", "apd.MCMC, store='disk'",
            "apd.MCMC, checkpoint=")  # fmt: skip
 
@@ -45,15 +51,22 @@ def driver(name: str, kernel: Any, num_samples: int, folder: str) -> Any:
     return pyro_apd.MCMC(kernel, num_samples, **common)
 
 
-def child(name: str, num_samples: int) -> None:
-    """Prints the peak resident memory of this process, in bytes."""
+def problem() -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """Model and data."""
     import pyro_apd
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     x, y = torch.randn(NUM_ROWS, SIZES[0]), torch.arange(NUM_ROWS) % SIZES[-1]
     net = nn.Sequential(nn.Linear(*SIZES[:2]), nn.ReLU(), nn.Linear(*SIZES[1:]))
-    model = pyro_apd.BNN(net)
+    return pyro_apd.BNN(net), x, y
+
+
+def child(name: str, num_samples: int) -> None:
+    """Prints the peak resident memory of this process, in bytes."""
+    import pyro_apd
+
+    model, x, y = problem()
     # Without the compiler, whose own memory is no matter of the driver.
     kernel = pyro_apd.SGLD(model, step_size=1e-6, batch_size=BATCH_SIZE, seed=0, compile=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -66,13 +79,78 @@ def child(name: str, num_samples: int) -> None:
 
 def peak(name: str, num_samples: int) -> int:
     """Peak of a fresh process."""
-    code = f"from benchmarks.memory import child; child({name!r}, {num_samples})"
-    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True)
-    return int(out.stdout.split()[-1])
+    return int(run(f"child({name!r}, {num_samples})").split()[-1])
+
+
+def sample(path: str, num_samples: int) -> None:
+    """Writes a run to disk."""
+    import pyro_apd
+
+    model, x, y = problem()
+    kernel = pyro_apd.SGLD(model, step_size=1e-6, batch_size=BATCH_SIZE, seed=0, compile=False)
+    options = {"warmup_steps": 1, "disable_progbar": True, "store": "disk", "store_path": path}
+    pyro_apd.MCMC(kernel, num_samples, **options).run(x, y)
+
+
+def anonymous() -> int:
+    """Anonymous resident memory of this process, in bytes; Linux alone states it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+def distil(path: str) -> None:
+    """Prints the peak anonymous memory of ``distill`` above what was there before, in bytes."""
+    import pyro_apd
+    from pyro_apd.chains.disk_store import open_store
+
+    model, x, y = problem()
+    store, before, peak_bytes, done = open_store(path), anonymous(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak_bytes
+        while not done.wait(0.001):
+            peak_bytes = max(peak_bytes, anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    posterior = pyro_apd.distill(store, model, data=(x, y), num_steps=DISTIL_STEPS, seed=0, progress=False)
+    done.set()
+    watcher.join()
+    assert posterior.metadata["space"] == "functions"
+    print(peak_bytes - before)
+
+
+def distil_peak(num_samples: int) -> int:
+    """Peak of ``distill`` in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "draws")
+        run(f"sample({path!r}, {num_samples})")
+        return int(run(f"distil({path!r})").split()[-1])
+
+
+def run(call: str) -> str:
+    """What a call of one of this module's functions prints in a fresh process."""
+    code = f"import benchmarks.memory as m; m.{call}"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def distil_table(num_weights: int) -> tuple[str, list[dict[str, Any]]]:
+    """The table of ``distill``, and its numbers."""
+    rows, results = [], []
+    for num_samples in (FEW_DISTILLED, DISTILLED):
+        num_bytes, peak_bytes = 4 * num_weights * num_samples, distil_peak(num_samples)
+        results.append({"draws": num_samples, "bytes": num_bytes, "peak_anonymous": peak_bytes})
+        rows.append([f"{num_samples:,}", f"{num_bytes / 1e6:.0f}", f"{peak_bytes / 1e6:.0f}"])
+        print(rows[-1], file=sys.stderr)
+    few, many = results
+    growth = (many["peak_anonymous"] - few["peak_anonymous"]) / (many["bytes"] - few["bytes"])
+    table = markdown_table(["draws", "draws, MB", "peak anonymous memory of distill, MB"], rows)
+    return f"{table}\n\nGrowth: {growth:.2f} bytes a byte of draws.", results
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the tables."""
     num_weights = sum(a * b + b for a, b in itertools.pairwise(SIZES))
     num_bytes = 4 * num_weights * NUM_SAMPLES
     rows, results = [], []
@@ -85,7 +163,9 @@ def main() -> None:
     print(f"{num_weights:,} weights, {NUM_SAMPLES:,} draws, {num_bytes / 1e6:.0f} MB\n")
     header = ["driver", "peak with one draw, MB", "peak, MB", "above it, in multiples of the draws"]
     print(markdown_table(header, rows))
-    print(f"\nWritten to {write_json('memory', results)}")
+    table, distilled = distil_table(num_weights)
+    print(f"\n{table}")
+    print(f"\nWritten to {write_json('memory', results)} and {write_json('memory_distill', distilled)}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch import Tensor
 from pyro_apd.kernels.chain import Chain
 from pyro_apd.kernels.dynamics import Dynamics
 from pyro_apd.kernels.schedules import Schedule, as_schedule
-from pyro_apd.kernels.step import Step
+from pyro_apd.kernels.step import SMALL, Step
 from pyro_apd.kernels.temperature import Temperature
 from pyro_apd.kernels.tuning import MAX_INFLATION, AutoStep, checked_max_inflation
 from pyro_apd.kernels.warm_start import checked_warm_start
@@ -179,7 +179,7 @@ class StochasticGradientKernel(MCMCKernel):
             type(self).__name__,
             compile=self.compile,
             expected_steps=known,
-            unroll=_unroll(self.thinning) if theta.numel() <= _MAX_UNROLLED else 1,
+            unroll=_unroll(self.thinning) if theta.numel() <= SMALL else 1,
             keep_draws=keep_draws,
             warmup=WarmUp(num_warmup, self.temperature, self._dynamics, auto, self.warm_start),
             control_variates=self.control_variates,
@@ -270,8 +270,7 @@ class StochasticGradientKernel(MCMCKernel):
             self._log["step size"] = f"{chain.step_size:.2e}"
             self._log["potential"] = f"{float(chain.energy.mean()):.4g}"
             self._log["|grad|"] = f"{float(chain.gradient_norm.mean()):.3g}"
-            if chain.num_chains:
-                self._log["diverged"] = f"{len(chain.divergences)}/{chain.num_chains}"
+            self._log["diverged"] = f"{len(chain.divergences)}/{chain.num_chains or 1}"
             self._log["steps/s"] = f"{chain.step * (chain.num_chains or 1) / max(now - self._started_at, 1e-9):.0f}"
             self._logged_at = now
         return self._log
@@ -341,10 +340,6 @@ class StochasticGradientKernel(MCMCKernel):
             worker = (torch.initial_seed() - self._home[1]) % 2**31
         stream = self.seed * 1_000_003 + index * 7_919 + worker
         return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(stream % 2**62)))
-
-
-# Weights over all chains up to which the price of a call is felt.
-_MAX_UNROLLED = 200_000
 
 
 def _unroll(thinning: int) -> int:

@@ -30,6 +30,8 @@ logger = logging.getLogger("pyro_apd")
 
 #: Steps, over all chains, from which compiling is taken to pay: it costs some ten seconds, and gains about 0.3 ms each.
 COMPILE_STEPS = 30_000
+#: Weights, over all chains, up to which calls from Python are felt among the arithmetic.
+SMALL = 200_000
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ class Stepper:
         began = time.monotonic()
         try:
             raw = self._noise.raw_like(len(inputs))
-            program = compiled(steps, state, raw, sizes, inputs)
+            is_small = sum(piece.numel() for piece in state[0]) <= SMALL
+            program = compiled(steps, state, raw, sizes, inputs, is_small=is_small)
             if raw.is_cuda:
                 leaves = _leaves(state, raw, sizes, inputs)
                 num_kept = len(_leaves(state, raw, sizes, ())) - 2
@@ -200,12 +203,15 @@ class Stepper:
         return program
 
 
-def compiled(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], *examples: Any, is_small: bool = False) -> Callable[..., Any]:
     """``function``, of trees of tensors, compiled for such trees: a function of their leaves.
 
     It is captured as a flat graph, and that is given to the compiler. By way of :func:`torch.compile` the same graph
     would be traced once more, and its arguments checked at each call for changes that cannot be, which takes a small
     step longer than its arithmetic.
+
+    :param is_small: whether calls from Python would be felt among the arithmetic: then they are compiled as well, which
+        takes the compiler twice as long.
     """
     leaves, spec = pytree.tree_flatten(examples)
 
@@ -214,18 +220,26 @@ def compiled(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]
 
     copies = [leaf.clone() for leaf in leaves]  # the first call is a rehearsal
     graph = capture(flat, *copies)
+    for node in graph.graph.nodes:  # type: ignore[attr-defined]
+        node.meta.clear()  # shapes noted while capturing, which the compiler takes for its own
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's, about itself
-        try:
-            from torch._inductor import compile as compile_graph
-
-            program = compile_graph(graph, copies)  # type: ignore[arg-type]
-            program(*copies)
-        except (ImportError, AttributeError, TypeError) as error:  # not of torch's stable interface
-            logger.debug("Compiling by way of torch.compile, since %s.", error)
-            program = torch.compile(graph.forward, fullgraph=True, dynamic=False)  # type: ignore[attr-defined]
-            program(*copies)
+        for options in ({"cpp_wrapper": True}, {}) if is_small else ({},):
+            try:
+                program = _inductor(graph, copies, options)
+                program(*copies)
+                return program
+            except Exception as error:  # not of torch's stable interface
+                logger.debug("Compiling in another way, since %s.", error)
+        program = torch.compile(graph.forward, fullgraph=True, dynamic=False)  # type: ignore[attr-defined]
+        program(*copies)
     return program
+
+
+def _inductor(graph: Any, examples: list[Tensor], options: dict[str, Any]) -> Callable[..., Any]:
+    from torch._inductor import compile as compile_graph
+
+    return compile_graph(graph, examples, options=options)  # type: ignore[arg-type]
 
 
 def _leaves(state: Any, raw: Tensor, sizes: Tensor, inputs: Sequence[Inputs]) -> list[Tensor]:

@@ -12,8 +12,15 @@ import pytest
 import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer import Predictive as PyroPredictive
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_apd.bnn import BNN
+from pyro_apd.chains import store as chains_store
+from pyro_apd.chains.disk_store import DiskStore, open_store
+from pyro_apd.chains.store import STATISTICS
 from pyro_apd.distill import DistillationError, DistillationWarning, distill
+from pyro_apd.generators import draw_blocks
+from pyro_apd.layout import Layout
 from pyro_apd.posterior import DistilledPosterior
 from tests.models import Classifier, Conjugate, constrained
 
@@ -303,3 +310,53 @@ def test_sizes_below_and_above_the_rank(size):
     posterior = distill({"w": torch.randn(12, size)}, num_steps=2, seed=0, progress=False)
     assert posterior.generator.rank == min(size, 10)
     assert posterior.get_samples(3)["w"].shape == (3, size)
+
+
+def set_part_bytes(monkeypatch, num_bytes):
+    for module, name in ((draw_blocks, "_MIN_BYTES"), (draw_blocks, "_MAX_BYTES"), (chains_store, "_BLOCK_BYTES")):
+        monkeypatch.setattr(module, name, num_bytes)
+
+
+@pytest.mark.parametrize("options", [{}, {"data": None}], ids=["functions", "weights"])
+def test_parts_change_a_result_by_rounding_alone(monkeypatch, options):
+    whole = of_classifier(num_steps=0, **options)
+    set_part_bytes(monkeypatch, 1500)
+    parts = of_classifier(num_steps=0, **options)
+    torch.testing.assert_close(parts.get_samples(20, seed=0), whole.get_samples(20, seed=0), rtol=1e-3, atol=1e-4)
+    assert parts.metadata["figures"] == pytest.approx(whole.metadata["figures"], rel=1e-2, abs=1e-3)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest storage of any result that does not lie in ``mapped``."""
+
+    def __init__(self, mapped):
+        super().__init__()
+        self._mapped, self.num_bytes = mapped.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() != self._mapped:
+                self.num_bytes = max(self.num_bytes, value.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("space", ["functions", "weights"])
+def test_draws_on_disk_are_never_copied_whole(tmp_path, monkeypatch, space):
+    model = BNN(torch.nn.Linear(1000, 4))
+    layout = Layout({"net.weight": (4, 1000), "net.bias": (4,)})
+    store = DiskStore.create(tmp_path / "draws", layout, 1, 600, torch.float32)
+    for draw in range(600):
+        store.write(0, draw, 0.1 * torch.randn(1, layout.size), dict.fromkeys(STATISTICS, 1.0))
+    store.close()
+    set_part_bytes(monkeypatch, 2**18)
+    # The judge's distances between draws, one matrix a probe, are small only beside larger networks.
+    monkeypatch.setattr(offline, "_NUM_PROBES", 8)
+    store = open_store(tmp_path / "draws")
+    known = {"model": model, "data": (torch.randn(50, 1000), torch.arange(50) % 4)} if space == "functions" else {}
+    with warnings.catch_warnings(), Largest(store.theta_CSD) as largest:
+        warnings.simplefilter("ignore", DistillationWarning)
+        posterior = distill(store, **known, num_steps=2, seed=0, progress=False)
+    assert posterior.metadata["space"] == space
+    # A batch of training, 64 or 100 draws, or the 480 x 480 Gram matrix in double precision.
+    assert largest.num_bytes <= max(480 * 480 * 8, 100 * layout.size * 4) < 0.2 * 600 * layout.size * 4

@@ -6,6 +6,7 @@
 import pytest
 import torch
 
+from pyro_apd.generators import draw_blocks
 from pyro_apd.generators.coordinates import principal_coordinates
 
 
@@ -27,6 +28,23 @@ def test_basis_is_that_of_the_svd():
     torch.testing.assert_close(found.basis_RD.norm(dim=1), lengths[:4] / 30**0.5)
     alignment = (found.basis_RD / found.basis_RD.norm(dim=1, keepdim=True)) @ directions[:4].mT
     torch.testing.assert_close(alignment.abs(), torch.eye(4, dtype=torch.float64))
+
+
+def test_columns_in_parts_give_the_same_basis(monkeypatch):
+    theta_SD = draws(size=50)
+    whole = principal_coordinates(theta_SD, 4)
+    monkeypatch.setattr(draw_blocks, "_MIN_BYTES", 30 * 8 * 7)
+    parts = principal_coordinates(theta_SD, 4)
+    torch.testing.assert_close(parts.location_D, whole.location_D)
+    torch.testing.assert_close(parts.basis_RD, whole.basis_RD)
+    torch.testing.assert_close(parts.coordinates_SR, whole.coordinates_SR)
+
+
+def test_draws_stay_as_they_were():
+    theta_SD = draws()
+    before = theta_SD.clone()
+    principal_coordinates(theta_SD, 4)
+    assert torch.equal(theta_SD, before)
 
 
 def test_coordinates_have_mean_zero_and_unit_covariance():

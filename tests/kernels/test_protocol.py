@@ -222,7 +222,7 @@ def test_logging_is_json_and_speaks_of_steps(kernel_class):
     kernel.setup(0, *DATA)
     assert dict(kernel.logging()) == {}
     kernel.sample(kernel.initial_params)
-    assert set(kernel.logging()) == {"step size", "potential", "|grad|", "steps/s"}
+    assert set(kernel.logging()) == {"step size", "potential", "|grad|", "diverged", "steps/s"}
     assert kernel.logging()["step size"] == "1.00e-03"
 
 

@@ -73,7 +73,7 @@ def test_a_ragged_batch_goes_by_the_captured_graph():
 def test_long_runs_compile_and_short_ones_do_not(monkeypatch):
     asked = []
 
-    def uncompiled(function, *examples):
+    def uncompiled(function, *examples, is_small):
         asked.append(1)
         spec = tree_structure(examples)
         return lambda *leaves: function(*tree_unflatten(list(leaves), spec))
@@ -95,7 +95,7 @@ def test_long_runs_compile_and_short_ones_do_not(monkeypatch):
 
 
 def test_without_a_compiler_steps_are_taken_all_the_same(monkeypatch, caplog):
-    def broken(function, *examples):
+    def broken(function, *examples, is_small):
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(step_module, "compiled", broken)
@@ -108,7 +108,7 @@ def test_without_a_compiler_steps_are_taken_all_the_same(monkeypatch, caplog):
 
 
 def test_what_cannot_be_captured_is_not_compiled(monkeypatch):
-    monkeypatch.setattr(step_module, "compiled", lambda *args: pytest.fail("compiled"))
+    monkeypatch.setattr(step_module, "compiled", lambda *args, **settings: pytest.fail("compiled"))
     problem = Conjugate()
     chain = SGLD(problem.full, 1e-3, compile=True, capture=False).begin((problem.x, problem.y), {}, warmup_steps=0)
     advance(chain, 3)
@@ -132,13 +132,14 @@ def test_compiling_by_way_of_torch_compile_where_the_inner_interface_is_gone(mon
 
 
 @pytest.mark.slow
-def test_compiled_functions_change_their_arguments_in_place():
+@pytest.mark.parametrize("is_small", [True, False])
+def test_compiled_functions_change_their_arguments_in_place(is_small):
     def program(trees, scale):
         trees[0].add_(trees[1] * scale)
         return (trees[0].sum(),)
 
     first, second, scale = torch.zeros(3), torch.arange(3.0), torch.tensor(2.0)
-    fast = compiled(program, (first, second), scale)
+    fast = compiled(program, (first, second), scale, is_small=is_small)
     assert first.tolist() == [0.0, 0.0, 0.0]  # the rehearsal was on copies
     fast(first, second, scale)
     fast(first, second, torch.tensor(10.0))
