@@ -191,7 +191,8 @@ class Chain:
 
     def observe(self) -> None:
         """Reads the thermometers, where it is time. To be called at each draw after warm-up."""
-        if self.step - self._read_step >= READ_EVERY:
+        # Ever more rarely: a long run has readings enough, and each costs a gradient.
+        if self.step - self._read_step >= max(READ_EVERY, self.step // 100):
             self._read_temperatures()
 
     def _read_temperatures(self) -> None:
@@ -289,6 +290,9 @@ class Chain:
 
     def _stop(self, chains: Sequence[int]) -> None:
         """Freezes chains that ran away at their last good state; raises where that leaves none."""
+        if self.warmup is not None and self.warmup.backs_off(self):
+            self._put_back(chains)
+            return
         errors = [self._describe(chain) for chain in chains]
         if self.num_chains is None:
             raise errors[0]
@@ -296,11 +300,18 @@ class Chain:
         self._is_frozen[list(chains)] = True
         if bool(self._is_frozen.all()):
             raise errors[0]
+        self._put_back(chains)
+
+    def _put_back(self, chains: Sequence[int]) -> None:
+        """Chains to their last good state, at rest."""
         for chain in chains:
-            for pieces in (self._theta, *self.auxiliary.values()):
-                for piece, good in zip(pieces, self._last_good, strict=True):
-                    piece[chain] = good[chain] if pieces is self._theta else 0.0
-        self._values = []  # so that the next step sets them anew, to zero for these
+            row = ... if self.num_chains is None else chain
+            for theta, hopeful, good in zip(self._theta, self._hopeful, self._last_good, strict=True):
+                theta[row] = hopeful[row] = good[row]
+            for pieces in self.auxiliary.values():
+                for piece in pieces:
+                    piece[row] = 0.0
+        self._values = []  # so that the next step sets them anew: to zero for chains that are frozen
 
     def _step_sizes(self, num_steps: int) -> Tensor:
         """Of the next steps, ``(K,)`` or ``(K, C, 1)``; nothing is written where they are those of the last."""

@@ -53,6 +53,8 @@ _NUM_LARGEST, _NUM_SPECTRUM = 8, 12
 _NUM_NOISE_DENSE, _NUM_NOISE = 64, 8
 # Batches that a whole Hessian is averaged over, at most.
 _NUM_HESSIAN = 8
+# Times that a chain may run away while its step is looked for.
+_MAX_BACK_OFFS = 8
 # What is aimed at, as a part of what is allowed: measures have errors.
 _MARGIN = 0.9
 # A step changes at most so much from one measure to the next by what the potential says.
@@ -290,6 +292,7 @@ class AutoStep:
         self._choices: list[Choice] = []
         self._energies: list[float] = []
         self._lowest = 0.0
+        self._num_back_offs = 0
         count = max(1, min(_NUM_MEASURES, num_warmup // _MIN_APART))
         early = [int(num_warmup * share) for share in _EARLY] if count > 1 else []
         self._marks = sorted({num_warmup * i // count for i in range(count + 1)}.union(early))
@@ -339,6 +342,19 @@ class AutoStep:
             logger.debug(
                 "step_size='auto': %.3g for now; largest curvature %.3g, U %.4g.", self.step_size, largest, energy
             )
+
+    def back_off(self, step: int) -> bool:
+        """Takes a tenth of the step size, after a chain ran away by Langevin ``step``; False where it is too late.
+
+        The next measures may not go far beyond it at once.
+        """
+        if self.is_settled or self._num_back_offs == _MAX_BACK_OFFS:
+            return False
+        self._num_back_offs += 1
+        self.step_size /= 10
+        self._lowest = min(self._lowest, self.step_size)
+        logger.info("step_size='auto': a chain ran away by step %d; going on with %.3g.", step, self.step_size)
+        return True
 
     def _guarded(self, wanted: float, energy: float) -> float:
         """A step that the potential does not speak against.
@@ -393,6 +409,7 @@ class AutoStep:
             "num_done": self._num_done,
             "energies": list(self._energies),
             "lowest": self._lowest,
+            "num_back_offs": self._num_back_offs,
             "choices": [vars(choice) | {} for choice in self._choices],
         }
 
@@ -401,6 +418,7 @@ class AutoStep:
         self.step_size, self._num_done = float(state["step_size"]), int(state["num_done"])
         self._energies, self._lowest = [float(value) for value in state["energies"]], float(state["lowest"])
         self._choices = [Choice(**choice) for choice in state["choices"]]
+        self._num_back_offs = int(state["num_back_offs"])
 
 
 def checked_max_inflation(max_inflation: float) -> float:

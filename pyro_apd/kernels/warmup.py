@@ -56,6 +56,13 @@ class WarmUp:
             with torch.no_grad():
                 self.auto.measure(self._target(chain))
 
+    def backs_off(self, chain: Chain) -> bool:
+        """Whether a chain that ran away is to go on from its last good state, with a smaller step.
+
+        A step size that is still being looked for may be too large; one that was given, or found, may not.
+        """
+        return self.auto is not None and chain.step > 1 and self.auto.back_off(chain.step)
+
     def begin_keeping(self, chain: Chain) -> None:
         """What follows is kept."""
         self._watch = DriftWatch(chain.layout.names)

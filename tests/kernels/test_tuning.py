@@ -7,6 +7,8 @@ import json
 import logging
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import MCMC
@@ -269,3 +271,41 @@ def test_other_words_are_refused(step_size):
 def test_shares_that_are_none(max_inflation):
     with pytest.raises(ValueError, match="max_inflation"):
         SGLD(PROBLEM.full, "auto", max_inflation=max_inflation)
+
+
+def ravine(y):
+    """Flat where it starts, steep where it leads: a learned noise scale, seen from afar."""
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 2.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("obs", dist.Normal(0.0, scale), obs=y)
+
+
+@pytest.mark.parametrize("num_chains", [None, 2])
+def test_a_chain_that_runs_away_early_goes_on_with_a_smaller_step(num_chains, monkeypatch, caplog):
+    chains = () if num_chains is None else (num_chains,)
+    kernel = SGLD(ravine, "auto", seed=0)
+    chain = kernel.begin(
+        (1e-3 * torch.randn(50),),
+        {},
+        warmup_steps=600,
+        num_chains=num_chains,
+        initial_params={"scale": torch.full(chains, 1.0)},
+    )
+    monkeypatch.setattr(chain.warmup.auto, "measure", lambda target: None)
+    chain.warmup.auto.step_size = 10.0
+    with caplog.at_level("INFO", "pyro_apd"), torch.no_grad():
+        chain.advance(300)
+    assert "ran away" in caplog.text
+    assert chain.divergences == []
+    assert chain.step_size < 10.0
+    assert bool(chain.theta.isfinite().all())
+
+
+def test_a_chain_whose_every_step_runs_away_diverges():
+    auto = AutoStep(0.1, 600, seed=0)
+    auto.step_size = 1.0
+    assert [auto.back_off(5) for _ in range(9)] == [True] * 8 + [False]
+    assert auto.step_size == pytest.approx(1e-8)
+    again = AutoStep(0.1, 600, seed=0)
+    again.load_state_dict(auto.state_dict())
+    assert not again.back_off(6)
