@@ -14,7 +14,7 @@ from pyro_apd.bnn import BNN
 from pyro_apd.chains import MCMC, CheckpointError, WorkerError, open_store
 from pyro_apd.distill import DistillationError, DistillationWarning, distill
 from pyro_apd.errors import ArtifactError, DataError, DivergenceError, ModelError
-from pyro_apd.kernels import PSGLD, SGHMC, SGLD, schedules
+from pyro_apd.kernels import PSGLD, SGHMC, SGLD, WarmupWarning, schedules
 from pyro_apd.posterior import DistilledPosterior
 from pyro_apd.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs
 
@@ -34,6 +34,7 @@ __all__ = [
     "FunctionView",
     "ModelError",
     "Predictive",
+    "WarmupWarning",
     "WorkerError",
     "datasets",
     "diagnostics",

@@ -18,6 +18,12 @@ from tests.models import Classifier, Conjugate
 X, LABELS = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
 
 
+@pytest.fixture(autouse=True)
+def _calls_stay_in_python(monkeypatch):
+    """Compiling them too takes twice as long, and has a test of its own."""
+    monkeypatch.setattr(step_module, "SMALL", 0)
+
+
 def begin(kernel_class, compile, num_chains=None, data=(X, LABELS), thinning=5, **settings):
     kernel = kernel_class(Classifier(), 1e-3, batch_size=20, seed=1, compile=compile, thinning=thinning, **settings)
     return kernel.begin(data, {}, warmup_steps=0, num_samples=10, num_chains=num_chains)
