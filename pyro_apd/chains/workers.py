@@ -124,20 +124,22 @@ def run_workers(
         while active:
             wait([pipe for _, pipe in active.values()], timeout=_LOOK_EVERY)
             checkpoints: dict[int, Progress] = {}
-            for chain, (process, pipe) in list(active.items()):
-                for kind, content in _messages(chain, process, pipe):
-                    if kind == "drew":
-                        on_draw(chain, *content)
-                    elif kind == "checkpoint":
-                        checkpoints[chain] = content
-                    elif kind == "error":
-                        raise content
-                    else:
-                        finished[chain] = content
-                        del active[chain]
-                        break
-            if checkpoints:
-                on_checkpoint(checkpoints)
+            try:
+                for chain, (process, pipe) in list(active.items()):
+                    for kind, content in _messages(chain, process, pipe):
+                        if kind == "drew":
+                            on_draw(chain, *content)
+                        elif kind == "checkpoint":
+                            checkpoints[chain] = content
+                        elif kind == "error":
+                            raise content
+                        else:
+                            finished[chain] = content
+                            del active[chain]
+                            break
+            finally:  # what was reached before an error is kept
+                if checkpoints:
+                    on_checkpoint(checkpoints)
         for process, _ in workers.values():
             process.join()
     finally:

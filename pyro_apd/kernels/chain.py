@@ -240,6 +240,9 @@ class Chain:
             "hopeful": torch.cat(self._hopeful, -1) if self._hopeful else self._like,
             "checked_step": self._checked_step,
             "divergences": [error.to_json() for error in self.divergences],
+            "thermometers": [thermometer.state_dict() for thermometer in self.thermometers],
+            "thermal_source": self._thermal_source.state_dict(),
+            "read_step": self._read_step,
             "control": None if self.control is None else self.control.state_dict(),
             "warmup": None if self.warmup is None else self.warmup.state_dict(),
         }
@@ -259,6 +262,10 @@ class Chain:
                 piece.copy_(new)
         self.divergences = [DivergenceError.from_json(error) for error in state["divergences"]]
         self._values = []
+        for thermometer, readings in zip(self.thermometers, state["thermometers"], strict=True):
+            thermometer.load_state_dict(readings)
+        self._thermal_source.load_state_dict(state["thermal_source"])
+        self._read_step = int(state["read_step"])
         if state["control"] is not None:
             self._install(ControlVariates(self.potential, **state["control"]))
         if self.warmup is not None and state["warmup"] is not None:

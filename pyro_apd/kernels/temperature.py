@@ -19,8 +19,9 @@ epoch they are what was left over by the batches that brought theta where it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,14 @@ class Thermometer:
     def add(self, sums: Tensor) -> None:
         """One reading: sums over the weights of each site, ``(sites,)`` or ``(C, sites)``, of expectation n T."""
         self._readings.append(sums)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The readings so far."""
+        return {"readings": list(self._readings)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self._readings = list(state["readings"])
 
     def readings(self, names: Sequence[str], target: float) -> list[Temperature]:
         """Of all weights, then of each site; over all chains."""

@@ -168,7 +168,8 @@ def test_resuming_continues_bit_for_bit(width, stop, tmp_path):
     draw(Walk(), Plan(6, 3, count, checkpoint_every=2), width, progress=progress, store=store, listener=listener)
     assert torch.equal(store.theta_CSD, expected.theta_CSD)
     assert listener.saved[-1] == 9
-    assert read_checkpoint(tmp_path / "c").chains[0] == Progress(9, None, [])
+    report = {"path": "on foot, seen 6 times"}  # also those of before the stop
+    assert read_checkpoint(tmp_path / "c").chains[0] == Progress(9, None, [], report)
 
 
 def test_a_chain_that_diverged_before_the_checkpoint_is_noted_once(tmp_path):

@@ -75,11 +75,12 @@ class WalkChain:
 
     def state_dict(self):
         generators = [generator.get_state() for generator in self._generators]
-        extra = {"last_good": torch.full_like(self._theta, -7.0)}
+        extra = {"last_good": torch.full_like(self._theta, -7.0), "num_observed": self.num_observed}
         return {"theta": self._theta, "generators": generators, "step": self.step, "is_warm": self.is_warm, **extra}
 
     def load_state_dict(self, state):
         self._theta, self.step, self.is_warm = state["theta"].clone(), state["step"], state["is_warm"]
+        self.num_observed = state["num_observed"]
         for generator, saved in zip(self._generators, state["generators"], strict=True):
             generator.set_state(saved)
 

@@ -24,7 +24,7 @@ def _calls_stay_in_python(monkeypatch):
     monkeypatch.setattr(step_module, "SMALL", 0)
 
 
-def begin(kernel_class, compile, num_chains=None, data=(X, LABELS), thinning=5, **settings):
+def begin(kernel_class, compile, num_chains=None, data=(X, LABELS), thinning=2, **settings):
     kernel = kernel_class(Classifier(), 1e-3, batch_size=20, seed=1, compile=compile, thinning=thinning, **settings)
     return kernel.begin(data, {}, warmup_steps=0, num_samples=10, num_chains=num_chains)
 

@@ -74,6 +74,24 @@ def test_sites_are_read_apart_and_the_diagnostics_hold_them():
     assert "configurational all" in str(temperatures[0])
 
 
+def test_a_resumed_chain_reads_as_if_it_had_not_stopped():
+    kernel = SGHMC(PROBLEM.full, 1e-4, batch_size=50, seed=3)
+    chain, resumed = (kernel.begin((PROBLEM.x, PROBLEM.y), {}, warmup_steps=0, first_chain=0) for _ in range(2))
+
+    def read(chain, times):
+        with torch.no_grad():
+            for _ in range(times):
+                chain.advance(20)
+                chain.observe()
+
+    read(chain, 5)
+    resumed.load_state_dict(chain.state_dict())
+    read(chain, 5)
+    read(resumed, 5)
+    assert resumed.temperatures(1.0)[0].mean == chain.temperatures(1.0)[0].mean
+    assert len(chain.state_dict()["thermometers"][0]["readings"]) == 10
+
+
 def test_no_readings_before_a_chain_has_drawn():
     kernel = SGLD(PROBLEM.full, 1e-3)
     assert kernel.temperatures() == []
