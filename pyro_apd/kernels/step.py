@@ -167,7 +167,9 @@ class Stepper:
         """The compiled steps for inputs of these shapes; None where it is not wanted, not yet, or cannot be had."""
         if len(inputs) != self._unroll or not self._is_compiling(steps_taken):
             return None
-        key = tuple((tuple(t.shape), t.dtype) for batch in inputs for t in batch)
+        key, *others = (tuple((tuple(t.shape), t.dtype) for t in batch) for batch in inputs)
+        if any(other != key for other in others):
+            return None  # a shorter last batch somewhere among them: not worth a program for every place
         if key not in self._programs:
             self._programs[key] = self._build(state, sizes, tuple(inputs))
         return self._programs[key]

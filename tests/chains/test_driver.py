@@ -428,7 +428,9 @@ def test_workers_end_with_their_parent(tmp_path):
     wait_until(lambda: len(os.listdir(tmp_path)) == 2)
     parent.kill()
     parent.join()
-    wait_until(lambda: not any(is_running(int(pid)) for pid in os.listdir(tmp_path)))
+    workers = [int(pid) for pid in os.listdir(tmp_path)]
+    wait_until(lambda: not any(is_running(pid) for pid in workers))
+    assert not any(is_running(pid) for pid in workers)
     for name in os.listdir("/dev/shm"):
         if name.startswith("pyro_apd_"):  # what a killed run leaves
             subprocess.run(["rm", "-r", f"/dev/shm/{name}"], check=True)

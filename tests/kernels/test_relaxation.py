@@ -134,7 +134,10 @@ def test_short_warm_up_is_said_with_the_steps_that_it_takes(kernel_class):
 def test_the_steps_that_it_asks_for_are_enough():
     kernel = SGLD(wide, 1e-3, seed=0, init_strategy=FAR, compile=False)
     mcmc = MCMC(kernel, num_samples=200, warmup_steps=2000, disable_progbar=True)
-    mcmc.run(torch.zeros(5))  # a warning would be an error here
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mcmc.run(torch.zeros(5))
+    assert [str(warning.message) for warning in caught] == []
 
 
 def test_chains_together_name_the_one():

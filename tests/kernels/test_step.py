@@ -76,6 +76,25 @@ def test_a_ragged_batch_goes_by_the_captured_graph():
     torch.testing.assert_close(advance(chains[1], 12), advance(chains[0], 12), rtol=1e-4, atol=1e-5)
 
 
+def test_a_ragged_batch_among_others_is_not_worth_a_program(monkeypatch):
+    asked = []
+
+    def uncompiled(function, *examples, is_small):
+        asked.append(1)
+        spec = tree_structure(examples)
+        return lambda *leaves: function(*tree_unflatten(list(leaves), spec))
+
+    monkeypatch.setattr(step_module, "compiled", uncompiled)
+    batches = DataLoader(TensorDataset(X, LABELS), batch_size=25)  # 25, 25, 10
+    chain = SGLD(Classifier(), 1e-3, seed=1, compile=True, thinning=5).begin((batches,), {}, warmup_steps=0)
+    advance(chain, 60)  # every five steps have a short batch
+    assert not asked
+    batches = DataLoader(TensorDataset(X, LABELS), batch_size=7)  # eight of 7, and one of 4
+    chain = SGLD(Classifier(), 1e-3, seed=1, compile=True, thinning=5).begin((batches,), {}, warmup_steps=0)
+    advance(chain, 200)
+    assert asked == [1]
+
+
 def test_long_runs_compile_and_short_ones_do_not(monkeypatch):
     asked = []
 
