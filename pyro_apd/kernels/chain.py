@@ -192,7 +192,7 @@ class Chain:
     def observe(self) -> None:
         """Reads the thermometers, where it is time. To be called at each draw after warm-up."""
         # Ever more rarely: a long run has readings enough, and each costs a gradient.
-        if self.step - self._read_step >= max(READ_EVERY, self.step // 100):
+        if self.step - self._read_step >= max(READ_EVERY, self.step // 50):
             self._read_temperatures()
 
     def _read_temperatures(self) -> None:
