@@ -392,8 +392,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a table for each network and number of threads; 1 if a contestant failed or its step is wrong."""
     options = parse(arguments)
-    results, is_good, path = [], True, None
+    is_good, path = True, None
     for num_threads in options.threads:
+        results = []
         for work in options.work:
             job = replace(WORK[work], num_threads=num_threads, device=options.device, compile=options.compile)
             names = ["a", "b", "c", "d", "e", *CHAINS[work], "floor"]
@@ -407,7 +408,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             where = f"{num_threads} thread{'s' * (num_threads > 1)}" if options.device == "cpu" else options.device
             print(f"\n### {work}, N = {job.num_data:,}, batch {BATCH_SIZE}, {where}\n\n{table(result)}", flush=True)
             if not options.quick:
-                name = "sampling" if options.device == "cpu" else "sampling_cuda"
+                many = f"_{num_threads}_threads" if num_threads > 1 else ""
+                name = f"sampling{many}" if options.device == "cpu" else "sampling_cuda"
                 content = {"machine": describe_machine(), "compile": options.compile, "results": results}
                 path = write_json(name, content)
             is_good &= all(figures.get("is_right", True) for figures in result["contestants"].values())

@@ -1,14 +1,47 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Small real data that need no download, and inputs that no model trained on them should be sure about."""
+"""Real data, and inputs that no model trained on them should be sure about.
+
+The digits come with scikit-learn. Larger sets are read from a folder that the environment variable ``PYRO_APD_DATA``
+names, or ``root``; nothing is downloaded. Images are rows of pixels in [-1, 1], as in Wang et al. (2018).
+"""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import io
+import os
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+
+#: Names the folder that data sets too large to embed are read from.
+DATA_VARIABLE = "PYRO_APD_DATA"
+
+# SHA-256 of each file, and where people find it.
+_FILES = {
+    "mnist/train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "mnist/train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "mnist/t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "mnist/t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+    "notmnist/t10k-images-idx3-ubyte.gz": "70ae9e06201f2827e5b0a3781a3169d735dd2efc69996b9eeaee7f10ed4044d7",
+    "omniglot/images_background_small1.zip": "f38eb80f801274ac2b4dff5b24289016bfaba4a7d5bb50deebf27104ad6cb8a4",
+    "omniglot/images_background_small2.zip": "3ccaa407515a8778e5d0861875af38b17e418f301ad5bb3b5a6b65d901a41c7f",
+    "cifar10_gray/cifar10_test2000.npz": "3b4f247eab8ed22429e2f0cf793ac11fd8b534cfa16be171d3867c553bec04b8",
+}
+_ORIGINS = {
+    "mnist": "the four idx.gz files of MNIST (LeCun et al. 1998)",
+    "notmnist": "the test images of notMNIST (Bulatov 2011) as idx.gz",
+    "omniglot": "images_background_small1.zip and images_background_small2.zip of Omniglot (Lake et al. 2015)",
+    "cifar10_gray": "cifar10_test2000.npz: 'images' (2000, 32, 32, 3), the first of CIFAR-10's test set "
+    "(Krizhevsky 2009)",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,3 +128,99 @@ def inverted(x: Tensor) -> Tensor:
             "values in [0, 1], 2 * x - 1."
         )
     return -x
+
+
+def mnist(root: str | os.PathLike[str] | None = None) -> Dataset:
+    """MNIST: 60,000 images to train with, 10,000 to test with, ``(N, 784)`` in [-1, 1].
+
+    :param root: folder that holds ``mnist/``; by default what ``PYRO_APD_DATA`` names.
+    :raises FileNotFoundError: if a file is missing; the message says what belongs where.
+    :raises ValueError: if a file is not the one that is meant.
+    """
+    x_train, x_test = (_as_images(_idx(root, f"mnist/{part}-images-idx3-ubyte.gz")) for part in ("train", "t10k"))
+    y_train, y_test = (_idx(root, f"mnist/{part}-labels-idx1-ubyte.gz") for part in ("train", "t10k"))
+    return Dataset(x_train, _labels(y_train), x_test, _labels(y_test))
+
+
+def notmnist(count: int = 2000, root: str | os.PathLike[str] | None = None) -> Tensor:
+    """Glyphs A to J in many typefaces, ``(count, 784)`` in [-1, 1]. Arguments and errors as :func:`mnist`."""
+    return _as_images(_spaced(_idx(root, "notmnist/t10k-images-idx3-ubyte.gz"), count))
+
+
+def omniglot(count: int = 2000, root: str | os.PathLike[str] | None = None) -> Tensor:
+    """Handwritten characters of many alphabets, light on dark, ``(count, 784)`` in [-1, 1].
+
+    Reduced to 28 x 28 by averaging over areas. Arguments and errors as :func:`mnist`.
+    """
+    from PIL import Image
+
+    pictures: dict[str, bytes] = {}
+    for name in ("images_background_small1.zip", "images_background_small2.zip"):
+        with zipfile.ZipFile(io.BytesIO(_contents(root, f"omniglot/{name}"))) as archive:
+            for member in archive.namelist():
+                if member.endswith(".png"):  # two alphabets are in both files
+                    pictures.setdefault(member.split("/", 1)[1], archive.read(member))
+    names = sorted(pictures)
+    chosen = [names[i] for i in _positions(len(names), count)]
+    ink = [np.asarray(Image.open(io.BytesIO(pictures[name])).convert("L"), np.float32) for name in chosen]
+    dark_N1HW = 255 - torch.as_tensor(np.stack(ink)).unsqueeze(1)
+    return _as_images(torch.nn.functional.interpolate(dark_N1HW, (28, 28), mode="area").squeeze(1).numpy())
+
+
+def cifar10_gray(count: int = 2000, root: str | os.PathLike[str] | None = None) -> Tensor:
+    """Photographs in shades of grey, cut to their middle 28 x 28 pixels, ``(count, 784)`` in [-1, 1].
+
+    Luma after ITU-R BT.601. Arguments and errors as :func:`mnist`.
+    """
+    with np.load(io.BytesIO(_contents(root, "cifar10_gray/cifar10_test2000.npz")), allow_pickle=False) as archive:
+        images = _spaced(archive["images"], count)
+    gray = images[:, 2:30, 2:30].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    return _as_images(gray)
+
+
+def _as_images(pixels: np.ndarray) -> Tensor:
+    """Pixels 0 to 255 as rows in [-1, 1]."""
+    return torch.as_tensor(pixels.reshape(len(pixels), -1).astype(np.float32)) / 127.5 - 1
+
+
+def _labels(classes: np.ndarray) -> Tensor:
+    return torch.as_tensor(classes.astype(np.int64))
+
+
+def _spaced(rows: np.ndarray, count: int) -> np.ndarray:
+    return rows[_positions(len(rows), count)]
+
+
+def _positions(total: int, count: int) -> np.ndarray:
+    """``count`` positions among ``total``, evenly spaced, so that files sorted by class give all classes."""
+    if not 1 <= count <= total:
+        raise ValueError(f"`count` must be between 1 and {total}, the number of images; got {count}.")
+    return np.arange(count) * total // count
+
+
+def _idx(root: str | os.PathLike[str] | None, name: str) -> np.ndarray:
+    """An array in the idx format of LeCun's files: two zeros, the type, the number of dimensions, their sizes."""
+    contents = gzip.decompress(_contents(root, name))
+    num_dims = contents[3]
+    shape = np.frombuffer(contents, ">u4", num_dims, offset=4)
+    return np.frombuffer(contents, np.uint8, offset=4 + 4 * num_dims).reshape(shape)
+
+
+def _contents(root: str | os.PathLike[str] | None, name: str) -> bytes:
+    """A file's bytes, once it is known to be the right file."""
+    folder = os.environ.get(DATA_VARIABLE) if root is None else root
+    kind = name.split("/")[0]
+    if folder is None or not (Path(folder) / name).is_file():
+        where = f"the environment variable {DATA_VARIABLE}, which is not set" if folder is None else str(folder)
+        raise FileNotFoundError(
+            f"{name} is not there; looked in {where}. Nothing is downloaded: get {_ORIGINS[kind]}, put them into a "
+            f"folder '{kind}', and name the folder around it in {DATA_VARIABLE} or `root`."
+        )
+    contents = (Path(folder) / name).read_bytes()
+    found = hashlib.sha256(contents).hexdigest()
+    if found != _FILES[name]:
+        raise ValueError(
+            f"{Path(folder) / name} is not the file that is meant: its SHA-256 is {found}, expected {_FILES[name]}. "
+            f"Get {_ORIGINS[kind]} anew."
+        )
+    return contents

@@ -1,16 +1,20 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The learned critic of a Wasserstein GAN, and the penalty that keeps its slope near one."""
+"""Learned critics, and the games that generators have been made to play against them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from pyro_apd.generators.paper import he_perceptron
+
+Critic = Callable[[Tensor], Tensor]
 
 
 def build_critic(size: int, width: int = 100) -> nn.Sequential:
@@ -18,7 +22,7 @@ def build_critic(size: int, width: int = 100) -> nn.Sequential:
     return he_perceptron([size, width, width, width, 1])
 
 
-def gradient_penalty(critic: Callable[[Tensor], Tensor], real_SD: Tensor, fake_SD: Tensor) -> Tensor:
+def gradient_penalty(critic: Critic, real_SD: Tensor, fake_SD: Tensor) -> Tensor:
     """E[(|grad critic| - 1)^2] at uniform points between real and fake (Gulrajani et al., NeurIPS 2017, equation 3).
 
     :param callable critic: from ``(S, D)`` to ``(S, 1)``.
@@ -32,9 +36,66 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], real_SD: Tensor, fake_S
     return (norm_S - 1).square().mean()
 
 
-def critic_loss(
-    critic: Callable[[Tensor], Tensor], real_SD: Tensor, fake_SD: Tensor, penalty_weight: float = 10.0
-) -> Tensor:
-    """What the critic minimises: E[critic(fake)] - E[critic(real)] + weight x penalty."""
+def critic_loss(critic: Critic, real_SD: Tensor, fake_SD: Tensor, penalty_weight: float = 10.0) -> Tensor:
+    """What WGAN-GP's critic minimises: E[critic(fake)] - E[critic(real)] + weight x penalty."""
     penalty = gradient_penalty(critic, real_SD, fake_SD)
     return critic(fake_SD).mean() - critic(real_SD).mean() + penalty_weight * penalty
+
+
+@dataclass(frozen=True)
+class Game:
+    """What critic and generator each make small.
+
+    :ivar of_critic: from critic, real ``(S, D)`` and fake ``(S, D)`` to a loss.
+    :ivar of_generator: from the critic's scores ``(S, 1)`` of what was generated to a loss.
+    :ivar float clip: bound on the critic's weights, or None.
+    :ivar float learning_rate: of both, as published; None leaves it to the caller.
+    :ivar int critic_steps: steps of the critic for one of the generator.
+    """
+
+    of_critic: Callable[[Critic, Tensor, Tensor], Tensor]
+    of_generator: Callable[[Tensor], Tensor]
+    clip: float | None = None
+    learning_rate: float | None = None
+    critic_steps: int = 5
+
+    def optimiser(self, parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+        """RMSprop where weights are clipped, as published; Adam elsewhere."""
+        rate = self.learning_rate or learning_rate
+        if self.clip is not None:
+            return torch.optim.RMSprop(parameters, lr=rate)
+        return torch.optim.Adam(parameters, lr=rate, betas=(0.5, 0.9))
+
+    @torch.no_grad()
+    def constrain(self, critic: nn.Module) -> None:
+        """What is done to the critic after each of its steps."""
+        if self.clip is not None:
+            for parameter in critic.parameters():
+                parameter.clamp_(-self.clip, self.clip)
+
+
+def _mean_of_generator(score_S1: Tensor) -> Tensor:
+    return -score_S1.mean()
+
+
+#: Games by the name that ``distill(objective=...)`` takes: Gulrajani et al. 2017 (the paper's choice); Arjovsky et al.
+#: 2017; Mao et al. 2017; Goodfellow et al. 2014, with the generator's loss that does not saturate.
+GAMES = {
+    "wgan-gp": Game(critic_loss, _mean_of_generator),
+    "wgan": Game(
+        lambda critic, real, fake: critic(fake).mean() - critic(real).mean(),
+        _mean_of_generator,
+        clip=0.01,
+        learning_rate=5e-5,
+    ),
+    "lsgan": Game(
+        lambda critic, real, fake: 0.5 * (critic(real) - 1).square().mean() + 0.5 * critic(fake).square().mean(),
+        lambda score: 0.5 * (score - 1).square().mean(),
+        critic_steps=1,
+    ),
+    "non-saturating": Game(
+        lambda critic, real, fake: softplus(-critic(real)).mean() + softplus(critic(fake)).mean(),
+        lambda score: softplus(-score).mean(),
+        critic_steps=1,
+    ),
+}

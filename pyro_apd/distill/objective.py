@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from pyro_apd.distill.critic import build_critic, critic_loss
+from pyro_apd.distill.critic import GAMES, Game, build_critic
 from pyro_apd.distill.probes import Probes
 from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.layout import Layout
@@ -26,24 +28,60 @@ Generate = Callable[[int], Tensor]
 _SPREAD_FLOOR = 0.05
 
 
+class _SumOfDistances(torch.autograd.Function):
+    """Sum over pairs of Euclidean distances ``(P,)`` between ``(P, S, F)`` and ``(P, T, F)``, with its gradient.
+
+    Both come from one matrix of inverse distances, by products of matrices; differentiating :func:`torch.cdist` takes
+    many times as long. With ``is_same`` a draw is not paired with itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, first_PSF: Tensor, second_PTF: Tensor, is_same: bool) -> Tensor:
+        first_PS, second_PT = first_PSF.square().sum(-1), second_PTF.square().sum(-1)
+        squares_PST = first_PS.unsqueeze(-1) + second_PT.unsqueeze(-2)
+        # Below this a square is rounding.
+        floor = torch.finfo(squares_PST.dtype).eps * (first_PS.mean() + second_PT.mean())
+        squares_PST.baddbmm_(first_PSF, second_PTF.mT, alpha=-2)
+        inverse_PST = squares_PST.clamp_(min=floor + torch.finfo(squares_PST.dtype).tiny).rsqrt_()
+        if is_same:
+            inverse_PST.diagonal(dim1=1, dim2=2).zero_()
+        of_first_PSF = first_PSF * inverse_PST.sum(-1, keepdim=True) - inverse_PST @ second_PTF
+        of_second_PTF = second_PTF * inverse_PST.sum(-2).unsqueeze(-1) - inverse_PST.mT @ first_PSF
+        ctx.save_for_backward(of_first_PSF, of_second_PTF)
+        # Euler: what is homogeneous of degree one is its gradient times its argument.
+        return (first_PSF * of_first_PSF).sum((1, 2)) + (second_PTF * of_second_PTF).sum((1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer_P: Tensor) -> tuple[Tensor, Tensor, None]:
+        of_first_PSF, of_second_PTF = ctx.saved_tensors
+        return outer_P[:, None, None] * of_first_PSF, outer_P[:, None, None] * of_second_PTF, None
+
+
 def spread(values_PSF: Tensor) -> Tensor:
     """Mean distance between two different draws, ``(P,)``."""
     num_draws = values_PSF.shape[1]
-    return torch.cdist(values_PSF, values_PSF).sum((1, 2)) / (num_draws * (num_draws - 1))
+    centred_PSF = values_PSF - values_PSF.detach().mean(1, keepdim=True)
+    total_P: Tensor = _SumOfDistances.apply(centred_PSF, centred_PSF, True)
+    return total_P / (num_draws * (num_draws - 1))
 
 
-def energy_distance(fake_PSF: Tensor, real_PTF: Tensor) -> Tensor:
+def energy_distance(fake_PSF: Tensor, real_PTF: Tensor, spread_P: Tensor | None = None) -> Tensor:
     """Energy distance between two samples, ``(P,)``, without bias (Szekely & Rizzo 2013).
 
     2 E|x - y| - E|x - x'| - E|y - y'|: zero where the distributions agree, in every moment. It is the game against
     the best critic among functions of bounded norm, whose answer is known in closed form, so that no critic has to be
     trained (Bellemare et al. 2017). Pairs of a draw with itself are left out: with them, a narrower generator would
     win.
+
+    :param spread_P: that of ``real``, where it is known.
     """
-    # cdist squares its arguments; without their common part it keeps its digits.
+    # Squares without the arguments' common part keep their digits.
     centre = real_PTF.mean(1, keepdim=True)
     fake_PSF, real_PTF = fake_PSF - centre, real_PTF - centre
-    return 2 * torch.cdist(fake_PSF, real_PTF).mean((1, 2)) - spread(fake_PSF) - spread(real_PTF)
+    across_P: Tensor = _SumOfDistances.apply(fake_PSF, real_PTF, False)
+    num_pairs = fake_PSF.shape[1] * real_PTF.shape[1]
+    return 2 * across_P / num_pairs - spread(fake_PSF) - (spread(real_PTF) if spread_P is None else spread_P)
 
 
 def nearest_neighbour_distance(fake_SR: Tensor, real_TR: Tensor) -> Tensor:
@@ -85,7 +123,7 @@ class FunctionSpace:
         for fake_PSF, real_PTF in zip(fake, real, strict=True):
             spread_P = spread(real_PTF)
             floor = _SPREAD_FLOOR * spread_P.mean() + torch.finfo(spread_P.dtype).eps
-            total = total + (energy_distance(fake_PSF, real_PTF) / (spread_P + floor)).mean()
+            total = total + (energy_distance(fake_PSF, real_PTF, spread_P) / (spread_P + floor)).mean()
         return total
 
     def mutual_information(self, views: list[Tensor]) -> Tensor | None:
@@ -133,13 +171,13 @@ class FunctionObjective(Objective):
 
 
 class AdversarialObjective(Objective):
-    """The game against a learned critic: WGAN-GP (Gulrajani et al. 2017), as in Wang et al. 2018.
+    """A game against a learned critic: by default WGAN-GP (Gulrajani et al. 2017), as in Wang et al. 2018.
 
     :param callable features: from draws ``(S, D)`` to what the critic sees, ``(S, F)``.
     :param real_SF: what the critic sees of the chain's draws, as a tensor or in blocks.
-    :param float learning_rate: of the critic.
-    :param int batch_size: draws of either a step.
-    :param int critic_steps: steps of the critic for one of the generator; each sees fresh draws.
+    :param float learning_rate: of the critic, where the game has none of its own.
+    :param Game game: what either makes small.
+    :param int batch_size: draws of either a step; each step of the critic sees fresh draws.
     """
 
     def __init__(
@@ -147,24 +185,24 @@ class AdversarialObjective(Objective):
         features: Callable[[Tensor], Tensor],
         real_SF: Tensor | DrawBlocks,
         learning_rate: float,
+        game: Game = GAMES["wgan-gp"],
         batch_size: int = 100,
-        critic_steps: int = 5,
     ) -> None:
-        self._features, self._real_SF = features, real_SF
-        self._batch_size, self._critic_steps = batch_size, critic_steps
+        self._features, self._real_SF, self._game, self._batch_size = features, real_SF, game, batch_size
         self._critic: nn.Sequential = build_critic(real_SF.shape[-1]).to(real_SF.device, real_SF.dtype)
-        self._optimiser = torch.optim.Adam(self._critic.parameters(), lr=learning_rate, betas=(0.5, 0.9))
+        self._optimiser = game.optimiser(self._critic.parameters(), learning_rate)
 
     def loss(self, generate: Generate) -> Tensor:
         """See :class:`Objective`; the critic is trained first."""
-        for _ in range(self._critic_steps):
+        for _ in range(self._game.critic_steps):
             with torch.no_grad():
                 fake_SF = self._features(generate(self._batch_size))
-            loss = critic_loss(self._critic, pick(self._real_SF, self._batch_size), fake_SF)
+            loss = self._game.of_critic(self._critic, pick(self._real_SF, self._batch_size), fake_SF)
             self._optimiser.zero_grad()
             loss.backward()
             self._optimiser.step()
-        return -self._critic(self._features(generate(self._batch_size))).mean()
+            self._game.constrain(self._critic)
+        return self._game.of_generator(self._critic(self._features(generate(self._batch_size))))
 
 
 class Judge(ABC):
@@ -233,8 +271,21 @@ class WeightJudge(Judge):
 
 
 def pick(values_SD: Tensor | DrawBlocks, count: int) -> Tensor:
-    """``count`` rows, drawn with replacement."""
-    return values_SD[torch.randint(len(values_SD), (count,), device=values_SD.device)]
+    """``count`` rows, drawn with replacement; of blocks, as many of each chain as of any other, up to one."""
+    device = values_SD.device
+    if isinstance(values_SD, Tensor):
+        return values_SD[torch.randint(len(values_SD), (count,), device=device)]
+    num_chains, num_draws, _ = values_SD.shape
+    return values_SD[strata(count, num_chains, device) * num_draws + torch.randint(num_draws, (count,), device=device)]
+
+
+def strata(count: int, num_strata: int, device: torch.device) -> Tensor:
+    """``count`` indices below ``num_strata``, each as often as any other, up to one; the first is random.
+
+    Modes represented unevenly in a batch, of the chain's draws or the generator's, are most of the noise of a distance
+    between the two.
+    """
+    return (torch.arange(count, device=device) + torch.randint(num_strata, (), device=device)) % num_strata
 
 
 def _parts(theta: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:

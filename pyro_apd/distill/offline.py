@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_apd.distill.critic import GAMES
 from pyro_apd.distill.failure import DistillationError, DistillationWarning, find_failures
 from pyro_apd.distill.objective import (
     AdversarialObjective,
@@ -29,6 +30,8 @@ from pyro_apd.distill.source import HELD_OUT, Source, read_source, split_held_ou
 from pyro_apd.distill.training import Schedule, Training, train
 from pyro_apd.generators import GENERATORS, CoordinateGenerator, Generator, PaperGenerator
 from pyro_apd.generators.draw_blocks import DrawBlocks
+from pyro_apd.generators.residual import Block
+from pyro_apd.layout import Layout
 from pyro_apd.posterior import DistilledPosterior
 from pyro_apd.predictive import FunctionView, outputs
 from pyro_apd.pyro_state import preserved_param_store, seeded
@@ -39,6 +42,10 @@ logger = logging.getLogger("pyro_apd")
 _MAX_WHOLE_ROWS = 512
 _MAX_JUDGED = 200
 _NUM_PROBES = 96
+# Adam's for both players of the paper's games.
+_PAPER_RATE = 1e-4
+# Directions of noise a matrix of weights, up to a quarter of its columns.
+_NOISE_RANK = 32
 
 
 def distill(
@@ -49,6 +56,7 @@ def distill(
     num_steps: int | None = None,
     seed: int | None = None,
     generator: str = "coordinates",
+    objective: str | None = None,
     rank: int | None = None,
     probe_inputs: Sequence[Any] | None = None,
     group_by_chain: bool = False,
@@ -73,6 +81,8 @@ def distill(
     :param int num_steps: generator steps; by default 1,500, for ``"paper"`` 2,000. 0 gives the start.
     :param int seed: makes the posterior, and its file, reproducible; the global generator stays as it was.
     :param str generator: ``"coordinates"`` or ``"paper"``.
+    :param str objective: with ``generator="paper"``, the game that it is trained by: ``"wgan-gp"`` (default),
+        ``"wgan"``, ``"lsgan"`` or ``"non-saturating"``, each as published.
     :param int rank: principal coordinates; the file costs about ``rank`` + 3 networks. By default 8 and two more for
         each chain, up to 20.
     :param tuple probe_inputs: arguments of the model at whose rows functions are compared, instead of variations on
@@ -84,24 +94,59 @@ def distill(
     :raises ValueError: if draws are too few, malformed or not the model's, or an argument is out of range.
     :raises DistillationError: with ``strict=True``, where :class:`DistillationWarning` would have been issued.
     """
-    _check_arguments(num_steps, seed, generator, rank)
+    wishes = _Wishes(generator, objective, num_steps, rank)
+    wishes.check(seed)
     draws = read_source(source, model, data, group_by_chain)
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     with seeded(seed, draws.theta_CSD.device), preserved_param_store():
-        posterior, training = _distil(draws, generator, num_steps, rank, probe_inputs, progress)
+        posterior, training = _distil(draws, wishes, probe_inputs, progress)
     posterior.metadata["seed"] = seed
     _report(training, strict)
     return posterior
 
 
+@dataclass(frozen=True)
+class _Wishes:
+    """What :func:`distill` was asked for; None for the defaults."""
+
+    generator: str
+    objective: str | None
+    num_steps: int | None
+    rank: int | None
+
+    def check(self, seed: Any) -> None:
+        """Raises ValueError, naming what is out of range or has no meaning."""
+        if self.generator not in GENERATORS:
+            raise ValueError(f"generator={self.generator!r} is not known; choose one of {sorted(GENERATORS)}.")
+        for name, value, smallest in (("num_steps", self.num_steps, 0), ("seed", seed, 0), ("rank", self.rank, 1)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
+                raise ValueError(
+                    f"{name}={value!r} must be an integer of at least {smallest}, or None for the default."
+                )
+        if self.generator == "paper" and self.rank is not None:
+            raise ValueError(
+                f"rank={self.rank} has no meaning for generator='paper', which has no coordinates; leave it out."
+            )
+        if self.objective is not None and (self.generator != "paper" or self.objective not in GAMES):
+            raise ValueError(
+                f"objective={self.objective!r} with generator={self.generator!r}: accepted are {sorted(GAMES)} with "
+                "generator='paper'; the other generator's objective follows from what is known of the model."
+            )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a generator is fitted to and judged by."""
+
+    layout: Layout
+    draws: DrawBlocks
+    held_out: Iterator[Tensor]
+    functions: tuple[FunctionSpace, Probes] | None
+
+
 def _distil(
-    draws: Source,
-    kind: str,
-    num_steps: int | None,
-    rank: int | None,
-    probe_inputs: Sequence[Any] | None,
-    progress: bool,
+    draws: Source, wishes: _Wishes, probe_inputs: Sequence[Any] | None, progress: bool
 ) -> tuple[DistilledPosterior, Training]:
     """:func:`distill` once its arguments are in order, by torch's global random numbers."""
     num_chains, num_draws, _ = draws.theta_CSD.shape
@@ -109,11 +154,10 @@ def _distil(
     train_draws = DrawBlocks(draws.theta_CSD, train_index)
     held_out = DrawBlocks(draws.theta_CSD, held_out_index)
     functions = _function_space(draws, probe_inputs)
-    prepare = _prepare_paper if kind == "paper" else _prepare_coordinates
-    prepared = prepare(train_draws, _thinned(held_out, _MAX_JUDGED), functions, num_steps, rank)
+    task = _Task(draws.layout, train_draws, _thinned(held_out, _MAX_JUDGED), functions)
+    prepared = _prepare_paper(task, wishes) if wishes.generator == "paper" else _prepare_coordinates(task, wishes)
     training = train(
         prepared.generator,
-        prepared.to_theta,
         prepared.objective,
         prepared.judge,
         prepared.schedule,
@@ -138,79 +182,74 @@ class _Prepared:
     """A generator with everything that training it takes."""
 
     generator: Generator
-    to_theta: Callable[[Tensor], Tensor]
     objective: Objective
     judge: Judge
     schedule: Schedule
     finish: Callable[[], None] = lambda: None
 
 
-def _prepare_coordinates(
-    draws: DrawBlocks,
-    held_out: Iterator[Tensor],
-    functions: tuple[FunctionSpace, Probes] | None,
-    num_steps: int | None,
-    rank: int | None,
-) -> _Prepared:
-    """Trains on standardised draws, where one learning rate fits all entries; takes the standardisation back after."""
-    shift_D, scale_D = draws.moments()
-    divisor_D = scale_D.where(scale_D > 0, torch.ones_like(scale_D))
-    rank = min(20, 8 + 2 * draws.shape[0]) if rank is None else rank
-    generator = CoordinateGenerator.fit(draws.standardised(shift_D, divisor_D), rank)
-
-    def to_theta(standard_SD: Tensor) -> Tensor:
-        return shift_D + scale_D * standard_SD
-
-    def finish() -> None:
-        generator.rescale(shift_D, scale_D)
-
-    if functions is not None:
+def _prepare_coordinates(task: _Task, wishes: _Wishes) -> _Prepared:
+    """Starts at the Gaussian fit; trains coordinates, basis and noise where functions are known, else coordinates."""
+    rank = min(20, 8 + 2 * task.draws.shape[0]) if wishes.rank is None else wishes.rank
+    noise = () if task.functions is None else _noise_blocks(task.layout)
+    num_steps = 1500 if wishes.num_steps is None else wishes.num_steps
+    generator = CoordinateGenerator.fit(task.draws, rank, noise=noise)
+    if task.functions is not None:
         return _Prepared(
             generator,
-            to_theta,
-            FunctionObjective(*functions, draws, num_probes=_NUM_PROBES),
-            FunctionJudge(*functions, held_out, _NUM_PROBES),
-            Schedule(1500 if num_steps is None else num_steps, 3e-3),
-            finish,
+            FunctionObjective(*task.functions, task.draws, num_probes=_NUM_PROBES),
+            FunctionJudge(*task.functions, task.held_out, _NUM_PROBES),
+            Schedule(num_steps, 3e-3, coherent=0.6),
+            generator.fold,
         )
+    generator.fold()
     # Nothing tells how directions matter to the function, so the basis stays that of the draws.
     generator.basis.requires_grad_(False)
     generator.location.requires_grad_(False)
-    dual_DR = torch.linalg.pinv(generator.basis.detach())
+    location_D, dual_DR = generator.location.detach(), torch.linalg.pinv(generator.basis.detach())
 
     def coordinates(theta_SD: Tensor) -> Tensor:
-        return ((theta_SD - shift_D) / divisor_D) @ dual_DR
+        return (theta_SD - location_D) @ dual_DR
 
     return _Prepared(
         generator,
-        to_theta,
-        AdversarialObjective(coordinates, draws.map(coordinates), 1e-3),
-        WeightJudge(coordinates, held_out),
-        Schedule(1500 if num_steps is None else num_steps, 1e-3),
-        finish,
+        AdversarialObjective(coordinates, task.draws.map(coordinates), 1e-3),
+        WeightJudge(coordinates, task.held_out),
+        Schedule(num_steps, 1e-3),
     )
 
 
-def _prepare_paper(
-    draws: DrawBlocks,
-    held_out: Iterator[Tensor],
-    functions: tuple[FunctionSpace, Probes] | None,
-    num_steps: int | None,
-    rank: int | None,
-) -> _Prepared:
+def _prepare_paper(task: _Task, wishes: _Wishes) -> _Prepared:
     """Raw weights, no standardisation, a constant rate, no averaging, as published; only the checkpoint is chosen."""
-    if rank is not None:
-        raise ValueError(f"rank={rank} has no meaning for generator='paper', which has no coordinates; leave it out.")
+    game = GAMES[wishes.objective or "wgan-gp"]
     judge: Judge = (
-        WeightJudge(_identity, held_out) if functions is None else FunctionJudge(*functions, held_out, _NUM_PROBES)
+        WeightJudge(_identity, task.held_out)
+        if task.functions is None
+        else FunctionJudge(*task.functions, task.held_out, _NUM_PROBES)
     )
     return _Prepared(
-        PaperGenerator(draws.shape[2]).to(draws.device, draws.dtype),
-        _identity,
-        AdversarialObjective(_identity, draws, 1e-4),
+        PaperGenerator(task.draws.shape[2]).to(task.draws.device, task.draws.dtype),
+        AdversarialObjective(_identity, task.draws, _PAPER_RATE, game),
         judge,
-        Schedule(2000 if num_steps is None else num_steps, 1e-4, is_annealed=False),
+        Schedule(
+            2000 if wishes.num_steps is None else wishes.num_steps,
+            game.learning_rate or _PAPER_RATE,
+            is_annealed=False,
+        ),
     )
+
+
+def _noise_blocks(layout: Layout) -> list[Block]:
+    """Matrices of weights that are to have noise: those of units with inputs enough to have directions to spare."""
+    blocks = []
+    for site in layout:
+        if len(site.unconstrained_shape) < 2:
+            continue
+        rows = site.unconstrained_shape[0]
+        columns = site.size // max(rows, 1)
+        if (rank := min(_NOISE_RANK, columns // 4)) > 0:
+            blocks.append(Block(site.start, rows, columns, rank))
+    return blocks
 
 
 def _function_space(source: Source, probe_inputs: Sequence[Any] | None) -> tuple[FunctionSpace, Probes] | None:
@@ -287,14 +326,6 @@ def _report(training: Training, strict: bool) -> None:
     if strict:
         raise DistillationError(message)
     warnings.warn(message, DistillationWarning, stacklevel=3)
-
-
-def _check_arguments(num_steps: Any, seed: Any, generator: Any, rank: Any) -> None:
-    if generator not in GENERATORS:
-        raise ValueError(f"generator={generator!r} is not known; choose one of {sorted(GENERATORS)}.")
-    for name, value, smallest in (("num_steps", num_steps, 0), ("seed", seed, 0), ("rank", rank, 1)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
-            raise ValueError(f"{name}={value!r} must be an integer of at least {smallest}, or None for the default.")
 
 
 def _thinned(draws: DrawBlocks, count: int) -> Iterator[Tensor]:

@@ -28,12 +28,29 @@ class Schedule:
 
     :ivar int num_steps: generator steps.
     :ivar float learning_rate: Adam's; beta = (0.5, 0.9) as is usual against a critic.
+    :ivar float coherent: how far a step may move what a parameter's entries add up to, relative to its size; None for
+        no bound.
     :ivar bool is_annealed: let the rate fall to zero, and judge and keep a moving average of the generator.
     """
 
     num_steps: int
     learning_rate: float
     is_annealed: bool = True
+    coherent: float | None = None
+
+    def rates(self, generator: Generator, trained: list[nn.Parameter]) -> list[float]:
+        """Adam's rate for each parameter.
+
+        Adam moves all entries by about the rate, and together, so that what n of them add up to moves by n times the
+        rate; n independent entries of size one add up to the root of n. Many entries have to move slower, by that root.
+        Rows as long as a draw count as one parameter.
+        """
+        if self.coherent is None:
+            return [self.learning_rate] * len(trained)
+        is_long = [parameter.shape[-1] == generator.output_size for parameter in trained]
+        num_long = sum(parameter.numel() for parameter, long in zip(trained, is_long, strict=True) if long)
+        counts = [num_long if long else parameter.numel() for parameter, long in zip(trained, is_long, strict=True)]
+        return [min(self.learning_rate, self.coherent / count**0.5) for count in counts]
 
 
 @dataclass
@@ -54,7 +71,6 @@ class Training:
 
 def train(
     generator: Generator,
-    to_theta: Callable[[Tensor], Tensor],
     objective: Objective,
     judge: Judge,
     schedule: Schedule,
@@ -66,7 +82,6 @@ def train(
     Ctrl-C and numbers that are not finite end it early, with the best state so far.
 
     :param Generator generator: what to train; parameters that need no gradient stay as they are.
-    :param callable to_theta: from the generator's output to unconstrained draws.
     :param Objective objective: what to make small.
     :param Judge judge: chooses the checkpoint.
     :param Schedule schedule: length and rate.
@@ -75,7 +90,7 @@ def train(
     like = generator(torch.zeros(1, generator.latent_size).to(next(generator.parameters())))
 
     def latents(count: int) -> Tensor:
-        return torch.randn(count, generator.latent_size, dtype=like.dtype, device=like.device)
+        return generator.latents(count, like)
 
     average = copy.deepcopy(generator) if schedule.is_annealed else generator
     result, best = Training(), copy.deepcopy(generator.state_dict())
@@ -85,7 +100,7 @@ def train(
     @torch.no_grad()
     def evaluate(step: int, loss: Tensor | None) -> bool:
         """Logs a state and keeps it if it is the best; whether its figures are finite."""
-        figures = judge.figures(to_theta(average(latent_NL)) for latent_NL in judged)
+        figures = judge.figures(average(latent_NL) for latent_NL in judged)
         is_finite = all(math.isfinite(value) for value in figures.values())
         _append(result.log, step, figures, loss)
         if is_finite and (not result.figures or figures["distance"] < result.figures["distance"]):
@@ -97,7 +112,7 @@ def train(
     with tqdm(total=schedule.num_steps, desc="Distil", disable=not progress, leave=True) as bar:
         try:
             is_finite = evaluate(0, None)
-            for step, loss in enumerate(_steps(generator, average, to_theta, latents, objective, schedule), start=1):
+            for step, loss in enumerate(_steps(generator, average, latents, objective, schedule), start=1):
                 bar.update()
                 if step % max(1, schedule.num_steps // _NUM_EVALUATIONS) == 0 or step == schedule.num_steps:
                     is_finite = evaluate(step, loss)
@@ -112,22 +127,24 @@ def train(
 
 
 def _steps(
-    generator: nn.Module,
+    generator: Generator,
     average: nn.Module,
-    to_theta: Callable[[Tensor], Tensor],
     latents: Callable[[int], Tensor],
     objective: Objective,
     schedule: Schedule,
 ) -> Iterator[Tensor]:
     """Takes the steps one by one, and yields the loss of each."""
     trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.Adam(trained, lr=schedule.learning_rate, betas=(0.5, 0.9))
+    rates = schedule.rates(generator, trained)
+    groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(trained, rates, strict=True)]
+    optimiser = torch.optim.Adam(groups, betas=(0.5, 0.9))
     # The average looks back over the last two hundredths of a training, whatever its length.
     decay = max(0.0, 1.0 - 5.0 / max(schedule.num_steps, 1))
     for step in range(schedule.num_steps):
         if schedule.is_annealed:
-            optimiser.param_groups[0]["lr"] = schedule.learning_rate * (1.0 - step / schedule.num_steps)
-        loss = objective.loss(lambda count: to_theta(generator(latents(count))))
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * (1.0 - step / schedule.num_steps)
+        loss = objective.loss(lambda count: generator(latents(count)))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_apd.distill.critic import build_critic, critic_loss, gradient_penalty
+from pyro_apd.distill.critic import GAMES, build_critic, critic_loss, gradient_penalty
 
 
 def linear(slope):
@@ -48,3 +48,24 @@ def test_penalty_trains_the_critic_also_where_it_is_flat():
 
 def test_critic_scores_vectors():
     assert build_critic(6, width=3)(torch.randn(4, 6)).shape == (4, 1)
+
+
+# For scores 2 of what is real and -1 of what is not; softplus(-2) + softplus(-1), softplus(1).
+@pytest.mark.parametrize(
+    ("name", "of_critic", "of_generator"),
+    [("wgan", -3.0, 1.0), ("lsgan", 0.5 + 0.5, 2.0), ("non-saturating", 0.126928 + 0.313262, 1.313262)],
+)
+def test_games_by_hand(name, of_critic, of_generator):
+    game, real, fake = GAMES[name], torch.full((5, 1), 2.0), torch.full((7, 1), -1.0)
+    assert game.of_critic(lambda values: values, real, fake).item() == pytest.approx(of_critic, abs=1e-5)
+    assert game.of_generator(fake).item() == pytest.approx(of_generator, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(GAMES))
+def test_only_wgan_bounds_its_weights(name):
+    critic = linear([3.0, -4.0])
+    GAMES[name].constrain(critic)
+    expected = [0.01, -0.01] if name == "wgan" else [3.0, -4.0]
+    assert critic.weight.flatten().tolist() == pytest.approx(expected)
+    optimiser = GAMES[name].optimiser(critic.parameters(), 1e-3)
+    assert optimiser.param_groups[0]["lr"] == (5e-5 if name == "wgan" else 1e-3)

@@ -16,9 +16,11 @@ from pyro_apd.distill.objective import (
     WeightJudge,
     energy_distance,
     nearest_neighbour_distance,
+    pick,
     spread,
 )
 from pyro_apd.distill.probes import Probes
+from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.layout import Layout
 
 
@@ -58,6 +60,39 @@ def test_energy_distance_keeps_its_digits_far_from_zero():
     fake, real = torch.randn(1, 200, 2), torch.randn(1, 200, 2)
     near, far = energy_distance(fake, real), energy_distance(fake + 1e4, real + 1e4)
     torch.testing.assert_close(near, far, atol=5e-3, rtol=0)
+
+
+def reference(fake, real):
+    """By torch.cdist."""
+
+    def mean_spread(values):
+        return torch.cdist(values, values).sum((1, 2)) / (values.shape[1] * (values.shape[1] - 1))
+
+    return 2 * torch.cdist(fake, real).mean((1, 2)) - mean_spread(fake) - mean_spread(real)
+
+
+def test_energy_distance_and_its_gradient_by_another_way():
+    fake = torch.randn(3, 7, 4, dtype=torch.float64, requires_grad=True)
+    real = torch.randn(3, 9, 4, dtype=torch.float64) + 1
+    torch.testing.assert_close(energy_distance(fake, real), reference(fake, real))
+    ours, theirs = (torch.autograd.grad(f(fake, real).sum(), fake)[0] for f in (energy_distance, reference))
+    torch.testing.assert_close(ours, theirs)
+    assert torch.autograd.gradcheck(lambda x: energy_distance(x, real), (fake,))
+
+
+def test_draws_that_coincide_have_a_distance_and_a_gradient_of_zero():
+    fake = torch.ones(2, 5, 3, requires_grad=True)
+    found = energy_distance(fake, torch.ones(2, 6, 3))
+    found.sum().backward()
+    assert not found.any()
+    assert not fake.grad.any()
+
+
+def test_a_batch_has_every_chain_equally_often():
+    draws = DrawBlocks(torch.arange(3.0).reshape(3, 1, 1).expand(3, 50, 2))
+    counts = torch.bincount(pick(draws, 31)[:, 0].long())
+    assert sorted(counts.tolist()) == [10, 10, 11]
+    assert len({int(pick(draws, 1)[0, 0]) for _ in range(60)}) == 3
 
 
 def test_nearest_neighbours_see_both_failures():

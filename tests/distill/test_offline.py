@@ -177,10 +177,11 @@ def test_after_pyros_own_mcmc():
     assert posterior.get_samples(4).keys() == mcmc.get_samples().keys()
 
 
-def test_the_papers_generator():
+@pytest.mark.parametrize("objective", [None, "wgan", "lsgan", "non-saturating"])
+def test_the_papers_generator(objective):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DistillationWarning)  # 20 of 100,000 steps
-        posterior = of_classifier(generator="paper")
+        posterior = of_classifier(generator="paper", objective=objective)
     assert posterior.generator.config["kind"] == "paper"
     assert posterior.get_samples(3)["first.weight"].shape == (3, 6, 4)
 
@@ -293,6 +294,8 @@ def test_state_is_restored_after_an_error(monkeypatch):
         ({"rank": 0}, "rank=0"),
         ({"generator": "diffusion"}, r"generator='diffusion' is not known; choose one of \['coordinates', 'paper'\]"),
         ({"generator": "paper", "rank": 4}, "rank=4 has no meaning"),
+        ({"generator": "paper", "objective": "gan"}, "objective='gan' with generator='paper': accepted are"),
+        ({"objective": "wgan"}, "objective='wgan' with generator='coordinates'"),
     ],
 )
 def test_arguments_out_of_range(options, message):

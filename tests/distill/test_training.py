@@ -11,7 +11,7 @@ import torch
 from pyro_apd.distill.failure import find_failures
 from pyro_apd.distill.objective import Judge, Objective
 from pyro_apd.distill.training import Schedule, train
-from pyro_apd.generators import PaperGenerator
+from pyro_apd.generators import CoordinateGenerator, PaperGenerator
 
 
 class Shift(Objective):
@@ -41,14 +41,10 @@ class Mean(Judge):
         return {"distance": self.seen[-1], "spread_ratio": 1.0 if math.isfinite(mean) else math.nan}
 
 
-def identity(theta_SD):
-    return theta_SD
-
-
 def run(objective, judge, num_steps=60, is_annealed=False):
     generator = PaperGenerator(3, latent_size=2, width=4)
     schedule = Schedule(num_steps, 2e-2, is_annealed)
-    return generator, train(generator, identity, objective, judge, schedule, progress=False)
+    return generator, train(generator, objective, judge, schedule, progress=False)
 
 
 def test_the_best_state_is_kept_and_not_the_last():
@@ -71,7 +67,7 @@ def test_log_has_one_entry_for_each_evaluation():
 def test_no_steps_give_the_start():
     generator = PaperGenerator(3, latent_size=2, width=4)
     before = {name: value.clone() for name, value in generator.state_dict().items()}
-    training = train(generator, identity, Shift(), Mean(2.0), Schedule(0, 1e-2), progress=False)
+    training = train(generator, Shift(), Mean(2.0), Schedule(0, 1e-2), progress=False)
     assert training.best_step == 0
     assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
 
@@ -98,13 +94,13 @@ def test_parameters_without_gradient_stay():
     generator = PaperGenerator(3, latent_size=2, width=4)
     first = generator.layers[0].weight.requires_grad_(False)
     before = first.clone()
-    train(generator, identity, Shift(), Mean(2.0), Schedule(20, 1e-2), progress=False)
+    train(generator, Shift(), Mean(2.0), Schedule(20, 1e-2), progress=False)
     assert torch.equal(generator.layers[0].weight, before)
 
 
 def test_progress_bar_shows_figures(capsys):
     generator = PaperGenerator(3, latent_size=2, width=4)
-    train(generator, identity, Shift(), Mean(2.0), Schedule(20, 1e-2), progress=True)
+    train(generator, Shift(), Mean(2.0), Schedule(20, 1e-2), progress=True)
     assert "distance" in capsys.readouterr().err
 
 
@@ -124,3 +120,14 @@ def test_failures_are_found(figures, word):
 
 def test_good_figures_are_no_failure():
     assert find_failures({"distance": 0.1, "spread_ratio": 0.9, "mi_ratio": 1.2}) == []
+
+
+def test_rates_fall_with_the_root_of_what_moves_together():
+    generator = CoordinateGenerator(10_000, 3)
+    trained = list(generator.parameters())
+    rates = Schedule(10, 3e-3, coherent=0.3).rates(generator, trained)
+    by_parameter = {id(parameter): rate for parameter, rate in zip(trained, rates, strict=True)}
+    # Location and basis, 40,000 numbers, count as one.
+    assert by_parameter[id(generator.location)] == by_parameter[id(generator.basis)] == pytest.approx(0.3 / 200)
+    assert by_parameter[id(generator.mode_location)] == 3e-3
+    assert Schedule(10, 3e-3).rates(generator, trained) == [3e-3] * len(trained)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pyro_apd.generators import GENERATORS, CoordinateGenerator, PaperGenerator, build_generator
+from pyro_apd.generators.residual import Block
 
 
 def chains(num_chains=3, num_draws=40, size=6, dtype=torch.float64):
@@ -20,6 +21,7 @@ def chains(num_chains=3, num_draws=40, size=6, dtype=torch.float64):
 
 def moments(generator):
     """Mean and covariance of what a generator at its start draws, from its parameters."""
+    generator.fold()
     location_CR, covariance_CRR = generator.mode_location, generator.mode_scale @ generator.mode_scale.mT
     mean_R = location_CR.mean(0)
     second_RR = (covariance_CRR + location_CR.unsqueeze(-1) * location_CR.unsqueeze(-2)).mean(0)
@@ -38,6 +40,7 @@ def test_the_start_has_mean_and_covariance_of_all_draws():
 
 def test_the_start_keeps_the_covariance_in_the_span_it_retains():
     theta_SD = chains().flatten(0, 1)
+    theta_SD = (theta_SD - theta_SD.mean(0)) / theta_SD.std(0, correction=0)  # the units in which directions are chosen
     with torch.no_grad():
         generator = CoordinateGenerator.fit(chains_of := theta_SD.unflatten(0, (3, 40)), rank=3)
         _, covariance_DD = moments(generator)
@@ -92,15 +95,43 @@ def test_extreme_latents_stay_in_a_mode():
     assert generator.mode(latent_SL).tolist() == [0, 3]
 
 
-def test_rescaling_is_an_affine_map_of_the_draws():
-    generator = CoordinateGenerator.fit(chains(), rank=4)
-    latent_SL, shift_D, scale_D = (torch.randn(n, dtype=torch.float64) for n in ((9, 5), (6,), (6,)))
-    expected = shift_D + scale_D * generator(latent_SL)
-    generator.rescale(shift_D, scale_D)
+def test_folding_the_units_changes_no_draw():
+    generator = CoordinateGenerator.fit(chains(), rank=4, noise=[Block(1, 2, 2, 1)])
+    latent_SL = torch.randn(9, generator.latent_size, dtype=torch.float64)
+    expected = generator(latent_SL)
+    generator.fold()
     torch.testing.assert_close(generator(latent_SL), expected)
 
 
-@pytest.mark.parametrize("original", [CoordinateGenerator(7, 3, 2, width=8), PaperGenerator(7, latent_size=4, width=5)])
+def test_noise_supplies_the_variance_that_few_coordinates_leave_out():
+    """In two directions out of nine; the rest of a block of two independent rows is noise."""
+    theta_CSD = torch.randn(1, 400, 9, dtype=torch.float64) * torch.tensor([9.0, 5.0, 1, 1, 1, 1, 1, 1, 1.0])
+    plain = CoordinateGenerator.fit(theta_CSD, rank=2)
+    noisy = CoordinateGenerator.fit(theta_CSD, rank=2, noise=[Block(3, 2, 3, 3)])
+    left_out = [g(torch.randn(4000, g.latent_size, dtype=torch.float64)).var(0)[3:].mean() for g in (plain, noisy)]
+    assert left_out[0] < 0.6
+    assert left_out[1].item() == pytest.approx(1.0, rel=0.15)
+
+
+def test_a_batch_to_train_on_has_every_mode_equally_often():
+    generator = CoordinateGenerator.fit(chains(), rank=2)
+    latent_SL = generator.latents(4001, torch.empty(0, dtype=torch.float64))
+    assert latent_SL.shape == (4001, 3)
+    counts = torch.bincount(generator.mode(latent_SL))
+    assert (len(counts), int(counts.max() - counts.min())) == (generator.num_modes, 1)
+    # All together, they are standard normal all the same.
+    assert latent_SL[:, 0].mean().abs() < 0.06
+    assert latent_SL[:, 0].std().item() == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "original",
+    [
+        CoordinateGenerator(7, 3, 2, width=8),
+        CoordinateGenerator(7, 3, 2, width=8, noise=[(1, 2, 3, 2)]),
+        PaperGenerator(7, latent_size=4, width=5),
+    ],
+)
 def test_config_and_state_rebuild_the_generator(original):
     rebuilt = build_generator(json.loads(json.dumps(original.config)))
     rebuilt.load_state_dict(original.state_dict())
@@ -129,6 +160,7 @@ def test_building_on_meta_allocates_nothing():
         ({"kind": "paper"}, "not those of a 'paper' generator"),
         ({"kind": "coordinates", "output_size": 3, "rank": 2, "depth": 9}, "not those of a 'coordinates' generator"),
         ({"kind": "coordinates", "output_size": 3, "rank": 0}, "rank=0"),
+        ({"kind": "coordinates", "output_size": 3, "rank": 2, "noise": [[0, 2, 2, 1]]}, "reaches beyond the 3"),
         ({"kind": "paper", "output_size": True}, "output_size=True"),
         ({"kind": "paper", "output_size": 3, "width": 2.0}, "width=2.0"),
     ],

@@ -1,0 +1,197 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What :mod:`benchmarks.distillation` distils: models, data and chains, which are kept in a cache on disk.
+
+Draws are split by their index in the chain: of every ten, the last two are held out from everything that is fitted. So
+a generator is compared with draws of the same stretches of the chain that it never saw. On MNIST the rows to look at
+while choosing settings are the 10,000 of the training file that no chain was conditioned on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyro_apd import BNN, MCMC, SGLD, datasets, open_store
+from pyro_apd.chains.store import DrawStore
+
+CACHE = Path(os.environ.get("PYRO_APD_CACHE", Path.home() / ".cache" / "pyro_apd" / "benchmarks"))
+PERIOD, HELD_OUT = 10, 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model and its rows.
+
+    :ivar tuple train: inputs and targets that the chains are conditioned on.
+    :ivar tuple test: inputs and targets to compare predictions on.
+    :ivar ood: inputs by name that are unlike the training data.
+    :ivar validation: inputs and targets for choosing settings; None where there are none apart.
+    """
+
+    model: BNN
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    ood: dict[str, Tensor]
+    validation: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Chains:
+    """How a case is sampled: ``num_draws`` of each chain, ``thinning`` Langevin steps apart."""
+
+    step_size: float
+    batch_size: int | None
+    thinning: int
+    warmup: int
+    num_draws: int
+    num_chains: int = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the rig's menu.
+
+    :ivar build: from a seed to the problem.
+    :ivar tuple networks: sizes, in networks of float32, of the generators and stored draws to compare.
+    """
+
+    name: str
+    build: Callable[[int], Problem]
+    chains: Chains
+    networks: tuple[float, ...] = (4, 8, 12, 32)
+    needs_data: bool = False
+    extra: dict[str, float] = field(default_factory=dict)
+
+    def sample(self, problem: Problem, seed: int, quick: bool = False) -> DrawStore:
+        """The chains' draws: from the cache, else sampled and put there."""
+        chains = self.chains
+        num_draws, warmup, thinning = chains.num_draws, chains.warmup, chains.thinning
+        if quick:
+            num_draws, warmup, thinning = 50, 25, max(1, thinning // 10)
+        folder = CACHE / f"{self.name}-{seed}{'-quick' if quick else ''}"
+        if (folder / "complete").exists():
+            return open_store(folder / "draws")
+        kernel = SGLD(
+            problem.model, chains.step_size, batch_size=chains.batch_size, thinning=thinning, seed=seed, compile="auto"
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        mcmc = MCMC(
+            kernel,
+            num_draws,
+            warmup_steps=warmup,
+            num_chains=chains.num_chains,
+            store="disk",
+            store_path=folder / "draws",
+            disable_progbar=True,
+        )
+        mcmc.run(*problem.train)
+        (folder / "complete").touch()
+        return open_store(folder / "draws")
+
+
+def split(theta_CSD: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws to fit ``(C, T, D)``, and held out ``(C, H, D)``: copies, in memory."""
+    index = torch.arange(theta_CSD.shape[1])
+    is_held_out = index % PERIOD >= PERIOD - HELD_OUT
+    return theta_CSD[:, ~is_held_out], theta_CSD[:, is_held_out]
+
+
+def network(*sizes: int) -> nn.Sequential:
+    """A perceptron with ReLU."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def digits(seed: int) -> Problem:
+    """scikit-learn's digits, 64-50-10."""
+    data = datasets.digits(seed=seed)
+    model = BNN(network(64, 50, 10), likelihood="categorical", prior_scale=0.4)
+    ood = {"noise": datasets.noise(data.x_test, seed=seed), "inverted": datasets.inverted(data.x_test)}
+    return Problem(model, (data.x_train, data.y_train), (data.x_test, data.y_test), ood)
+
+
+def mnist(*hidden: int) -> Callable[[int], Problem]:
+    """MNIST with the paper's split and prior: 50,000 rows to train on; five sets of 2,000 in the same range."""
+
+    def build(seed: int) -> Problem:
+        data = datasets.mnist(_root())
+        model = BNN(network(784, *hidden, 10), likelihood="categorical", prior_scale=0.02**0.5)
+        generator = torch.Generator().manual_seed(0)
+        ood = {
+            "notMNIST": datasets.notmnist(root=_root()),
+            "Omniglot": datasets.omniglot(root=_root()),
+            "CIFAR grey": datasets.cifar10_gray(root=_root()),
+            "Gaussian": torch.randn(2000, 784, generator=generator).clamp(-1, 1),
+            "uniform": 2 * torch.rand(2000, 784, generator=generator) - 1,
+        }
+        train, validation = data.x_train[:50_000], data.x_train[50_000:]
+        labels = data.y_train
+        return Problem(model, (train, labels[:50_000]), (data.x_test, data.y_test), ood, (validation, labels[50_000:]))
+
+    return build
+
+
+def toy(seed: int) -> Problem:
+    """The paper's twenty points in the plane, and points far from them."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.tensor([[-2.0, -2.0]] * 10 + [[2.0, 2.0]] * 10)
+    x, x_test = (centre + 0.3**0.5 * torch.randn(20, 2, generator=generator) for _ in range(2))
+    y = (torch.arange(20) >= 10).long()
+    model = BNN(network(2, 10, 10, 2), likelihood="categorical", prior_scale=1.0)
+    angle = torch.linspace(0, 2 * torch.pi, 101)[:100]
+    ring = 5 * torch.stack([angle.cos(), angle.sin()], -1)
+    axis = torch.linspace(-5, 5, 21)
+    return Problem(model, (x, y), (x_test, y), {"ring": ring, "grid": torch.cartesian_prod(axis, axis)})
+
+
+def uci(name: str) -> Callable[[int], Problem]:
+    """50 hidden units and a learned noise scale, on one of the published splits, standardised by its training rows."""
+
+    def build(seed: int) -> Problem:
+        table = np.loadtxt(Path(_root()) / "uci" / f"{name}.txt")
+        state = np.random.RandomState(1)
+        for _ in range(seed + 1):
+            order = state.choice(range(len(table)), len(table), replace=False)
+        train, test = np.split(table[order], [round(0.9 * len(table))])
+        mean, sd = train.mean(0), train.std(0)
+        rows = [torch.as_tensor((part - mean) / np.where(sd > 0, sd, 1.0)).float() for part in (train, test)]
+        model = BNN(network(table.shape[1] - 1, 50, 1), likelihood="gaussian", prior_scale="fan_in")
+        x = rows[1][:, :-1]
+        return Problem(
+            model,
+            (rows[0][:, :-1], rows[0][:, -1]),
+            (x, rows[1][:, -1]),
+            {"three times as far": 3 * x, "noise": datasets.noise(x, seed=seed)},
+        )
+
+    return build
+
+
+def _root() -> str:
+    return os.environ.get(datasets.DATA_VARIABLE, "../shared/data")
+
+
+_MNIST = Chains(1e-6, 100, 200, 200, 800)
+CASES = {
+    case.name: case
+    for case in (
+        Case("toy", toy, Chains(5e-3, None, 40, 250, 500), (4, 8, 12, 32)),
+        Case("digits", digits, Chains(1e-4, 100, 40, 300, 600)),
+        Case("digits8", digits, Chains(1e-4, 100, 40, 300, 300, num_chains=8), (8, 12, 24, 32)),
+        Case("concrete", uci("concrete"), Chains(3e-5, 100, 60, 500, 500), needs_data=True),
+        Case("yacht", uci("yacht"), Chains(1e-5, 50, 100, 500, 500), needs_data=True),
+        Case("mnist", mnist(100), _MNIST, needs_data=True),
+        Case("mnist400", mnist(400, 400), Chains(1e-6, 100, 150, 200, 600), needs_data=True),
+    )
+}
