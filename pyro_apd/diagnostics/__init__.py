@@ -5,7 +5,8 @@
 
 from pyro_apd.diagnostics import plots
 from pyro_apd.diagnostics.arviz import save_netcdf, to_arviz
+from pyro_apd.diagnostics.convergence import convergence
 from pyro_apd.diagnostics.fidelity import Fidelity, compare
 from pyro_apd.diagnostics.report import report
 
-__all__ = ["Fidelity", "compare", "plots", "report", "save_netcdf", "to_arviz"]
+__all__ = ["Fidelity", "compare", "convergence", "plots", "report", "save_netcdf", "to_arviz"]

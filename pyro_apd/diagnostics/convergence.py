@@ -12,7 +12,6 @@ mirror each other, and no fault.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ def convergence(
     :param mcmc: a :class:`pyro.infer.MCMC` after ``run``; or a dict of draws ``(C, S, ...)`` by site.
     :param bool group_by_chain: whether a dict is ``(C, S, ...)``; False for ``(S, ...)``, one chain.
     :param int chunk_size: entries worked on together; default as many as make about a million draws.
-    :returns: ``convergence(mcmc)["net.0.weight"]["rhat"]`` has the shape of the site; ``float64``, on the draws' device.
+    :returns: ``convergence(mcmc)["net.0.weight"]["rhat"]`` has the shape of the site, in ``float64``.
     :raises TypeError: if ``mcmc`` holds no draws.
     :raises ValueError: if there are none, or ``chunk_size`` is not positive.
     """

@@ -85,13 +85,13 @@ def test_chunks_make_no_difference():
 
 def test_by_site(case):
     mcmc = case.StubMCMC(case.chain(2, 20), case.model)
-    found = convergence.convergence(mcmc)
+    found = convergence(mcmc)
     assert list(found) == ["hidden.weight", "hidden.bias", "out.weight", "out.bias"]
     assert found["hidden.weight"]["rhat"].shape == (4, 2)
     one = by_arviz(mcmc.get_samples(group_by_chain=True)["hidden.weight"][:, :, 3, 1])
     np.testing.assert_allclose([float(found["hidden.weight"][name][3, 1]) for name in STATISTICS], one, rtol=1e-6)
-    assert convergence.convergence({"scale": torch.rand(2, 20)})["scale"]["ess_bulk"].shape == ()
-    assert convergence.convergence({"scale": torch.rand(20)}, group_by_chain=False)["scale"]["rhat"].isnan()
+    assert convergence({"scale": torch.rand(2, 20)})["scale"]["ess_bulk"].shape == ()
+    assert convergence({"scale": torch.rand(20)}, group_by_chain=False)["scale"]["rhat"].isnan()
 
 
 def test_errors_say_what_came():
@@ -100,4 +100,4 @@ def test_errors_say_what_came():
     with pytest.raises(ValueError, match=r"chunk_size.*got 0"):
         statistics(torch.zeros(2, 8, 1), chunk_size=0)
     with pytest.raises(TypeError, match="int"):
-        convergence.convergence(3)
+        convergence(3)
