@@ -10,13 +10,15 @@ import io
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyro_apd.diagnostics import plots
-from pyro_apd.diagnostics.fidelity import Fidelity
+
+if TYPE_CHECKING:
+    from pyro_apd.diagnostics.fidelity_table import Fidelity
 
 _INK, _PAPER = "#e4e4e4", "#1d2025"
 _LIGHT = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "#ffffff")
@@ -113,12 +115,12 @@ def of_weights(chain_SD: Tensor, generator_SD: Tensor, names: tuple[str, str]) -
     ]
 
 
-def of_chain(stats: Mapping[str, Any]) -> list[Picture]:
+def of_chain(stats: Mapping[str, Any], name: str) -> list[Picture]:
     """The trace of the potential, where the kernel kept it."""
     if "potential" not in stats or not math.isfinite(float(stats["potential"].sum())):
         return []
     caption = "The potential of every draw. Chains that mix cross each other; a trend means that the warm-up was short."
-    return [picture(_on(plots.trace, torch.as_tensor(stats["potential"])), _WIDE, caption)]
+    return [picture(_on(plots.trace, torch.as_tensor(stats["potential"]), name=name), _WIDE, caption)]
 
 
 def of_training(log: Mapping[str, Any]) -> list[Picture]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -19,10 +19,15 @@ from pyro_apd.diagnostics import pictures
 from pyro_apd.diagnostics.arviz import sample_stats, versions
 from pyro_apd.diagnostics.draws import ChainDraws, draw_shapes, flat, kernel_settings, read_chain
 from pyro_apd.diagnostics.evaluation import Inputs, find_inputs
-from pyro_apd.diagnostics.fidelity import Fidelity, compare, format_bytes, format_number, split_draws
+from pyro_apd.diagnostics.fidelity import compare
 from pyro_apd.diagnostics.files import written_whole
 from pyro_apd.diagnostics.health import Health, chain_health
+from pyro_apd.diagnostics.numbers import format_bytes, format_number
+from pyro_apd.diagnostics.split import split_draws
 from pyro_apd.pyro_state import seeded
+
+if TYPE_CHECKING:
+    from pyro_apd.diagnostics.fidelity_table import Fidelity
 
 
 def report(
@@ -107,7 +112,7 @@ def _of_run(mcmc: Any, chain: ChainDraws, model: Any, inputs: Inputs | None, see
         "num_chains": chain.num_chains,
         "num_draws": chain.num_draws,
         "divergences": int(stats["diverging"].sum()) if "diverging" in stats else None,
-        "traces": pictures.of_chain(stats),
+        "traces": pictures.of_chain(stats, chain.name),
         "settings": kernel_settings(mcmc),
         "versions": versions(),
     }

@@ -120,6 +120,7 @@ def test_trace():
     np.testing.assert_allclose(ax.lines[3].get_ydata(), values[3], rtol=1e-6)
     styles = {(line.get_color(), line.get_linestyle()) for line in ax.lines}
     assert len(styles) == 8
+    assert labels(ax) == ["SGLD, 8 chains"]
 
 
 def test_training_curves():

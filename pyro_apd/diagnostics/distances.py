@@ -1,0 +1,79 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Distances between networks as functions: what single predictions do not show, such as a mode that is missing.
+
+A network is the vector of its predictions on all inputs, of which averages over draws see the means alone. Distances
+between draws see the law: how far draws are apart, and whether those of the generator lie where the chain's do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_apd.diagnostics.evaluation import Evaluation
+from pyro_apd.diagnostics.resolution import Half
+
+
+def function_distances(sets: Sequence[Evaluation]) -> Tensor:
+    """Distance of every draw to every other, of all sets end to end, ``(T, T)`` in ``float64``.
+
+    Classes: the Hellinger distance of class probabilities, root-mean-square over data; between 0 and 1. Numbers: the
+    difference of means in units of the first set's predictive standard deviation, root-mean-square over data.
+
+    :param sets: evaluations on the same inputs; of classes or of numbers.
+    """
+    if sets[0].kind == "classes":
+        parts = [evaluation.values[""].sqrt() / math.sqrt(2) for evaluation in sets]
+    else:
+        scale_N = sets[0].scores()["sd"]
+        parts = [evaluation.values[""][0] / scale_N for evaluation in sets]
+    num_data = parts[0].shape[1]
+    points_TF = torch.cat([part.flatten(1).double() for part in parts])
+    points_TF = points_TF - points_TF.mean(0)
+    gram_TT = points_TF @ points_TF.T
+    square_T = gram_TT.diagonal()
+    squares_TT = square_T[:, None] + square_T - 2 * gram_TT
+    # What is below rounding is no distance: equal draws predict equally to the last digits only.
+    noise = 64 * torch.finfo(torch.float32).eps ** 2 * num_data
+    return torch.where(squares_TT > noise, squares_TT, 0.0).div(num_data).sqrt()
+
+
+def disagreement(distance_TT: Tensor, draws: Sequence[int]) -> float:
+    """Mean distance between two different draws of a set; NaN for a single draw."""
+    if len(draws) < 2:
+        return math.nan
+    index = torch.as_tensor(draws, device=distance_TT.device)
+    return float(distance_TT[index[:, None], index].sum() / (len(draws) * (len(draws) - 1)))
+
+
+def energy_distance(distance_TT: Tensor, first: Sequence[int], second: Sequence[int]) -> float:
+    """How much farther draws of two sets are from each other than from their own, as a share of the first's distance.
+
+    The energy distance (Székely and Rizzo 2013), without bias: about zero, and as often below, for two sets of one
+    law. NaN where a set has one draw, or the first no spread.
+    """
+    rows, columns = (torch.as_tensor(index, device=distance_TT.device) for index in (first, second))
+    across = float(distance_TT[rows[:, None], columns].mean())
+    own, other = disagreement(distance_TT, first), disagreement(distance_TT, second)
+    return (2 * across - own - other) / own if own > 0 else math.nan
+
+
+def distance_errors(distance_TT: Tensor, draws: Sequence[int], halves: Sequence[Half]) -> dict[str, float]:
+    """Standard errors of ``disagreement`` and ``energy`` of a set against one of another, by halving it.
+
+    :param draws: the set's places in ``distance_TT``.
+    :param halves: ways to halve it, as places in ``draws``.
+    """
+    squares: dict[str, list[float]] = {"disagreement": [], "energy": []}
+    for half in halves:
+        first, second = ([draws[i] for i in part] for part in half)
+        change = disagreement(distance_TT, first) - disagreement(distance_TT, second)
+        squares["disagreement"].append(change**2)
+        squares["energy"].append(energy_distance(distance_TT, first, second) ** 2)
+    # Energy distances of two sets of one law fall with the number of draws, not with its root.
+    return {name: math.sqrt(math.fsum(values) / len(values)) / 2 for name, values in squares.items()}

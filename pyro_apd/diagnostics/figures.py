@@ -1,0 +1,130 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Every figure of a comparison, with its resolution and its verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from pyro_apd.diagnostics.copies import Copies
+from pyro_apd.diagnostics.distances import disagreement, distance_errors, energy_distance, function_distances
+from pyro_apd.diagnostics.evaluation import Evaluation
+from pyro_apd.diagnostics.resolution import (
+    STANDARD_ERRORS,
+    balanced_halves,
+    combined,
+    even_halves,
+    mean_similarities,
+    resolved_errors,
+    share_between_pieces,
+    slow_halves,
+    standard_errors,
+)
+from pyro_apd.diagnostics.split import Split
+from pyro_apd.diagnostics.verdict import POORLY_MIXED_SHARE, Row, judge, lookup
+
+
+def figure_rows(sets: Mapping[str, Evaluation], split: Split, copies: Copies | None) -> tuple[list[Row], float]:
+    """All rows, function space first, and the share of predictive variance between half-chains.
+
+    :param sets: evaluations by ``chain``, ``generator`` and ``stored``.
+    :param split: which draws these are of.
+    :param copies: what counts copies; None where the chain's draws tell nothing.
+    """
+    chain = sets["chain"]
+    mixing = share_between_pieces(chain, split.chains, split.draws_each)
+    figures, resolution = _of_predictions(sets, split)
+    for found, fine in (_of_distances(sets, split), _of_copies(sets, copies)):
+        for name, values in found.items():
+            figures[name] |= values
+        resolution |= fine
+    num_data = chain.mean().shape[0] if chain.kind != "weights" else 1
+    rows = []
+    for name, value in figures["chain"].items():
+        # Shares of data are never known better than to one datum.
+        floor = 1 / num_data if not lookup(name).relative and chain.kind == "classes" else 0.0
+        fine_enough = max(resolution[name], floor, 1e-6 * abs(value))
+        found_value = figures["generator"].get(name, math.nan)
+        status, verdict = judge(name, value, found_value, fine_enough, mixing > POORLY_MIXED_SHARE)
+        kept = figures["stored"].get(name, math.nan)
+        rows.append(Row(name, lookup(name).label, _group(name), value, found_value, kept, fine_enough, status, verdict))
+    return sorted(rows, key=lambda row: _order(row.group)), mixing
+
+
+_Figures = tuple[dict[str, dict[str, float]], dict[str, float]]
+
+
+def _of_predictions(sets: Mapping[str, Evaluation], split: Split) -> _Figures:
+    """Figures by ``chain``, ``generator`` and ``stored``, and their resolutions."""
+    chain, generator, stored = sets["chain"], sets["generator"], sets.get("stored")
+    halves = balanced_halves(split.chains, split.draws_each)
+    alike = balanced_halves(1, 2 * len(halves[0][0]))
+    errors = resolved_errors(chain, split.chains, split.draws_each)
+    generator_errors = standard_errors(generator, even_halves(generator.num_draws))
+    figures: dict[str, dict[str, float]] = {"stored": {}} | {name: s.figures() for name, s in sets.items()}
+    resolution = {n: STANDARD_ERRORS * math.hypot(errors[n], generator_errors[n]) for n in errors}
+    own, own_sd = mean_similarities(chain, halves, chain, halves)
+    other, other_sd = mean_similarities(chain, halves, generator, alike)
+    figures["chain"] |= own
+    figures["generator"] |= other
+    resolution |= {name: STANDARD_ERRORS * math.hypot(own_sd[name], other_sd.get(name, 0.0)) for name in own}
+    if stored is not None:
+        everything = list(range(stored.num_draws))
+        figures["stored"] |= mean_similarities(chain, halves, stored, [(everything, everything)] * len(halves))[0]
+    return figures, resolution
+
+
+def _of_distances(sets: Mapping[str, Evaluation], split: Split) -> _Figures:
+    """How far draws are apart as functions, and whether the generator's lie where the chain's do."""
+    if sets["chain"].kind == "weights":
+        return {}, {}
+    names = list(sets)
+    distance_TT = function_distances([sets[name] for name in names])
+    places, start = {}, 0
+    for name in names:
+        places[name] = list(range(start, start + sets[name].num_draws))
+        start += sets[name].num_draws
+    chain, size = places["chain"], len(places["chain"])
+    even = distance_errors(distance_TT, chain, even_halves(size))
+    slow = [distance_errors(distance_TT, chain, ways) for ways in slow_halves(split.chains, split.draws_each)]
+    other = distance_errors(distance_TT, places["generator"], even_halves(size))
+    figures = {
+        name: {
+            "disagreement": disagreement(distance_TT, index),
+            "energy": 0.0 if name == "chain" else energy_distance(distance_TT, chain, index),
+        }
+        for name, index in places.items()
+    }
+    own = {name: combined(error, [errors[name] for errors in slow]) for name, error in even.items()}
+    errors = {
+        "disagreement": math.hypot(own["disagreement"], other["disagreement"]),
+        # A squared distance of means: the noise of either side adds up before it is squared.
+        "energy": (own["energy"] + other["energy"]) / 2,
+    }
+    return figures, {name: STANDARD_ERRORS * error for name, error in errors.items()}
+
+
+def _of_copies(sets: Mapping[str, Evaluation], copies: Copies | None) -> _Figures:
+    """How many draws are new; a tenth of copies is never chance where the chain itself has none."""
+    if copies is None:
+        return {}, {}
+    own = copies.of_chain()
+    figures = {name: {"new_draws": 1 - copies.of_draws(s.theta_SD)} for name, s in sets.items() if name != "chain"}
+    size = sets["generator"].num_draws
+    error = math.sqrt(2 * max(own * (1 - own), 1 / size) / size)
+    return {"chain": {"new_draws": 1 - own}, **figures}, {"new_draws": max(0.1, STANDARD_ERRORS * error)}
+
+
+def _group(name: str) -> str:
+    base, _, which = name.partition("[")
+    if which:
+        return f"out of distribution: {which[:-1]}"
+    if base == "new_draws":
+        return "memory"
+    return "weight space" if base.startswith("weight") else "function space"
+
+
+def _order(group: str) -> int:
+    return ("function space", "out of distribution", "memory", "weight space").index(group.partition(":")[0])
