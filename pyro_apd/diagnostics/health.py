@@ -70,6 +70,56 @@ def chain_health(
     return [Health(name, group, *row) for (name, group, _), *row in zip(scalars, *columns, strict=True)]
 
 
+@dataclass(frozen=True)
+class LayerHealth:
+    """Mixing of the weights of one layer, each by itself.
+
+    :ivar str layer: what comes before the last dot of its sites.
+    :ivar int num_weights: weights that the figures are of.
+    :ivar float rhat_50: median R-hat; NaN for a single chain.
+    :ivar float rhat_95: R-hat that 95 % of the weights do not exceed.
+    :ivar float ess_50: median of the effective draws for the centre.
+    :ivar float ess_5: effective draws that 95 % of the weights exceed.
+    """
+
+    layer: str
+    num_weights: int
+    rhat_50: float
+    rhat_95: float
+    ess_50: float
+    ess_5: float
+
+
+def layer_health(chain: ChainDraws, max_weights: int = 4000) -> list[LayerHealth]:
+    """Mixing of weights by layer: quantiles over all, or over ``max_weights`` at even distances.
+
+    :param chain: all draws.
+    :param int max_weights: weights of all layers together; :func:`~pyro_apd.diagnostics.convergence` takes all.
+    """
+    layers: dict[str, list[Tensor]] = {}
+    total = sum(value[0, 0].numel() for value in chain.values.values())
+    for name, value in chain.values.items():
+        entries_CSD = value.flatten(2) if value.dim() > 2 else value.unsqueeze(-1)
+        kept = evenly_spaced(
+            entries_CSD.shape[2], max(1, entries_CSD.shape[2] * max_weights // max(total, max_weights))
+        )
+        layers.setdefault(name.rpartition(".")[0] or name, []).append(entries_CSD[:, :, kept])
+    found = []
+    for layer, parts in layers.items():
+        figures = statistics(torch.cat([part.double() for part in parts], 2))
+        rhat, ess = figures["rhat"].sort().values, figures["ess_bulk"].sort().values
+        number = len(rhat)
+        found.append(
+            LayerHealth(
+                layer,
+                number,
+                *(float(rhat[min(number - 1, int(q * number))]) for q in (0.5, 0.95)),
+                *(float(ess[int(q * number)]) for q in (0.5, 0.05)),
+            )
+        )
+    return found
+
+
 def _function_values(
     chain: ChainDraws, steps: list[int], model: Callable[..., Any], inputs: Inputs
 ) -> list[tuple[str, str, Tensor]]:

@@ -45,7 +45,7 @@ def trace(
         style: dict[str, Any] = {"color": series_colours(ax)[i % 6], "linestyle": DASHES[(i // 6) % 6]}
         ax.plot(np.arange(len(chain)), chain, linewidth=0.9, alpha=0.85, label=words if i == 0 else None, **style)
     ax.set(xlabel="draw", ylabel=label, xlim=(0, max(values.shape[1] - 1, 1)))
-    legend(ax)
+    _legend_above(ax)
     return ax
 
 
@@ -141,7 +141,7 @@ def rank_bars(
     generator_S: Tensor,
     ax: Axes | None = None,
     *,
-    bins: int = 20,
+    bins: int = 12,
     label: str = "",
     names: tuple[str, str] = NAMES,
 ) -> Axes:
@@ -153,6 +153,8 @@ def rank_bars(
     :param Tensor generator_S: the same of the generator, ``(S',)``.
     :param str label: what the scalar is.
     """
+    from matplotlib.colors import to_rgba
+
     ax = new_axes(ax)
     chains, generator = to_numpy(chain_CS), to_numpy(generator_S)
     # The generator counts as much as all chains together, however many draws there are of it.
@@ -160,16 +162,18 @@ def rank_bars(
     edges = np.arange(bins + 1)
     shares = np.bincount(np.searchsorted(inner, generator), minlength=bins) * bins / len(generator)
     ax.bar(edges[:-1] + 0.5, shares, 0.86, color=colour(ax, "generator"), alpha=0.55, label=names[1])
-    for i, chain in enumerate(chains):
-        height = np.bincount(np.searchsorted(inner, chain), minlength=bins) * bins / len(chain)
-        words = f"{names[0]}, each of {len(chains)} chains" if len(chains) > 1 else names[0]
-        ax.step(edges, [*height, height[-1]], where="post", color=colour(ax, "chain"), linewidth=1,
-                alpha=0.9, label=words if i == 0 else None)  # fmt: skip
+    heights = np.stack([np.bincount(np.searchsorted(inner, chain), minlength=bins) for chain in chains])
+    heights = heights * bins / chains.shape[1]
+    low, high = ([*side, side[-1]] for side in (heights.min(0), heights.max(0)))
+    words = f"{names[0]}, range of {len(chains)} chains" if len(chains) > 1 else names[0]
+    face: dict[str, Any] = {"facecolor": to_rgba(colour(ax, "chain"), 0.22), "edgecolor": colour(ax, "chain")}
+    ax.fill_between(edges, low, high, step="post", linewidth=1.2, label=words, **face)
     ax.axhline(1, color=colour(ax, "quiet"), linestyle="--", linewidth=1, label="one law")
     ax.set(xlim=(0, bins), ylim=(0, max(2.0, ax.get_ylim()[1])), xlabel=f"rank among draws of {names[0]}")
-    ax.set(ylabel="share, 1 if level", title=label)
+    ax.set(ylabel="share, 1 if level")
+    ax.set_title(label, pad=26)
     ax.set_xticks([0, bins / 2, bins], ["lowest", "median", "highest"])
-    legend(ax)
+    _legend_above(ax, ncols=3)
     return ax
 
 

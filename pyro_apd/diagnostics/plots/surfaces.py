@@ -115,5 +115,4 @@ def _points(ax: Axes, x_N2: Tensor, y_N: Tensor | None) -> None:
     for k in np.unique(classes):
         x, y = points[classes == k].T
         face = series_colours(ax)[k % 6] if y_N is not None else "none"
-        ax.scatter(x, y, s=16, marker=_MARKERS[k % 6], c=face, edgecolors="white", linewidths=0.6)
-        ax.scatter(x, y, s=22, marker=_MARKERS[k % 6], facecolors="none", edgecolors="black", linewidths=0.5)
+        ax.scatter(x, y, s=18, marker=_MARKERS[k % 6], c=face, edgecolors="black", linewidths=0.6)
