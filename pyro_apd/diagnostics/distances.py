@@ -18,6 +18,9 @@ from torch import Tensor
 from pyro_apd.diagnostics.evaluation import Evaluation
 from pyro_apd.diagnostics.resolution import Half
 
+# Numbers of one set that are worked on together.
+_CHUNK_ENTRIES = 2**22
+
 
 def function_distances(sets: Sequence[Evaluation]) -> Tensor:
     """Distance of every draw to every other, of all sets end to end, ``(T, T)`` in ``float64``.
@@ -32,12 +35,15 @@ def function_distances(sets: Sequence[Evaluation]) -> Tensor:
     else:
         scale_N = sets[0].scores()["sd"]
         parts = [evaluation.values[""][0] / scale_N for evaluation in sets]
-    num_data = parts[0].shape[1]
-    points_TF = torch.cat([part.flatten(1).double() for part in parts])
-    points_TF = points_TF - points_TF.mean(0)
-    gram_TT = points_TF @ points_TF.T
-    square_T = gram_TT.diagonal()
-    squares_TT = square_T[:, None] + square_T - 2 * gram_TT
+    num_data, num_draws = parts[0].shape[1], sum(len(part) for part in parts)
+    squares_TT = parts[0].new_zeros(num_draws, num_draws, dtype=torch.float64)
+    width = max(1, _CHUNK_ENTRIES // parts[0][:, 0].numel())
+    for start in range(0, num_data, width):
+        points_TF = torch.cat([part[:, start : start + width].flatten(1).double() for part in parts])
+        points_TF = points_TF - points_TF.mean(0)
+        gram_TT = points_TF @ points_TF.T
+        square_T = gram_TT.diagonal()
+        squares_TT += square_T[:, None] + square_T - 2 * gram_TT
     # What is below rounding is no distance: equal draws predict equally to the last digits only.
     noise = 64 * torch.finfo(torch.float32).eps ** 2 * num_data
     return torch.where(squares_TT > noise, squares_TT, 0.0).div(num_data).sqrt()

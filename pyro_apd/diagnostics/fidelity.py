@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_apd.diagnostics.copies import find_copies
 from pyro_apd.diagnostics.draws import ChainDraws, draw_shapes, posterior_bytes, read_chain
 from pyro_apd.diagnostics.evaluation import Evaluation, evaluate, find_inputs
 from pyro_apd.diagnostics.figures import figure_rows
@@ -73,11 +72,10 @@ def compare(
     model = model if model is not None else getattr(getattr(mcmc, "kernel", None), "model", None)
     inputs, notes = find_inputs(mcmc, model, x, y, ood)
     split = split_draws(chain, posterior, num_samples, seed)
-    copies = find_copies(chain, split)
     # Finding the structure of the model draws from its prior.
     with preserved_param_store(), seeded(seed, chain.device), torch.no_grad():
         sets = {name: evaluate(model, draws, list(chain.values), inputs) for name, draws in split.draws.items()}
-        rows, mixing = figure_rows(sets, split, copies)
+        rows, mixing = figure_rows(chain, sets, split)
     spread = bool((sets["chain"].theta_SD.std(0) > 0).any())
     status, verdict = overall(rows, mixing, spread)
     num_bytes = {

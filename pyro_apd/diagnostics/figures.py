@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from pyro_apd.diagnostics.copies import Copies
+from pyro_apd.diagnostics.copies import new_draw_shares
 from pyro_apd.diagnostics.distances import disagreement, distance_errors, energy_distance, function_distances
+from pyro_apd.diagnostics.draws import ChainDraws
 from pyro_apd.diagnostics.evaluation import Evaluation
 from pyro_apd.diagnostics.resolution import (
     STANDARD_ERRORS,
@@ -26,17 +27,17 @@ from pyro_apd.diagnostics.split import Split
 from pyro_apd.diagnostics.verdict import POORLY_MIXED_SHARE, Row, judge, lookup
 
 
-def figure_rows(sets: Mapping[str, Evaluation], split: Split, copies: Copies | None) -> tuple[list[Row], float]:
+def figure_rows(chain_draws: ChainDraws, sets: Mapping[str, Evaluation], split: Split) -> tuple[list[Row], float]:
     """All rows, function space first, and the share of predictive variance between half-chains.
 
+    :param chain_draws: all draws of the chain, among which copies are looked for.
     :param sets: evaluations by ``chain``, ``generator`` and ``stored``.
     :param split: which draws these are of.
-    :param copies: what counts copies; None where the chain's draws tell nothing.
     """
     chain = sets["chain"]
     mixing = share_between_pieces(chain, split.chains, split.draws_each)
     figures, resolution = _of_predictions(sets, split)
-    for found, fine in (_of_distances(sets, split), _of_copies(sets, copies)):
+    for found, fine in (_of_distances(sets, split), _of_copies(chain_draws, sets, split)):
         for name, values in found.items():
             figures[name] |= values
         resolution |= fine
@@ -106,15 +107,17 @@ def _of_distances(sets: Mapping[str, Evaluation], split: Split) -> _Figures:
     return figures, {name: STANDARD_ERRORS * error for name, error in errors.items()}
 
 
-def _of_copies(sets: Mapping[str, Evaluation], copies: Copies | None) -> _Figures:
+def _of_copies(chain_draws: ChainDraws, sets: Mapping[str, Evaluation], split: Split) -> _Figures:
     """How many draws are new; a tenth of copies is never chance where the chain itself has none."""
-    if copies is None:
+    others = {name: evaluation.theta_SD for name, evaluation in sets.items() if name != "chain"}
+    shares = new_draw_shares(chain_draws, split.steps, others)
+    if not shares:
         return {}, {}
-    own = copies.of_chain()
-    figures = {name: {"new_draws": 1 - copies.of_draws(s.theta_SD)} for name, s in sets.items() if name != "chain"}
-    size = sets["generator"].num_draws
+    size, own = sets["generator"].num_draws, shares["chain"]
     error = math.sqrt(2 * max(own * (1 - own), 1 / size) / size)
-    return {"chain": {"new_draws": 1 - own}, **figures}, {"new_draws": max(0.1, STANDARD_ERRORS * error)}
+    return {name: {"new_draws": share} for name, share in shares.items()}, {
+        "new_draws": max(0.1, STANDARD_ERRORS * error)
+    }
 
 
 def _group(name: str) -> str:
