@@ -20,6 +20,7 @@ from pyro_apd.diagnostics.resolution import Half
 
 # Numbers of one set that are worked on together.
 _CHUNK_ENTRIES = 2**22
+_MAX_DIRECTIONS, _SHARE_OF_VARIANCE = 10, 0.95
 
 
 def function_distances(sets: Sequence[Evaluation]) -> Tensor:
@@ -67,6 +68,47 @@ def energy_distance(distance_TT: Tensor, first: Sequence[int], second: Sequence[
     across = float(distance_TT[rows[:, None], columns].mean())
     own, other = disagreement(distance_TT, first), disagreement(distance_TT, second)
     return (2 * across - own - other) / own if own > 0 else math.nan
+
+
+def main_coordinates(distance_TT: Tensor, pool: Sequence[int]) -> Tensor:
+    """Draws in the main directions of a pool, ``(T, M)``: those that hold 95 % of its variance, ten at most.
+
+    Principal coordinates, from distances alone. Chain and generator pooled in equal number choose the directions
+    together, so that neither looks shrunk in directions fitted to the other.
+
+    :param pool: places of the draws that choose; ``M`` is zero where these are all the same.
+    """
+    index = torch.as_tensor(pool, device=distance_TT.device)
+    square_TP = distance_TT[:, index].square()
+    mean_T = square_TP.mean(1)
+    gram_TP = -0.5 * (square_TP - mean_T[:, None] - mean_T[index] + mean_T[index].mean())
+    values, vectors = torch.linalg.eigh(gram_TP[index])
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    if not float(values.sum()) > 0:
+        return distance_TT.new_zeros(len(distance_TT), 0)
+    share = values.cumsum(0) / values.sum()
+    count = min(_MAX_DIRECTIONS, int((share < _SHARE_OF_VARIANCE).sum()) + 1, max(1, len(pool) // 10))
+    return gram_TP @ vectors[:, :count] / values[:count].sqrt()
+
+
+def spread(coordinate_TM: Tensor, draws: Sequence[int]) -> float:
+    """Geometric mean over directions of the standard deviation of a set; NaN for a single draw or no direction.
+
+    All directions count alike, where distances are ruled by the widest.
+    """
+    if len(draws) < 2 or coordinate_TM.shape[1] == 0:
+        return math.nan
+    sd_M = coordinate_TM[torch.as_tensor(draws, device=coordinate_TM.device)].std(0)
+    return float(sd_M.clamp_min(torch.finfo(torch.float64).tiny).log().mean().exp())
+
+
+def spread_error(coordinate_TM: Tensor, draws: Sequence[int], halves: Sequence[Half]) -> float:
+    """Standard error of the logarithm of :func:`spread`, by halving the set."""
+    squares = []
+    for half in halves:
+        first, second = (spread(coordinate_TM, [draws[i] for i in part]) for part in half)
+        squares.append(math.log(first / second) ** 2 if first > 0 and second > 0 else math.nan)
+    return math.sqrt(math.fsum(squares) / len(squares)) / 2
 
 
 def distance_errors(distance_TT: Tensor, draws: Sequence[int], halves: Sequence[Half]) -> dict[str, float]:

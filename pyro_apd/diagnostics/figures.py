@@ -6,14 +6,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pyro_apd.diagnostics.copies import new_draw_shares
-from pyro_apd.diagnostics.distances import disagreement, distance_errors, energy_distance, function_distances
+from pyro_apd.diagnostics.distances import (
+    disagreement,
+    distance_errors,
+    energy_distance,
+    function_distances,
+    main_coordinates,
+    spread,
+    spread_error,
+)
 from pyro_apd.diagnostics.draws import ChainDraws
 from pyro_apd.diagnostics.evaluation import Evaluation
 from pyro_apd.diagnostics.resolution import (
     STANDARD_ERRORS,
+    Half,
     balanced_halves,
     combined,
     even_halves,
@@ -87,24 +96,31 @@ def _of_distances(sets: Mapping[str, Evaluation], split: Split) -> _Figures:
     for name in names:
         places[name] = list(range(start, start + sets[name].num_draws))
         start += sets[name].num_draws
-    chain, size = places["chain"], len(places["chain"])
-    even = distance_errors(distance_TT, chain, even_halves(size))
-    slow = [distance_errors(distance_TT, chain, ways) for ways in slow_halves(split.chains, split.draws_each)]
-    other = distance_errors(distance_TT, places["generator"], even_halves(size))
+    chain, generator, size = places["chain"], places["generator"], len(places["chain"])
+    even, slow = even_halves(size), slow_halves(split.chains, split.draws_each)
+    coordinate_TM = main_coordinates(distance_TT, [*chain, *generator])
     figures = {
         name: {
             "disagreement": disagreement(distance_TT, index),
+            "spread": spread(coordinate_TM, index),
             "energy": 0.0 if name == "chain" else energy_distance(distance_TT, chain, index),
         }
         for name, index in places.items()
     }
-    own = {name: combined(error, [errors[name] for errors in slow]) for name, error in even.items()}
-    errors = {
+
+    def errors(draws: list[int], ways: Sequence[Half]) -> dict[str, float]:
+        return distance_errors(distance_TT, draws, ways) | {"spread": spread_error(coordinate_TM, draws, ways)}
+
+    slowest = [errors(chain, ways) for ways in slow]
+    own = {name: combined(error, [by_name[name] for by_name in slowest]) for name, error in errors(chain, even).items()}
+    other = errors(generator, even)
+    error = {
         "disagreement": math.hypot(own["disagreement"], other["disagreement"]),
+        "spread": figures["chain"]["spread"] * math.hypot(own["spread"], other["spread"]),
         # A squared distance of means: the noise of either side adds up before it is squared.
         "energy": (own["energy"] + other["energy"]) / 2,
     }
-    return figures, {name: STANDARD_ERRORS * error for name, error in errors.items()}
+    return figures, {name: STANDARD_ERRORS * value for name, value in error.items()}
 
 
 def _of_copies(chain_draws: ChainDraws, sets: Mapping[str, Evaluation], split: Split) -> _Figures:

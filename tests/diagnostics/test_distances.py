@@ -6,7 +6,15 @@ import math
 import pytest
 import torch
 
-from pyro_apd.diagnostics.distances import disagreement, distance_errors, energy_distance, function_distances
+from pyro_apd.diagnostics.distances import (
+    disagreement,
+    distance_errors,
+    energy_distance,
+    function_distances,
+    main_coordinates,
+    spread,
+    spread_error,
+)
 from pyro_apd.diagnostics.evaluation import Evaluation
 from pyro_apd.diagnostics.resolution import even_halves
 
@@ -64,3 +72,31 @@ def test_energy_is_about_zero_for_one_law_and_not_for_two():
     shifted = torch.cat([torch.randn(40, 5, generator=g), torch.randn(40, 5, generator=g) + 1])
     distance = function_distances([numbers(shifted, 1.0)])
     assert energy_distance(distance, range(40), range(40, 80)) > 5 * spread
+
+
+def test_main_coordinates_keep_distances_of_the_pool_and_place_others():
+    points = torch.randn(30, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    points[:, 2] *= 0.01  # less than 5 % of the variance
+    distance = torch.cdist(points, points)
+    found = main_coordinates(distance, range(20))
+    assert found.shape == (30, 2)
+    torch.testing.assert_close(torch.cdist(found, found), distance, atol=0.05, rtol=0)
+    torch.testing.assert_close(found[:20].mean(0), torch.zeros(2).double(), atol=1e-12, rtol=0)
+    assert main_coordinates(torch.zeros(30, 30).double(), range(30)).shape == (30, 0)
+
+
+def test_spread_is_a_geometric_mean_and_its_error_one_of_logarithms():
+    coordinates = torch.tensor([[0.0, 0.0], [2.0, 8.0]]).double()
+    assert spread(coordinates, [0, 1]) == pytest.approx(math.sqrt(2 / 2**0.5 * 8 / 2**0.5))
+    assert math.isnan(spread(coordinates, [0]))
+    assert math.isnan(spread(coordinates[:, :0], [0, 1]))
+    assert spread(torch.zeros(5, 3).double(), range(5)) < 1e-300
+    g = torch.Generator().manual_seed(0)
+    errors, logs = [], []
+    for _ in range(100):
+        draws = torch.randn(64, 4, generator=g, dtype=torch.float64)
+        logs.append(math.log(spread(draws, range(64))))
+        errors.append(spread_error(draws, range(64), even_halves(64)) ** 2)
+    variance = sum((value - sum(logs) / 100) ** 2 for value in logs) / 99
+    assert sum(errors) / 100 == pytest.approx(variance, rel=0.4)
+    assert spread_error(torch.zeros(64, 3).double(), range(64), even_halves(64)) == 0.0

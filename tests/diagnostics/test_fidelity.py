@@ -21,7 +21,7 @@ from pyro_apd.predictive import log_likelihood, outputs
 
 CLASS_FIGURES = [
     *("accuracy", "one_draw_accuracy", "nll", "ece", "mean_entropy", "mean_mi"),
-    *("mi_correlation", "agreement", "total_variation", "disagreement", "energy"),
+    *("mi_correlation", "agreement", "total_variation", "disagreement", "spread", "energy"),
     *("mean_mi[far]", "auroc_entropy[far]", "auroc_mi[far]"),
     *("new_draws", "weight_sd_ratio_5", "weight_sd_ratio_50", "weight_sd_ratio_95"),
 ]
@@ -276,7 +276,7 @@ def test_regression(case):
     good = compare(draws(400, 0.1), draws(400, 0.1), **options)
     assert [row.name for row in good.rows if row.group not in ("memory", "weight space")] == [
         *("rmse", "nll", "mean_sd", "mean_epistemic", "epistemic_correlation", "mean_shift"),
-        *("disagreement", "energy"),
+        *("disagreement", "spread", "energy"),
         *("mean_epistemic[far]", "auroc_sd[far]", "auroc_epistemic[far]"),
     ]
     assert good.status == "indistinguishable"
