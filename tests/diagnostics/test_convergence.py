@@ -42,6 +42,13 @@ def test_figures_are_those_of_arviz(chains, draws, a):
     agree(autoregressive(chains, draws, (4,), a, g))
 
 
+@pytest.mark.parametrize("draws", [10, 14])
+def test_short_series_whose_correlations_never_die_out(draws):
+    # Geyer's sequence then ends at the end of the chain, at times with a negative lag in a positive pair.
+    g = torch.Generator().manual_seed(draws)
+    agree(torch.randn(1, draws, 12, generator=g).cumsum(1))
+
+
 def test_chains_apart_heavy_tails_and_other_spreads():
     g = torch.Generator().manual_seed(0)
     apart = torch.randn(4, 60, 2, generator=g) + torch.arange(4.0)[:, None, None]
