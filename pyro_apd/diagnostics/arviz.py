@@ -72,7 +72,7 @@ def to_arviz(
     of these and the chain's together would neither accept a good generator nor find a bad one.
 
     Of a large network ask for less than all weights, of which ArviZ takes ten milliseconds each:
-    :func:`~pyro_apd.diagnostics.convergence` has the figures of all of them in a minute.
+    :func:`~pyro_apd.diagnostics.convergence` has the figures of all of them in a tenth of the time.
 
     :param mcmc: a :class:`pyro.infer.MCMC` after ``run``, with any kernel; or a dict of draws.
     :param posterior: a :class:`~pyro_apd.posterior.DistilledPosterior`; or a dict of draws ``(S, ...)``.
