@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The command line: ``pyro-apd demo``."""
+"""The command line: ``pyro-apd demo``, ``pyro-apd report``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyro_apd
+from pyro_apd.diagnostics import command as report_command
 
 DESCRIPTION = "Sample the posterior of a Bayesian neural network in Pyro, and distil it into one small file."
 
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="a much smaller run, to see that everything works")
     demo.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda (%(default)s)")
     demo.set_defaults(run=_run_demo)
+    report_command.add_parser(commands)
     return parser
 
 

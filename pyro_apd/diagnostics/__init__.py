@@ -3,9 +3,24 @@
 
 """Would you ship this posterior? Chain and generator side by side, in figures, plots, ArviZ and one HTML page."""
 
+from typing import TYPE_CHECKING, Any
+
 from pyro_apd.diagnostics import plots
 from pyro_apd.diagnostics.arviz import save_netcdf, to_arviz
-from pyro_apd.diagnostics.fidelity import Fidelity, compare
+from pyro_apd.diagnostics.convergence import convergence
+from pyro_apd.diagnostics.fidelity import compare
 from pyro_apd.diagnostics.report import report
 
-__all__ = ["Fidelity", "compare", "plots", "report", "save_netcdf", "to_arviz"]
+__all__ = ["Fidelity", "compare", "convergence", "plots", "report", "save_netcdf", "to_arviz"]
+
+if TYPE_CHECKING:
+    from pyro_apd.diagnostics.fidelity_table import Fidelity
+
+
+def __getattr__(name: str) -> Any:
+    """``Fidelity`` on first use: it is a DataFrame, and pandas takes half a second to import."""
+    if name == "Fidelity":
+        from pyro_apd.diagnostics.fidelity_table import Fidelity
+
+        return Fidelity
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -1,7 +1,25 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Chain and generator side by side, for ArviZ."""
+"""Chain and generator side by side, for ArviZ.
+
+Groups that :func:`to_arviz` makes:
+
+* ``posterior``: the chain's draws, ``(chain, draw, ...)`` a site. Dimensions of a layer's ``weight`` and ``bias``
+  are ``{layer}_unit`` and ``{layer}_input``, of other sites ``{site}_dim_0`` and so on;
+* ``posterior_apd``: the generator's, as one chain. They are independent, so ``draw`` has no order. Without a chain
+  ``posterior`` holds the same draws (and the same memory), since that is where ArviZ's functions look;
+* ``sample_stats``: ``diverging``, and what the kernel offers a draw (``potential``, ``grad_norm``, ``step_size``);
+* ``posterior_predictive``, ``log_likelihood`` (nats, a column for each observation): under all draws, where model
+  and data are known. Those of the generator end in ``_apd``;
+* ``observed_data``: observed sites. ``prior``: draws of it, where ``prior`` says how many.
+
+Attributes of the whole are versions and settings as JSON; ``posterior`` says what made it, ``posterior_apd`` holds
+the generator's metadata.
+
+Generator draws are a group of their own and never a further chain of ``posterior``: the R-hat of the two together
+neither accepts a good generator nor finds a bad one.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +27,22 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_apd import __version__
 from pyro_apd.diagnostics import arviz_compat
-from pyro_apd.diagnostics.draws import ChainDraws, draw_posterior, draw_shapes, kernel_settings, read_chain
+from pyro_apd.diagnostics.arviz_predictions import ModelGroups, attempt
+from pyro_apd.diagnostics.arviz_variables import Selection, Variables, function_probe
+from pyro_apd.diagnostics.draws import ChainDraws, Draws, draw_posterior, draw_shapes, kernel_settings, read_chain
+from pyro_apd.diagnostics.evaluation import Inputs, find_inputs
 from pyro_apd.diagnostics.files import written_whole
-from pyro_apd.layout import is_subsample
-from pyro_apd.minibatch import is_loader
-from pyro_apd.pyro_state import preserved_param_store, seeded
 
 _LOG = logging.getLogger("pyro_apd")
 
@@ -33,52 +51,68 @@ def to_arviz(
     mcmc: Any = None,
     posterior: Any = None,
     model: Callable[..., Any] | None = None,
+    x: Any = None,
+    y: Tensor | None = None,
     *,
     num_samples: int | None = None,
     var_names: Sequence[str] | None = None,
+    max_parameters: int | None = None,
+    projections: int = 0,
+    functions: int = 0,
+    posterior_predictive: bool | None = None,
+    log_likelihood: bool | None = None,
+    prior: int = 0,
     seed: int | None = None,
     group_by_chain: bool | None = None,
 ) -> Any:
     """An ArviZ container of the chain's draws, the generator's, or both.
 
-    ``InferenceData`` where ArviZ 0.2x is installed, xarray's ``DataTree`` with 1.x. Groups:
+    ``InferenceData`` where ArviZ 0.2x is installed, xarray's ``DataTree`` with 1.x.
+    Groups are described in :mod:`pyro_apd.diagnostics.arviz`. ``posterior_apd`` holds the generator's draws: the R-hat
+    of these and the chain's together would neither accept a good generator nor find a bad one.
 
-    * ``posterior``: the chain's draws, dimensions ``chain``, ``draw``, ``{site}_dim_0``, ...;
-    * ``posterior_apd``: the generator's, as one chain. They are independent, so ``draw`` has no order. Without a chain
-      ``posterior`` holds the same draws (and the same memory), since that is where ArviZ's functions look;
-    * ``sample_stats``: ``diverging``, and what the kernel offers a draw (``potential``, ``grad_norm``, ``step_size``);
-    * ``observed_data``: observed sites, where the arguments of ``mcmc.run`` are the model's and no plate subsamples.
-
-    Generator draws are a group of their own and never a further chain of ``posterior``: the R-hat of the two together
-    neither accepts a good generator nor finds a bad one.
+    Of a large network ask for less than all weights, of which ArviZ takes ten milliseconds each:
+    :func:`~pyro_apd.diagnostics.convergence` has the figures of all of them in a tenth of the time.
 
     :param mcmc: a :class:`pyro.infer.MCMC` after ``run``, with any kernel; or a dict of draws.
     :param posterior: a :class:`~pyro_apd.posterior.DistilledPosterior`; or a dict of draws ``(S, ...)``.
-    :param model: the Pyro model; default that of the kernel. Only ``observed_data`` needs it.
+    :param model: the Pyro model; default that of the kernel.
+    :param x: inputs of the predictions, a tensor or a tuple of arguments; default the arguments of ``mcmc.run``, where
+        these are the model's and no plate subsamples.
+    :param Tensor y: targets of ``x``, one a datum.
     :param int num_samples: generator draws; default as many as the chain has a chain, or the generator's own number.
     :param var_names: sites to keep; default all.
-    :param int seed: for the generator's draws; None takes torch's global generator.
+    :param int max_parameters: if there are more weights than this, keep as many at even distances, as one variable
+        ``parameters`` whose dimension ``parameter`` is labelled by name, ``site``, ``layer`` and ``unit``.
+    :param int projections: also a variable ``projections``: standardised weights on so many random directions.
+    :param int functions: also a variable ``functions``: predictions on so many inputs, which are identified where
+        weights are not.
+    :param bool posterior_predictive: whether to make that group; default where it has up to ten million numbers.
+    :param bool log_likelihood: whether to make that group; default likewise.
+    :param int prior: draws from the prior.
+    :param int seed: for the generator's draws, predictions and directions; None takes torch's global generator.
     :param bool group_by_chain: whether a dict ``mcmc`` is ``(C, S, ...)``; default by the shapes of ``posterior``,
         else no.
-    :raises ValueError: if both are None, there are no draws, or a name is unknown.
+    :raises ValueError: if both are None, there are no draws, a name is unknown, a number is out of range, or a group
+        is asked for (``True``, ``prior``, ``functions``) whose model or data are not known.
     :raises TypeError: if an argument is of a kind that holds no draws.
     """
     if mcmc is None and posterior is None:
         raise ValueError("to_arviz needs `mcmc`, `posterior` or both; got neither.")
-    groups: dict[str, dict[str, np.ndarray]] = {}
-    chain = None
-    if mcmc is not None:
-        chain = read_chain(mcmc, draw_shapes(posterior), group_by_chain)
-        groups["posterior"] = _arrays(_selected(chain.values, var_names, "mcmc"))
+    if prior < 0:
+        raise ValueError(f"`prior` must be 0 (none) or how many draws are wanted; got {prior}.")
+    chain = None if mcmc is None else read_chain(mcmc, draw_shapes(posterior), group_by_chain)
+    sets: dict[str, Draws] = {} if chain is None else {"": chain.values}
     if posterior is not None:
-        if num_samples is None and chain is not None:
-            num_samples = chain.num_draws
-        drawn = _selected(draw_posterior(posterior, num_samples, seed), var_names, "posterior")
-        groups["posterior_apd"] = _arrays({name: value.unsqueeze(0) for name, value in drawn.items()})
-        groups.setdefault("posterior", groups["posterior_apd"])
+        num_samples = chain.num_draws if num_samples is None and chain is not None else num_samples
+        drawn = draw_posterior(posterior, num_samples, seed)
+        sets["_apd"] = {name: value.unsqueeze(0) for name, value in drawn.items()}
+    model = model if model is not None else getattr(getattr(mcmc, "kernel", None), "model", None)
+    inputs = find_inputs(mcmc, model, x, y, None)[0]
+    asked = {"posterior_predictive": posterior_predictive, "log_likelihood": log_likelihood, "prior": prior or None}
+    groups = _groups(sets, Selection(var_names, max_parameters, projections, functions), model, inputs, asked, seed)
     if chain is not None:
         groups["sample_stats"] = sample_stats(mcmc, chain)
-        groups["observed_data"] = _observed(mcmc, chain, model)
     return arviz_compat.build(groups, _attributes(mcmc, chain, posterior))
 
 
@@ -142,43 +176,81 @@ def versions() -> dict[str, str]:
     }
 
 
-def _selected(values: Mapping[str, Tensor], var_names: Sequence[str] | None, argument: str) -> dict[str, Tensor]:
-    if var_names is None:
-        return dict(values)
-    missing = [name for name in var_names if name not in values]
-    if missing:
-        raise ValueError(f"`var_names` has {missing}, which `{argument}` lacks; its sites are {sorted(values)}.")
-    return {name: values[name] for name in var_names}
+def _groups(
+    sets: Mapping[str, Draws],
+    selection: Selection,
+    model: Any,
+    inputs: Inputs | None,
+    asked: Mapping[str, Any],
+    seed: int | None,
+) -> dict[str, Mapping[str, Any]]:
+    """All groups that come of draws, by the suffix of their names: none for the chain's, ``_apd`` for others."""
+    reference = next(iter(sets.values()))
+    variables = Variables(selection, reference, function_probe(selection, model, inputs), seed)
+    groups: dict[str, Mapping[str, Any]] = {
+        f"posterior{suffix}": variables(draws, "posterior" if suffix else "mcmc") for suffix, draws in sets.items()
+    }
+    predictions = _model_groups(model, inputs, reference, asked, seed)
+    if predictions is not None:
+        groups |= _of_model(predictions, sets, asked)
+        if asked["prior"]:
+            groups["prior"] = variables(predictions.prior(asked["prior"]), "prior")
+    # Without a chain, the generator's are where ArviZ looks.
+    for group in [group for group in groups if group.endswith("_apd")]:
+        groups.setdefault(group.removesuffix("_apd"), groups[group])
+    return groups
 
 
-def _arrays(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    # NumPy has no bfloat16.
-    return {n: (v.float() if v.dtype == torch.bfloat16 else v).detach().cpu().numpy() for n, v in values.items()}
+def _model_groups(
+    model: Any, inputs: Inputs | None, reference: Draws, asked: Mapping[str, Any], seed: int | None
+) -> ModelGroups | None:
+    """What makes the groups that need a model; None where it cannot, unless one was asked for."""
+    wanted = [name for name, value in asked.items() if value]
+    if all(value is False for value in asked.values()):
+        return None
+    if model is None or inputs is None:
+        if wanted:
+            raise ValueError(
+                f"`{wanted[0]}` was asked for, but there is no model or no input: pass `model`, `x` and `y`."
+            )
+        return None
+    draw = {name: value[0, 0] for name, value in reference.items()}
+    try:
+        return ModelGroups(model, inputs.labelled or inputs.args, inputs.kwargs, draw, seed)
+    except Exception as error:
+        if wanted:
+            raise
+        _LOG.warning("No observed_data or predictions: the model failed on its arguments (%s).", error)
+        return None
 
 
-def _observed(mcmc: Any, chain: ChainDraws, model: Callable[..., Any] | None) -> dict[str, np.ndarray]:
-    """Observed sites of one run of the model on the arguments of ``mcmc.run``."""
-    model = model if model is not None else getattr(getattr(mcmc, "kernel", None), "model", None)
-    args, kwargs = getattr(mcmc, "_args", None), getattr(mcmc, "_kwargs", None)
-    if model is None or args is None or is_loader(args, getattr(mcmc.kernel, "num_data", None)):
+def _of_model(
+    predictions: ModelGroups, sets: Mapping[str, Draws], asked: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    if predictions.is_subsampled:
+        # Each run of such a model sees other rows, so that draws would not be of the same observations.
+        if asked["posterior_predictive"]:
+            raise ValueError(
+                "`posterior_predictive` was asked for, but a plate of the model subsamples its data; pass the model "
+                "rows without a subsample, as `x` and `y`."
+            )
         return {}
-    draw = {name: value[0, 0] for name, value in chain.values.items()}
-    with preserved_param_store(), seeded(0), torch.no_grad():
-        try:
-            trace = poutine.trace(poutine.condition(model, data=draw)).get_trace(*args, **(kwargs or {}))
-        except Exception as error:
-            _LOG.warning("No observed_data: the model failed on the arguments of mcmc.run (%s).", error)
-            return {}
-    sites = [site for site in trace.nodes.values() if site["type"] == "sample" and site["name"] not in draw]
-    if any(is_subsample(site) and len(site["value"]) < site["fn"].size for site in sites):
-        return {}
-    observed = {site["name"]: site["value"] for site in sites if site["is_observed"] and not _is_fixed(site)}
-    return {name: value.detach().cpu().numpy() for name, value in observed.items()}
-
-
-def _is_fixed(site: Mapping[str, Any]) -> bool:
-    """Whether a site is a ``pyro.deterministic`` or a ``pyro.factor``, which count as observed."""
-    return is_subsample(site) or site["infer"].get("_deterministic", False) or type(site["fn"]).__name__ == "Unit"
+    if asked["log_likelihood"] and not predictions.has_observations:
+        raise ValueError("`log_likelihood` was asked for, but the model has no observations here: pass `x` and `y`.")
+    groups: dict[str, dict[str, Any]] = {"observed_data": predictions.observed()}
+    for suffix, draws in sets.items():
+        chains, steps = next(iter(draws.values())).shape[:2]
+        makers = {"posterior_predictive": predictions.predictions}
+        if predictions.has_observations:
+            makers["log_likelihood"] = predictions.log_likelihood
+        for name, make in makers.items():
+            if asked[name]:
+                groups[f"{name}{suffix}"] = make(draws)
+            elif asked[name] is None and predictions.is_large(chains * steps):
+                _LOG.info("No %s%s: it would be large; %s=True makes it.", name, suffix, name)
+            elif asked[name] is None:
+                groups[f"{name}{suffix}"] = attempt(f"{name}{suffix}", partial(make, draws))
+    return groups
 
 
 def _attributes(mcmc: Any, chain: ChainDraws | None, posterior: Any) -> dict[str, dict[str, Any]]:

@@ -94,7 +94,8 @@ def read_chain(
     elif callable(getattr(mcmc, "get_samples", None)):
         if getattr(mcmc, "_samples", ()) is None:
             raise ValueError("`mcmc` has no draws yet: call mcmc.run(...) first.")
-        name, values = type(getattr(mcmc, "kernel", mcmc)).__name__, mcmc.get_samples(group_by_chain=True)
+        name = getattr(mcmc, "chain_name", None) or type(getattr(mcmc, "kernel", mcmc)).__name__
+        values = mcmc.get_samples(group_by_chain=True)
     else:
         raise TypeError(
             f"`mcmc` must be an MCMC after run(), or a dict of draws by site as get_samples() gives it; got "
@@ -150,7 +151,7 @@ def kernel_settings(mcmc: Any) -> dict[str, Any]:
     """Plain values that the kernel's constructor was given, as far as the kernel shows them under the same names."""
     kernel = getattr(mcmc, "kernel", None)
     if kernel is None:
-        return {}
+        return dict(getattr(mcmc, "settings", {}))  # of a run read from a file
     settings: dict[str, Any] = {"kernel": type(kernel).__name__}
     for name in inspect.signature(type(kernel).__init__).parameters:
         value = getattr(kernel, name, None)

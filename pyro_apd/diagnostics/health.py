@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_apd import predictive
-from pyro_apd.diagnostics import arviz_compat
+from pyro_apd.diagnostics.convergence import statistics
 from pyro_apd.diagnostics.draws import ChainDraws, evenly_spaced
 from pyro_apd.diagnostics.evaluation import Inputs
-from pyro_apd.pyro_state import preserved_param_store
+from pyro_apd.diagnostics.function_space import FunctionProbe
 
 _MAX_DRAWS = 1000
 _NUM_INPUTS, _NUM_WEIGHTS = 6, 4
@@ -60,56 +57,81 @@ def chain_health(
     :param inputs: what it is called with.
     """
     steps = evenly_spaced(chain.num_draws, max(100, _MAX_DRAWS // chain.num_chains))
-    scalars: list[tuple[str, str, np.ndarray]] = []
+    scalars: list[tuple[str, str, Tensor]] = []
     if model is not None and inputs is not None:
         scalars += _function_values(chain, steps, model, inputs)
     scalars += _weights(chain, steps)
     if "potential" in stats:
-        scalars.append(("potential", "kernel", stats["potential"][:, steps]))
-    arviz = arviz_compat.import_arviz()
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        return [Health(name, group, *_statistics(arviz, values)) for name, group, values in scalars]
+        scalars.append(("potential", "kernel", torch.as_tensor(stats["potential"])[:, steps]))
+    if not scalars:
+        return []
+    found = statistics(torch.stack([values_CS.double().cpu() for _, _, values_CS in scalars], -1))
+    columns = [found[name].tolist() for name in ("rhat", "ess_bulk", "ess_tail")]
+    return [Health(name, group, *row) for (name, group, _), *row in zip(scalars, *columns, strict=True)]
 
 
-def _statistics(arviz: Any, values_CS: np.ndarray) -> tuple[float, float, float]:
-    num_chains, num_draws = values_CS.shape
-    if num_draws < 4 or not np.isfinite(values_CS).all():
-        return math.nan, math.nan, math.nan
-    rhat = float(arviz.rhat(values_CS)) if num_chains > 1 else math.nan
-    return rhat, float(arviz.ess(values_CS, method="bulk")), float(arviz.ess(values_CS, method="tail"))
+@dataclass(frozen=True)
+class LayerHealth:
+    """Mixing of the weights of one layer, each by itself.
+
+    :ivar str layer: what comes before the last dot of its sites.
+    :ivar int num_weights: weights that the figures are of.
+    :ivar float rhat_50: median R-hat; NaN for a single chain.
+    :ivar float rhat_95: R-hat that 95 % of the weights do not exceed.
+    :ivar float ess_50: median of the effective draws for the centre.
+    :ivar float ess_5: effective draws that 95 % of the weights exceed.
+    """
+
+    layer: str
+    num_weights: int
+    rhat_50: float
+    rhat_95: float
+    ess_50: float
+    ess_5: float
+
+
+def layer_health(chain: ChainDraws, max_weights: int = 4000) -> list[LayerHealth]:
+    """Mixing of weights by layer: quantiles over all, or over ``max_weights`` at even distances.
+
+    :param chain: all draws.
+    :param int max_weights: weights of all layers together; :func:`~pyro_apd.diagnostics.convergence` takes all.
+    """
+    layers: dict[str, list[Tensor]] = {}
+    total = sum(value[0, 0].numel() for value in chain.values.values())
+    for name, value in chain.values.items():
+        entries_CSD = value.flatten(2) if value.dim() > 2 else value.unsqueeze(-1)
+        kept = evenly_spaced(
+            entries_CSD.shape[2], max(1, entries_CSD.shape[2] * max_weights // max(total, max_weights))
+        )
+        layers.setdefault(name.rpartition(".")[0] or name, []).append(entries_CSD[:, :, kept])
+    found = []
+    for layer, parts in layers.items():
+        figures = statistics(torch.cat([part.double() for part in parts], 2))
+        rhat, ess = figures["rhat"].sort().values, figures["ess_bulk"].sort().values
+        number = len(rhat)
+        found.append(
+            LayerHealth(
+                layer,
+                number,
+                *(float(rhat[min(number - 1, int(q * number))]) for q in (0.5, 0.95)),
+                *(float(ess[int(q * number)]) for q in (0.5, 0.05)),
+            )
+        )
+    return found
 
 
 def _function_values(
     chain: ChainDraws, steps: list[int], model: Callable[..., Any], inputs: Inputs
-) -> list[tuple[str, str, np.ndarray]]:
-    args, rows = _few_rows(inputs.args)
-    with preserved_param_store(), torch.no_grad():
-        out = predictive.outputs(model, chain.pooled(steps), *args, **inputs.kwargs)
-    if out.probs_SNK is not None:
-        # The class that the chain holds for the most probable; R-hat of ranks does not mind that it is a probability.
-        classes_N = out.probs_SNK.mean(0).argmax(-1)
-        values = out.probs_SNK.gather(-1, classes_N[None, :, None].expand(len(out.probs_SNK), -1, 1)).squeeze(-1)
-        names = [f"p(class {int(c)})" for c in classes_N]
-    elif out.mean_SN is not None:
-        values, names = out.mean_SN, ["mean"] * out.mean_SN.shape[1]
-    else:
+) -> list[tuple[str, str, Tensor]]:
+    probe = FunctionProbe(model, inputs, _NUM_INPUTS)
+    values_SF = probe(chain.pooled(steps))
+    if values_SF is None:
         return []
-    by_chain = values.reshape(chain.num_chains, len(steps), -1).double().cpu().numpy()
-    shown = evenly_spaced(values.shape[1], _NUM_INPUTS)
-    labels = rows if len(rows) == values.shape[1] else range(values.shape[1])
-    return [(f"{names[i]} at input {labels[i]}", "function value", by_chain[:, :, i]) for i in shown]
+    by_chain = values_SF.reshape(chain.num_chains, len(steps), -1)
+    return [(name, "function value", by_chain[:, :, i]) for i, name in enumerate(probe.names)]
 
 
-def _few_rows(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int]]:
-    """Six rows of the inputs and which these are, where there is one tensor of rows; else all, and no numbers."""
-    if len(args) == 1 and isinstance(args[0], Tensor) and args[0].dim() > 0:
-        rows = evenly_spaced(len(args[0]), _NUM_INPUTS)
-        return (args[0][rows],), rows
-    return args, []
-
-
-def _weights(chain: ChainDraws, steps: list[int]) -> list[tuple[str, str, np.ndarray]]:
+def _weights(chain: ChainDraws, steps: list[int]) -> list[tuple[str, str, Tensor]]:
     sizes = {name: int(torch.Size(value.shape[2:]).numel()) for name, value in chain.values.items()}
     found = []
     for position in evenly_spaced(sum(sizes.values()), _NUM_WEIGHTS):
@@ -120,6 +142,6 @@ def _weights(chain: ChainDraws, steps: list[int]) -> list[tuple[str, str, np.nda
             index = tuple(int(i) for i in np.unravel_index(position, tuple(value.shape[2:]))) if value.dim() > 2 else ()
             label = f"{name}[{', '.join(map(str, index))}]" if index else name
             entry_CS = value.movedim((0, 1), (-2, -1))[index][:, steps]
-            found.append((label, "weight", entry_CS.double().cpu().numpy()))
+            found.append((label, "weight", entry_CS))
             break
     return found

@@ -10,13 +10,15 @@ import io
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyro_apd.diagnostics import plots
-from pyro_apd.diagnostics.fidelity import Fidelity
+
+if TYPE_CHECKING:
+    from pyro_apd.diagnostics.fidelity_table import Fidelity
 
 _INK, _PAPER = "#e4e4e4", "#1d2025"
 _LIGHT = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "#ffffff")
@@ -28,6 +30,7 @@ _STYLE = {"font.size": 10.0, "axes.spines.top": False, "axes.spines.right": Fals
 _DPI = 144
 
 _SQUARE, _FLAT, _WIDE, _SMALL = (4.4, 4.2), (4.4, 3.4), (6.6, 3.2), (4.4, 2.4)
+_MAX_SETS = 4
 _WORDS = {
     "mi": "mutual information (nats)",
     "entropy": "predictive entropy (nats)",
@@ -81,13 +84,14 @@ def of_predictions(fidelity: Fidelity) -> list[Picture]:
     chain, generator = fidelity.per_input["chain"], fidelity.per_input["generator"]
     names = (fidelity.chain_name, "APD")
     total, model = ("entropy", "mi") if "mi" in chain else ("sd", "epistemic")
-    scatter = _on(plots.score_scatter, chain[model], generator[model], score=_WORDS[model], names=names)
+    captions = {
+        model: "How unsure the model is about each input. A collapsed generator lies on the floor; a faithful one "
+        "follows the diagonal.",
+        total: "All uncertainty about each input, that of the data included.",
+    }
     pictures = [
-        picture(
-            *(scatter, _SQUARE),
-            "How unsure the model is about each input. A collapsed generator lies on the floor; a faithful one follows "
-            "the diagonal.",
-        )
+        picture(_on(plots.score_scatter, chain[s], generator[s], score=_WORDS[s], names=names), _SQUARE, caption)
+        for s, caption in captions.items()
     ]
     targets = fidelity.per_input.get("targets", {}).get("y")
     if "mi" in chain and targets is not None:
@@ -97,10 +101,29 @@ def of_predictions(fidelity: Fidelity) -> list[Picture]:
     for score in (total, model):
         pictures += _histograms(fidelity, score, names)
     caption = "Quality against bytes. Dashes: the chain; band: its resolution, within which differences mean nothing."
+    pictures += _separation(fidelity, model, names)
     for figure in ("nll", "rmse", f"mean_{model}"):
         if any(row.name == figure for row in fidelity.rows):
             pictures.append(picture(_on(plots.quality_against_bytes, fidelity, figure), _FLAT, caption))
     return pictures
+
+
+def of_functions(chain_CSF: Tensor, generator_SF: Tensor, labels: list[str], names: tuple[str, str]) -> list[Picture]:
+    """Intervals of a few function values, and where the generator's draws stand among the chain's."""
+    forest = _on(plots.forest, chain_CSF, generator_SF, labels, names=names)
+    caption = (
+        "Predictions of single draws on a few inputs: median, and intervals of 50 and 90 % of the draws. R-hat is of "
+        "the chain alone."
+    )
+    apart_F = (chain_CSF.flatten(0, 1).median(0).values - generator_SF.median(0).values).abs()
+    worst = int(apart_F.argmax())
+    ranks = _on(
+        plots.rank_bars, chain_CSF[:, :, worst], generator_SF[:, worst], bins=10, label=labels[worst], names=names
+    )
+    return [
+        picture(forest, _WIDE, caption),
+        picture(ranks, _FLAT, "Ranks of the scalar whose medians are farthest apart: level if both have one law."),
+    ]
 
 
 def of_weights(chain_SD: Tensor, generator_SD: Tensor, names: tuple[str, str]) -> list[Picture]:
@@ -113,12 +136,12 @@ def of_weights(chain_SD: Tensor, generator_SD: Tensor, names: tuple[str, str]) -
     ]
 
 
-def of_chain(stats: Mapping[str, Any]) -> list[Picture]:
+def of_chain(stats: Mapping[str, Any], name: str) -> list[Picture]:
     """The trace of the potential, where the kernel kept it."""
     if "potential" not in stats or not math.isfinite(float(stats["potential"].sum())):
         return []
     caption = "The potential of every draw. Chains that mix cross each other; a trend means that the warm-up was short."
-    return [picture(_on(plots.trace, torch.as_tensor(stats["potential"])), _WIDE, caption)]
+    return [picture(_on(plots.trace, torch.as_tensor(stats["potential"]), name=name), _WIDE, caption)]
 
 
 def of_training(log: Mapping[str, Any]) -> list[Picture]:
@@ -138,6 +161,24 @@ def _on(plot: Callable[..., Any], *args: Any, **options: Any) -> Callable[[Any],
 
 def _curve(log: Mapping[str, Any]) -> Callable[[Any], object]:
     return lambda figure: plots.training_curves(log, [figure.subplots()])
+
+
+def _separation(fidelity: Fidelity, score: str, names: tuple[str, str]) -> list[Picture]:
+    """A ROC curve for each of the first out-of-distribution sets."""
+    sides = [fidelity.per_input[side] for side in ("chain", "generator")]
+    keys = [key for key in sides[0] if key.startswith(f"{score}[")][:_MAX_SETS]
+    return [
+        picture(
+            _on(
+                plots.roc_curve,
+                {name: (side[score], side[key]) for name, side in zip(names, sides, strict=True)},
+                title=key[len(score) + 1 : -1],
+            ),
+            _SQUARE,
+            f"Telling {key[len(score) + 1 : -1]} from the inputs by {_WORDS[score].partition(' (')[0]}.",
+        )
+        for key in keys
+    ]
 
 
 def _histograms(fidelity: Fidelity, score: str, names: tuple[str, str]) -> list[Picture]:

@@ -11,18 +11,34 @@ import os
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from pyro_apd.diagnostics import pictures
 from pyro_apd.diagnostics.arviz import sample_stats, versions
-from pyro_apd.diagnostics.draws import ChainDraws, draw_shapes, flat, kernel_settings, read_chain
+from pyro_apd.diagnostics.draws import (
+    ChainDraws,
+    draw_posterior,
+    draw_shapes,
+    evenly_spaced,
+    flat,
+    kernel_settings,
+    read_chain,
+)
 from pyro_apd.diagnostics.evaluation import Inputs, find_inputs
-from pyro_apd.diagnostics.fidelity import Fidelity, compare, format_bytes, format_number, split_draws
+from pyro_apd.diagnostics.fidelity import compare
 from pyro_apd.diagnostics.files import written_whole
-from pyro_apd.diagnostics.health import Health, chain_health
+from pyro_apd.diagnostics.function_space import FunctionProbe
+from pyro_apd.diagnostics.health import Health, chain_health, layer_health
+from pyro_apd.diagnostics.numbers import format_bytes, format_number
+from pyro_apd.diagnostics.split import split_draws
 from pyro_apd.pyro_state import seeded
+
+if TYPE_CHECKING:
+    from pyro_apd.diagnostics.fidelity_table import Fidelity
+
+_FUNCTIONS, _FUNCTION_DRAWS = 6, 1000
 
 
 def report(
@@ -67,7 +83,10 @@ def report(
         chain = read_chain(mcmc, draw_shapes(posterior), group_by_chain)
         page = {"title": title, "seed": seed, **_of_fidelity(fidelity)}
         page |= _of_draws(chain, posterior, fidelity, seed)
-        page |= _of_run(mcmc, chain, model, find_inputs(mcmc, _model_of(mcmc, model), x, y, ood)[0], seed)
+        model = _model_of(mcmc, model)
+        inputs = find_inputs(mcmc, model, x, y, ood)[0]
+        page["functions"] = _functions(chain, posterior, model, inputs, fidelity, seed)
+        page |= _of_run(mcmc, chain, model, inputs, seed)
         temporary.write_text(_render(page), encoding="utf-8")
     return Path(path)
 
@@ -101,16 +120,35 @@ def _of_run(mcmc: Any, chain: ChainDraws, model: Any, inputs: Inputs | None, see
     """Health and provenance of the chain."""
     stats = sample_stats(mcmc, chain)
     with seeded(seed, chain.device):
-        health = chain_health(chain, stats, _model_of(mcmc, model), inputs)
+        health = chain_health(chain, stats, model, inputs)
     return {
         "health": [_health(row) for row in health],
+        "layers": layer_health(chain),
         "num_chains": chain.num_chains,
         "num_draws": chain.num_draws,
         "divergences": int(stats["diverging"].sum()) if "diverging" in stats else None,
-        "traces": pictures.of_chain(stats),
+        "traces": pictures.of_chain(stats, chain.name),
         "settings": kernel_settings(mcmc),
         "versions": versions(),
     }
+
+
+def _functions(
+    chain: ChainDraws, posterior: Any, model: Any, inputs: Inputs | None, fidelity: Fidelity, seed: int | None
+) -> list[pictures.Picture]:
+    """Function values on a few inputs, where there are any."""
+    if model is None or inputs is None:
+        return []
+    steps = evenly_spaced(chain.num_draws, max(10, _FUNCTION_DRAWS // chain.num_chains))
+    with seeded(seed, chain.device):
+        probe = FunctionProbe(model, inputs, _FUNCTIONS)
+        chain_SF = probe(chain.pooled(steps))
+        draws = draw_posterior(posterior, max(fidelity.num_samples, 200), seed)
+        generator_SF = probe({name: value.to(chain.device) for name, value in draws.items()})
+    if chain_SF is None or generator_SF is None:
+        return []
+    by_chain = chain_SF.reshape(chain.num_chains, len(steps), -1)
+    return pictures.of_functions(by_chain, generator_SF, probe.names, (fidelity.chain_name, "APD"))
 
 
 def _render(page: Mapping[str, Any]) -> str:

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pyro_apd.diagnostics.evaluation import Evaluation, similarities
 
 _BLOCKS = 8
+_SLOW = 2.5
 
-#: Resolution in standard errors. Chosen by simulation (2-4-3 networks, 80 data, 100 draws): with an exact generator at
-#: most one comparison in twenty finds any of twelve figures different, for chains worth 40 independent draws or more
-#: (one in eight where the chain is worth ten); spread shrunk to 0.7 is found in eight to nine of ten.
-STANDARD_ERRORS = 3.5
+#: Resolution in standard errors: what a dozen figures, none of whose errors is known exactly, need to raise a false
+#: alarm less than once in twenty comparisons. Chosen on seeds of its own; ``benchmarks/diagnostics.py`` measures on
+#: others what it finds and what it overlooks.
+STANDARD_ERRORS = 4.0
 
 Half = tuple[list[int], list[int]]
 
@@ -48,6 +49,26 @@ def balanced_halves(num_chains: int, num_draws: int) -> list[Half]:
     return _alternate(blocks)
 
 
+def even_halves(num_draws: int) -> list[Half]:
+    """Fifteen ways to cut draws in two equal halves, through sixteen runs of them; seven through eight if they are few.
+
+    Runs follow the order of the draws, chain after chain, so that halves differ in time and in chains.
+
+    :raises ValueError: if there are fewer than eight draws.
+    """
+    runs = 16 if num_draws >= 32 else _BLOCKS
+    if num_draws < _BLOCKS:
+        raise ValueError(f"At least {_BLOCKS} draws are needed to see how finely they resolve; got {num_draws}.")
+    width = num_draws // runs
+    return _alternate([list(range(start, start + width)) for start in range(0, runs * width, width)])
+
+
+def slow_halves(num_chains: int, num_draws: int) -> list[list[Half]]:
+    """Where a chain that mixes badly shows: the three slowest ways to halve in time, and chains against chains."""
+    ways = [balanced_halves(num_chains, num_draws)[:3], halves_by_chain(num_chains, num_draws)[:3]]
+    return [halves for halves in ways if halves]
+
+
 def halves_by_chain(num_chains: int, num_draws: int) -> list[Half]:
     """Ways to set chains against chains in two equal halves: seven with eight chains, three with four, one with two.
 
@@ -59,9 +80,10 @@ def halves_by_chain(num_chains: int, num_draws: int) -> list[Half]:
 
 
 def _alternate(blocks: Sequence[list[int]]) -> list[Half]:
-    """Halves of 8, 4 or 2 blocks by the rows of a Hadamard matrix, those that alternate least first."""
+    """Halves of 16, 8, 4 or 2 blocks by the rows of a Hadamard matrix, those that alternate least first."""
+    rows = (8, 12, 4, 6, 14, 10, 2, 3, 11, 15, 7, 5, 13, 9, 1) if len(blocks) == 16 else (4, 6, 2, 3, 7, 5, 1)
     halves = []
-    for row in (row for row in (4, 6, 2, 3, 7, 5, 1) if row < len(blocks)):
+    for row in (row for row in rows if row < len(blocks)):
         half: Half = ([], [])
         for number, block in enumerate(blocks):
             half[(row & number).bit_count() % 2].extend(block)
@@ -70,24 +92,30 @@ def _alternate(blocks: Sequence[list[int]]) -> list[Half]:
 
 
 def resolved_errors(evaluation: Evaluation, num_chains: int, num_draws: int) -> dict[str, float]:
-    """Standard error of each figure of pooled chains: the larger of what time and what chains against chains say."""
-    errors = standard_errors(evaluation, balanced_halves(num_chains, num_draws))
-    between = standard_errors(evaluation, halves_by_chain(num_chains, num_draws))
-    return {name: max(error, between.get(name, 0.0)) for name, error in errors.items()}
+    """Standard error of each figure of pooled chains; see :func:`combined`."""
+    even = standard_errors(evaluation, even_halves(num_chains * num_draws))
+    slow = [standard_errors(evaluation, halves) for halves in slow_halves(num_chains, num_draws)]
+    return {name: combined(error, [errors[name] for errors in slow]) for name, error in even.items()}
+
+
+def combined(even: float, slow: Sequence[float]) -> float:
+    """One standard error of what all ways to halve and what the slowest say.
+
+    All ways together know it best where the chain mixes. Where the slowest differ by more than chance would have it
+    (a variance of more than 2.5 times, from three ways), the chain does not, and they alone are right.
+    """
+    return max([even, *(error for error in slow if error**2 > _SLOW * even**2)])
 
 
 def standard_errors(evaluation: Evaluation, halves: Sequence[Half]) -> dict[str, float]:
-    """Standard error of each figure of all draws, from the root-mean-square difference between halves.
-
-    The three slowest ways to alternate count by themselves too: where the chain is slow, they differ most.
-    """
+    """Standard error of each figure of all draws, from the root-mean-square difference between halves."""
     squares: dict[str, list[float]] = {}
     for first, second in halves:
         a, b = evaluation.take(first).figures(), evaluation.take(second).figures()
         for name in a:
             squares.setdefault(name, []).append((a[name] - b[name]) ** 2)
     # Halves have twice the variance of the whole, and a difference of two twice that of one.
-    return {name: math.sqrt(max(_mean(values), _mean(values[:3]))) / 2 for name, values in squares.items()}
+    return {name: math.sqrt(_mean(values)) / 2 for name, values in squares.items()}
 
 
 def mean_similarities(

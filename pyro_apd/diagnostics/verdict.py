@@ -17,8 +17,8 @@ TOO_FEW = "too few independent draws to tell"
 POORLY_MIXED_SHARE = 0.5
 # A figure that is not known to half of itself (or, where it lies between 0 and 1, to a quarter) decides nothing.
 _COARSE_RELATIVE, _COARSE_ABSOLUTE = 0.5, 0.25
-# Where a collapsed generator cannot hide. Without these there is no verdict; others may stay unresolved.
-_KEY_FIGURES = ("mean_mi", "mean_epistemic")
+# Where a collapsed generator cannot hide. Without it there is no verdict; others may stay unresolved.
+_KEY_FIGURES = ("disagreement",)
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ FIGURES = {
     "mean_mi": Figure("mean MI (nats)", "either", True),
     "mean_sd": Figure("mean predictive sd", "either", True),
     "mean_epistemic": Figure("mean epistemic variance", "either", True),
+    "disagreement": Figure("distance between two draws", "either", True),
+    "spread": Figure("spread in main directions", "either", True),
+    "energy": Figure("energy distance from the chain", "higher", False),
+    "new_draws": Figure("draws that copy no other", "lower", False),
     "mi_correlation": Figure("correlation of MI by input", "lower", False),
     "epistemic_correlation": Figure("correlation of epistemic variance by input", "lower", False),
     "agreement": Figure("agreement with the chain", "lower", False),
@@ -71,7 +75,7 @@ class Row:
 
     :ivar str name: ``accuracy``, ``mean_mi[noise]``, ...
     :ivar str label: the same in print.
-    :ivar str group: ``function space``, ``out of distribution: noise`` or ``weight space``.
+    :ivar str group: ``function space``, ``out of distribution: noise``, ``memory`` or ``weight space``.
     :ivar float chain: the chain's own value; of a likeness, that of one half of the chain to the other.
     :ivar float generator: the generator's.
     :ivar float stored: that of stored draws of the same bytes; NaN where not even one fits.
@@ -135,9 +139,11 @@ def overall(rows: Sequence[Row], mixing: float, spread: bool) -> tuple[str, str]
     :param mixing: share of the predictive variance between half-chains; NaN where unknown.
     :param spread: whether the chain's draws differ at all.
     """
-    deciding = [row for row in rows if row.group != "weight space"] or list(rows)
+    deciding = [row for row in rows if row.group != "weight space"]
+    if all(row.group == "memory" for row in deciding):
+        deciding = list(rows)
     by_status: dict[str, list[Row]] = {}
-    for row in sorted(deciding, key=lambda row: -row.severity):
+    for row in sorted(deciding, key=lambda row: (_named_after(row.name), -row.severity)):
         by_status.setdefault(row.status, []).append(row)
     if not spread:
         return "unclear", f"{POORLY_MIXED}: its draws are all the same."
@@ -163,6 +169,11 @@ def overall(rows: Sequence[Row], mixing: float, spread: bool) -> tuple[str, str]
     passed = len(by_status.get("indistinguishable", []))
     rest = "" if passed == len(deciding) else "; the others are not resolved"
     return "indistinguishable", f"{INDISTINGUISHABLE}, in {passed} of {len(deciding)} figures{rest}."
+
+
+def _named_after(name: str) -> int:
+    """Copies explain all else; distances come after the figures that users know, and see the same loss."""
+    return {"new_draws": 0, "disagreement": 2, "spread": 2, "energy": 2}.get(name, 1)
 
 
 def _named(row: Row) -> str:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import json
+import re
 import subprocess
 import sys
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 from pyro.infer import MCMC, NUTS
 
-from pyro_apd.diagnostics import arviz_compat, save_netcdf, to_arviz
+from pyro_apd import predictive
+from pyro_apd.diagnostics import arviz_compat, arviz_predictions, save_netcdf, to_arviz
 from pyro_apd.diagnostics.arviz import chain_diagnostics
+from pyro_apd.predictive import outputs
 
 
 def groups(idata):
@@ -28,9 +31,15 @@ def mcmc(case):
 
 def test_chain_and_generator_side_by_side(case, mcmc):
     idata = to_arviz(mcmc, case.posterior(), seed=3)
-    assert groups(idata) == {"posterior", "posterior_apd", "sample_stats", "observed_data"}
+    predictions = {"posterior_predictive", "log_likelihood"}
+    assert groups(idata) == {
+        *("posterior", "posterior_apd", "sample_stats", "observed_data"),
+        *predictions,
+        *(f"{name}_apd" for name in predictions),
+    }
     weight = idata["posterior"]["hidden.weight"]
-    assert weight.dims == ("chain", "draw", "hidden.weight_dim_0", "hidden.weight_dim_1")
+    assert weight.dims == ("chain", "draw", "hidden_unit", "hidden_input")
+    assert idata["posterior"]["hidden.bias"].dims == ("chain", "draw", "hidden_unit")
     np.testing.assert_array_equal(weight.values, mcmc.get_samples(group_by_chain=True)["hidden.weight"].numpy())
     assert idata["posterior_apd"]["hidden.weight"].shape == (1, 6, 4, 2)
     np.testing.assert_array_equal(idata["observed_data"]["y"].values, case.y.numpy())
@@ -88,6 +97,98 @@ def test_var_names(case, mcmc):
         to_arviz(mcmc, var_names=["nix"])
 
 
+def test_predictions_and_likelihoods_of_both(case, mcmc):
+    idata = to_arviz(mcmc, case.posterior(), seed=3)
+    draws = mcmc.get_samples(group_by_chain=True)
+    one = {n: v[1, 4:5] for n, v in draws.items()}
+    expected = predictive.log_likelihood(case.model, one, case.x, case.y)[0]
+    np.testing.assert_allclose(idata["log_likelihood"]["y"].values[1, 4], expected, rtol=1e-5)
+    generated = {n: torch.as_tensor(idata["posterior_apd"][n].values[0]) for n in draws}
+    expected = predictive.log_likelihood(case.model, generated, case.x, case.y)
+    np.testing.assert_allclose(idata["log_likelihood_apd"]["y"].values[0], expected, rtol=1e-5)
+    labels = idata["posterior_predictive"]["y"].values
+    assert labels.shape == (2, 6, 150)
+    assert set(np.unique(labels)) == {0, 1, 2}
+    assert (labels.reshape(12, 150) != case.y.numpy()).any()  # sampled, not the observations
+    assert 0.7 < (labels == case.y.numpy()).mean() < 1.0
+    np.testing.assert_array_equal(labels, to_arviz(mcmc, seed=3)["posterior_predictive"]["y"].values)
+
+
+def test_predictions_on_other_inputs(case, mcmc):
+    idata = to_arviz(mcmc, x=case.x[:7], y=case.y[:7])
+    assert idata["log_likelihood"]["y"].shape == (2, 6, 7)
+    np.testing.assert_array_equal(idata["observed_data"]["y"].values, case.y[:7].numpy())
+    without = to_arviz(mcmc, x=case.x[:7])
+    assert groups(without) == {"posterior", "sample_stats", "posterior_predictive"}
+    alone = to_arviz(posterior=case.posterior(), model=case.model, x=case.x[:7], y=case.y[:7], num_samples=5)
+    assert alone["log_likelihood"]["y"].shape == alone["log_likelihood_apd"]["y"].shape == (1, 5, 7)
+
+
+def test_what_would_be_large_waits_until_it_is_asked_for(mcmc, monkeypatch):
+    monkeypatch.setattr(arviz_predictions, "LARGEST_UNASKED", 1000)
+    assert not groups(to_arviz(mcmc)) & {"posterior_predictive", "log_likelihood"}
+    assert "log_likelihood" in groups(to_arviz(mcmc, log_likelihood=True))
+    monkeypatch.undo()
+    assert not groups(to_arviz(mcmc, log_likelihood=False, posterior_predictive=False)) & {"log_likelihood"}
+
+
+def test_prior_on_request(case, mcmc):
+    prior = to_arviz(mcmc, prior=50, seed=0)["prior"]
+    assert prior["hidden.weight"].shape == (1, 50, 4, 2)
+    assert prior["hidden.weight"].values.std() == pytest.approx(1.0, abs=0.2)
+    with pytest.raises(ValueError, match=r"`prior`.*got -1"):
+        to_arviz(mcmc, prior=-1)
+
+
+def test_some_weights_instead_of_all(case, mcmc):
+    idata = to_arviz(mcmc, case.posterior(), max_parameters=5)
+    some = idata["posterior"]["parameters"]
+    assert some.shape == (2, 6, 5)
+    assert list(idata["posterior"].data_vars) == ["parameters"] == list(idata["posterior_apd"].data_vars)
+    assert some["layer"].values.tolist() == ["hidden", "hidden", "out", "out", "out"]
+    draws = mcmc.get_samples(group_by_chain=True)
+    for i, label in enumerate(some["parameter"].values):
+        site, _, index = str(label).partition("[")
+        entry = draws[site][(..., *(int(part) for part in index.rstrip("]").split(", ")))]
+        np.testing.assert_array_equal(some.values[:, :, i], entry.numpy())
+        assert some["site"].values[i] == site
+        assert some["unit"].values[i] == int(index.rstrip("]").split(", ")[0])
+    assert "hidden.weight" in to_arviz(mcmc, max_parameters=27)["posterior"].data_vars
+    with pytest.raises(ValueError, match=r"max_parameters.*got 0"):
+        to_arviz(mcmc, max_parameters=0)
+
+
+def test_projections_and_functions_instead_of_weights(case):
+    mcmc = case.StubMCMC(case.chain(4, 100), case.model, (case.x, case.y))
+    idata = to_arviz(mcmc, case.posterior(), var_names=[], projections=6, functions=4, seed=1)
+    for group in ("posterior", "posterior_apd"):
+        assert set(idata[group].data_vars) == {"projections", "functions"}
+    chain, generator = (idata[group]["projections"].values.reshape(-1, 6) for group in ("posterior", "posterior_apd"))
+    np.testing.assert_allclose(chain.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(chain.std(0), 1, atol=0.25)  # of independent weights
+    np.testing.assert_allclose(generator.std(0), 1, atol=0.4)
+    functions = idata["posterior"]["functions"]
+    draws = mcmc.get_samples(group_by_chain=True)
+    probs = outputs(case.model, {n: v.flatten(0, 1) for n, v in draws.items()}, case.x).probs_SNK
+    for i, label in enumerate(functions["function"].values):
+        which, row = re.match(r"p\(class (\d)\) at input (\d+)", str(label)).groups()
+        np.testing.assert_allclose(
+            functions.values[:, :, i].ravel(), probs[:, int(row), int(which)].numpy(), rtol=1e-4, atol=1e-6
+        )
+    assert list(idata["posterior_apd"]["function"].values) == list(functions["function"].values)
+    with pytest.raises(ValueError, match=r"`functions` asks.*no model"):
+        to_arviz(case.chain(2, 6), functions=3)
+    with pytest.raises(ValueError, match=r"`projections` must be.*got -1"):
+        to_arviz(mcmc, projections=-1)
+
+
+def test_what_is_asked_for_and_cannot_be_is_an_error(case, mcmc):
+    with pytest.raises(ValueError, match=r"`log_likelihood` was asked for.*pass `model`"):
+        to_arviz(case.chain(2, 6), log_likelihood=True)
+    with pytest.raises(ValueError, match="no observations here"):
+        to_arviz(mcmc, x=case.x, log_likelihood=True)
+
+
 def test_half_precision(case):
     draws = {n: v.bfloat16() for n, v in case.chain(2, 6).items()}
     assert to_arviz(draws, group_by_chain=True)["posterior"]["out.bias"].dtype == np.float32
@@ -141,6 +242,8 @@ def test_a_model_that_fails_costs_only_the_observed_data(mcmc, caplog):
 
     assert "observed_data" not in groups(to_arviz(mcmc, model=model))
     assert "no such layer" in caplog.text
+    with pytest.raises(RuntimeError, match="no such layer"):
+        to_arviz(mcmc, model=model, log_likelihood=True)
 
 
 def test_diagnostics_fall_back_to_the_public_way(case):

@@ -54,6 +54,45 @@ def test_groups_dims_values_and_attributes(compat, groups):
     assert idata["posterior_apd"].attrs["source"] == "generator"
 
 
+def test_named_dimensions_and_several_labels_of_one(compat):
+    labels = {"parameter": ("parameter", ["a[0]", "b[1]"]), "layer": ("parameter", ["a", "b"])}
+    some = compat.Variable(np.arange(8.0).reshape(2, 2, 2), ("parameter",), labels)
+    shared = {name: compat.Variable(np.zeros((2, 2, 3)), ("unit",)) for name in ("weight", "bias")}
+    posterior = compat.build({"posterior": {"parameters": some, **shared}}, {})["posterior"]
+    assert posterior["parameters"].sel(parameter="b[1]").values.tolist() == [[1, 3], [5, 7]]
+    assert posterior["layer"].values.tolist() == ["a", "b"]
+    assert posterior["weight"].dims == ("chain", "draw", "unit") == posterior["bias"].dims
+    assert posterior["unit"].values.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"'a' has 3 dimensions.*one name for each"):
+        compat.build({"posterior": {"a": compat.Variable(np.zeros((2, 2, 3)), ())}}, {})
+
+
+def test_labels_survive_a_file(compat, tmp_path):
+    labels = {"parameter": ("parameter", ["a[0]", "b[1]"]), "layer": ("parameter", ["a", "b"])}
+    some = compat.Variable(np.zeros((2, 2, 2)), ("parameter",), labels)
+    compat.write(
+        compat.build({"posterior": {"parameters": some}}, {"posterior": {"source": "SGLD"}}), tmp_path / "c.nc"
+    )
+    read = compat.read(tmp_path / "c.nc")
+    assert read["posterior"]["layer"].values.tolist() == ["a", "b"]
+    assert read["posterior"].attrs["source"] == "SGLD"
+    assert compat.arrays(read, "posterior")["parameters"].shape == (2, 2, 2)
+    assert compat.arrays(read, "absent") == {}
+
+
+def test_files_that_are_none(compat, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*chains\.nc"):
+        compat.read(tmp_path / "absent.nc")
+    (tmp_path / "text.nc").write_text("no netCDF")
+    with pytest.raises(ValueError, match=r"(?s)cannot be read as NetCDF.*pass the chains\.nc"):
+        compat.read(tmp_path / "text.nc")
+
+
+def test_summary_takes_the_container(compat, groups):
+    summary = compat.import_arviz().summary(compat.build(groups, {}), kind="stats")
+    assert len(summary) == 12
+
+
 def test_empty_groups_are_left_out(compat, groups):
     assert names(compat.build({**groups, "observed_data": {}}, {})) == set(groups) - {"observed_data"}
     assert names(compat.build({"posterior": groups["posterior"]}, {})) == {"posterior"}

@@ -3,6 +3,7 @@
 
 import json
 import math
+import pickle
 
 import pandas
 import pyro
@@ -12,16 +13,17 @@ import torch
 from pyro.infer import MCMC, NUTS
 
 from pyro_apd import uncertainty
-from pyro_apd.diagnostics import compare
+from pyro_apd.diagnostics import Fidelity, compare
 from pyro_apd.diagnostics.draws import evenly_spaced, read_chain
-from pyro_apd.diagnostics.fidelity import format_bytes, split_draws
+from pyro_apd.diagnostics.numbers import format_bytes
+from pyro_apd.diagnostics.split import split_draws
 from pyro_apd.predictive import log_likelihood, outputs
 
 CLASS_FIGURES = [
     *("accuracy", "one_draw_accuracy", "nll", "ece", "mean_entropy", "mean_mi"),
-    *("mi_correlation", "agreement", "total_variation"),
+    *("mi_correlation", "agreement", "total_variation", "disagreement", "spread", "energy"),
     *("mean_mi[far]", "auroc_entropy[far]", "auroc_mi[far]"),
-    *("weight_sd_ratio_5", "weight_sd_ratio_50", "weight_sd_ratio_95"),
+    *("new_draws", "weight_sd_ratio_5", "weight_sd_ratio_50", "weight_sd_ratio_95"),
 ]
 
 
@@ -172,10 +174,7 @@ def test_printing_and_serialising(case, run):
         assert any(line.startswith(row.label) and line.endswith(row.verdict) for line in lines)
     assert "-- out of distribution: far" in lines
     assert max(map(len, lines[2:])) <= 120
-    frame = fidelity.to_frame()
-    assert isinstance(frame, pandas.DataFrame)
-    assert list(frame.index) == CLASS_FIGURES
-    assert frame.loc["mean_mi", "verdict"] == "loses 100%"
+    assert repr(fidelity) == text
     read = json.loads(fidelity.to_json())
     assert read["verdict"] == fidelity.verdict
     assert read["rows"][0]["chain"] == fidelity["accuracy"].chain
@@ -183,6 +182,72 @@ def test_printing_and_serialising(case, run):
     assert "per_input" not in read
     with pytest.raises(KeyError, match=r"'nix'.*accuracy"):
         fidelity["nix"]
+
+
+def test_it_is_a_dataframe(case, run):
+    fidelity = run(case.chain(), case.posterior(sd=0.0))
+    assert isinstance(fidelity, Fidelity)
+    assert isinstance(fidelity, pandas.DataFrame)
+    assert list(fidelity.index) == CLASS_FIGURES
+    assert fidelity.loc["mean_mi", "verdict"] == "loses 100%"
+    assert fidelity["generator"]["mean_mi"] == 0.0
+    assert fidelity["status"]["mean_mi"] == "loses" == fidelity.status
+    losses = fidelity[fidelity["status"] == "loses"]
+    assert type(losses) is pandas.DataFrame is type(fidelity.to_frame()) is type(fidelity.copy())
+    assert 0 < len(losses) < len(fidelity)
+    assert fidelity.sort_values("chain").index[0] in CLASS_FIGURES
+    again = pickle.loads(pickle.dumps(fidelity))
+    assert again.verdict == fidelity.verdict
+    assert again["mean_mi"] == fidelity["mean_mi"]
+
+
+def test_json_and_back(case, run):
+    fidelity = run(case.chain(), case.posterior(num_bytes=10))
+    read = Fidelity.from_json(fidelity.to_json(indent=1))
+    assert read.to_json() == fidelity.to_json()
+    assert str(read) == str(fidelity)
+    pandas.testing.assert_frame_equal(read.to_frame(), fidelity.to_frame())
+    assert math.isnan(read["mean_mi"].stored)
+    assert read.per_input == {}
+    for text in ("{}", "[1]", "no JSON", '{"rows": [{"name": "mean_mi"}]}'):
+        with pytest.raises(ValueError, match=r"not what Fidelity\.to_json"):
+            Fidelity.from_json(text)
+
+
+def test_memorised_draws(case, run):
+    chain = case.chain()
+    pooled = {n: v.flatten(0, 1) for n, v in chain.items()}
+
+    def of(number, noise):
+        def sample(n):
+            index = torch.randint(number, (n,))
+            return {name: v[index] + noise * torch.randn(n, *v.shape[1:]) for name, v in pooled.items()}
+
+        return case.StubPosterior(sample)
+
+    for number in (400, 20):  # all draws of the chain, and few
+        fidelity = run(chain, of(number, 0.004))
+        assert fidelity["new_draws"].generator == 0.0
+        assert fidelity["new_draws"].verdict == "loses 1"
+        assert fidelity.status == "loses"
+    # As far from the draws as these are from each other: no copies.
+    assert run(chain, of(400, 0.4))["new_draws"].generator == 1.0
+
+
+def test_draws_that_repeat_themselves_are_no_news_though_not_the_chains(case, run):
+    few = {n: v.flatten(0, 1)[:15] for n, v in case.chain(seed=9).items()}
+
+    def sample(n):
+        index = torch.randint(15, (n,))
+        return {name: v[index] for name, v in few.items()}
+
+    assert run(case.chain(), case.StubPosterior(sample))["new_draws"].generator < 0.05
+
+
+def test_a_slow_chain_is_no_copy_of_itself(case, run):
+    fidelity = run(case.chain(a=0.97, num_draws=300), case.posterior())
+    assert fidelity["new_draws"].chain > 0.9
+    assert fidelity["new_draws"].generator > 0.9
 
 
 def test_json_has_no_nan(case):
@@ -209,8 +274,9 @@ def test_regression(case):
 
     options = {"model": case.regression, "x": x, "y": y, "ood": {"far": 5 * x}, "num_samples": 400}
     good = compare(draws(400, 0.1), draws(400, 0.1), **options)
-    assert [row.name for row in good.rows if row.group != "weight space"] == [
+    assert [row.name for row in good.rows if row.group not in ("memory", "weight space")] == [
         *("rmse", "nll", "mean_sd", "mean_epistemic", "epistemic_correlation", "mean_shift"),
+        *("disagreement", "spread", "energy"),
         *("mean_epistemic[far]", "auroc_sd[far]", "auroc_epistemic[far]"),
     ]
     assert good.status == "indistinguishable"
@@ -270,8 +336,9 @@ def test_without_targets_there_is_no_accuracy(case):
 
 
 def test_without_inputs_weights_alone_are_compared(case):
-    fidelity = compare(case.chain(), case.posterior(sd=0.1))
-    assert [row.group for row in fidelity.rows] == ["weight space"] * 3
+    fidelity = compare(case.chain(), case.posterior(sd=0.2))
+    assert [row.group for row in fidelity.rows] == ["memory"] + ["weight space"] * 3
+    assert fidelity["new_draws"].status == "indistinguishable"  # so it was the weights that decided
     assert fidelity.status == "loses"
     assert math.isnan(fidelity.mixing)
     assert any("unidentified" in note for note in fidelity.notes)
@@ -285,8 +352,8 @@ def test_nuts_on_its_own_data(case):
     fidelity = compare(mcmc, mcmc.get_samples())
     assert {"nll", "mean_epistemic"} <= {row.name for row in fidelity.rows}
     assert fidelity.chain_name == "NUTS"
-    assert fidelity.status == "unclear"  # two weights and forty draws resolve no variance
-    assert "larger num_samples" in fidelity.verdict
+    assert fidelity["new_draws"].generator == 0.0  # a dict of its own draws is memorised
+    assert fidelity["new_draws"].verdict.startswith("loses")
     assert any("conditioned on" in note for note in fidelity.notes)
     assert any(note.startswith("One chain") for note in fidelity.notes)
 
@@ -313,7 +380,7 @@ def test_the_chain_column_is_of_draws_that_were_held_out():
     from types import SimpleNamespace
 
     from pyro_apd.diagnostics.draws import ChainDraws
-    from pyro_apd.diagnostics.fidelity import held_out_steps, split_draws
+    from pyro_apd.diagnostics.split import held_out_steps, split_draws
 
     values = torch.arange(200.0).reshape(2, 100, 1)
     chain = ChainDraws({"w": values})

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_apd.diagnostics import arviz_compat
+from pyro_apd.diagnostics import arviz_compat, convergence
 from pyro_apd.diagnostics.draws import read_chain
 from pyro_apd.diagnostics.evaluation import Inputs
-from pyro_apd.diagnostics.health import chain_health
+from pyro_apd.diagnostics.health import chain_health, layer_health
 from pyro_apd.predictive import outputs
 
 
@@ -74,3 +74,18 @@ def test_without_inputs_there_are_weights(case):
 def test_long_chains_are_thinned(case, inputs):
     _, health = health_of(case, inputs, num_chains=2, num_draws=1500)
     assert max(row.ess_bulk for row in health) < 1500
+
+
+def test_layers_sum_up_their_weights(case):
+    chain = read_chain(case.chain(), group_by_chain=True)
+    layers = layer_health(chain)
+    assert [(row.layer, row.num_weights) for row in layers] == [("hidden", 12), ("out", 15)]
+    rhat = torch.cat([value["rhat"].flatten() for value in list(convergence(chain.values).values())[:2]])
+    assert layers[0].rhat_50 in rhat.tolist()
+    assert layers[0].rhat_50 <= layers[0].rhat_95 <= float(rhat.max())
+    assert layers[0].ess_5 <= layers[0].ess_50
+    few = layer_health(chain, max_weights=6)
+    assert sum(row.num_weights for row in few) <= 6
+    stuck = layer_health(read_chain(case.chain(sd=0.02, spread=1.0), group_by_chain=True))
+    assert min(row.rhat_50 for row in stuck) > 1.5
+    assert math.isnan(layer_health(read_chain(case.chain(num_chains=1), group_by_chain=True))[0].rhat_50)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from pyro_apd import metrics
 from pyro_apd.diagnostics import compare, plots
+from pyro_apd.diagnostics.convergence import statistics
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +31,11 @@ def offsets(ax, which=0):
 
 def labels(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def area(x, y):
+    """Below a line."""
+    return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum())
 
 
 def rendered(ax):
@@ -120,6 +127,7 @@ def test_trace():
     np.testing.assert_allclose(ax.lines[3].get_ydata(), values[3], rtol=1e-6)
     styles = {(line.get_color(), line.get_linestyle()) for line in ax.lines}
     assert len(styles) == 8
+    assert labels(ax) == ["SGLD, 8 chains"]
 
 
 def test_training_curves():
@@ -155,3 +163,131 @@ def test_given_axes_are_used_and_dark_ones_get_light_colours(fidelity):
     assert plots.score_scatter(chain, generator, light) is light
     plots.score_scatter(chain, generator, dark)
     assert light.collections[0].get_facecolor().tolist() != dark.collections[0].get_facecolor().tolist()
+
+
+def test_forest_shows_medians_and_intervals():
+    g = torch.Generator().manual_seed(0)
+    chain, generator = torch.randn(4, 200, 3, generator=g), 0.5 * torch.randn(100, 3, generator=g)
+    ax = rendered(plots.forest(chain, generator, ["a", "b", "c"], names=("NUTS", "APD")))
+    assert labels(ax) == ["NUTS", "APD"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["c", "b", "a"]
+    np.testing.assert_allclose(ax.lines[0].get_xdata(), np.median(chain.flatten(0, 1).numpy(), 0), rtol=1e-5, atol=1e-6)
+    thin = ax.collections[0].get_segments()
+    np.testing.assert_allclose(
+        [thin[0][0][0], thin[0][1][0]], np.quantile(chain[:, :, 0].double().numpy(), (0.05, 0.95)), rtol=1e-5
+    )
+    assert "R-hat" in {text.get_text() for text in ax.texts}
+    assert sum(text.get_text().startswith("1.0") for text in ax.texts) == 3
+    assert not plots.forest(chain[:1], generator, ["a", "b", "c"]).texts
+    with pytest.raises(ValueError, match=r"a label for each.*2 labels"):
+        plots.forest(chain, generator, ["a", "b"])
+
+
+def test_densities_have_unit_area():
+    g = torch.Generator().manual_seed(0)
+    chain, generator = torch.randn(2, 300, 4, generator=g), torch.randn(300, 4, generator=g)
+    axes = plots.density(chain, generator, list("abcd"))
+    assert [ax.get_title() for ax in axes] == list("abcd")
+    for ax in axes:
+        for line in ax.lines:
+            x, y = line.get_data()
+            assert area(x, y) == pytest.approx(1.0, abs=0.03)
+    assert labels(rendered(axes[0])) == ["SGLD", "APD"]
+    collapsed = plots.density(chain, torch.zeros(50, 4), list("abcd"))
+    assert collapsed[0].get_ylim()[1] < 5 * collapsed[0].lines[0].get_ydata().max()
+    rendered(plots.density(torch.zeros(2, 30, 1), torch.zeros(30, 1), ["a"])[0])
+    with pytest.raises(ValueError, match="must be 4"):
+        plots.density(chain, generator, list("abcd"), Figure().subplots(1, 2))
+
+
+def test_rank_bars_are_level_for_one_law_and_low_at_the_ends_for_a_narrow_one():
+    g = torch.Generator().manual_seed(0)
+    chain = torch.randn(4, 1000, generator=g)
+    ax = rendered(plots.rank_bars(chain, chain.flatten()[::2], bins=8, label="w"))
+    heights = [patch.get_height() for patch in ax.patches[:8]]
+    np.testing.assert_allclose(heights, 1, atol=0.15)
+    assert set(labels(ax)) == {"APD", "SGLD, range of 4 chains", "one law"}
+    narrow = plots.rank_bars(chain, 0.5 * chain.flatten(), bins=8)
+    heights = [patch.get_height() for patch in narrow.patches[:8]]
+    assert max(heights[0], heights[-1]) < 0.3
+    assert min(heights[3:5]) > 1.5
+    assert sum(heights) / 8 == pytest.approx(1.0)
+    rendered(plots.rank_bars(torch.zeros(1, 20), torch.zeros(20)))
+
+
+def test_ess_is_that_of_arviz():
+    g = torch.Generator().manual_seed(0)
+    chain = torch.randn(4, 100, 2, generator=g)
+    ax = rendered(plots.ess(chain, ["a", "b"]))
+    found = statistics(chain)
+    np.testing.assert_allclose(ax.lines[0].get_xdata(), found["ess_bulk"])
+    np.testing.assert_allclose(ax.lines[1].get_xdata(), found["ess_tail"])
+    assert labels(ax) == ["SGLD, centre", "SGLD, tails", "draws of the chain"]
+    with pytest.raises(ValueError, match="3 labels"):
+        plots.ess(chain, list("abc"))
+
+
+def test_roc_curve():
+    inside, outside = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.35, 0.5])
+    ax = rendered(plots.roc_curve({"SGLD": (inside, outside), "APD": (inside, inside)}, title="noise"))
+    x, y = ax.lines[1].get_data()
+    np.testing.assert_allclose(x, [0, 0, 0.25, 0.25, 0.5, 0.75, 1.0])
+    np.testing.assert_allclose(y, [0, 0.5, 0.5, 1, 1, 1, 1])
+    assert area(x, y) == pytest.approx(metrics.auroc(inside, outside))
+    # Ties move along both axes at once: as good as guessing.
+    np.testing.assert_allclose(*ax.lines[2].get_data())
+    assert labels(ax) == ["guessing", "SGLD (AUROC 0.875)", "APD (AUROC 0.500)"]
+    with pytest.raises(ValueError, match="at least one score"):
+        plots.roc_curve({"SGLD": (inside, torch.tensor([]))})
+
+
+def test_principal_pair_has_marginals():
+    chain, generator = torch.randn(60, 5), torch.randn(60, 5)
+    ax = rendered(plots.principal_pair(chain, generator))
+    assert len(ax.child_axes) == 2
+    assert not plots.principal_pair(chain, generator, marginals=False).child_axes
+
+
+def test_decision_surfaces(case):
+    draws = {n: v.flatten(0, 1)[:30] for n, v in case.chain().items()}
+    point = {n: v[:1].expand(30, *v.shape[1:]) for n, v in draws.items()}
+    axes = plots.decision_surfaces(case.model, {"SGLD": draws, "APD": point}, case.x, case.y, resolution=12)
+    assert [ax.get_title() for ax in axes] == [
+        *("SGLD: prediction", "SGLD: uncertainty of the model", "APD: prediction", "APD: uncertainty of the model")
+    ]
+    rendered(axes[0])
+    chain, collapsed = (np.asarray(ax.collections[0].get_array()) for ax in (axes[1], axes[3]))
+    assert chain.max() > 0.1
+    assert collapsed.max() < 1e-5
+    assert axes[1].collections[0].get_clim() == axes[3].collections[0].get_clim()
+    # The class that is painted is the one that is predicted.
+    assert axes[0].images[0].get_array().shape == (12, 12, 3)
+    with pytest.raises(ValueError, match=r"\(data, 2\).*\(4, 3\)"):
+        plots.decision_surfaces(case.model, {"SGLD": draws}, torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="must be 2"):
+        plots.decision_surfaces(case.model, {"SGLD": draws}, case.x, axes=[Figure().subplots()])
+
+
+def test_surface_of_a_regression(case):
+    draws = {"weight": torch.randn(20, 2), "scale": torch.ones(20)}
+    axes = plots.decision_surfaces(case.regression, {"SGLD": draws}, torch.randn(9, 2), resolution=8)
+    corner = torch.tensor([axes[1].get_xlim()[0], axes[1].get_ylim()[0]], dtype=torch.float32)
+    expected = (draws["weight"] @ corner).std()
+    assert np.asarray(axes[1].collections[0].get_array()).flat[0] == pytest.approx(float(expected), rel=1e-3)
+    rendered(axes[1])
+
+
+def test_every_plot_names_chain_and_generator_not_numbers(fidelity):
+    values = torch.randn(3, 40, 2)
+    found = [
+        plots.forest(values, values[0], ["a", "b"]),
+        *plots.density(values, values[0], ["a", "b"])[:1],
+        plots.rank_bars(values[:, :, 0], values[0, :, 0]),
+        plots.ess(values, ["a", "b"]),
+        plots.trace(values[:, :, 0]),
+        plots.principal_pair(values[0], values[1]),
+    ]
+    for ax in found:
+        text = " ".join(labels(ax))
+        assert "SGLD" in text
+        assert "chain 0" not in text

@@ -106,9 +106,11 @@ def test_sections_hold_what_there_is(written, unpainted):
     for words in ("critic loss", "SGLD chain", "step_size", "0.001", "potential", "ESS bulk", "seed of this report"):
         assert words in page.text
     assert "4 chains of 100 stored draws, 1 of them diverging" in page.text
-    # Scatter, calibration, two pairs of histograms, two against bytes; two of weights; trace; one training curve.
-    assert page.tags.count("figure") == page.tags.count("img") == 12
-    assert page.tags.count("source") == 24
+    # Function values, two scatters, calibration, two pairs of histograms, ROC, two against bytes; weights; trace; loss.
+    assert page.tags.count("figure") == page.tags.count("img") == 16
+    assert page.tags.count("source") == 32
+    assert "hidden" in page.text
+    assert "Telling far from the inputs" in page.text
 
 
 def test_one_chain_is_told_in_words(case, written, unpainted):
@@ -135,14 +137,23 @@ def test_regression_page(case, tmp_path, unpainted):
     assert "RMSE" in page.text
 
 
-def test_same_seed_same_file_and_nothing_else_changes(case, written):
+def test_same_seed_same_file_and_nothing_else_changes(case, written, unpainted):
     state = torch.get_rng_state()
     first = written(seed=3).read_bytes()
+    assert written(seed=3).read_bytes() == first
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_pictures_do_not_depend_on_settings():
+    def drawn():
+        return pictures.picture(lambda figure: figure.subplots().plot([1, 2]), (2, 2), "a line")
+
+    first = drawn()
     with matplotlib.rc_context({"font.size": 3.0, "axes.facecolor": "pink"}):
         settings = dict(matplotlib.rcParams)
-        assert written(seed=3).read_bytes() == first
+        assert drawn() == first
         assert dict(matplotlib.rcParams) == settings
-    assert torch.equal(torch.get_rng_state(), state)
+    assert first.light != first.dark
     # ArviZ brings pyplot; nothing is left open in it.
     assert not matplotlib.pyplot.get_fignums()
 

@@ -70,7 +70,7 @@ def test_weights_decide_only_where_nothing_else_is_known():
 
 
 def test_without_the_figure_where_collapse_shows_there_is_no_verdict():
-    blind = row("mean_mi", 0.1, 0.09, 0.08)
+    blind = row("disagreement", 0.1, 0.09, 0.08)
     status, words = overall([GOOD, blind], 0.0, True)
     assert status == "unclear"
     assert words.startswith(TOO_FEW)

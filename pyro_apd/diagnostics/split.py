@@ -1,0 +1,73 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which draws are compared: the chain's, thinned and held out where that is known; the generator's; stored ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pyro_apd.diagnostics.draws import ChainDraws, Draws, draw_posterior, evenly_spaced, posterior_bytes
+
+
+@dataclass(frozen=True)
+class Split:
+    """Draws that are compared.
+
+    :ivar dict draws: pooled, by ``chain``, ``generator`` and ``stored`` (where one fits).
+    :ivar list steps: which of each chain's draws ``chain`` holds.
+    :ivar int chains: chains, each of which gave as many.
+    :ivar int draws_each: draws of each.
+    :ivar int num_stored: draws that take the generator's bytes.
+    :ivar bool overlap: whether stored draws are among those of ``chain``.
+    :ivar bool is_fitted: whether the generator may have seen those of ``chain``.
+    """
+
+    draws: dict[str, Draws]
+    steps: list[int]
+    chains: int
+    draws_each: int
+    num_stored: int
+    overlap: bool
+    is_fitted: bool
+
+
+def split_draws(chain: ChainDraws, posterior: Any, num_samples: int, seed: int | None) -> Split:
+    """The same number of draws of chain and generator, and stored ones of the generator's bytes."""
+    if isinstance(posterior, Mapping):
+        num_samples = min(num_samples, len(next(iter(draw_posterior(posterior, None, seed).values()))))
+    unseen = held_out_steps(chain, posterior)
+    each = max(1, num_samples // chain.num_chains)
+    candidates = unseen if len(unseen) >= each else list(range(chain.num_draws))
+    steps = [candidates[i] for i in evenly_spaced(len(candidates), each)]
+    reference = chain.pooled(steps)
+    count = chain.num_chains * len(steps)
+    generated = draw_posterior(posterior, count, seed)
+    if set(generated) != set(chain.values):
+        raise ValueError(
+            f"Sites of `posterior` {sorted(generated)} are not those of `mcmc` {sorted(chain.values)}; both must be of "
+            "one model."
+        )
+    draws = {"chain": reference, "generator": {name: v.to(reference[name]) for name, v in generated.items()}}
+    num_stored = min(posterior_bytes(posterior) // chain.bytes_per_draw, chain.num_chains * chain.num_draws)
+    pool = [step for step in range(chain.num_draws) if step not in set(steps)]
+    overlap = num_stored > len(pool) * chain.num_chains
+    if overlap:
+        pool = list(range(chain.num_draws))
+    if num_stored:
+        places = evenly_spaced(len(pool) * chain.num_chains, num_stored)
+        draws["stored"] = chain.at([p // len(pool) for p in places], [pool[p % len(pool)] for p in places])
+    is_fitted = len(candidates) > len(unseen) and not isinstance(posterior, Mapping)
+    return Split(draws, steps, chain.num_chains, len(steps), num_stored, overlap, is_fitted)
+
+
+def held_out_steps(chain: ChainDraws, posterior: Any) -> list[int]:
+    """Draws of each chain that the generator was not fitted to, by what its distillation wrote down; else none."""
+    known = getattr(posterior, "metadata", None) or {}
+    rule = known.get("held_out")
+    if not rule or (known.get("num_chains"), known.get("num_draws")) != (chain.num_chains, chain.num_draws):
+        return []
+    stop = rule["start"] + rule["length"]
+    return [step for step in range(chain.num_draws) if rule["start"] <= step % rule["period"] < stop]
