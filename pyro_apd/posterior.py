@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import pyro
@@ -15,7 +16,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_apd import artifact
+from pyro_apd import artifact, precision
 from pyro_apd.errors import ArtifactError
 from pyro_apd.generators import Generator, build_generator
 from pyro_apd.layout import Layout
@@ -55,6 +56,8 @@ class DistilledPosterior(nn.Module):
     :param int num_samples: draws that :meth:`get_samples` gives by default.
     :param dict metadata: what JSON holds: seed, figures, notes. It travels in the file.
     :param dict training_log: numbers by step, by name.
+    :param str storage_dtype: precision of the file, see :attr:`storage_dtype`.
+    :raises ValueError: if generator and layout disagree in size, or ``storage_dtype`` is not known.
     """
 
     #: Draws are independent, hence of one chain.
@@ -68,6 +71,7 @@ class DistilledPosterior(nn.Module):
         num_samples: int = 100,
         metadata: dict[str, Any] | None = None,
         training_log: dict[str, list[float]] | None = None,
+        storage_dtype: str = "float32",
     ) -> None:
         super().__init__()
         if generator.output_size != layout.size:
@@ -80,6 +84,21 @@ class DistilledPosterior(nn.Module):
         self.num_samples = num_samples
         self.metadata = {} if metadata is None else metadata
         self.training_log = {} if training_log is None else training_log
+        self.storage_dtype = storage_dtype
+
+    @property
+    def storage_dtype(self) -> str:
+        """Precision in which :meth:`save` keeps the generator, and :attr:`num_bytes` counts it.
+
+        ``"float32"`` keeps each number at the dtype that the generator has; ``"float16"`` and ``"bfloat16"`` take two
+        bytes a number; ``"int8"`` one, in large matrices, with a scale a row, and two elsewhere (see
+        ``docs/format.md``). The generator in memory is not touched; :meth:`rounded` gives what a file would draw.
+        """
+        return self._storage_dtype
+
+    @storage_dtype.setter
+    def storage_dtype(self, value: str) -> None:
+        self._storage_dtype = precision.check_dtype(value, "storage_dtype")
 
     @property
     def latent_size(self) -> int:
@@ -147,42 +166,73 @@ class DistilledPosterior(nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """Size of the file that :meth:`save` writes, in bytes."""
+        """Size of the file that :meth:`save` writes at :attr:`storage_dtype`, in bytes."""
         return len(artifact.to_bytes(self._artifact()))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes everything needed to draw to one safetensors file, at once or not at all."""
-        artifact.write(self._artifact(), path)
+    def save(self, path: str | os.PathLike[str], dtype: str | None = None) -> None:
+        """Writes everything needed to draw to one safetensors file, at once or not at all.
+
+        :param path: file to write; what is there is replaced.
+        :param str dtype: precision of the numbers in the file, by default :attr:`storage_dtype`, whose values it takes.
+        :raises ValueError: if ``dtype`` is not known, or metadata do not fit into JSON.
+        """
+        artifact.write(self._artifact(dtype), path)
+
+    def rounded(self, dtype: str | None = None) -> DistilledPosterior:
+        """The posterior that :meth:`save` and :meth:`load` would give at that precision, without a file.
+
+        :param str dtype: as in :meth:`save`.
+        :returns: a posterior of its own, on the same device, whose ``storage_dtype`` is ``dtype``.
+        :raises ValueError: if ``dtype`` is not known.
+        """
+        contents = self._artifact(dtype)
+        tensors = precision.decode(precision.encode(contents.tensors, contents.dtype), contents.dtype)
+        return self._from_artifact(replace(contents, tensors=tensors)).to(self._like().device)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> DistilledPosterior:
-        """Reads what :meth:`save` wrote. Nothing in the file is executed.
+        """Reads what :meth:`save` wrote, at any precision. Nothing in the file is executed.
+
+        A file at reduced precision gives a generator in ``float32``, and remembers its precision in
+        :attr:`storage_dtype`: saved again, it has the same bytes.
 
         :raises ArtifactError: if the file is truncated, damaged, of another kind, or of a newer format.
         :raises FileNotFoundError: if there is none.
         """
-        contents = artifact.read(path)
-        try:
+
+        def expected(config: dict[str, Any]) -> dict[str, Tensor]:
             with torch.device("meta"):
-                expected = build_generator(contents.generator).state_dict()
-            artifact.check_tensors(contents.tensors, expected, path)
+                return dict(build_generator(config).state_dict())
+
+        contents = artifact.read(path, expected)
+        try:
+            posterior = cls._from_artifact(contents)
+            sizes = {name: tuple(value.shape) for name, value in posterior._draw_of_zeros().items()}
+            if sizes != {site.name: site.shape for site in contents.layout}:
+                raise ValueError(f"its draws have shapes {sizes}.")
+        except (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError, OverflowError) as error:
+            raise ArtifactError(f"{path} describes a posterior that cannot be built: {error}") from error
+        return posterior.to(device)
+
+    @classmethod
+    def _from_artifact(cls, contents: artifact.Artifact) -> DistilledPosterior:
+        with torch.random.fork_rng(devices=[]):  # building a module draws parameters, which are replaced at once
             generator = build_generator(contents.generator)
-            posterior = cls(
-                contents.layout,
-                generator,
-                num_samples=contents.num_samples,
-                metadata=contents.metadata,
-                training_log=contents.training_log,
-            )
-        except ArtifactError:
-            raise
-        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, OverflowError) as error:
-            raise ArtifactError(f"{path} describes a generator that cannot be built: {error}") from error
         dtypes = {value.dtype for value in contents.tensors.values() if value.is_floating_point()}
         if len(dtypes) == 1:
             generator.to(dtypes.pop())
         generator.load_state_dict(contents.tensors)
-        return posterior.to(device)
+        return cls(
+            contents.layout,
+            generator.requires_grad_(False).eval(),
+            num_samples=contents.num_samples,
+            metadata=contents.metadata,
+            training_log=contents.training_log,
+            storage_dtype=contents.dtype,
+        )
+
+    def _draw_of_zeros(self) -> dict[str, Tensor]:
+        return self.sample(latent=self._like().expand(self.latent_size))
 
     def check_model(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Makes sure that ``model``, called with these arguments, has the latent sites that are drawn here.
@@ -207,7 +257,7 @@ class DistilledPosterior(nn.Module):
         """What ``print`` shows of it."""
         return f"sites={list(self.layout.names)}, weights={self.layout.size}, latent_size={self.latent_size}"
 
-    def _artifact(self) -> artifact.Artifact:
+    def _artifact(self, dtype: str | None = None) -> artifact.Artifact:
         return artifact.Artifact(
             layout=self.layout,
             generator=self.generator.config,
@@ -215,6 +265,7 @@ class DistilledPosterior(nn.Module):
             num_samples=self.num_samples,
             metadata=self.metadata,
             training_log=self.training_log,
+            dtype=self.storage_dtype if dtype is None else precision.check_dtype(dtype),
         )
 
     def _like(self) -> Tensor:

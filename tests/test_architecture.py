@@ -16,8 +16,8 @@ PACKAGE = Path(pyro_apd.__file__).parent
 
 # From the ground up; a module may import from lower floors, and from its own room.
 FLOORS = [
-    {"errors", "metrics", "uncertainty", "datasets", "pyro_state"},
-    {"layout", "bnn"},
+    {"errors", "metrics", "uncertainty", "datasets", "pyro_state", "precision"},
+    {"layout", "bnn", "container"},
     {"draw_map", "minibatch", "capture"},
     {"scaling", "observed_site"},
     {"potential", "predictive"},
