@@ -16,7 +16,7 @@ from pyro_apd.distill import DistillationError, DistillationWarning, distill
 from pyro_apd.errors import ArtifactError, DataError, DivergenceError, ModelError
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD, WarmupWarning, schedules
 from pyro_apd.posterior import DistilledPosterior
-from pyro_apd.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs
+from pyro_apd.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs, reduce_outputs
 
 __all__ = [
     "BNN",
@@ -44,6 +44,7 @@ __all__ = [
     "metrics",
     "open_store",
     "outputs",
+    "reduce_outputs",
     "schedules",
     "uncertainty",
 ]

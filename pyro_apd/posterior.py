@@ -17,6 +17,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_apd import artifact, precision
+from pyro_apd.draw_map import DrawSource
 from pyro_apd.errors import ArtifactError
 from pyro_apd.generators import Generator, build_generator
 from pyro_apd.layout import Layout
@@ -135,12 +136,25 @@ class DistilledPosterior(nn.Module):
         :param int seed: makes the draws reproducible without touching the global generator.
         :raises ValueError: if ``num_samples`` is not positive.
         """
-        num_samples = self.num_samples if num_samples is None else num_samples
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"num_samples={num_samples!r} must be a positive integer.")
+        num_samples = self._number(num_samples)
         with seeded(seed, self._like().device):
             draws = self.sample((num_samples,))
         return {name: value.unsqueeze(0) for name, value in draws.items()} if group_by_chain else draws
+
+    def stream(self, num_samples: int | None = None, *, seed: int | None = None) -> DrawSource:
+        """The draws that :meth:`get_samples` gives, each made when it is used and again when it is used again.
+
+        :func:`pyro_apd.outputs` and its kin take it in place of draws, and never hold more networks than a chunk.
+
+        :param int num_samples: S; by default :attr:`num_samples`.
+        :param int seed: makes the draws reproducible without touching the global generator.
+        :raises ValueError: if ``num_samples`` is not positive.
+        """
+        num_samples = self._number(num_samples)
+        like = self._like()
+        with seeded(seed, like.device):
+            latent_SL = torch.randn((num_samples, self.latent_size), dtype=like.dtype, device=like.device)
+        return DrawSource(lambda latent: self.sample(latent=latent), latent_SL, self.layout.names)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """One draw as a guide: an auxiliary noise site and a Delta at every latent site. The arguments are ignored."""
@@ -267,6 +281,12 @@ class DistilledPosterior(nn.Module):
             training_log=self.training_log,
             dtype=self.storage_dtype if dtype is None else precision.check_dtype(dtype),
         )
+
+    def _number(self, num_samples: int | None) -> int:
+        num_samples = self.num_samples if num_samples is None else num_samples
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"num_samples={num_samples!r} must be a positive integer.")
+        return num_samples
 
     def _like(self) -> Tensor:
         """A scalar of the generator's floating dtype and device."""

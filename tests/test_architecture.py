@@ -16,10 +16,12 @@ PACKAGE = Path(pyro_apd.__file__).parent
 
 # From the ground up; a module may import from lower floors, and from its own room.
 FLOORS = [
-    {"errors", "metrics", "uncertainty", "datasets", "pyro_state", "precision"},
+    {"errors", "metrics", "uncertainty", "datasets", "pyro_state", "precision", "draw_linear", "row_cut"},
     {"layout", "bnn", "container"},
     {"draw_map", "minibatch", "capture"},
     {"scaling", "observed_site"},
+    {"summaries"},
+    {"reductions"},
     {"potential", "predictive"},
     {"kernels", "generators"},
     {"artifact"},
