@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -16,11 +16,13 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_apd import artifact, precision
+from pyro_apd import artifact, estimates, precision
 from pyro_apd.draw_map import DrawSource
 from pyro_apd.errors import ArtifactError
+from pyro_apd.estimates import Estimates
 from pyro_apd.generators import Generator, build_generator
 from pyro_apd.layout import Layout
+from pyro_apd.networks import Ensemble, plain_network
 from pyro_apd.pyro_state import preserved_param_store, seeded
 
 #: Name of the auxiliary sample site that holds the latent of a draw when the posterior runs as a guide. Without a
@@ -86,6 +88,7 @@ class DistilledPosterior(nn.Module):
         self.metadata = {} if metadata is None else metadata
         self.training_log = {} if training_log is None else training_log
         self.storage_dtype = storage_dtype
+        self._architecture: tuple[nn.Module, ...] = ()
 
     @property
     def storage_dtype(self) -> str:
@@ -150,11 +153,96 @@ class DistilledPosterior(nn.Module):
         :param int seed: makes the draws reproducible without touching the global generator.
         :raises ValueError: if ``num_samples`` is not positive.
         """
-        num_samples = self._number(num_samples)
-        like = self._like()
-        with seeded(seed, like.device):
-            latent_SL = torch.randn((num_samples, self.latent_size), dtype=like.dtype, device=like.device)
+        latent_SL = self._latents(self._number(num_samples), seed)
         return DrawSource(lambda latent: self.sample(latent=latent), latent_SL, self.layout.names)
+
+    def mean_and_sd(self, num_samples: int = 1000, *, seed: int | None = None) -> tuple[Estimates, Estimates]:
+        """Mean and standard deviation of every site, each a dict of values shaped as the site.
+
+        They are estimates: ``.error`` of either holds the Monte-Carlo standard error of every entry.
+
+        :param int num_samples: draws to take them from, at least 2; all are in memory together.
+        :param int seed: makes them reproducible without touching the global generator.
+        :raises ValueError: if there are fewer than 2 draws.
+        """
+        return estimates.mean_and_sd(self.get_samples(self._number(num_samples, least=2), seed=seed))
+
+    def quantiles(
+        self, quantiles: float | Sequence[float] | Tensor, num_samples: int = 1000, *, seed: int | None = None
+    ) -> Estimates:
+        """Quantiles of every site as of an autoguide, ``(Q, *site.shape)``: of the unconstrained numbers, constrained.
+
+        They are estimates: ``.error`` holds the Monte-Carlo standard error of every entry. A site such as a simplex,
+        whose entries determine each other, gets values that it can take.
+
+        :param quantiles: levels from 0 to 1.
+        :param int num_samples: draws to take them from, at least 2; all are in memory together.
+        :param int seed: makes them reproducible without touching the global generator.
+        :raises ValueError: if a level is not from 0 to 1, or there are fewer than 2 draws.
+        """
+        levels = estimates.check_levels(quantiles)
+        latent_SL = self._latents(self._number(num_samples, least=2), seed)
+        with torch.no_grad():
+            return estimates.quantiles(self.layout, self.generator(latent_SL), levels)
+
+    def median(self, num_samples: int = 1000, *, seed: int | None = None) -> Estimates:
+        """Median of every site, shaped as the site; see :meth:`quantiles`.
+
+        :param int num_samples: draws to take it from, at least 2.
+        :param int seed: makes it reproducible without touching the global generator.
+        :raises ValueError: if there are fewer than 2 draws.
+        """
+        found = self.quantiles([0.5], num_samples, seed=seed)
+        error = {name: value[0] for name, value in found.error.items()}
+        return Estimates({name: value[0] for name, value in found.items()}, error, found.num_samples)
+
+    def bind(self, net: nn.Module) -> DistilledPosterior:
+        """Remembers the architecture for :meth:`network` and :meth:`ensemble`; it does not travel in the file.
+
+        :param net: a :class:`~pyro_apd.BNN`, or a :class:`torch.nn.Module` without Pyro in it whose parameters have the
+            sites' names, with or without a prefix such as ``net.``.
+        :returns: this posterior.
+        :raises ValueError: if ``net`` has parameters that are not drawn here, or of other shapes.
+        """
+        plain_network(net, self.layout, self._draw_of_zeros())
+        self._architecture = (net,)  # a tuple, so that it is no part of this module
+        return self
+
+    def network(self, sample: Mapping[str, Tensor] | None = None, *, net: nn.Module | None = None) -> nn.Module:
+        """A plain network with the weights of one draw as its parameters, in evaluation mode.
+
+        :param dict sample: one draw by site, as :meth:`sample` gives; None draws one.
+        :param net: the architecture, as in :meth:`bind`; needed unless it was called.
+        :raises ValueError: if there is no architecture, or it does not fit the draw.
+        """
+        sample = self.sample() if sample is None else sample
+        unlike = {n: tuple(v.shape) for n, v in sample.items() if n in self.layout and v.shape != self.layout[n].shape}
+        if unlike:
+            raise ValueError(f"`sample` must be one draw, as sample() gives; sites have shapes {unlike}.")
+        return plain_network(self._architecture_or(net), self.layout, sample)
+
+    def ensemble(
+        self,
+        num_samples: int | None = None,
+        *,
+        net: nn.Module | None = None,
+        link: str | None = None,
+        chunk_size: int | None = None,
+        seed: int | None = None,
+    ) -> Ensemble:
+        """A module that returns the average prediction of so many networks, differentiable in its input.
+
+        :param int num_samples: S; by default :attr:`num_samples`.
+        :param net: the architecture, as in :meth:`bind`; needed unless it was called.
+        :param str link: what is averaged: ``"softmax"``, ``"sigmoid"`` or ``"identity"`` of the outputs; a BNN knows.
+        :param int chunk_size: networks evaluated together; None: all.
+        :param int seed: makes the draws reproducible without touching the global generator.
+        :raises ValueError: if there is no architecture, it does not fit, ``link`` is not known or missing, or
+            ``num_samples`` is not positive.
+        """
+        architecture = self._architecture_or(net)
+        draws = self.get_samples(num_samples, seed=seed)
+        return Ensemble(architecture, self.layout, draws, link=link, chunk_size=chunk_size)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """One draw as a guide: an auxiliary noise site and a Delta at every latent site. The arguments are ignored."""
@@ -201,7 +289,9 @@ class DistilledPosterior(nn.Module):
         """
         contents = self._artifact(dtype)
         tensors = precision.decode(precision.encode(contents.tensors, contents.dtype), contents.dtype)
-        return self._from_artifact(replace(contents, tensors=tensors)).to(self._like().device)
+        rounded = self._from_artifact(replace(contents, tensors=tensors)).to(self._like().device)
+        rounded._architecture = self._architecture
+        return rounded
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> DistilledPosterior:
@@ -282,10 +372,24 @@ class DistilledPosterior(nn.Module):
             dtype=self.storage_dtype if dtype is None else precision.check_dtype(dtype),
         )
 
-    def _number(self, num_samples: int | None) -> int:
+    def _latents(self, num_samples: int, seed: int | None) -> Tensor:
+        like = self._like()
+        with seeded(seed, like.device):
+            return torch.randn((num_samples, self.latent_size), dtype=like.dtype, device=like.device)
+
+    def _architecture_or(self, net: nn.Module | None) -> nn.Module:
+        if net is None and not self._architecture:
+            raise ValueError(
+                "A posterior draws weights and does not know the network that they are of. Pass net=, the "
+                "pyro_apd.BNN or a torch.nn.Module of its architecture, or call posterior.bind(net) once."
+            )
+        return self._architecture[0] if net is None else net
+
+    def _number(self, num_samples: int | None, least: int = 1) -> int:
         num_samples = self.num_samples if num_samples is None else num_samples
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"num_samples={num_samples!r} must be a positive integer.")
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < least:
+            kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+            raise ValueError(f"num_samples={num_samples!r} must be {kind}.")
         return num_samples
 
     def _like(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 # The largest intermediate result of one block of rows and draws has so many bytes. Blocks of fewer rows spend their
 # time outside of matrix products, and more draws together gain nothing.
-_TILE_BYTES, _TILE_ROWS, _TILE_DRAWS = 8 * 2**20, 2048, 8
+_TILE_BYTES, _TILE_ROWS, _TILE_DRAWS = 8 * 2**20, 1024, 8
 # A cut is found valid at the price of one more draw.
 _MIN_DRAWS = 8
 

@@ -16,9 +16,19 @@ PACKAGE = Path(pyro_apd.__file__).parent
 
 # From the ground up; a module may import from lower floors, and from its own room.
 FLOORS = [
-    {"errors", "metrics", "uncertainty", "datasets", "pyro_state", "precision", "draw_linear", "row_cut"},
+    {
+        "errors",
+        "metrics",
+        "uncertainty",
+        "datasets",
+        "pyro_state",
+        "precision",
+        "draw_linear",
+        "row_cut",
+        "fingerprint",
+    },
     {"layout", "bnn", "container"},
-    {"draw_map", "minibatch", "capture"},
+    {"draw_map", "minibatch", "capture", "estimates", "networks"},
     {"scaling", "observed_site"},
     {"summaries"},
     {"reductions"},
@@ -27,8 +37,8 @@ FLOORS = [
     {"artifact"},
     {"posterior", "chains"},
     {"distill"},
-    {"diagnostics"},
-    {"demo"},
+    {"diagnostics", "baselines"},
+    {"demo", "inspection"},
     {"cli"},
 ]
 

@@ -277,3 +277,32 @@ def test_guide_for_svi_is_refused_with_the_reason():
         svi.step(X, labels)
     with pytest.raises(NotImplementedError, match="implicit"):
         WeighedPredictive(model, guide=posterior, num_samples=2)(X, labels)
+
+
+@pytest.mark.parametrize("num_samples", [1, 0, 2.5])
+def test_estimates_need_draws(num_samples):
+    posterior = mixed()
+    for estimate in (posterior.median, posterior.mean_and_sd, lambda n: posterior.quantiles(0.5, n)):
+        with pytest.raises(ValueError, match="must be an integer of at least 2"):
+            estimate(num_samples)
+
+
+def test_estimates_are_of_the_generators_law():
+    posterior = mixed()
+    mean, sd = posterior.mean_and_sd(4000, seed=0)
+    median = posterior.median(4000, seed=0)
+    exact = torch.linspace(-1, 1, 9)[:6].reshape(2, 3)
+    assert bool(((mean["w"] - exact).abs() < 4 * mean.error["w"]).all())
+    assert bool(((median["w"] - exact).abs() < 5 * median.error["w"]).all())
+    assert bool(((sd["w"] - 0.5).abs() < 4 * sd.error["w"]).all())
+    assert torch.equal(posterior.median(100, seed=1)["mix"], posterior.median(100, seed=1)["mix"])
+
+
+def test_a_stream_is_what_get_samples_gives():
+    posterior = mixed()
+    stream, draws = posterior.stream(7, seed=2), posterior.get_samples(7, seed=2)
+    assert len(stream) == 7
+    assert "mix" in stream
+    for name, value in stream.part(2, 5).items():
+        assert torch.equal(value, draws[name][2:5])
+        assert torch.equal(value, stream.part(2, 5)[name])
