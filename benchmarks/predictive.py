@@ -140,10 +140,10 @@ class Problem:
         }
 
 
-def time_all(name: str, num_threads: int) -> dict[str, dict[str, float]]:
+def time_all(name: str, num_threads: int, num_draws: int) -> dict[str, dict[str, float]]:
     """Seconds, and the ratio to the loop of the same round, medians by contestant."""
     torch.set_num_threads(num_threads)
-    problem = Problem(name, NUM_DRAWS[name])
+    problem = Problem(name, num_draws)
     contestants = problem.contestants()
     seconds: dict[str, list[float]] = {contestant: [] for contestant in contestants}
     ratios: dict[str, list[float]] = {contestant: [] for contestant in contestants}
@@ -231,15 +231,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--child", nargs=3)
     parser.add_argument("--only", choices=["speed", "memory", "drawing"])
+    parser.add_argument("--draws", nargs=2, type=int, default=list(NUM_DRAWS.values()), help="timed, by network")
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments.child[0], arguments.child[1], int(arguments.child[2]))
         return
     results: dict[str, Any] = {}
     if arguments.only in (None, "speed"):
-        columns = [(name, threads) for name in NETWORKS for threads in (1, 2)]
-        speed = {f"{name}, {threads} threads": time_all(name, threads) for name, threads in columns}
-        results["speed"] = speed
+        columns = [(name, threads) for threads in (1, 2) for name in NETWORKS]
+        num_draws = dict(zip(NETWORKS, arguments.draws, strict=True))
+        speed = {}
+        for name, threads in columns:
+            speed[f"{name}, {threads} threads"] = time_all(name, threads, num_draws[name])
+            print(name, threads, speed[f"{name}, {threads} threads"], file=sys.stderr, flush=True)
+        results["speed"], results["draws"] = speed, num_draws
         rows = [
             [c, *(f"{column[c]['speed']:.2f} ({column[c]['seconds']:.1f} s)" for column in speed.values())]
             for c in next(iter(speed.values()))

@@ -32,6 +32,6 @@ def fingerprint(*data: Any) -> dict[str, Any]:
             raise ValueError(f"Data must be tensors or arrays of numbers; got {type(value).__name__}.") from error
         name, shape = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
         digest.update(f"{name} {shape}\n".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         tensors.append({"dtype": name, "shape": shape})
     return {"sha256": digest.hexdigest(), "tensors": tensors}

@@ -32,7 +32,8 @@ def describe(path: str | os.PathLike[str]) -> str:
     lines = [
         f"{path}: distilled posterior, format {contents.format}, {Path(path).stat().st_size:,} bytes, {contents.dtype}",
         f"written by  {versions}",
-        f"draws       {contents.layout.size:,} numbers in {len(contents.layout)} sites; {contents.num_samples:,} by default",
+        f"draws       {contents.layout.size:,} numbers in {len(contents.layout)} sites; {contents.num_samples:,} by "
+        "default",
     ]
     for site in contents.layout:
         transform = "" if site.is_real else f", {_printable(site.support)}, by {type(site.transform).__name__}"

@@ -108,7 +108,7 @@ def test_inspect_prints_what_a_file_holds(capsys):
     for part in (
         "format 2, 14,206 bytes, int8",
         "pyro_apd 0.1.0",
-        "520 numbers in 4 sites; 50 by default",
+        "521 numbers in 4 sites; 50 by default",
         "mix [3], Simplex(), by StickBreakingTransform",
         "kind=paper",
         "layers.6.weight [521, 16] I8, 8,336 bytes",

@@ -108,7 +108,7 @@ def test_what_has_no_network():
     with pytest.raises(ValueError, match=r"'2.weight' has shape \(4, 5\), site 'net.2.weight' is of shape \(3, 5\)"):
         distilled.bind(architecture(4))
     with pytest.raises(ValueError, match="are not the sites"):
-        distilled.bind(nn.Bilinear(3, 3, 3))
+        distilled.bind(nn.Sequential(nn.Linear(4, 5), nn.PReLU()))
     with pytest.raises(ValueError, match="no trainable parameters"):
         distilled.bind(nn.ReLU())
     with pytest.raises(ValueError, match="`link` must be one of 'softmax'"):

@@ -47,18 +47,17 @@ def constrained(x, y=None):
     scale = pyro.sample("scale", dist.HalfCauchy(1.0))
     mean = mix[..., :1] + x[:, 0] * corr[..., 2, :1]
     with pyro.plate("data", len(x)):
-        return pyro.sample("obs", dist.Normal(mean, scale.unsqueeze(-1)), obs=y)
+        return pyro.sample("obs", dist.Normal(mean, scale), obs=y)
 
 
 class Images(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.out = nn.Conv2d(1, 2, 2), nn.Linear(8, 3)
+        self.conv, self.out = nn.Conv2d(1, 2, 2), nn.Linear(32, 3)
 
     def forward(self, x):
-        return self.out(
-            torch.relu(self.conv(x[:, :1, None] * x[:, None, :3].unsqueeze(-1).expand(-1, 1, 3, 3))).flatten(1)
-        )
+        images = x[:, None, None, :].expand(-1, 1, 5, 5)
+        return self.out(torch.relu(self.conv(images)).flatten(1))
 
 
 MODELS = {
