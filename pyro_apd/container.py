@@ -93,7 +93,7 @@ def pack(tensors: Mapping[str, Tensor], text: str) -> bytes:
     header = _parse(bytes(contents[8 : 8 + length]), 8 + length, len(contents), Path("the new file"))
     assert header.digest is not None
     place = slice(header.data_start + header.digest.start, header.data_start + header.digest.stop)
-    contents[place] = _digest(header, memoryview(contents)[header.data_start :])
+    contents[place] = digest_of(header, memoryview(contents)[header.data_start :])
     return bytes(contents)
 
 
@@ -140,7 +140,7 @@ def read_tensors(path: Path, header: Header) -> dict[str, Tensor]:
         raise ArtifactError(f"{path} changed while it was read. Load it again.")
     if header.digest is not None:
         data = memoryview(contents)[header.data_start :]
-        if bytes(data[header.digest.start : header.digest.stop]) != _digest(header, data):
+        if bytes(data[header.digest.start : header.digest.stop]) != digest_of(header, data):
             raise ArtifactError(
                 f"{path} is damaged: its contents do not have the SHA-256 that it states. Save the posterior again, or "
                 "fetch the file anew."
@@ -217,7 +217,7 @@ def _entry(path: Path, name: str, entry: Mapping[str, Any], position: int) -> En
     return Entry(code, shape, start, stop)
 
 
-def _digest(header: Header, data: memoryview) -> bytes:
+def digest_of(header: Header, data: memoryview) -> bytes:
     """SHA-256 of our metadata and of each tensor: a line that describes it, then its bytes."""
     digest = hashlib.sha256(header.text.encode(errors="surrogatepass"))
     for name, entry in header.table.items():
