@@ -69,8 +69,10 @@ def main() -> None:
                 **{name: scores[name] - exact[name] for name in scores},
             }
             results[dtype] = found
-            rows.append([dtype, f"{found['bytes']:,}", f"{found['weights']:.1e}", f"{found['total_variation']:.1e}",
-                         f"{found['accuracy']:+.4f}", f"{found['nll']:+.1e}", f"{found['mutual_information']:+.1e}"])  # fmt: skip
+            cells = [
+                f"{found[n]:+.1e}" for n in ("weights", "total_variation", "accuracy", "nll", "mutual_information")
+            ]
+            rows.append([dtype, f"{found['bytes']:,}", *cells])
     header = ["dtype", "bytes", "weights, rms / sd", "total variation", "accuracy", "NLL", "mean MI"]
     print(markdown_table(header, rows))
     print(f"\n200 other draws at full precision: total variation {noise:.1e}. Scores: {exact}")
