@@ -90,3 +90,11 @@ def test_unknown_precisions(dtype):
     for function in (precision.encode, precision.decode):
         with pytest.raises(ValueError, match="'float32', 'float16', 'bfloat16', 'int8'; got"):
             function({}, dtype)
+
+
+def test_products_are_exact():
+    """Of scales with 16 significant bits, which is what makes the way back exact."""
+    values = {"a": torch.randn(2000, 16, generator=torch.Generator().manual_seed(1))}
+    stored = precision.encode(values, "int8")
+    exact = stored["a"].double() * stored["a#scale"].double().unsqueeze(1)
+    assert torch.equal(precision.decode(stored, "int8")["a"].double(), exact)
