@@ -9,14 +9,15 @@ generator on the draws, a :class:`DistilledPosterior`, which stands in for them 
 
 __version__ = "0.1.0"
 
-from pyro_apd import datasets, diagnostics, metrics, uncertainty
+from pyro_apd import baselines, datasets, diagnostics, metrics, uncertainty
 from pyro_apd.bnn import BNN
 from pyro_apd.chains import MCMC, CheckpointError, WorkerError, open_store
 from pyro_apd.distill import DistillationError, DistillationWarning, distill
 from pyro_apd.errors import ArtifactError, DataError, DivergenceError, ModelError
+from pyro_apd.fingerprint import fingerprint
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD, WarmupWarning, schedules
 from pyro_apd.posterior import DistilledPosterior
-from pyro_apd.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs
+from pyro_apd.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs, reduce_outputs
 
 __all__ = [
     "BNN",
@@ -36,14 +37,17 @@ __all__ = [
     "Predictive",
     "WarmupWarning",
     "WorkerError",
+    "baselines",
     "datasets",
     "diagnostics",
     "distill",
+    "fingerprint",
     "function_values",
     "log_likelihood",
     "metrics",
     "open_store",
     "outputs",
+    "reduce_outputs",
     "schedules",
     "uncertainty",
 ]

@@ -9,38 +9,43 @@ Nothing in a file is executed or unpickled, and nothing is allocated before its 
 from __future__ import annotations
 
 import json
+import math
 import os
-import struct
-import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
+from pyro_apd import container, precision
+from pyro_apd.container import METADATA_KEY, Entry
 from pyro_apd.errors import ArtifactError
 from pyro_apd.layout import Layout
 
-#: The one key of the safetensors metadata that is ours; its value is JSON.
-METADATA_KEY = "pyro_apd"
-FORMAT_VERSION = 1
+__all__ = [
+    "FORMAT_VERSION",
+    "MAX_NUM_SAMPLES",
+    "METADATA_KEY",
+    "Artifact",
+    "read",
+    "read_description",
+    "read_table",
+    "to_bytes",
+    "write",
+]
 
-# A header longer than this describes no posterior; refusing it keeps a hostile file from filling memory.
-_MAX_HEADER = 16 * 2**20
-_DTYPES = {
-    "F64": (torch.float64, 8),
-    "F32": (torch.float32, 4),
-    "F16": (torch.float16, 2),
-    "BF16": (torch.bfloat16, 2),
-    "I64": (torch.int64, 8),
-    "I32": (torch.int32, 4),
-    "I8": (torch.int8, 1),
-    "U8": (torch.uint8, 1),
-    "BOOL": (torch.bool, 1),
-}
+FORMAT_VERSION = 2
+
+#: Largest default number of draws that a file may state: loading a file must not make its first use fill memory.
+MAX_NUM_SAMPLES = 1_000_000
+
+# What building something from a description raises where the description makes no sense.
+_NONSENSE = (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError, OverflowError, RecursionError)
+
+#: From a generator's configuration, its parameters and buffers by name, on the meta device or any other.
+Expect = Callable[[dict[str, Any]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Artifact:
     :ivar dict metadata: figures of the training, seed, notes: anything that JSON holds.
     :ivar dict training_log: a list of numbers by name.
     :ivar dict versions: of what wrote the file.
+    :ivar str dtype: precision in which the file keeps the tensors, one of :data:`pyro_apd.precision.DTYPES`.
+    :ivar int format: version of the file that was read; what is written has :data:`FORMAT_VERSION`.
     """
 
     layout: Layout
@@ -63,16 +70,21 @@ class Artifact:
     metadata: dict[str, Any] = field(default_factory=dict)
     training_log: dict[str, list[float]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    dtype: str = "float32"
+    format: int = FORMAT_VERSION
 
 
 def to_bytes(artifact: Artifact) -> bytes:
     """The file's contents: the same artifact always gives the same bytes.
 
-    :raises ValueError: if metadata do not fit into JSON.
+    :raises ValueError: if metadata do not fit into JSON, or ``num_samples`` is out of range.
     """
+    if not 1 <= artifact.num_samples <= MAX_NUM_SAMPLES:
+        raise ValueError(f"num_samples={artifact.num_samples} must be from 1 to {MAX_NUM_SAMPLES:,} to be saved.")
     description = {
         "format": FORMAT_VERSION,
         "versions": artifact.versions or _versions(),
+        "dtype": artifact.dtype,
         "layout": artifact.layout.to_json(),
         "generator": artifact.generator,
         "num_samples": artifact.num_samples,
@@ -83,119 +95,96 @@ def to_bytes(artifact: Artifact) -> bytes:
         text = json.dumps(description, sort_keys=True, allow_nan=True)
     except TypeError as error:
         raise ValueError(f"metadata must be what JSON holds (numbers, strings, lists, dicts): {error}.") from error
-    tensors = {name: value.detach().cpu().contiguous() for name, value in sorted(artifact.tensors.items())}
-    return bytes(save(tensors, {METADATA_KEY: text}))
+    return container.pack(precision.encode(artifact.tensors, artifact.dtype), text)
 
 
 def write(artifact: Artifact, path: str | os.PathLike[str]) -> None:
-    """Writes the file at once or not at all: an interruption leaves what was there before."""
-    path, contents = Path(path), to_bytes(artifact)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Writes the file at once or not at all: an interruption leaves what was there before.
+
+    :raises ValueError: as :func:`to_bytes`.
+    """
+    container.write(to_bytes(artifact), path)
 
 
-def read(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Artifact:
-    """Reads what :func:`write` wrote.
+def read(path: str | os.PathLike[str], expect: Expect | None = None) -> Artifact:
+    """Reads what :func:`write` wrote, and :func:`write` of older versions; tensors are on the CPU.
 
+    :param expect: what tensors the generator takes; the file's are held to it before any is allocated.
     :raises ArtifactError: if the file is truncated, damaged, of another kind, or of a newer format.
     :raises FileNotFoundError: if there is none.
     """
     path = Path(path)
-    description = _checked_description(_header(path), path)
-    try:
-        tensors = load_file(path, device=str(device))
-    except Exception as error:  # whatever safetensors finds wrong
-        raise ArtifactError(f"{path} is damaged: {error}. Save the posterior again, or fetch the file anew.") from error
-    return Artifact(tensors=tensors, **description)
+    header = container.read_header(path)
+    description = _checked_description(header, path)
+    table = _decoded_table(header.table, description["dtype"], path)
+    if expect is not None:
+        try:
+            expected = expect(description["generator"])
+        except _NONSENSE as error:
+            raise ArtifactError(f"{path} describes a generator that cannot be built: {error}") from error
+        _check_table(table, expected, path)
+    tensors = container.read_tensors(path, header)
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ArtifactError(f"{path}: tensor '{name}' holds NaN or infinite values.")
+    return Artifact(tensors=precision.decode(tensors, description["dtype"]), **description)
 
 
 def read_description(path: str | os.PathLike[str]) -> Artifact:
     """The same without the tensors, however large they are.
 
-    :raises ArtifactError: as :func:`read`.
+    :raises ArtifactError: as :func:`read`, but for damage to the tensors, which are not looked at.
+    :raises FileNotFoundError: if there is none.
     """
     path = Path(path)
-    return Artifact(tensors={}, **_checked_description(_header(path), path))
+    return Artifact(tensors={}, **_checked_description(container.read_header(path), path))
 
 
-def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Raises :class:`ArtifactError` unless ``tensors`` have the names and shapes of ``expected``, and are finite."""
-    missing, surplus = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+def read_table(path: str | os.PathLike[str]) -> dict[str, Entry]:
+    """Names, dtypes and shapes of the tensors as they are stored.
+
+    :raises ArtifactError: as :func:`read_description`.
+    :raises FileNotFoundError: if there is none.
+    """
+    return container.read_header(Path(path)).table
+
+
+def _decoded_table(table: Mapping[str, Entry], dtype: str, path: Path) -> dict[str, Entry]:
+    """The table without scales, which belong to matrices of integers that stand for floating-point numbers."""
+    if dtype != "int8":
+        return dict(table)
+    decoded = {}
+    for name, entry in table.items():
+        scale = table.get(name + precision.SCALE_SUFFIX)
+        if scale is not None:
+            if (entry.code, len(entry.shape), scale.code, scale.shape) != ("I8", 2, "F32", entry.shape[:1]):
+                raise ArtifactError(
+                    f"{path} is damaged: tensor '{name}' is {entry.code} of shape {entry.shape}, with scales "
+                    f"{scale.code} of shape {scale.shape}."
+                )
+            entry = replace(entry, code="F32")
+        if not precision.is_scale(name, table):
+            decoded[name] = entry
+    return decoded
+
+
+def _check_table(table: Mapping[str, Entry], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Raises :class:`ArtifactError` unless the tensors in a file have the names, shapes and kinds of ``expected``."""
+    missing, surplus = sorted(set(expected) - set(table)), sorted(set(table) - set(expected))
     if missing or surplus:
         raise ArtifactError(f"{path} does not fit its own description: tensors missing {missing}, not known {surplus}.")
-    for name, value in tensors.items():
-        if value.shape != expected[name].shape or value.is_floating_point() != expected[name].is_floating_point():
+    for name, value in expected.items():
+        entry = table[name]
+        if entry.dtype.is_floating_point != value.is_floating_point() or entry.shape != tuple(value.shape):
             raise ArtifactError(
-                f"{path}: tensor '{name}' is {value.dtype} of shape {tuple(value.shape)}, but its description asks for "
-                f"{expected[name].dtype} of shape {tuple(expected[name].shape)}."
+                f"{path}: tensor '{name}' is {entry.dtype} of shape {entry.shape}, but its description asks for "
+                f"{value.dtype} of shape {tuple(value.shape)}."
             )
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ArtifactError(f"{path}: tensor '{name}' holds NaN or infinite values.")
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """The safetensors header, after checks that sizes and offsets are those of this very file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if length < 2 or length > min(size - 8, _MAX_HEADER):
-            raise ArtifactError(
-                f"{path} is not a safetensors file, or is truncated: it has {size} bytes, its header claims {length}."
-            )
-        text = file.read(length)
+def _checked_description(header: container.Header, path: Path) -> dict[str, Any]:
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged: its header is not JSON ({error}).") from error
-    if not isinstance(header, dict):
-        raise ArtifactError(f"{path} is damaged: its header is a {type(header).__name__}, not a table of tensors.")
-    available, position = size - 8 - length, 0
-    entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-    try:
-        entries.sort(key=lambda item: item[1]["data_offsets"])
-        for name, entry in entries:
-            position = _checked_span(path, name, entry, position)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path} is damaged: its table of tensors is malformed ({error!r}).") from error
-    if position != available:
-        raise ArtifactError(
-            f"{path} is truncated or damaged: its tensors take {position} bytes, and {available} are there. Save the "
-            "posterior again, or fetch the file anew."
-        )
-    return header
-
-
-def _checked_span(path: Path, name: str, entry: Mapping[str, Any], position: int) -> int:
-    start, stop = entry["data_offsets"]
-    count, width = 1, _DTYPES[entry["dtype"]][1]
-    for n in entry["shape"]:
-        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-            raise ValueError(f"shape {entry['shape']}")
-        count *= n
-    if start != position or stop - start != count * width:
-        raise ArtifactError(f"{path} is damaged: tensor '{name}' does not fill the bytes that it claims.")
-    return int(stop)
-
-
-def _checked_description(header: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    metadata = header.get("__metadata__")
-    text = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
-    if not isinstance(text, str):
-        raise ArtifactError(
-            f"{path} is a safetensors file, but no distilled posterior. Accepted is what DistilledPosterior.save wrote."
-        )
-    try:
-        description = json.loads(text)
+        description = container.parse_json(header.text)
         version = description["format"]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged: its description cannot be read ({error!r}).") from error
@@ -206,16 +195,38 @@ def _checked_description(header: Mapping[str, Any], path: Path) -> dict[str, Any
             f"{path} has format version {version}; this pyro_apd reads up to {FORMAT_VERSION}. Update it: pip install "
             "-U pyro-apd."
         )
+    if (version > 1) != (header.digest is not None):
+        raise ArtifactError(
+            f"{path} is damaged: of version {version}, it {'lacks' if version > 1 else 'has'} a digest."
+        )
+    if version == 1:
+        description.setdefault("dtype", "float32")
     kinds = {"layout": list, "generator": dict, "num_samples": int, "metadata": dict, "training_log": dict}
-    kinds["versions"] = dict
+    kinds |= {"versions": dict, "dtype": str}
     for name, kind in kinds.items():
         if not isinstance(description.get(name), kind):
             raise ArtifactError(f"{path} is damaged: '{name}' in its description is not a {kind.__name__}.")
+    if description["dtype"] not in precision.DTYPES or (version == 1 and description["dtype"] != "float32"):
+        raise ArtifactError(
+            f"{path} is damaged: its dtype {description['dtype']!r} is none of {', '.join(precision.DTYPES)}."
+        )
+    if isinstance(description["num_samples"], bool) or not 1 <= description["num_samples"] <= MAX_NUM_SAMPLES:
+        raise ArtifactError(f"{path} is damaged: num_samples is {description['num_samples']!r:.40}.")
+    layout = _checked_layout(description["layout"], header.file_size, path)
+    return {**{name: description[name] for name in kinds}, "layout": layout, "format": version}
+
+
+def _checked_layout(sites: list[Any], file_size: int, path: Path) -> Layout:
     try:
-        layout = Layout.from_json(description["layout"])
-    except (ValueError, TypeError, RuntimeError, RecursionError, OverflowError) as error:
+        layout = Layout.from_json(sites)
+    except _NONSENSE as error:
         raise ArtifactError(f"{path} describes sites that cannot be: {error}") from error
-    return {**{name: description[name] for name in kinds}, "layout": layout}
+    # A value may have a few times the numbers that determine it (a Cholesky factor of correlations has four times as
+    # many at most), but a simplex of one class, say, has any number out of none.
+    constrained = sum(math.prod(site.shape) for site in layout)
+    if constrained > 4 * layout.size + file_size:
+        raise ArtifactError(f"{path} describes sites of {constrained} numbers, far more than its generator determines.")
+    return layout
 
 
 def _versions() -> dict[str, str]:
@@ -224,9 +235,3 @@ def _versions() -> dict[str, str]:
     import pyro_apd
 
     return {"pyro_apd": pyro_apd.__version__, "torch": torch.__version__, "pyro": pyro.__version__}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -136,6 +136,11 @@ class BNN(PyroModule):
             pyro.sample("obs", fn, obs=y)
         return output
 
+    @property
+    def parameter_sites(self) -> dict[str, str]:
+        """The latent site of each trainable parameter of the network, by every name that the parameter has."""
+        return dict(self._sites)
+
     def train(self, mode: bool = True) -> BNN:
         """As for any module, but the network stays in evaluation mode."""
         super().train(mode)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The command line: ``pyro-apd demo``, ``pyro-apd report``."""
+"""The command line: ``pyro-apd demo``, ``pyro-apd inspect`` and ``pyro-apd report``."""
 
 from __future__ import annotations
 
@@ -59,7 +59,23 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda (%(default)s)")
     demo.set_defaults(run=_run_demo)
     report_command.add_parser(commands)
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a file of a distilled posterior holds",
+        description="Prints what a file says of itself: versions, sites, generator, figures, notes. Nothing in it is "
+        "executed; its tensors are checked and not printed.",
+    )
+    inspect.add_argument("file", type=Path, metavar="FILE", help="what DistilledPosterior.save wrote")
+    inspect.add_argument("--json", action="store_true", help="the description as it stands in the file")
+    inspect.set_defaults(run=_run_inspect)
     return parser
+
+
+def _run_inspect(arguments: argparse.Namespace) -> int:
+    from pyro_apd import inspection
+
+    print(inspection.as_json(arguments.file) if arguments.json else inspection.describe(arguments.file))
+    return 0
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.overrides import TorchFunctionMode
 
+from pyro_apd.draw_linear import DrawLinear
 from pyro_apd.errors import ModelError
 from pyro_apd.layout import is_subsample
 
@@ -37,12 +38,47 @@ _CHUNK_BYTES = 2**26
 _ALIVE = 3
 
 
+class DrawSource:
+    """Draws that are made as they are used, some at a time, and the same each time.
+
+    :param make: from latents ``(n, L)`` to values ``(n, ...)`` by site.
+    :param Tensor latent_SL: latents of all draws.
+    :param names: the sites.
+    """
+
+    def __init__(self, make: Callable[[Tensor], Values], latent_SL: Tensor, names: Sequence[str]) -> None:
+        self._make, self._latent_SL, self.names = make, latent_SL, tuple(names)
+
+    def __len__(self) -> int:
+        return len(self._latent_SL)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def part(self, start: int, stop: int) -> Values:
+        """Draws ``start`` to ``stop``."""
+        return self._make(self._latent_SL[start:stop])
+
+
+#: Draws of a model's latents: at hand, or made as they are used.
+Draws = Mapping[str, Tensor] | DrawSource
+
+
+def draws_between(draws: Draws, start: int, stop: int) -> Values:
+    """Draws ``start`` to ``stop`` as tensors by site."""
+    if isinstance(draws, DrawSource):
+        return draws.part(start, stop)
+    return {name: value[start:stop] for name, value in draws.items()}
+
+
 def check_draws(draws: object, name: str = "draws") -> int:
     """Number of draws ``S`` in a dict of tensors ``(S, ...)``.
 
     :raises ValueError: if there are no sites or no draws, if a value is not a tensor with a leading dimension, or if
         leading dimensions disagree.
     """
+    if isinstance(draws, DrawSource) and len(draws):
+        return len(draws)
     if not isinstance(draws, Mapping) or not draws:
         raise ValueError(
             f"`{name}` must be a dict of tensors (S, ...) by site name with at least one site; got {draws!r:.80}."
@@ -74,12 +110,12 @@ def check_chunk_size(chunk_size: object) -> None:
         raise ValueError(f"`chunk_size` must be a positive int, or None to choose it by memory; got {chunk_size!r}.")
 
 
-def map_draws(function: DrawFunction, draws: Mapping[str, Tensor], num_draws: int, chunk_size: int) -> Values:
+def map_draws(function: DrawFunction, draws: Draws, num_draws: int, chunk_size: int) -> Values:
     """``function`` for each of ``num_draws`` draws, results stacked along a new first dimension.
 
     :param function: called as ``function(values, vectorised)``; ``vectorised`` is True under vmap, where validation is
         off.
-    :param draws: values ``(S, ...)`` by site; may be empty.
+    :param draws: values ``(S, ...)`` by site, or their source; may be empty.
     :param chunk_size: draws evaluated together.
     """
     try:
@@ -91,28 +127,47 @@ def map_draws(function: DrawFunction, draws: Mapping[str, Tensor], num_draws: in
         return map_sequentially(function, draws, num_draws, reason=error)
 
 
-def map_sequentially(function: DrawFunction, draws: Mapping[str, Tensor], num_draws: int, *, reason: object) -> Values:
+def map_sequentially(function: DrawFunction, draws: Draws, num_draws: int, *, reason: object) -> Values:
     """As :func:`map_draws`, one draw after another, with validation as the user has it; logs the ``reason``."""
+    log_one_by_one(num_draws, reason)
+    return map_one_by_one(function, draws, num_draws)
+
+
+def log_one_by_one(num_draws: int, reason: object) -> None:
+    """Says that draws are evaluated one by one, and why."""
     lines = str(reason).strip().splitlines() or [type(reason).__name__]
     _LOG.warning("Evaluating %d draws one by one, which is slower: %s", num_draws, lines[0])
-    rows = [function({name: value[i] for name, value in draws.items()}, False) for i in range(num_draws)]
+
+
+def map_one_by_one(function: DrawFunction, draws: Draws, num_draws: int) -> Values:
+    """As :func:`map_sequentially`, without a word."""
+    rows = [function(_draw(draws, i), False) for i in range(num_draws)]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _map_vectorised(function: DrawFunction, draws: Mapping[str, Tensor], num_draws: int, chunk_size: int) -> Values:
+def map_chunk(function: DrawFunction, part: Values, num_draws: int) -> Values:
+    """``function`` of ``num_draws`` draws together, under vmap; results may share memory with each other."""
     # The index gives vmap something to map over where a model has no latents.
     mapped = torch.vmap(lambda index, values: function(values, True), randomness="different")
+    with vmap_conditions(), nullcontext() if torch.is_grad_enabled() else DrawLinear():
+        return mapped(torch.arange(num_draws), part)
+
+
+def _draw(draws: Draws, i: int) -> Values:
+    return {name: value[0] for name, value in draws_between(draws, i, i + 1).items()}
+
+
+def _map_vectorised(function: DrawFunction, draws: Draws, num_draws: int, chunk_size: int) -> Values:
     whole: Values = {}
-    with vmap_conditions():
-        for start in range(0, num_draws, chunk_size):
-            stop = min(start + chunk_size, num_draws)
-            piece = mapped(torch.arange(start, stop), {name: value[start:stop] for name, value in draws.items()})
-            # Copied even where one chunk is all: a result may be a draw itself, or one value seen S times, and the
-            # caller may write to it.
-            if not whole:
-                whole = {name: value.new_empty((num_draws, *value.shape[1:])) for name, value in piece.items()}
-            for name, value in piece.items():
-                whole[name][start:stop] = value
+    for start in range(0, num_draws, chunk_size):
+        stop = min(start + chunk_size, num_draws)
+        piece = map_chunk(function, draws_between(draws, start, stop), stop - start)
+        # Copied even where one chunk is all: a result may be a draw itself, or one value seen S times, and the
+        # caller may write to it.
+        if not whole:
+            whole = {name: value.new_empty((num_draws, *value.shape[1:])) for name, value in piece.items()}
+        for name, value in piece.items():
+            whole[name][start:stop] = value
     return whole
 
 

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -18,17 +19,24 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_apd.draw_map import (
+    DrawFunction,
+    Draws,
     Footprint,
     Values,
     check_chunk_size,
     check_draws,
+    draws_between,
+    log_one_by_one,
+    map_chunk,
     map_draws,
+    map_one_by_one,
     sample_freshly,
     vmap_conditions,
 )
 from pyro_apd.errors import ModelError
 from pyro_apd.layout import is_subsample
 from pyro_apd.pyro_state import preserved_param_store
+from pyro_apd.row_cut import RowCut, plan_cut
 
 #: From the traced observed site to a tensor of shape ``batch_shape + (..., F)``: ``F`` numbers a datum.
 Summary = Callable[[Mapping[str, Any]], Tensor]
@@ -48,6 +56,22 @@ class _Rows:
     blocks: Tensor
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Some draws of some data.
+
+    :ivar slice draws: which draws.
+    :ivar slice data: which data.
+    :ivar int num_data: how many there are in all.
+    :ivar Tensor value: ``(draws, data, F)``.
+    """
+
+    draws: slice
+    data: slice
+    num_data: int
+    value: Tensor
+
+
 class ObservedSite:
     """One observed site of a model, evaluated for many draws of the latents.
 
@@ -65,27 +89,29 @@ class ObservedSite:
     def __init__(
         self,
         model: Callable[..., Any],
-        draws: Mapping[str, Tensor],
+        draws: Draws,
         args: tuple,
         kwargs: Mapping[str, Any],
         site: str | None = None,
     ) -> None:
         check_draws(draws)
         self.model = model
-        example = {name: value[0].detach() for name, value in draws.items()}
+        example = {name: value[0].detach() for name, value in draws_between(draws, 0, 1).items()}
         with preserved_param_store(), torch.no_grad(), poutine.block():
             known = set(pyro.get_param_store().keys())
             with Footprint() as self._footprint:
                 trace = poutine.trace(_Substitute(example)(model)).get_trace(*args, **kwargs)
             # Parameters that the model has just made, which it cannot make again under vmap.
             self._params = {name: trace.nodes[name]["value"] for name in trace.param_nodes if name not in known}
-            self.name = _choose_site(trace, draws, site)
+            self.name = _choose_site(trace, example, site)
             prototype = trace.nodes[self.name]
             #: The distribution at the example draw.
             self.fn = plain(prototype["fn"])
             #: Whether the arguments hold a value for it.
             self.is_observed = bool(prototype["is_observed"])
             self._batch_ndim = len(prototype["fn"].batch_shape)
+        # What the site is at the example draw, so that asking for it does not run the model again.
+        self._prototype, self._prototype_args = prototype, (*args, *kwargs.values())
         self._example = example
         self._dims = {frame.name: frame.dim for frame in prototype["cond_indep_stack"] if frame.vectorized}
         self._subsampled = {name: node for name, node in trace.nodes.items() if _is_choosing_rows(node)}
@@ -94,7 +120,7 @@ class ObservedSite:
     def evaluate(
         self,
         summary: Summary,
-        draws: Mapping[str, Tensor],
+        draws: Draws,
         args: tuple,
         kwargs: Mapping[str, Any],
         *,
@@ -106,20 +132,107 @@ class ObservedSite:
         """
         num_draws = check_draws(draws)
         check_chunk_size(chunk_size)
-        with preserved_param_store(), poutine.block():
-            if summary not in self._rows:
-                self._rows[summary] = self._find_rows(summary, args, kwargs)
-            rows = self._rows[summary]
-            if chunk_size is None:
+        if torch.is_grad_enabled():
+            with preserved_param_store(), poutine.block():
+                function = self._of_one_draw(summary, args, kwargs)
                 # With gradients all activations are kept anyway.
-                times = math.prod(len(plate.blocks) for plate in rows)
-                chunk_size = num_draws if torch.is_grad_enabled() else self._footprint.chunk_size(num_draws, times)
+                return map_draws(function, draws, num_draws, chunk_size or num_draws)["value"]
+        whole: list[Tensor] = []
 
-            def of_one(latents: Values, vectorised: bool) -> Values:
-                value = self._all_rows(summary, latents, args, kwargs, rows, {}, vectorised)
-                return {"value": value.reshape(-1, value.shape[-1])}
+        def keep(piece: Piece) -> None:
+            if not whole:
+                whole.append(piece.value.new_empty((num_draws, piece.num_data, piece.value.shape[-1])))
+            whole[0][piece.draws, piece.data] = piece.value
 
-            return map_draws(of_one, draws, num_draws, chunk_size)["value"]
+        self.stream(keep, summary, draws, args, kwargs, chunk_size=chunk_size)
+        return whole[0]
+
+    def stream(
+        self,
+        consume: Callable[[Piece], None],
+        summary: Summary,
+        draws: Draws,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        *,
+        chunk_size: int | None = None,
+    ) -> None:
+        """Gives ``consume`` the same a piece at a time, without gradients: draws in order, and all data of each.
+
+        Data are cut where that is known to make no difference; ``chunk_size`` counts draws.
+        """
+        num_draws = check_draws(draws)
+        check_chunk_size(chunk_size)
+        is_one_by_one = False
+        with preserved_param_store(), poutine.block(), torch.no_grad():
+            whole_rows = self._of_one_draw(summary, args, kwargs)
+            cut = None if self._rows[summary] else self._row_cut(summary, num_draws, chunk_size, args, kwargs)
+            functions = [(slice(None), whole_rows)] if cut is None else self._cut_functions(cut, summary, args, kwargs)
+            if chunk_size is None:
+                times = math.prod(len(plate.blocks) for plate in self._rows[summary])
+                chunk_size = self._footprint.chunk_size(num_draws, times) if cut is None else cut.num_draws
+            for start in range(0, num_draws, chunk_size):
+                stop = min(start + chunk_size, num_draws)
+                part = draws_between(draws, start, stop)
+                for data, function in functions:
+                    if not is_one_by_one:
+                        try:
+                            value = map_chunk(function, part, stop - start)["value"]
+                        except ModelError:
+                            raise
+                        except Exception as error:  # see draw_map.map_draws
+                            is_one_by_one = True
+                            log_one_by_one(num_draws, error)
+                    if is_one_by_one:
+                        value = map_one_by_one(function, part, stop - start)["value"]
+                    num_data = value.shape[1] if cut is None else cut.num_data
+                    consume(Piece(slice(start, stop), data, num_data, value))
+
+    def _of_one_draw(self, summary: Summary, args: tuple, kwargs: Mapping[str, Any]) -> DrawFunction:
+        if summary not in self._rows:
+            self._rows[summary] = self._find_rows(summary, args, kwargs)
+        rows = self._rows[summary]
+
+        def of_one(latents: Values, vectorised: bool) -> Values:
+            value = self._all_rows(summary, latents, args, kwargs, rows, {}, vectorised)
+            return {"value": value.reshape(-1, value.shape[-1])}
+
+        return of_one
+
+    def _row_cut(
+        self, summary: Summary, num_draws: int, chunk_size: int | None, args: tuple, kwargs: Mapping[str, Any]
+    ) -> RowCut | None:
+        """How to cut the rows of the arguments, or None where that may change results or is of no use.
+
+        Rows are independent where a few of them, alone, give what they give among all: a model that looks at other
+        rows (batch normalisation, a mean over the data) or at their number gives something else.
+        """
+        cut = plan_cut(self._footprint.largest, num_draws, chunk_size, args, kwargs)
+        if cut is None:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            try:
+                given = (*args, *kwargs.values())
+                is_known = len(given) == len(self._prototype_args) and all(
+                    map(operator.is_, given, self._prototype_args)
+                )
+                whole = summary(self._prototype) if is_known else self._at(summary, self._example, args, kwargs, {})
+                for span in (slice(0, 2), slice(cut.num_rows - 3, cut.num_rows)):
+                    alone = self._at(summary, self._example, *cut.of(span, args, kwargs), {})
+                    if whole.shape[0] != cut.num_rows or not _is_same(alone, whole[span]):
+                        return None
+            except Exception:  # a model that insists on its number of rows
+                return None
+        return replace(cut, num_data=whole[..., 0].numel())
+
+    def _cut_functions(
+        self, cut: RowCut, summary: Summary, args: tuple, kwargs: Mapping[str, Any]
+    ) -> list[tuple[slice, DrawFunction]]:
+        entries = cut.num_data // cut.num_rows
+        return [
+            (slice(span.start * entries, span.stop * entries), self._of_one_draw(summary, *cut.of(span, args, kwargs)))
+            for span in cut.spans()
+        ]
 
     @property
     def is_subsampled(self) -> bool:
@@ -275,6 +388,15 @@ def _blocks(size: int, shown: int, device: torch.device) -> Tensor:
     """Indices ``(blocks, shown)`` that cover ``size`` rows; the last row fills up the last block."""
     num_blocks = -(-size // shown)
     return torch.arange(num_blocks * shown, device=device).clamp(max=size - 1).reshape(num_blocks, shown)
+
+
+def _is_same(value: Tensor, expected: Tensor) -> bool:
+    """Whether two results are the same but for rounding."""
+    if value.shape != expected.shape:
+        return False
+    finite = expected.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return bool(torch.isclose(value, expected, rtol=1e-4, atol=1e-5 * scale).all())
 
 
 def _depends(function: Callable[[Tensor], Tensor], blocks: Tensor) -> bool:

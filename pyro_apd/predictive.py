@@ -23,7 +23,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
+from pyro_apd import summaries
 from pyro_apd.draw_map import (
+    Draws,
+    DrawSource,
     Footprint,
     Values,
     check_chunk_size,
@@ -33,10 +36,10 @@ from pyro_apd.draw_map import (
     parameters_valid,
     sample_freshly,
 )
-from pyro_apd.errors import ModelError
 from pyro_apd.layout import Layout, is_subsample
-from pyro_apd.observed_site import ObservedSite, plain
+from pyro_apd.observed_site import ObservedSite
 from pyro_apd.pyro_state import preserved_param_store
+from pyro_apd.reductions import reduce_outputs, reduction_names
 
 # A name that no site of a model has.
 _VALID = "_pyro_apd_parameters_valid"
@@ -60,6 +63,8 @@ class Predictive(pyro.infer.Predictive):
         ``posterior_samples``, all with a guide. None: all.
     :param bool parallel: use Pyro's own vectorisation by an outermost plate.
     :param int chunk_size: draws evaluated together; None chooses it by memory.
+    :param reduce: names of averages over draws to return instead of a value a draw, taken while draws pass by, in
+        memory that does not grow with their number: see :func:`reduce_outputs`.
     :raises ValueError: if there is nothing to take draws from, draws disagree in number, or a number is not positive.
     """
 
@@ -73,6 +78,7 @@ class Predictive(pyro.infer.Predictive):
         parallel: bool = False,
         *,
         chunk_size: int | None = None,
+        reduce: Collection[str] | str | None = None,
     ) -> None:
         if posterior_samples:
             check_draws(posterior_samples, "posterior_samples")
@@ -85,6 +91,9 @@ class Predictive(pyro.infer.Predictive):
         check_chunk_size(chunk_size)
         super().__init__(model, posterior_samples, guide, num_samples, return_sites, parallel)
         self.chunk_size = chunk_size
+        self.reduce = reduction_names(reduce)
+        if self.reduce is not None and (return_sites is None or len(return_sites) or parallel):
+            raise ValueError("`reduce` returns averages of the observed site; leave `return_sites` and `parallel` out.")
 
     def forward(self, *args: Any, **kwargs: Any) -> Values:
         """Values by site, each ``(S, ...)``.
@@ -94,17 +103,27 @@ class Predictive(pyro.infer.Predictive):
         :raises ValueError: if ``_RETURN`` is asked for and the model does not return a tensor.
         """
         with preserved_param_store(), torch.no_grad():
+            if self.reduce is not None:
+                return self._reduced(args, kwargs)
             if self.parallel or am_i_wrapped():
                 return {name: value.detach() for name, value in super().forward(*args, **kwargs).items()}
             if self.guide is None:
                 return self._predict(self.posterior_samples, self.return_sites, args, kwargs)
             return self._predict(self._guide_draws(args, kwargs), self.return_sites or None, args, kwargs)
 
-    def _guide_draws(self, args: tuple, kwargs: dict[str, Any]) -> Values:
+    def _reduced(self, args: tuple, kwargs: dict[str, Any]) -> Values:
+        draws: Draws = self.posterior_samples if self.guide is None else self._guide_draws(args, kwargs)
+        if not isinstance(draws, DrawSource) and not draws:
+            raise ValueError("`reduce` needs posterior_samples or a guide; averages over the prior are not offered.")
+        assert self.reduce is not None
+        return reduce_outputs(self.model, draws, *args, names=self.reduce, chunk_size=self.chunk_size, **kwargs)
+
+    def _guide_draws(self, args: tuple, kwargs: dict[str, Any]) -> Draws:
         """Values of the guide's sites, shaped as the guide has them: without singleton dimensions for plates."""
         if isinstance(getattr(self.guide, "layout", None), Layout) and hasattr(self.guide, "get_samples"):
             self._check_sites(self.guide.layout, args, kwargs)
-            return self.guide.get_samples(self.num_samples)
+            make: Callable[[int], Draws] = getattr(self.guide, "stream", self.guide.get_samples)
+            return make(self.num_samples)
         trace, footprint = _prototype(self.guide, args, kwargs)
         names = [*trace.stochastic_nodes, *trace.observation_nodes]
         return self._evaluate(self.guide, {}, names, footprint, args, kwargs)
@@ -123,23 +142,24 @@ class Predictive(pyro.infer.Predictive):
             )
 
     def _predict(
-        self, draws: Values, return_sites: Collection[str] | None, args: tuple, kwargs: dict[str, Any]
+        self, draws: Draws, return_sites: Collection[str] | None, args: tuple, kwargs: dict[str, Any]
     ) -> Values:
         trace, footprint = _prototype(self.model, args, kwargs)
         shapes = {name: (self.num_samples, *shape) for name, shape in _shapes(trace, draws, return_sites).items()}
+        at_hand = {} if isinstance(draws, DrawSource) else draws
         computed = self._evaluate(
-            self.model, draws, [name for name in shapes if name not in draws], footprint, args, kwargs
+            self.model, draws, [name for name in shapes if name not in at_hand], footprint, args, kwargs
         )
         # A latent given is returned as given; a copy, so that writing to a result leaves the posterior alone.
         return {
-            name: computed[name].reshape(shape) if name in computed else draws[name].clone().reshape(shape)
+            name: computed[name].reshape(shape) if name in computed else at_hand[name].clone().reshape(shape)
             for name, shape in shapes.items()
         }
 
     def _evaluate(
         self,
         model: Callable[..., Any],
-        draws: Values,
+        draws: Draws,
         names: list[str],
         footprint: Footprint,
         args: tuple,
@@ -192,9 +212,7 @@ def _prototype(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -
     return trace, footprint
 
 
-def _shapes(
-    trace: Any, draws: Mapping[str, Tensor], return_sites: Collection[str] | None
-) -> dict[str, tuple[int, ...]]:
+def _shapes(trace: Any, draws: Draws, return_sites: Collection[str] | None) -> dict[str, tuple[int, ...]]:
     """Sites to return and the shape of one draw of each, as Pyro has them: plates that a site is not in count as 1."""
     shapes = {}
     for name in (*trace.stochastic_nodes, *trace.observation_nodes):
@@ -235,7 +253,7 @@ class Outputs:
 
 def outputs(
     model: Callable[..., Any],
-    draws: Mapping[str, Tensor],
+    draws: Draws,
     *args: Any,
     site: str | None = None,
     chunk_size: int | None = None,
@@ -246,31 +264,33 @@ def outputs(
     All rows are covered, also those that a plate with ``subsample_size`` leaves out in training.
 
     :param callable model: a Pyro model; it makes no difference whether it is given its targets.
-    :param dict draws: values of the latents ``(S, ...)`` by site.
+    :param draws: values of the latents ``(S, ...)`` by site, or :meth:`DistilledPosterior.stream
+        <pyro_apd.posterior.DistilledPosterior.stream>`, of which a chunk at a time is made.
     :param args: arguments of the model.
     :param str site: the observed site; needed where several sample sites are not in ``draws``.
-    :param int chunk_size: draws evaluated together; None chooses it by memory.
+    :param int chunk_size: draws evaluated together; None chooses it by memory, and cuts the data on a CPU into blocks
+        of rows where rows are found not to depend on each other.
     :param kwargs: keyword arguments of the model.
     :raises ValueError: if draws are malformed, or ``site`` is not one of the model's.
     :raises ModelError: if the model has no observed site, or several and ``site`` is None.
     """
     with torch.no_grad():
         observed = ObservedSite(model, draws, args, kwargs, site)
-        kind = _kind(observed.fn)
-        if kind == "other" and not _has_moments(observed.fn):
+        kind = summaries.kind(observed.fn)
+        if kind == "other" and not summaries.has_moments(observed.fn):
             return Outputs(kind, observed.name)
-        summary = _function if kind in ("categorical", "bernoulli") else _moments
+        summary = summaries.function if kind in ("categorical", "bernoulli") else summaries.moments
         value = observed.evaluate(summary, draws, args, kwargs, chunk_size=chunk_size)
     if kind == "categorical":
-        return Outputs(kind, observed.name, probs_SNK=value.exp())
+        return Outputs(kind, observed.name, probs_SNK=value.exp_())
     if kind == "bernoulli":
-        return Outputs(kind, observed.name, probs_SNK=torch.cat([-value, value], dim=-1).sigmoid())
+        return Outputs(kind, observed.name, probs_SNK=torch.cat([-value, value], dim=-1).sigmoid_())
     return Outputs(kind, observed.name, mean_SN=value[..., 0], variance_SN=value[..., 1])
 
 
 def function_values(
     model: Callable[..., Any],
-    draws: Mapping[str, Tensor],
+    draws: Draws,
     *args: Any,
     site: str | None = None,
     chunk_size: int | None = None,
@@ -285,7 +305,8 @@ def function_values(
     :raises ValueError: if draws are malformed, or ``site`` is not one of the model's.
     :raises ModelError: if there is not one observed site, or its distribution has no mean and variance.
     """
-    return FunctionView(model, draws, *args, site=site, **kwargs)(draws, chunk_size=chunk_size)
+    view = FunctionView(model, draws, *args, site=site, **kwargs)
+    return view(draws, chunk_size=chunk_size)
 
 
 class FunctionView:
@@ -301,7 +322,7 @@ class FunctionView:
     def __init__(
         self,
         model: Callable[..., Any],
-        draws: Mapping[str, Tensor],
+        draws: Draws,
         *args: Any,
         site: str | None = None,
         **kwargs: Any,
@@ -309,23 +330,20 @@ class FunctionView:
         self._args, self._kwargs = args, kwargs
         self._observed = ObservedSite(model, draws, args, kwargs, site)
         fn = self._observed.fn
-        if _kind(fn) == "other" and not _has_moments(fn):
-            raise ModelError(
-                f"Site '{self._observed.name}' has distribution {type(fn).__name__}, which has no mean and variance to "
-                "serve as function values. Give it a distribution with moments."
-            )
+        if summaries.kind(fn) == "other" and not summaries.has_moments(fn):
+            raise summaries.without_moments(self._observed)
 
-    def __call__(self, draws: Mapping[str, Tensor], *args: Any, chunk_size: int | None = None) -> Tensor:
+    def __call__(self, draws: Draws, *args: Any, chunk_size: int | None = None) -> Tensor:
         """``(S, N, F)`` for draws ``(S, ...)``; ``args`` replace the positional arguments of the model."""
         observed = self._observed
         if args and observed.is_subsampled:
             observed = ObservedSite(observed.model, draws, args, self._kwargs, observed.name)
-        return observed.evaluate(_function, draws, args or self._args, self._kwargs, chunk_size=chunk_size)
+        return observed.evaluate(summaries.function, draws, args or self._args, self._kwargs, chunk_size=chunk_size)
 
 
 def log_likelihood(
     model: Callable[..., Any],
-    draws: Mapping[str, Tensor],
+    draws: Draws,
     *args: Any,
     site: str | None = None,
     chunk_size: int | None = None,
@@ -348,67 +366,12 @@ def log_likelihood(
                 f"The arguments hold no observations for site '{observed.name}'; call as "
                 "log_likelihood(model, draws, x, y) with the targets that the model takes."
             )
-        log_prob_SN, in_support_SN = observed.evaluate(_log_prob, draws, args, kwargs, chunk_size=chunk_size).unbind(-1)
+        log_prob_SN, in_support_SN = observed.evaluate(
+            summaries.log_prob, draws, args, kwargs, chunk_size=chunk_size
+        ).unbind(-1)
     if dist.is_validation_enabled() and not in_support_SN.all():
         raise ValueError(
             f"{int((in_support_SN == 0).any(0).sum())} observations of site '{observed.name}' cannot come from its "
             f"distribution, {type(observed.fn).__name__}; check the targets for NaN and for values out of range."
         )
     return log_prob_SN
-
-
-def _kind(fn: Any) -> str:
-    if isinstance(fn, (dist.Categorical, dist.OneHotCategorical)):
-        return "categorical"
-    if isinstance(fn, dist.Bernoulli):
-        return "bernoulli"
-    return "normal" if isinstance(fn, dist.Normal) else "other"
-
-
-def _has_moments(fn: Any) -> bool:
-    try:
-        return bool((fn.mean.isfinite() & fn.variance.isfinite()).any())
-    except NotImplementedError:
-        return False
-
-
-def _function(site: Mapping[str, Any]) -> Tensor:
-    """See :func:`function_values`; ``batch_shape + event_shape + (F,)``."""
-    fn = plain(site["fn"])
-    kind = _kind(fn)
-    if kind == "categorical":
-        return fn.logits  # which the distribution has normalised
-    if kind == "bernoulli":
-        return fn.logits.unsqueeze(-1)
-    if kind == "normal":
-        return torch.stack([fn.loc, fn.scale.log()], dim=-1)
-    mean, variance = _moments(site).unbind(-1)
-    return torch.stack([mean, 0.5 * variance.clamp(min=torch.finfo(variance.dtype).tiny).log()], dim=-1)
-
-
-def _moments(site: Mapping[str, Any]) -> Tensor:
-    fn = plain(site["fn"])
-    if isinstance(fn, dist.StudentT):  # whose own moments are filled in place, which vmap cannot do
-        mean = torch.where(fn.df > 1, fn.loc, torch.nan)
-        variance = torch.where(fn.df > 2, fn.scale**2 * fn.df / (fn.df - 2), torch.inf).where(fn.df > 1, torch.nan)
-    else:
-        mean, variance = torch.broadcast_tensors(fn.mean, fn.variance)
-    return torch.stack([mean, variance], dim=-1)
-
-
-def _log_prob(site: Mapping[str, Any]) -> Tensor:
-    fn, mask = site["fn"], site["mask"]
-    log_prob = fn.log_prob(site["value"])
-    if log_prob.shape != fn.batch_shape:
-        raise ModelError(
-            f"Site '{site['name']}' has observations of shape {tuple(site['value'].shape)}, but its distribution is "
-            f"for {tuple(fn.batch_shape + fn.event_shape)}: every observation would count several times. Reshape the "
-            "targets."
-        )
-    if mask is not None:
-        log_prob = torch.where(torch.as_tensor(mask, device=log_prob.device), log_prob, torch.zeros_like(log_prob))
-    try:
-        in_support = fn.support.check(site["value"]).expand_as(log_prob)
-    except NotImplementedError:
-        in_support = torch.ones_like(log_prob)
-    return torch.stack([log_prob, in_support.to(log_prob.dtype)], dim=-1)

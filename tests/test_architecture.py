@@ -16,17 +16,29 @@ PACKAGE = Path(pyro_apd.__file__).parent
 
 # From the ground up; a module may import from lower floors, and from its own room.
 FLOORS = [
-    {"errors", "metrics", "uncertainty", "datasets", "pyro_state"},
-    {"layout", "bnn"},
-    {"draw_map", "minibatch", "capture"},
+    {
+        "errors",
+        "metrics",
+        "uncertainty",
+        "datasets",
+        "pyro_state",
+        "precision",
+        "draw_linear",
+        "row_cut",
+        "fingerprint",
+    },
+    {"layout", "bnn", "container"},
+    {"draw_map", "minibatch", "capture", "estimates", "networks"},
     {"scaling", "observed_site"},
+    {"summaries"},
+    {"reductions"},
     {"potential", "predictive"},
     {"kernels", "generators"},
     {"artifact"},
     {"posterior", "chains"},
     {"distill"},
-    {"diagnostics"},
-    {"demo"},
+    {"diagnostics", "baselines"},
+    {"demo", "inspection"},
     {"cli"},
 ]
 

@@ -12,15 +12,20 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch.distributions import constraints
 
-from pyro_apd import artifact
+from pyro_apd import artifact, container
 from pyro_apd.artifact import METADATA_KEY, Artifact
+from pyro_apd.container import DIGEST_NAME
 from pyro_apd.errors import ArtifactError
 from pyro_apd.layout import Layout
 
 
 def example():
     layout = Layout({"w": (2, 3), "scale": ()}, {"scale": constraints.positive})
-    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.int64)}
+    tensors = {
+        "a": torch.arange(6.0).reshape(2, 3),
+        "b": torch.tensor([1, 2], dtype=torch.int64),
+        "c": torch.ones(2, 3),
+    }
     return Artifact(layout, {"kind": "some", "size": 3}, tensors, 50, {"seed": 3, "note": "é"}, {"loss": [1.0, 0.5]})
 
 
@@ -40,7 +45,7 @@ def edited(path, change):
     change(header, description)
     if METADATA_KEY in header.get("__metadata__", {}):
         header["__metadata__"][METADATA_KEY] = json.dumps(description)
-    text = json.dumps(header).encode()
+    text = json.dumps(header).replace('"twice": null', '"a": {}').encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + contents[8 + length :])
     return path
 
@@ -113,7 +118,7 @@ def set_format(value):
 
 
 CHANGES = {
-    "newer format": (set_format(2), "reads up to 1. Update it"),
+    "newer format": (set_format(3), "reads up to 2. Update it"),
     "format is text": (set_format("1"), "format version is '1'"),
     "no format": (lambda h, d: d.pop("format"), "cannot be read"),
     "no generator": (lambda h, d: d.pop("generator"), "'generator'"),
@@ -125,6 +130,26 @@ CHANGES = {
     "unknown dtype": (lambda h, d: h["a"].update(dtype="PICKLE"), "malformed"),
     "tensor is text": (lambda h, d: h.update(a="x"), "malformed"),
     "offsets are text": (lambda h, d: h["a"].update(data_offsets="x"), "malformed"),
+    "name twice": (lambda h, d: h.update(twice=None), "name occurs twice"),
+    "version of no digest": (set_format(1), "of version 1, it has a digest"),
+    "digest of another kind": (lambda h, d: h[DIGEST_NAME].update(shape=[4, 8]), "its digest is U8"),
+    "no digest": (lambda h, d: h.update(other=h.pop(DIGEST_NAME)), "of version 2, it lacks a digest"),
+    "tensors swapped": (lambda h, d: h.update(a=h["c"], c=h["a"]), "SHA-256"),
+    "tensor renamed": (lambda h, d: h.update(z=h.pop("a")), "SHA-256"),
+    "other notes": (lambda h, d: d["metadata"].update(note="e"), "SHA-256"),
+    "dtype unknown": (lambda h, d: d.update(dtype="int4"), "dtype 'int4' is none of"),
+    "no draws by default": (lambda h, d: d.update(num_samples=0), "num_samples is 0"),
+    "endless draws by default": (lambda h, d: d.update(num_samples=10**12), "num_samples is 1000000000000"),
+    "true draws by default": (lambda h, d: d.update(num_samples=True), "num_samples is True"),
+    "sites out of nothing": (
+        lambda h, d: d["layout"].append({"name": "m", "shape": [10**9, 1], "support": {"kind": "simplex"}}),
+        "sites of 1000000007 numbers",
+    ),
+    "sites whose size overflows": (
+        lambda h, d: d["layout"].append({"name": "m", "shape": [2**32, 2**32], "support": {"kind": "real"}}),
+        "far more than its generator determines",
+    ),
+    "many dimensions": (lambda h, d: h["a"].update(shape=[1] * 10_000), "malformed"),
     "no metadata": (lambda h, d: h.pop("__metadata__"), "no distilled posterior"),
 }
 
@@ -154,20 +179,45 @@ def test_flipped_bytes_read_right_or_are_refused(path, data):
         again = artifact.read(path)
     except ArtifactError:
         return
-    assert isinstance(again.layout, Layout)
-    assert sum(v.numel() * v.element_size() for v in again.tensors.values()) < len(contents)
+    assert artifact.to_bytes(again) == artifact.to_bytes(example())
 
 
-def test_tensors_are_checked_against_the_description():
-    expected = {"a": torch.zeros(2, device="meta"), "b": torch.zeros((), dtype=torch.int64, device="meta")}
-    good = {"a": torch.ones(2), "b": torch.tensor(1)}
-    artifact.check_tensors(good, expected, "file")
-    for bad, message in (
-        ({"a": torch.ones(2)}, r"missing \['b'\]"),
-        ({**good, "c": torch.ones(1)}, r"not known \['c'\]"),
-        ({**good, "a": torch.ones(3)}, "shape"),
-        ({**good, "a": torch.ones(2, dtype=torch.int64)}, "int64"),
-        ({**good, "a": torch.tensor([1.0, float("nan")])}, "NaN"),
+def test_tensors_are_held_to_what_is_expected(path):
+    expected = {n: torch.empty_like(v, device="meta") for n, v in example().tensors.items()}
+    assert set(artifact.read(path, lambda config: expected).tensors) == set(expected)
+    meta = {"device": "meta"}
+    for change, message in (
+        ({"d": torch.zeros(2, **meta)}, r"missing \['d'\]"),
+        ({"a": torch.zeros(3, 2, **meta)}, r"asks for torch.float32 of shape \(3, 2\)"),
+        ({"b": torch.zeros(2, **meta)}, "'b' is torch.int64"),
     ):
         with pytest.raises(ArtifactError, match=message):
-            artifact.check_tensors(bad, expected, "file")
+            artifact.read(path, lambda config, change=change: {**expected, **change})
+    with pytest.raises(ArtifactError, match=r"not known \['a'\]"):
+        artifact.read(path, lambda config: {n: v for n, v in expected.items() if n != "a"})
+
+
+def test_expectations_are_checked_before_anything_is_read(path, monkeypatch):
+    monkeypatch.setattr(container, "read_tensors", lambda *args: pytest.fail("tensors were read"))
+    with pytest.raises(ArtifactError, match="missing"):
+        artifact.read(path, lambda config: {"z": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_must_be_finite(tmp_path, value):
+    artifact.write(Artifact(example().layout, {}, {"a": torch.tensor([1.0, value])}), tmp_path / "p")
+    with pytest.raises(ArtifactError, match="'a' holds NaN or infinite"):
+        artifact.read(tmp_path / "p")
+
+
+@pytest.mark.parametrize("num_samples", [0, -1, 10**7])
+def test_unusable_default_numbers_of_draws_are_not_written(num_samples):
+    with pytest.raises(ValueError, match="num_samples="):
+        artifact.to_bytes(Artifact(example().layout, {}, {}, num_samples))
+
+
+def test_scales_belong_to_integers(tmp_path):
+    wrong = Artifact(example().layout, {}, {"a": torch.ones(2, 3), "a#scale": torch.ones(2)}, dtype="int8")
+    artifact.write(wrong, tmp_path / "p")
+    with pytest.raises(ArtifactError, match="with scales"):
+        artifact.read(tmp_path / "p")

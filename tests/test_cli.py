@@ -1,9 +1,11 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
+import json
 import os
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 import pyro_apd
 from pyro_apd.cli import main
 from pyro_apd.demo import one_thread, require_device
+from pyro_apd.posterior import DistilledPosterior
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +97,48 @@ def test_version(capsys):
         main(["--version"])
     assert stopped.value.code == 0
     assert pyro_apd.__version__ in capsys.readouterr().out
+
+
+FILES = Path(__file__).parent / "files"
+
+
+def test_inspect_prints_what_a_file_holds(capsys):
+    assert main(["inspect", str(FILES / "posterior_v2_int8.safetensors")]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "format 2, 14,206 bytes, int8",
+        "pyro_apd 0.1.0",
+        "521 numbers in 4 sites; 50 by default",
+        "mix [3], Simplex(), by StickBreakingTransform",
+        "kind=paper",
+        "layers.6.weight [521, 16] I8, 8,336 bytes",
+        "notes: second format",
+        "loss (2 numbers)",
+    ):
+        assert part in text, part
+
+
+def test_inspect_as_json(capsys):
+    assert main(["inspect", "--json", str(FILES / "posterior_v1_paper.safetensors")]) == 0
+    description = json.loads(capsys.readouterr().out)
+    assert description["format"] == 1
+    assert description["metadata"]["notes"] == "first format"
+    assert [site["name"] for site in description["layout"]] == ["net.0.weight", "scale", "mix"]
+
+
+def test_inspect_refuses_what_is_no_posterior(capsys, tmp_path):
+    (tmp_path / "notes").write_text("not a posterior, but long enough to have a header")
+    assert main(["inspect", str(tmp_path / "notes")]) == 2
+    assert "not a safetensors file" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "none")]) == 2
+
+
+def test_inspect_writes_no_control_characters(capsys, tmp_path):
+    posterior = DistilledPosterior.load(FILES / "posterior_v1_paper.safetensors")
+    posterior.metadata["notes"] = "\x1b[2Jwiped\n" + "long " * 100
+    posterior.save(tmp_path / "p")
+    assert main(["inspect", str(tmp_path / "p")]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert "\\x1b[2Jwiped\\n" in text
+    assert max(map(len, text.splitlines()[1:])) < 130

@@ -17,6 +17,7 @@ from torch.distributions import constraints
 
 import pyro_apd.posterior
 from pyro_apd.errors import ArtifactError
+from pyro_apd.generators import PaperGenerator, build_generator
 from pyro_apd.layout import Layout
 from pyro_apd.posterior import NOISE_SITE, DistilledPosterior
 from pyro_apd.predictive import Predictive as VectorisedPredictive
@@ -43,6 +44,8 @@ class Affine(nn.Module):
 @pytest.fixture(autouse=True)
 def _affine_generators(monkeypatch):
     def build(config):
+        if config.get("kind") == "paper":
+            return build_generator(config)
         if config.get("kind") != "affine":
             raise ValueError(f"unknown generator {config.get('kind')!r}")
         return Affine(config["size"])
@@ -161,6 +164,50 @@ def test_dtype_follows_to(tmp_path):
     assert DistilledPosterior.load(tmp_path / "p").get_samples(2)["mix"].dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_rounded_is_what_a_file_would_draw(tmp_path, dtype):
+    layout = Layout({"w": (90, 100)})
+    posterior = DistilledPosterior(layout, PaperGenerator(layout.size, 3, 16), metadata={"seed": 1})
+    rounded, before = posterior.rounded(dtype), posterior.get_samples(3, seed=1)["w"]
+    posterior.save(tmp_path / "p", dtype)
+    loaded = DistilledPosterior.load(tmp_path / "p")
+    assert torch.equal(rounded.get_samples(3, seed=1)["w"], loaded.get_samples(3, seed=1)["w"])
+    assert rounded.num_bytes == loaded.num_bytes == (tmp_path / "p").stat().st_size
+    assert rounded.storage_dtype == loaded.storage_dtype == dtype
+    assert rounded.metadata == {"seed": 1}
+    loaded.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "p").read_bytes()
+    assert torch.equal(posterior.get_samples(3, seed=1)["w"], before)
+
+
+def test_storage_dtype_is_what_save_and_num_bytes_follow(tmp_path):
+    layout = Layout({"w": (90, 100)})
+    posterior = DistilledPosterior(layout, PaperGenerator(layout.size, 3, 16), storage_dtype="int8")
+    small = posterior.num_bytes
+    posterior.save(tmp_path / "small")
+    posterior.save(tmp_path / "large", "float32")
+    posterior.storage_dtype = "float32"
+    assert (tmp_path / "small").stat().st_size == small < 0.4 * posterior.num_bytes
+    assert (tmp_path / "large").stat().st_size == posterior.num_bytes
+    for refused in (
+        lambda: setattr(posterior, "storage_dtype", "int4"),
+        lambda: DistilledPosterior(layout, posterior.generator, storage_dtype="float64"),
+        lambda: posterior.save(tmp_path / "none", "half"),
+        lambda: posterior.rounded("int2"),
+    ):
+        with pytest.raises(ValueError, match="must be one of 'float32', 'float16', 'bfloat16', 'int8'"):
+            refused()
+    assert not (tmp_path / "none").exists()
+
+
+def test_loading_leaves_random_numbers_alone(tmp_path):
+    layout = Layout({"w": (3, 4)})
+    DistilledPosterior(layout, PaperGenerator(layout.size, 3, 4)).save(tmp_path / "p")
+    before = torch.get_rng_state()
+    DistilledPosterior.load(tmp_path / "p")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_file_of_another_model_is_told():
     model, posterior = of_classifier()
     posterior.check_model(model, X)
@@ -230,3 +277,32 @@ def test_guide_for_svi_is_refused_with_the_reason():
         svi.step(X, labels)
     with pytest.raises(NotImplementedError, match="implicit"):
         WeighedPredictive(model, guide=posterior, num_samples=2)(X, labels)
+
+
+@pytest.mark.parametrize("num_samples", [1, 0, 2.5])
+def test_estimates_need_draws(num_samples):
+    posterior = mixed()
+    for estimate in (posterior.median, posterior.mean_and_sd, lambda n: posterior.quantiles(0.5, n)):
+        with pytest.raises(ValueError, match="must be an integer of at least 2"):
+            estimate(num_samples)
+
+
+def test_estimates_are_of_the_generators_law():
+    posterior = mixed()
+    mean, sd = posterior.mean_and_sd(4000, seed=0)
+    median = posterior.median(4000, seed=0)
+    exact = torch.linspace(-1, 1, 9)[:6].reshape(2, 3)
+    assert bool(((mean["w"] - exact).abs() < 4 * mean.error["w"]).all())
+    assert bool(((median["w"] - exact).abs() < 5 * median.error["w"]).all())
+    assert bool(((sd["w"] - 0.5).abs() < 4 * sd.error["w"]).all())
+    assert torch.equal(posterior.median(100, seed=1)["mix"], posterior.median(100, seed=1)["mix"])
+
+
+def test_a_stream_is_what_get_samples_gives():
+    posterior = mixed()
+    stream, draws = posterior.stream(7, seed=2), posterior.get_samples(7, seed=2)
+    assert len(stream) == 7
+    assert "mix" in stream
+    for name, value in stream.part(2, 5).items():
+        assert torch.equal(value, draws[name][2:5])
+        assert torch.equal(value, stream.part(2, 5)[name])

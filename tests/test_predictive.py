@@ -3,6 +3,7 @@
 
 """`Predictive` against Pyro's own, run draw by draw, on models of every kind that a user may bring."""
 
+import functools
 import logging
 
 import pyro
@@ -17,8 +18,11 @@ from pyro.nn.module import to_pyro_module_
 from pyro.poutine.messenger import Messenger
 from torch import nn
 
+from pyro_apd import uncertainty
 from pyro_apd.layout import Layout, is_subsample
-from pyro_apd.predictive import Predictive
+from pyro_apd.posterior import DistilledPosterior
+from pyro_apd.predictive import Predictive, outputs
+from pyro_apd.reductions import reduce_outputs
 
 S, N = 7, 5
 
@@ -520,3 +524,98 @@ def test_a_result_is_the_callers_to_write_to():
 def test_a_return_value_that_is_no_tensor():
     with pytest.raises(ValueError, match=r"'_RETURN'.*NoneType.*pyro.deterministic"):
         Predictive(subsampled, num_samples=2, return_sites=("_RETURN",))(torch.ones(4, 3))
+
+
+# Averages while draws pass by
+
+
+class _Affine(nn.Module):
+    """Draws ``0.5 * latent``, and keeps account of how many at a time."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.output_size = self.latent_size = size
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.made = []
+
+    def forward(self, latent):
+        self.made.append(len(latent))
+        return self.scale * latent
+
+
+def _distilled(model, x):
+    trace = poutine.trace(model).get_trace(x)
+    layout = Layout.from_trace(trace, [name for name in trace.stochastic_nodes if name not in ("obs", "data")])
+    return DistilledPosterior(layout, _Affine(layout.size))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_scores_by_reduction_are_those_of_all_draws(chunk_size):
+    model, x = Classifier(), torch.randn(N, 3)
+    posterior = _distilled(model, x)
+    names = ("mean_probability", "mutual_information", "variation_ratio")
+    draws = posterior.get_samples(11, seed=1)
+    posterior.stream = functools.partial(posterior.stream, seed=1)
+    scores = Predictive(model, guide=posterior, num_samples=11, reduce=names, chunk_size=chunk_size)(x)
+    probs_SNK = outputs(model, draws, x).probs_SNK
+    assert tuple(scores) == names
+    torch.testing.assert_close(scores["mean_probability"], probs_SNK.mean(0))
+    torch.testing.assert_close(scores["mutual_information"], uncertainty.mutual_information(probs_SNK))
+    torch.testing.assert_close(scores["variation_ratio"], uncertainty.variation_ratio(probs_SNK))
+    again = Predictive(model, draws, reduce="mutual_information")(x)
+    torch.testing.assert_close(again["mutual_information"], scores["mutual_information"])
+
+
+def test_networks_are_made_a_chunk_at_a_time():
+    model, x = Classifier(), torch.randn(N, 3)
+    posterior = _distilled(model, x)
+    Predictive(model, guide=posterior, num_samples=50, chunk_size=4, reduce="mean_probability")(x)
+    assert max(posterior.generator.made) == 4
+    probs_SNK = outputs(model, posterior.stream(50, seed=2), x, chunk_size=4).probs_SNK
+    assert max(posterior.generator.made) == 4
+    torch.testing.assert_close(probs_SNK, outputs(model, posterior.get_samples(50, seed=2), x).probs_SNK)
+
+
+def test_latents_of_a_streamed_guide_are_returned():
+    model, x = Classifier(), torch.randn(N, 3)
+    posterior = _distilled(model, x)
+    values = Predictive(model, guide=posterior, num_samples=6, chunk_size=4)(x)
+    assert values["net.0.weight"].shape == (6, 1, 4, 3)
+    assert len(values["net.0.weight"].flatten(1).unique(dim=0)) == 6
+    assert values["obs"].shape == (6, N)
+    assert set(Predictive(model, guide=posterior, num_samples=6, return_sites=("obs",))(x)) == {"obs"}
+
+
+def test_moments_by_reduction():
+    model, x = Regression(), torch.randn(N, 3)
+    draws = _distilled(model, x).get_samples(9)
+    got = Predictive(model, draws, reduce=("mean", "variance"))(x)
+    both = outputs(model, draws, x)
+    torch.testing.assert_close(got["mean"], both.mean_SN.mean(0))
+    torch.testing.assert_close(got["variance"], both.variance_SN.mean(0) + both.mean_SN.var(0, correction=0))
+
+
+def test_bernoulli_by_reduction():
+    def model(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Bernoulli(logits=x @ w))
+
+    draws, x = {"w": torch.randn(9, 3)}, torch.randn(N, 3)
+    got = reduce_outputs(model, draws, x, names=["mean_probability", "expected_entropy"])
+    probs_SNK = outputs(model, draws, x).probs_SNK
+    torch.testing.assert_close(got["mean_probability"], probs_SNK.mean(0))
+    torch.testing.assert_close(got["expected_entropy"], uncertainty.expected_entropy(probs_SNK))
+
+
+def test_reductions_that_cannot_be():
+    model, x = Regression(), torch.randn(N, 3)
+    draws = _distilled(model, x).get_samples(3)
+    with pytest.raises(ValueError, match=r"`reduce` must name some of mean_probability.*got \['entropy'\]"):
+        Predictive(model, draws, reduce="entropy")
+    with pytest.raises(ValueError, match="must name some of mean, variance"):
+        Predictive(model, draws, reduce="mutual_information")(x)
+    with pytest.raises(ValueError, match="leave `return_sites` and `parallel` out"):
+        Predictive(model, draws, reduce="mean", return_sites=("obs",))
+    with pytest.raises(ValueError, match="needs posterior_samples or a guide"):
+        Predictive(model, num_samples=3, reduce="mean")(x)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import pyro_apd
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -17,7 +19,7 @@ def blocks(language):
 
 @pytest.mark.slow
 def test_the_twenty_lines(tmp_path, monkeypatch, capsys):
-    code, chains = blocks("python")
+    code, chains, _ = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 25
     monkeypatch.chdir(tmp_path)
     scope = {}
@@ -45,3 +47,14 @@ def test_local_links_and_pictures_exist():
     for target in targets:
         if not target.startswith("http"):
             assert (README.parent / target).exists(), target
+
+
+def test_what_the_file_section_says_exists():
+    *_, section = blocks("python")
+    for name in re.findall(r"apd\.([\w.]+)\(", section):
+        thing = pyro_apd
+        for part in name.split("."):
+            thing = getattr(thing, part)
+    for name in re.findall(r"posterior\.(\w+)\(", section):
+        assert hasattr(pyro_apd.DistilledPosterior, name), name
+    compile(section, str(README), "exec")
