@@ -66,7 +66,7 @@ class Probes:
         """``count`` probes, by torch's global generator."""
         device, num_rows = self._rows[0].device, len(self._rows[0])
         first, second = torch.randint(num_rows, (2, count), device=device)
-        amount = torch.rand(count, device=device).square()
+        amount = torch.rand(count, device=device)
         return tuple(
             value[first] if bounds is None or self._as_they_are else _vary(value, bounds, first, second, amount)
             for value, bounds in zip(self._rows, self._ranges, strict=True)
