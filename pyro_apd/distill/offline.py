@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_apd.bnn import BNN
 from pyro_apd.distill.critic import GAMES
 from pyro_apd.distill.failure import DistillationError, DistillationWarning, find_failures
 from pyro_apd.distill.objective import (
@@ -28,11 +29,13 @@ from pyro_apd.distill.objective import (
 from pyro_apd.distill.probes import Probes, RowArguments
 from pyro_apd.distill.source import HELD_OUT, Source, read_source, split_held_out
 from pyro_apd.distill.training import Schedule, Training, train
+from pyro_apd.fingerprint import fingerprint
 from pyro_apd.generators import GENERATORS, CoordinateGenerator, Generator, PaperGenerator
 from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.generators.residual import Block
 from pyro_apd.layout import Layout
 from pyro_apd.posterior import DistilledPosterior
+from pyro_apd.precision import check_dtype
 from pyro_apd.predictive import FunctionView, outputs
 from pyro_apd.pyro_state import preserved_param_store, seeded
 
@@ -58,6 +61,7 @@ def distill(
     generator: str = "coordinates",
     objective: str | None = None,
     rank: int | None = None,
+    storage_dtype: str = "float32",
     probe_inputs: Sequence[Any] | None = None,
     group_by_chain: bool = False,
     strict: bool = False,
@@ -85,6 +89,7 @@ def distill(
         ``"wgan"``, ``"lsgan"`` or ``"non-saturating"``, each as published.
     :param int rank: principal coordinates; the file costs about ``rank`` + 3 networks. By default 8 and two more for
         each chain, up to 20.
+    :param str storage_dtype: precision of the file that :meth:`~pyro_apd.DistilledPosterior.save` writes.
     :param tuple probe_inputs: arguments of the model at whose rows functions are compared, instead of variations on
         ``data``.
     :param bool group_by_chain: whether a dict has a leading dimension for chains.
@@ -96,14 +101,26 @@ def distill(
     """
     wishes = _Wishes(generator, objective, num_steps, rank)
     wishes.check(seed)
+    check_dtype(storage_dtype, "storage_dtype")
     draws = read_source(source, model, data, group_by_chain)
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     with seeded(seed, draws.theta_CSD.device), preserved_param_store():
         posterior, training = _distil(draws, wishes, probe_inputs, progress)
     posterior.metadata["seed"] = seed
+    posterior.storage_dtype = storage_dtype
+    _remember(posterior, draws)
     _report(training, strict)
     return posterior
+
+
+def _remember(posterior: DistilledPosterior, draws: Source) -> None:
+    """Notes which data the draws are of, and the network, where these can be had."""
+    data = [value for value in draws.args or () if isinstance(value, Tensor)]
+    if data and draws.has_all_data:
+        posterior.metadata["data"] = fingerprint(*data)
+    if isinstance(draws.model, BNN):
+        posterior.bind(draws.model)
 
 
 @dataclass(frozen=True)

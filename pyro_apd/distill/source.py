@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_apd.chains.store import DrawStore, all_finite
 from pyro_apd.layout import Layout
-from pyro_apd.minibatch import model_arguments
+from pyro_apd.minibatch import is_loader, model_arguments
 from pyro_apd.pyro_state import preserved_param_store
 
 logger = logging.getLogger("pyro_apd")
@@ -36,6 +36,7 @@ class Source:
     :ivar model: the Pyro model, or None.
     :ivar args: arguments that the model can be called with, or None where they are not known.
     :ivar kwargs: keyword arguments likewise.
+    :ivar bool has_all_data: whether the arguments hold all data, rather than one batch of a loader.
     """
 
     theta_CSD: Tensor
@@ -43,6 +44,7 @@ class Source:
     model: Callable[..., Any] | None = None
     args: tuple[Any, ...] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
+    has_all_data: bool = True
 
 
 def read_source(
@@ -65,6 +67,7 @@ def read_source(
     kernel = None
     args: tuple[Any, ...] | None = None if data is None else tuple(data)
     kwargs: dict[str, Any] = {}
+    has_all_data = True
     if isinstance(source, Mapping):
         draws = dict(source) if group_by_chain else {name: _unsqueezed(name, v) for name, v in source.items()}
     else:
@@ -72,20 +75,21 @@ def read_source(
         model = getattr(kernel, "model", None) if model is None else model
         if args is None and getattr(source, "_args", None) is not None:
             num_data = getattr(kernel, "num_data", None)
+            has_all_data = not is_loader(source._args, num_data)
             args, kwargs = model_arguments(source._args, getattr(source, "_kwargs", None) or {}, num_data)
     store = source if isinstance(source, DrawStore) else getattr(source, "store", None)
     if isinstance(store, DrawStore):
         theta_CSD = store.unconstrained()
         _check_count(*theta_CSD.shape[:2])
         _check_finite(store, theta_CSD)
-        return Source(theta_CSD, store.layout, model, args, kwargs)
+        return Source(theta_CSD, store.layout, model, args, kwargs, has_all_data)
     if not isinstance(source, Mapping):
         draws = _draws_of_mcmc(source)
     _check_draws(draws)
     layout = _find_layout(kernel, model, args, kwargs, draws)
     theta_CSD = layout.unconstrain({name: value.detach() for name, value in draws.items()})
     _check_interior(layout, theta_CSD)
-    return Source(theta_CSD, layout, model, args, kwargs)
+    return Source(theta_CSD, layout, model, args, kwargs, has_all_data)
 
 
 def split_held_out(num_draws: int) -> tuple[Tensor, Tensor]:

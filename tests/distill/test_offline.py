@@ -19,6 +19,7 @@ from pyro_apd.chains import store as chains_store
 from pyro_apd.chains.disk_store import DiskStore, open_store
 from pyro_apd.chains.store import STATISTICS
 from pyro_apd.distill import DistillationError, DistillationWarning, distill
+from pyro_apd.fingerprint import fingerprint
 from pyro_apd.generators import draw_blocks
 from pyro_apd.layout import Layout
 from pyro_apd.posterior import DistilledPosterior
@@ -70,6 +71,15 @@ def test_metadata_tell_what_was_done():
     assert posterior.metadata["held_out"] == {"period": 25, "start": 10, "length": 5}
     assert posterior.metadata["figures"].keys() == {"distance", "spread_ratio", "mi_ratio"}
     assert posterior.training_log["step"][-1] == 20
+
+
+def test_a_posterior_knows_its_data_its_precision_and_its_network():
+    model = BNN(torch.nn.Linear(4, 3), likelihood="categorical")
+    draws = {"net.weight": torch.randn(40, 3, 4), "net.bias": torch.randn(40, 3)}
+    posterior = distill(draws, model, data=(X, Y), num_steps=2, seed=0, progress=False, storage_dtype="float16")
+    assert posterior.metadata["data"] == fingerprint(X, Y)
+    assert (posterior.storage_dtype, posterior.network()(X).shape) == ("float16", (60, 3))
+    assert "data" not in distill(draws, num_steps=2, seed=0, progress=False).metadata
 
 
 def test_the_same_seed_gives_the_same_file(tmp_path):
@@ -295,6 +305,7 @@ def test_state_is_restored_after_an_error(monkeypatch):
         ({"generator": "diffusion"}, r"generator='diffusion' is not known; choose one of \['coordinates', 'paper'\]"),
         ({"generator": "paper", "rank": 4}, "rank=4 has no meaning"),
         ({"generator": "paper", "objective": "gan"}, "objective='gan' with generator='paper': accepted are"),
+        ({"storage_dtype": "int4"}, "`storage_dtype` must be one of"),
         ({"objective": "wgan"}, "objective='wgan' with generator='coordinates'"),
     ],
 )
