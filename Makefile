@@ -10,7 +10,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/pyro-apd demo --out $(OUT)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

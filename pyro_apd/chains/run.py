@@ -331,10 +331,13 @@ def draws_path(checkpoint: Path) -> Path:
 
 
 def _shared_folder(num_bytes: int) -> Path:
-    """A folder for draws that several processes write: in shared memory where that has room, else with other files."""
+    """A folder for draws that several processes write: in shared memory where that has room, else with other files.
+
+    Its name has the process's number, so that what a killed run leaves can be told from what is in use.
+    """
     shared = Path("/dev/shm")
     has_room = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 1.1 * num_bytes
-    return Path(tempfile.mkdtemp(prefix="pyro_apd_", dir=shared if has_room else None))
+    return Path(tempfile.mkdtemp(prefix=f"pyro_apd_{os.getpid()}_", dir=shared if has_room else None))
 
 
 def _remove_folder(path: Path) -> None:

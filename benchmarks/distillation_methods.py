@@ -1,0 +1,194 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Ways to keep a posterior in few bytes, for :mod:`benchmarks.distillation`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.distillation_cases import Problem
+from pyro_apd import DistilledPosterior, distill
+from pyro_apd.distill.probes import Probes
+from pyro_apd.generators import CoordinateGenerator
+from pyro_apd.generators.coordinates import principal_coordinates
+from pyro_apd.layout import Layout
+from pyro_apd.predictive import function_values
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a method made of the draws.
+
+    :ivar sample: so many draws ``(S, D)``, by torch's global generator.
+    :ivar int num_bytes: what it takes to keep.
+    :ivar dict figures: what training said of itself.
+    """
+
+    sample: Callable[[int], Tensor]
+    num_bytes: int
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a method is fitted to: draws ``(C, T, D)`` and the problem that they belong to."""
+
+    problem: Problem
+    layout: Layout
+    theta_CTD: Tensor
+    seed: int
+
+    @property
+    def size(self) -> int:
+        """Numbers of a draw."""
+        return self.theta_CTD.shape[-1]
+
+    def interleaved(self) -> Tensor:
+        """All draws in order of time, chains side by side, ``(T C, D)``."""
+        return self.theta_CTD.transpose(0, 1).flatten(0, 1)
+
+
+#: From material and the number of float32 networks to spend.
+Method = Callable[[Material, float], Fitted]
+
+
+def thinned(material: Material, networks: float) -> Fitted:
+    """k stored draws, evenly spaced."""
+    draws_ND = material.interleaved()
+    kept_KD = draws_ND[torch.linspace(0, len(draws_ND) - 1, round(networks)).round().long()]
+    return Fitted(lambda _: kept_KD, kept_KD.numel() * 4)
+
+
+def herded(material: Material, networks: float) -> Fitted:
+    """k stored draws chosen by kernel herding (Chen, Welling & Smola 2010) with the energy kernel in function space.
+
+    Each draw added makes the distance of the chosen to all draws, averaged over probes, as small as it can.
+    """
+    draws_ND = material.interleaved()
+    inputs = Probes([material.problem.train[0]]).draw(64)
+    values_NPF = function_values(material.problem.model, material.layout.constrain(draws_ND), *inputs)
+    values_PNF = values_NPF.transpose(0, 1).contiguous()
+    distance_NN = torch.zeros(len(draws_ND), len(draws_ND))
+    for part_PNF in values_PNF.split(8):
+        distance_PNN = torch.cdist(part_PNF, part_PNF)
+        distance_NN += (distance_PNN / distance_PNN.mean((1, 2), keepdim=True).clamp_min(1e-12)).sum(0)
+    to_all_N, to_chosen_N, chosen = distance_NN.mean(1), torch.zeros(len(draws_ND)), []
+    for k in range(round(networks)):
+        score_N = to_all_N - to_chosen_N / (k + 1)
+        score_N[chosen] = torch.inf
+        chosen.append(int(score_N.argmin()))
+        to_chosen_N += distance_NN[chosen[-1]]
+    kept_KD = draws_ND[torch.tensor(chosen)]
+    return Fitted(lambda _: kept_KD, kept_KD.numel() * 4)
+
+
+def mean_field(material: Material, networks: float) -> Fitted:
+    """Independent Gaussians: two networks, whatever is asked for."""
+    draws_ND = material.interleaved()
+    mean_D, sd_D = draws_ND.mean(0), draws_ND.std(0)
+    return Fitted(lambda count: mean_D + sd_D * torch.randn(count, len(mean_D)), 8 * len(mean_D))
+
+
+def low_rank(material: Material, networks: float) -> Fitted:
+    """SWAG's form (Maddox et al. 2019), fitted: a Gaussian of low rank plus a diagonal; rank + 2 networks."""
+    rank = max(1, round(networks) - 2)
+    draws_ND = material.interleaved()
+    principal = principal_coordinates(draws_ND, rank)
+    left_ND = draws_ND - principal.location_D - principal.coordinates_SR @ principal.basis_RD
+    sd_D = left_ND.std(0)
+
+    def sample(count: int) -> Tensor:
+        coordinates = torch.randn(count, len(principal.basis_RD))
+        return principal.location_D + coordinates @ principal.basis_RD + sd_D * torch.randn(count, len(sd_D))
+
+    return Fitted(sample, 4 * (len(principal.basis_RD) + 2) * len(sd_D))
+
+
+def flow_matching(material: Material, networks: float) -> Fitted:
+    """Flow matching (Lipman et al. 2023) in our own coordinates, without an adversary and blind to functions."""
+    generator = CoordinateGenerator.fit(material.theta_CTD, max(1, round(networks) - 1))
+    generator.fold()
+    basis_RD, location_D = generator.basis.detach(), generator.location.detach()
+    target_NR = (material.interleaved() - location_D) @ torch.linalg.pinv(basis_RD)
+    rank = len(basis_RD)
+    velocity = nn.Sequential(nn.Linear(rank + 1, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, rank))
+    optimiser = torch.optim.Adam(velocity.parameters(), lr=2e-3)
+    for _ in range(4000):
+        end_SR = target_NR[torch.randint(len(target_NR), (256,))]
+        start_SR, time_S1 = torch.randn_like(end_SR), torch.rand(256, 1)
+        at_SR = torch.cat([torch.lerp(start_SR, end_SR, time_S1), time_S1], -1)
+        loss = (velocity(at_SR) - (end_SR - start_SR)).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    @torch.no_grad()
+    def sample(count: int, num_steps: int = 50) -> Tensor:
+        state_SR = torch.randn(count, rank)
+        for i in range(num_steps):
+            now_S1 = torch.full((count, 1), i / num_steps)
+            state_SR = state_SR + velocity(torch.cat([state_SR, now_S1], -1)) / num_steps
+        return location_D + state_SR @ basis_RD
+
+    num_small = sum(parameter.numel() for parameter in velocity.parameters())
+    return Fitted(sample, 4 * ((rank + 1) * material.size + num_small))
+
+
+def distilled(material: Material, networks: float, **options: Any) -> Fitted:
+    """:func:`pyro_apd.distill`; what a file of that precision draws."""
+    draws = {name: value for name, value in material.layout.constrain(material.theta_CTD).items()}
+    posterior = distill(
+        draws,
+        material.problem.model,
+        data=material.problem.train,
+        seed=material.seed,
+        group_by_chain=True,
+        progress=False,
+        **options,
+    )
+    return of_posterior(posterior)
+
+
+def of_posterior(posterior: DistilledPosterior) -> Fitted:
+    """What a saved posterior draws."""
+    figures = {name: float(value) for name, value in posterior.metadata["figures"].items()}
+    shipped = posterior.rounded(posterior.storage_dtype)
+
+    def sample(count: int) -> Tensor:
+        return shipped.layout.unconstrain(shipped.sample((count,)))
+
+    return Fitted(sample, posterior.num_bytes, figures)
+
+
+def ours(material: Material, networks: float) -> Fitted:
+    """Ours, in float32."""
+    return distilled(material, networks, rank=max(1, int(networks - 1.4)))
+
+
+def ours_int8(material: Material, networks: float) -> Fitted:
+    """Ours, kept in int8: four times the coordinates for the same bytes."""
+    return distilled(material, networks, rank=max(1, int(4 * (networks - 0.8))), storage_dtype="int8")
+
+
+def paper(objective: str, num_steps: int) -> Method:
+    """The paper's generator, as published but for the number of steps; about 101 networks, whatever is asked for."""
+
+    def method(material: Material, networks: float) -> Fitted:
+        return distilled(material, networks, generator="paper", objective=objective, num_steps=num_steps)
+
+    return method
+
+
+def timed(method: Method, material: Material, networks: float) -> tuple[Fitted, float]:
+    """What a method made, and in how many seconds."""
+    torch.manual_seed(material.seed)
+    start = time.monotonic()
+    fitted = method(material, networks)
+    return fitted, time.monotonic() - start
