@@ -7,7 +7,7 @@
 
 Chains are sampled once and cached (see :mod:`benchmarks.distillation_cases`). Every method is fitted to the same draws
 and compared with as many draws that were held out from all of them; so are other draws of the chain, whose difference
-is the resolution of the comparison. Results are stored as they come: what is there is not run again without ``--again``.
+is the resolution of the comparison. Results are stored as they come: what is there is run again with ``--again`` only.
 
 ``--rows validation`` compares on rows that are neither trained on nor tested on, and without the sets out of
 distribution: what settings are to be chosen by.
