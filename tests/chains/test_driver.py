@@ -36,6 +36,14 @@ def method(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """Whatever runs the tests in the background may have had interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def driver(kernel=None, num_samples=8, warmup_steps=3, **settings):
     settings = {"disable_progbar": True, **settings}
     return MCMC(Walk() if kernel is None else kernel, num_samples, warmup_steps, **settings)
