@@ -28,7 +28,7 @@ def by_arviz(values_CS):
         ]
 
 
-def agree(values_CSD, rtol=1e-6):
+def assert_agree(values_CSD, rtol=1e-6):
     found = statistics(values_CSD)
     for i in range(values_CSD.shape[2]):
         ours = [float(found[name][i]) for name in STATISTICS]
@@ -39,14 +39,14 @@ def agree(values_CSD, rtol=1e-6):
 @pytest.mark.parametrize("a", [-0.6, 0.0, 0.9])
 def test_figures_are_those_of_arviz(chains, draws, a):
     g = torch.Generator().manual_seed(chains * draws)
-    agree(autoregressive(chains, draws, (4,), a, g))
+    assert_agree(autoregressive(chains, draws, (4,), a, g))
 
 
 @pytest.mark.parametrize("draws", [10, 14])
 def test_short_series_whose_correlations_never_die_out(draws):
     # Geyer's sequence then ends at the end of the chain, at times with a negative lag in a positive pair.
     g = torch.Generator().manual_seed(draws)
-    agree(torch.randn(1, draws, 12, generator=g).cumsum(1))
+    assert_agree(torch.randn(1, draws, 12, generator=g).cumsum(1))
 
 
 def test_chains_apart_heavy_tails_and_other_spreads():
@@ -54,7 +54,7 @@ def test_chains_apart_heavy_tails_and_other_spreads():
     apart = torch.randn(4, 60, 2, generator=g) + torch.arange(4.0)[:, None, None]
     tails = torch.randn(4, 60, 1, generator=g) / torch.randn(4, 60, 1, generator=g)
     wide = torch.randn(4, 60, 1, generator=g) * torch.tensor([1.0, 1.0, 1.0, 5.0])[:, None, None]
-    agree(torch.cat([apart, tails, wide], 2))
+    assert_agree(torch.cat([apart, tails, wide], 2))
     # A spread that differs shows in the folded ranks alone.
     assert float(statistics(wide)["rhat"]) > 1.2
 
@@ -63,7 +63,7 @@ def test_ties_share_their_rank():
     g = torch.Generator().manual_seed(0)
     counts = torch.randint(4, (3, 50, 3), generator=g).float()
     held = torch.randn(3, 10, 2, generator=g).repeat_interleave(5, 1)
-    agree(torch.cat([counts, held], 2))
+    assert_agree(torch.cat([counts, held], 2))
 
 
 def test_what_has_no_figure():
