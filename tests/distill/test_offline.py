@@ -166,7 +166,7 @@ def test_dtype_follows_the_draws():
 
 
 def test_the_posterior_at_hand_is_that_of_its_file(tmp_path):
-    posterior = distill({"w": torch.randn(40, 400)}, num_steps=3, seed=0, progress=False)
+    posterior = distill({"w": torch.randn(40, 3) @ torch.randn(3, 4000)}, num_steps=3, seed=0, progress=False)
     assert posterior.storage_dtype == "int8"
     posterior.save(tmp_path / "p.safetensors")
     loaded = DistilledPosterior.load(tmp_path / "p.safetensors")
