@@ -109,19 +109,22 @@ def distill(
     :raises ValueError: if draws are too few, malformed or not the model's, or an argument is out of range.
     :raises DistillationError: with ``strict=True``, where :class:`DistillationWarning` would have been issued.
     """
-    wishes = _Wishes(generator, objective, num_steps, rank)
-    wishes.check(seed)
-    if storage_dtype is not None:
-        check_dtype(storage_dtype, "storage_dtype")
+    wishes = Wishes(generator, objective, num_steps, rank, storage_dtype, seed)
     draws = read_source(source, model, data, group_by_chain)
-    if seed is None:
-        seed = int(torch.randint(2**31, ()))
+    return distill_draws(draws, wishes, probe_inputs, strict=strict, progress=progress)
+
+
+def distill_draws(
+    draws: Source, wishes: Wishes, probe_inputs: Sequence[Any] | None = None, *, strict: bool, progress: bool
+) -> DistilledPosterior:
+    """:func:`distill` once the draws are read. Parameters as there."""
+    seed = int(torch.randint(2**31, ())) if wishes.seed is None else wishes.seed
     with seeded(seed, draws.theta_CSD.device), preserved_param_store():
         posterior, training = _distil(draws, wishes, probe_inputs, progress)
     posterior.metadata["seed"] = seed
     # What is at hand draws what a file of it will.
-    is_narrow = generator != "paper" and draws.theta_CSD.dtype == torch.float32
-    posterior = posterior.rounded(storage_dtype or ("int8" if is_narrow else "float32"))
+    is_narrow = wishes.generator != "paper" and draws.theta_CSD.dtype == torch.float32
+    posterior = posterior.rounded(wishes.storage_dtype or ("int8" if is_narrow else "float32"))
     _remember(posterior, draws)
     _report(training, strict)
     return posterior
@@ -137,19 +140,25 @@ def _remember(posterior: DistilledPosterior, draws: Source) -> None:
 
 
 @dataclass(frozen=True)
-class _Wishes:
-    """What :func:`distill` was asked for; None for the defaults."""
+class Wishes:
+    """What :func:`distill` was asked for; None for the defaults.
 
-    generator: str
-    objective: str | None
-    num_steps: int | None
-    rank: int | None
+    :raises ValueError: naming what is out of range or has no meaning.
+    """
 
-    def check(self, seed: Any) -> None:
-        """Raises ValueError, naming what is out of range or has no meaning."""
+    generator: str = "coordinates"
+    objective: str | None = None
+    num_steps: int | None = None
+    rank: int | None = None
+    storage_dtype: str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.storage_dtype is not None:
+            check_dtype(self.storage_dtype, "storage_dtype")
         if self.generator not in GENERATORS:
             raise ValueError(f"generator={self.generator!r} is not known; choose one of {sorted(GENERATORS)}.")
-        for name, value, smallest in (("num_steps", self.num_steps, 0), ("seed", seed, 0), ("rank", self.rank, 1)):
+        for name, value, smallest in (("num_steps", self.num_steps, 0), ("seed", self.seed, 0), ("rank", self.rank, 1)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
                 raise ValueError(
                     f"{name}={value!r} must be an integer of at least {smallest}, or None for the default."
@@ -176,7 +185,7 @@ class _Task:
 
 
 def _distil(
-    draws: Source, wishes: _Wishes, probe_inputs: Sequence[Any] | None, progress: bool
+    draws: Source, wishes: Wishes, probe_inputs: Sequence[Any] | None, progress: bool
 ) -> tuple[DistilledPosterior, Training]:
     """:func:`distill` once its arguments are in order, by torch's global random numbers."""
     num_chains, num_draws, _ = draws.theta_CSD.shape
@@ -218,7 +227,7 @@ class _Prepared:
     finish: Callable[[], None] = lambda: None
 
 
-def _prepare_coordinates(task: _Task, wishes: _Wishes) -> _Prepared:
+def _prepare_coordinates(task: _Task, wishes: Wishes) -> _Prepared:
     """Starts at the Gaussian fit; trains coordinates, basis and noise where functions are known, else coordinates."""
     rank = wishes.rank
     if rank is None:
@@ -251,7 +260,7 @@ def _prepare_coordinates(task: _Task, wishes: _Wishes) -> _Prepared:
     )
 
 
-def _prepare_paper(task: _Task, wishes: _Wishes) -> _Prepared:
+def _prepare_paper(task: _Task, wishes: Wishes) -> _Prepared:
     """Raw weights, no standardisation, a constant rate, no averaging, as published; only the checkpoint is chosen."""
     game = GAMES[wishes.objective or "wgan-gp"]
     judge: Judge = (
@@ -356,7 +365,7 @@ def _report(training: Training, strict: bool) -> None:
     )
     if strict:
         raise DistillationError(message)
-    warnings.warn(message, DistillationWarning, stacklevel=3)
+    warnings.warn(message, DistillationWarning, stacklevel=4)
 
 
 def _thinned(draws: DrawBlocks, count: int) -> Iterator[Tensor]:
