@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Online distillation (Wang et al. 2018, Algorithm 2): chains and generator advance together, and no chain is stored."""
+"""Online distillation (Wang et al. 2018, Algorithm 2): chains and generator advance together, none is stored."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Block:
 
 
 class MatrixNoise(nn.Module):
-    """Gaussian noise on a matrix of weights, ``rows * (E - damping * (E @ Q.T) @ Q) * columns``, with standard normal E.
+    """Gaussian noise on a matrix of weights, ``rows * (E - damping * (E @ Q.T) @ Q) * columns``; E is standard normal.
 
     Every weight moves by itself, by a scale of its row (unit) times one of its column (input), but for a few directions
     Q among the columns, which all units share and along which they move less: those in which the layer's inputs pin
