@@ -324,12 +324,11 @@ class DistilledPosterior(nn.Module):
 
     @classmethod
     def _from_artifact(cls, contents: artifact.Artifact) -> DistilledPosterior:
-        with torch.random.fork_rng(devices=[]):  # building a module draws parameters, which are replaced at once
+        # Without memory or numbers of its own: it takes the tensors that there are.
+        with torch.device("meta"):
             generator = build_generator(contents.generator)
-        dtypes = {value.dtype for value in contents.tensors.values() if value.is_floating_point()}
-        if len(dtypes) == 1:
-            generator.to(dtypes.pop())
-        generator.load_state_dict(contents.tensors)
+        tensors = {name: value.detach() for name, value in contents.tensors.items()}
+        generator.load_state_dict(tensors, assign=True)
         return cls(
             contents.layout,
             generator.requires_grad_(False).eval(),

@@ -273,15 +273,15 @@ def test_a_collapsed_generator_is_not_returned_silently(monkeypatch):
 
 def interrupt(monkeypatch, at):
     calls = []
-    loss = offline.FunctionObjective.loss
+    backward = offline.FunctionObjective.backward
 
     def stopping(self, generate):
         calls.append(1)
         if len(calls) == at:
             raise KeyboardInterrupt
-        return loss(self, generate)
+        return backward(self, generate)
 
-    monkeypatch.setattr(offline.FunctionObjective, "loss", stopping)
+    monkeypatch.setattr(offline.FunctionObjective, "backward", stopping)
 
 
 def test_ctrl_c_returns_the_best_so_far(monkeypatch):
@@ -297,7 +297,7 @@ def test_state_is_restored_after_an_error(monkeypatch):
     def broken(self, generate):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(offline.FunctionObjective, "loss", broken)
+    monkeypatch.setattr(offline.FunctionObjective, "backward", broken)
     with pytest.raises(ZeroDivisionError):
         of_classifier()
     assert torch.equal(torch.get_rng_state(), before)
@@ -336,7 +336,12 @@ def test_sizes_below_and_above_the_rank(size):
 
 
 def set_part_bytes(monkeypatch, num_bytes):
-    for module, name in ((draw_blocks, "_MIN_BYTES"), (draw_blocks, "_MAX_BYTES"), (chains_store, "_BLOCK_BYTES")):
+    for module, name in (
+        (draw_blocks, "_MIN_BYTES"),
+        (draw_blocks, "_MAX_BYTES"),
+        (draw_blocks, "_DRAWS_BYTES"),
+        (chains_store, "_BLOCK_BYTES"),
+    ):
         monkeypatch.setattr(module, name, num_bytes)
 
 
