@@ -160,7 +160,8 @@ class Potential:
         if not isinstance(log_joint, Tensor):
             # Where every site has a closed form, what is left is a number, and still must be a function of theta.
             log_joint = log_joint + 0.0 * sum(value.sum() for value in unconstrained.values())
-        return -log_joint
+        potential: Tensor = -log_joint
+        return potential
 
     def _prepare(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
         """The captured graph for inputs of these shapes, or the traced path with the reason logged."""

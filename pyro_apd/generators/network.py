@@ -148,7 +148,8 @@ class CoordinateGenerator(Generator):
     def mode(self, latent_SL: Tensor) -> Tensor:
         """Index ``(S,)`` of the mode that each latent belongs to; all modes are equally likely."""
         quantile_S = torch.special.ndtr(latent_SL[:, 0])
-        return (quantile_S * self.num_modes).long().clamp(max=self.num_modes - 1)
+        mode_S: Tensor = (quantile_S * self.num_modes).long().clamp(max=self.num_modes - 1)
+        return mode_S
 
     def latents(self, count: int, like: Tensor) -> Tensor:
         """See :class:`Generator`; each mode has as many as any other, up to one."""
@@ -166,7 +167,10 @@ class CoordinateGenerator(Generator):
         mode_S = self.mode(latent_SL)
         gaussian_SR = torch.einsum("srq,sq->sr", self.mode_scale[mode_S], latent_SL[:, 1:])
         one_hot_SC = functional.one_hot(mode_S, self.num_modes).to(latent_SL)
-        return self.mode_location[mode_S] + gaussian_SR + self.residual(torch.cat([latent_SL, one_hot_SC], dim=-1))
+        coordinates_SR: Tensor = (
+            self.mode_location[mode_S] + gaussian_SR + self.residual(torch.cat([latent_SL, one_hot_SC], dim=-1))
+        )
+        return coordinates_SR
 
     def forward(self, latent_SL: Tensor) -> Tensor:
         """See :class:`Generator`."""
@@ -206,4 +210,5 @@ class CoordinateGenerator(Generator):
 def _square_root(covariance: Tensor) -> Tensor:
     """The symmetric root, which unlike Cholesky's also exists where a chain moved in fewer directions than R."""
     variance, vectors = torch.linalg.eigh(covariance)
-    return vectors * variance.clamp(min=0).sqrt().unsqueeze(-2) @ vectors.mT
+    root: Tensor = vectors * variance.clamp(min=0).sqrt().unsqueeze(-2) @ vectors.mT
+    return root

@@ -76,7 +76,8 @@ class MatrixNoise(nn.Module):
         """Noise ``(S, rows * columns)`` from latents ``(S, rows * rank)``."""
         latent_SOK = latent_SL.unflatten(-1, (self.block.rows, self.block.rank))
         directions = self.directions if self._unit is None else self.directions * self._unit
-        return ((latent_SOK * self.scale.unsqueeze(-1)) @ directions).flatten(-2)
+        noise_SI: Tensor = ((latent_SOK * self.scale.unsqueeze(-1)) @ directions).flatten(-2)
+        return noise_SI
 
     @torch.no_grad()
     def fit(self, residual_SN: Tensor) -> None:
