@@ -4,13 +4,20 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo-output
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test fast coverage lint setup clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/pyro-apd demo --out $(OUT)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# What is neither slow nor thorough: under two minutes on two cores.
+fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n auto --dist worksteal -m fast
+
+coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

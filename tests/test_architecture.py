@@ -134,6 +134,7 @@ def test_nothing_is_coloured_in_a_terminal(path):
             assert "colour" not in [keyword.arg for keyword in node.keywords]
 
 
+@pytest.mark.thorough
 def test_drawing_from_a_file_needs_no_training_code():
     code = (
         "import sys; import pyro_apd.posterior; "
