@@ -89,7 +89,7 @@ class Potential:
         :param theta: ``(D,)``, or ``(C, D)`` with ``inputs`` of C chains.
         :returns: ``(D,)`` and ``()``, or ``(C, D)`` and ``(C,)``.
         """
-        gradients, energy = self.gradients(self.pieces(theta), inputs)
+        gradients, energy = self.gradients(self._contiguous_pieces(theta), inputs)
         return torch.cat(gradients, -1) if gradients else torch.zeros_like(theta), energy
 
     def gradients(self, pieces: Pieces, inputs: Inputs) -> tuple[Pieces, Tensor]:
@@ -118,6 +118,10 @@ class Potential:
     def pieces(self, theta: Tensor) -> Pieces:
         """``(..., D)`` by site, as views ``(..., n)``."""
         return tuple(theta.split([site.size for site in self.layout], dim=-1)) if len(self.layout) else ()
+
+    def _contiguous_pieces(self, theta: Tensor) -> Pieces:
+        """What a graph takes: the views of several chains are not laid out as the tensors that it was captured with."""
+        return tuple(piece.contiguous() for piece in self.pieces(theta))
 
     def _traced_gradients(self, pieces: Pieces, inputs: Inputs) -> tuple[Pieces, Tensor]:
         if pieces and pieces[0].dim() > 1:
@@ -223,7 +227,7 @@ class Potential:
             point = theta + scale * noise * (theta.std() if theta.numel() > 1 else 1.0)
             drawn = self.source.draw()
             other = drawn if [t.shape for t in drawn] == [t.shape for t in inputs] else inputs
-            parts, energy = graph(self.pieces(point), other)
+            parts, energy = graph(self._contiguous_pieces(point), other)
             gradient = torch.cat(parts, -1)
             if theta.dim() > 1:  # one chain of several tells, and another of which the batch is not the first
                 gradient, energy, point, other = gradient[-1], energy[-1], point[-1], tuple(t[-1] for t in other)
