@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo-output
 
-.PHONY: demo test fast coverage lint setup clean
+.PHONY: demo test fast coverage tutorials lint setup clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/pyro-apd demo --out $(OUT)
@@ -18,6 +18,10 @@ fast: $(VENV)/.installed-test
 
 coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term
+
+# Every notebook, with little work in it; tutorials/execute.py runs them in full and writes them.
+tutorials: $(VENV)/.installed-tutorials $(VENV)/.installed-test
+	PYRO_APD_TUTORIAL_QUICK=1 $(BIN)/python -m pytest --nbmake tutorials
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -191,6 +191,7 @@ def test_a_chain_that_diverges_leaves_the_others_alone(method):
     assert (error.chain, error.site) == (1, "w")
 
 
+@pytest.mark.thorough
 def test_divergence_keeps_the_draws(method):
     kernel = SGLD(PROBLEM.full, lambda step: 1e-3 if step < 300 else 1.0, thinning=10, seed=1)
     mcmc = MCMC(kernel, 100, 10, num_chains=2, chain_method=method, disable_progbar=True)
