@@ -22,6 +22,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_apd.arguments import check_one_device
 from pyro_apd.capture import GaussianPriors, UnvalidatedInstances, capture
 from pyro_apd.errors import DataError
 from pyro_apd.minibatch import (
@@ -296,6 +297,7 @@ def _open_source(
         source = RowSubsample(args, kwargs, batch_size, num_data)
     else:
         source = FullBatch(args, kwargs)
+    check_one_device(() if isinstance(source, LoaderBatches) else args, kwargs)
     check_finite(Call(args if not isinstance(source, LoaderBatches) else (), dict(kwargs)))
     source.start(generator)
     call = source.bind(source.draw())

@@ -24,6 +24,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
 from pyro_apd import summaries
+from pyro_apd.arguments import drawn, explained
 from pyro_apd.draw_map import (
     Draws,
     DrawSource,
@@ -203,8 +204,9 @@ class _Sampler(Messenger):
 
 def _prototype(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Footprint]:
     """One trace of the model under its prior, without the index sites of plates, and what running it took."""
-    with Footprint() as footprint:
-        trace = poutine.trace(InitMessenger(init_to_sample)(model)).get_trace(*args, **kwargs)
+    tracer = poutine.trace(InitMessenger(init_to_sample)(model))
+    with Footprint() as footprint, explained(args, kwargs, lambda: drawn(tracer.msngr.trace)):
+        trace = tracer.get_trace(*args, **kwargs)
     frames = [f for site in trace.nodes.values() if site["type"] == "sample" for f in site["cond_indep_stack"]]
     trace.max_plate_nesting = -min((frame.dim for frame in frames if frame.vectorized), default=0)
     for name in [name for name, site in trace.nodes.items() if site["type"] == "sample" and is_subsample(site)]:

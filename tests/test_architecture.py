@@ -27,6 +27,7 @@ FLOORS = [
         "row_cut",
         "fingerprint",
     },
+    {"arguments"},
     {"layout", "bnn", "container"},
     {"draw_map", "minibatch", "capture", "estimates", "networks"},
     {"scaling", "observed_site"},
