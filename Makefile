@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo-output
 
-.PHONY: demo test fast coverage tutorials lint setup clean
+.PHONY: demo test fast coverage tutorials docs lint setup clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/pyro-apd demo --out $(OUT)
@@ -22,6 +22,10 @@ coverage: $(VENV)/.installed-dev
 # Every notebook, with little work in it; tutorials/execute.py runs them in full and writes them.
 tutorials: $(VENV)/.installed-tutorials $(VENV)/.installed-test
 	PYRO_APD_TUTORIAL_QUICK=1 $(BIN)/python -m pytest --nbmake tutorials
+
+# The site, into site/. Nothing is fetched; a warning is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
