@@ -22,8 +22,8 @@ _ELSEWHERE = {
 def on_files(files, config):
     """Adds a page for each tutorial, and for the results."""
     files.append(File.generated(config, "results.md", content=(ROOT / "benchmarks" / "RESULTS.md").read_text()))
-    lines = ["# Tutorials", "", "Each was executed as it stands, in less than three minutes on two cores.", ""]
-    for path in sorted((ROOT / "tutorials").glob("*.ipynb")):
+    lines = ["# Tutorials", "", "Each takes less than three minutes on two cores.", ""]
+    for path in sorted((ROOT / "tutorials").glob("[0-9]*.py")):
         page, pictures = _page(path)
         files.append(File.generated(config, f"tutorials/{path.stem}.md", content=page))
         for name, content in pictures.items():
@@ -41,10 +41,24 @@ def on_page_markdown(markdown, page, **_):
     return markdown
 
 
+def _cells(path):
+    """Cells of the notebook of a source; of the source itself, without outputs, where it was not executed."""
+    notebook = path.with_suffix(".ipynb")
+    if notebook.exists():
+        return json.loads(notebook.read_text())["cells"]
+    parts = re.split(r"^# %%(.*)\n", path.read_text(), flags=re.MULTILINE)[1:]
+    cells = []
+    for kind, body in zip(parts[::2], parts[1::2], strict=True):
+        is_prose = "[markdown]" in kind
+        source = re.sub(r"^# ?", "", body, flags=re.MULTILINE) if is_prose else body
+        cells.append({"cell_type": "markdown" if is_prose else "code", "source": source.strip()})
+    return cells
+
+
 def _page(path):
-    """A notebook as Markdown, and its pictures by name."""
+    """A tutorial as Markdown, and its pictures by name."""
     parts, pictures = [], {}
-    for cell in json.loads(path.read_text())["cells"]:
+    for cell in _cells(path):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             # Links between tutorials, and to pages beside the folder.
@@ -55,7 +69,7 @@ def _page(path):
             parts.append(source)
             continue
         parts.append(f"```python\n{source}\n```")
-        for output in cell["outputs"]:
+        for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/png" in data:
                 name = f"{path.stem}_{len(pictures)}.png"
