@@ -39,6 +39,9 @@ from pyro_apd.scaling import Anatomy, check_densities, examine, run_model, subsa
 
 logger = logging.getLogger("pyro_apd")
 
+# Full batches of so many rows are more likely forgotten than meant.
+_MANY_ROWS = 5000
+
 Inputs = tuple[Tensor, ...]
 #: A state by site, in the order of the layout: flat unconstrained tensors ``(n,)`` or, for C chains, ``(C, n)``.
 Pieces = tuple[Tensor, ...]
@@ -271,6 +274,11 @@ def build_potential(
         source = PlateSubsample(args, kwargs, plates)
         source.start(generator)
         call = source.bind(source.draw())
+    if isinstance(source, FullBatch) and (source.num_data or 0) >= _MANY_ROWS:
+        logger.warning(
+            "Every step uses all %d rows. For mini-batches give the kernel batch_size=, or the plate subsample_size=.",
+            source.num_data,
+        )
     anatomy = examine(model, source, call, trace)
     source.start(generator)  # the batch looked at belongs to no epoch
     return Potential(model, source, anatomy, first_call, capture=capture), anatomy.start

@@ -74,6 +74,15 @@ def test_the_message_says_what_to_do(mistake):
         make()
 
 
+@pytest.mark.parametrize(
+    ("rows", "settings", "is_said"), [(5000, {}, True), (5000, {"batch_size": 10}, False), (40, {}, False)]
+)
+def test_a_forgotten_batch_size_is_said(rows, settings, is_said, caplog):
+    kernel = apd.SGLD(regression, 1e-6, **settings)
+    kernel.begin((torch.randn(rows, 4), torch.randn(rows)), {}, warmup_steps=0)
+    assert ("subsample_size=" in caplog.text) == is_said
+
+
 def test_predictions_on_data_of_another_dtype():
     model = Classifier()
     draws = run(model, X, Y).get_samples()
