@@ -220,7 +220,9 @@ class DistilledPosterior(nn.Module):
         :raises ValueError: if there is no architecture, or it does not fit the draw.
         """
         sample = self.sample() if sample is None else sample
-        unlike = {n: tuple(v.shape) for n, v in sample.items() if n in self.layout and v.shape != self.layout[n].shape}
+        unlike = {
+            n: tuple(v.shape) for n, v in sample.items() if n in self.layout.names and v.shape != self.layout[n].shape
+        }
         if unlike:
             raise ValueError(f"`sample` must be one draw, as sample() gives; sites have shapes {unlike}.")
         return plain_network(self._architecture_or(net), self.layout, sample)
@@ -399,5 +401,6 @@ class DistilledPosterior(nn.Module):
         """A scalar of the generator's floating dtype and device."""
         for value in self.generator.state_dict().values():
             if value.is_floating_point():
-                return value.new_zeros(())
+                scalar: Tensor = value.new_zeros(())
+                return scalar
         return torch.zeros(())

@@ -228,7 +228,7 @@ def kept_layout(layout: Layout, names: Sequence[str] | None) -> Layout:
     """
     if names is None:
         return layout
-    missing = [name for name in names if name not in layout]
+    missing = [name for name in names if name not in layout.names]
     if missing:
         raise ValueError(f"save_params has {missing}, which are no latent sites; the model has {list(layout.names)}.")
     sites = [site for site in layout if site.name in set(names)]
@@ -239,7 +239,7 @@ def kept_columns(layout: Layout, kept: Layout, theta_CD: Tensor) -> Tensor:
     """The columns of ``theta_CD`` that belong to kept sites; the very same tensor where all are kept."""
     if kept.size == layout.size:
         return theta_CD
-    parts = [theta_CD[:, site.start : site.stop] for site in layout if site.name in kept]
+    parts = [theta_CD[:, site.start : site.stop] for site in layout if site.name in kept.names]
     return torch.cat(parts, 1) if parts else theta_CD[:, :0]
 
 

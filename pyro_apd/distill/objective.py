@@ -63,7 +63,7 @@ def spread(values_PSF: Tensor) -> Tensor:
     """Mean distance between two different draws, ``(P,)``."""
     num_draws = values_PSF.shape[1]
     centred_PSF = values_PSF - values_PSF.detach().mean(1, keepdim=True)
-    total_P: Tensor = _SumOfDistances.apply(centred_PSF, centred_PSF, True)
+    total_P: Tensor = _SumOfDistances.apply(centred_PSF, centred_PSF, True)  # type: ignore[no-untyped-call]
     return total_P / (num_draws * (num_draws - 1))
 
 
@@ -80,7 +80,7 @@ def energy_distance(fake_PSF: Tensor, real_PTF: Tensor, spread_P: Tensor | None 
     # Squares without the arguments' common part keep their digits.
     centre = real_PTF.mean(1, keepdim=True)
     fake_PSF, real_PTF = fake_PSF - centre, real_PTF - centre
-    across_P: Tensor = _SumOfDistances.apply(fake_PSF, real_PTF, False)
+    across_P: Tensor = _SumOfDistances.apply(fake_PSF, real_PTF, False)  # type: ignore[no-untyped-call]
     num_pairs = fake_PSF.shape[1] * real_PTF.shape[1]
     return 2 * across_P / num_pairs - spread(fake_PSF) - (spread(real_PTF) if spread_P is None else spread_P)
 

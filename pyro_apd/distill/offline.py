@@ -250,7 +250,8 @@ def _prepare_coordinates(task: _Task, wishes: Wishes) -> _Prepared:
     location_D, dual_DR = generator.location.detach(), torch.linalg.pinv(generator.basis.detach())
 
     def coordinates(theta_SD: Tensor) -> Tensor:
-        return (theta_SD - location_D) @ dual_DR
+        coordinates_SR: Tensor = (theta_SD - location_D) @ dual_DR
+        return coordinates_SR
 
     return _Prepared(
         generator,

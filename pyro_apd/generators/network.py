@@ -163,7 +163,8 @@ class CoordinateGenerator(Generator):
     def mode(self, latent_SL: Tensor) -> Tensor:
         """Index ``(S,)`` of the mode that each latent belongs to; all modes are equally likely."""
         quantile_S = torch.special.ndtr(latent_SL[:, 0])
-        return (quantile_S * self.num_modes).long().clamp(max=self.num_modes - 1)
+        mode_S: Tensor = (quantile_S * self.num_modes).long().clamp(max=self.num_modes - 1)
+        return mode_S
 
     def latents(self, count: int, like: Tensor) -> Tensor:
         """See :class:`Generator`; evenly over modes and along chains, in random order."""
@@ -252,4 +253,5 @@ def _stretches(coordinates_CSR: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _square_root(covariance: Tensor) -> Tensor:
     """The symmetric root, which unlike Cholesky's also exists where a chain moved in fewer directions than R."""
     variance, vectors = torch.linalg.eigh(covariance)
-    return vectors * variance.clamp(min=0).sqrt().unsqueeze(-2) @ vectors.mT
+    root: Tensor = vectors * variance.clamp(min=0).sqrt().unsqueeze(-2) @ vectors.mT
+    return root

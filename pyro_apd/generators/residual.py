@@ -82,7 +82,8 @@ class MatrixNoise(nn.Module):
         along_SOK = latent_SOI @ self.directions.mT
         columns_I = self.column_scale if self._unit is None else self.column_scale * self._unit
         noise_SOI = (latent_SOI - (along_SOK * self.damping) @ self.directions) * columns_I
-        return (noise_SOI * self.row_scale.unsqueeze(-1)).flatten(-2)
+        noise_SB: Tensor = (noise_SOI * self.row_scale.unsqueeze(-1)).flatten(-2)
+        return noise_SB
 
     @torch.no_grad()
     def fit(self, residuals: Callable[[], Iterable[Tensor]]) -> None:
