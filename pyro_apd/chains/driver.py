@@ -132,7 +132,7 @@ class MCMC(pyro.infer.MCMC):
             self.num_samples,
             self.warmup_steps,
             num_chains,
-            _checked_initial_params(initial_params, num_chains),
+            checked_initial_params(initial_params, num_chains),
             hook_fn,
             every if checkpoint is not None else None,
         )
@@ -297,7 +297,7 @@ def _checked_store(store: str, store_path: Any, checkpoint: Path | None) -> Path
     return draws_path(checkpoint) if store_path is None else Path(store_path).absolute()  # type: ignore[arg-type]
 
 
-def _checked_initial_params(params: Mapping[str, Tensor] | None, num_chains: int) -> dict[str, Tensor] | None:
+def checked_initial_params(params: Mapping[str, Tensor] | None, num_chains: int) -> dict[str, Tensor] | None:
     """With a leading dimension of chains.
 
     :raises ValueError: if it is given and not the number of chains.
