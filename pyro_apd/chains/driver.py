@@ -124,7 +124,7 @@ class MCMC(pyro.infer.MCMC):
         self._kwargs: dict[str, Any] | None = None
         self._diagnostics: list[dict[str, Any]] = [{"divergences": []} for _ in range(num_chains)]
         every = checkpoint_every or max(1, (self.num_samples + self.warmup_steps) // _NUM_CHECKPOINTS)
-        starts = _checked_initial_params(initial_params, num_chains)
+        starts = checked_initial_params(initial_params, num_chains)
         interval = None if checkpoint is None else every
         plan = Plan(self.num_samples, self.warmup_steps, num_chains, starts, hook_fn, interval)
         names = None if save_params is None else list(save_params)
@@ -296,7 +296,7 @@ def _checked_store(store: str, store_path: Any, checkpoint: Path | None) -> Path
     return draws_path(checkpoint) if store_path is None else Path(store_path).absolute()  # type: ignore[arg-type]
 
 
-def _checked_initial_params(params: Mapping[str, Tensor] | None, num_chains: int) -> dict[str, Tensor] | None:
+def checked_initial_params(params: Mapping[str, Tensor] | None, num_chains: int) -> dict[str, Tensor] | None:
     """With a leading dimension of chains.
 
     :raises ValueError: if it is given and not the number of chains.

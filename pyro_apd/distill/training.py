@@ -62,12 +62,14 @@ class Training:
     :ivar int best_step: the step at which it was reached.
     :ivar dict log: numbers by name, one for each evaluation.
     :ivar str stopped: why training ended before its time, or None.
+    :ivar bool is_interrupted: whether that was Ctrl-C.
     """
 
     figures: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
     log: dict[str, list[float]] = field(default_factory=dict)
     stopped: str | None = None
+    is_interrupted: bool = False
 
 
 def train(
@@ -132,6 +134,7 @@ def train(
                     break
         except KeyboardInterrupt:
             result.stopped = f"training was interrupted at step {step} of {schedule.num_steps}"
+            result.is_interrupted = True
     with torch.no_grad():
         for name, parameter in generator.named_parameters():
             if name in best:

@@ -112,7 +112,7 @@ class MatrixNoise(nn.Module):
         # Columns that never move are no directions in which others are pinned.
         rank = self.block.rank
         moving = variance_I > 1e-6 * variance_I[-1]
-        first = int((~moving).sum())
+        first = min(int((~moving).sum()), len(variance_I) - 1)
         chosen = slice(first, min(first + rank, len(variance_I) - 1))
         typical = variance_I[chosen.stop :].mean()
         count = chosen.stop - chosen.start
