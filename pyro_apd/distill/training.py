@@ -96,38 +96,16 @@ def train(
         return generator.latents(count, like)
 
     average = _copy(generator) if schedule.is_annealed else generator
-    result, best, smallest = Training(), _trained_state(generator), math.inf
-    # Some at a time: so many draws of a large network are more than a step of training holds. Always the same.
-    part = together(generator.output_size * like.element_size())
-    counts = [min(part, _MAX_JUDGED - start) for start in range(0, _MAX_JUDGED, part)]
-    judge_seed = int(torch.randint(2**31, ()))
-
-    def judged() -> Iterator[Tensor]:
-        with seeded(judge_seed, like.device):
-            for count in counts:
-                yield average(latents(count))
-
-    @torch.no_grad()
-    def evaluate(step: int, loss: Tensor | None) -> bool:
-        """Logs a state and keeps it if it is the best, or as good as; whether its figures are finite."""
-        nonlocal smallest
-        figures = judge.figures(judged())
-        is_finite = all(math.isfinite(value) for value in figures.values())
-        _append(result.log, step, figures, loss)
-        if is_finite and figures["distance"] < smallest + judge.tolerance:
-            smallest = min(smallest, figures["distance"])
-            result.figures, result.best_step = figures, step
-            best.update(_trained_state(average))
-        return is_finite
-
+    result = Training()
+    watch = _Watch(judge, average, latents, like, result)
     step = 0
     with tqdm(total=schedule.num_steps, desc="Distil", disable=not progress, leave=True) as bar:
         try:
-            is_finite = evaluate(0, None)
+            is_finite = watch.look(0, None)
             for step, loss in enumerate(_steps(generator, average, latents, objective, schedule), start=1):
                 bar.update()
                 if step % max(1, schedule.num_steps // _NUM_EVALUATIONS) == 0 or step == schedule.num_steps:
-                    is_finite = evaluate(step, loss)
+                    is_finite = watch.look(step, loss)
                     bar.set_postfix(loss=f"{float(loss):.3f}", **{k: f"{v:.3f}" for k, v in _last(result.log).items()})
                 if not is_finite:
                     result.stopped = f"training diverged by step {step} of {schedule.num_steps}"
@@ -135,11 +113,46 @@ def train(
         except KeyboardInterrupt:
             result.stopped = f"training was interrupted at step {step} of {schedule.num_steps}"
             result.is_interrupted = True
-    with torch.no_grad():
-        for name, parameter in generator.named_parameters():
-            if name in best:
-                parameter.copy_(best[name])
+    watch.restore(generator)
     return result
+
+
+class _Watch:
+    """Judges states as training goes, and keeps the best."""
+
+    def __init__(
+        self, judge: Judge, average: Generator, latents: Callable[[int], Tensor], like: Tensor, result: Training
+    ) -> None:
+        self._judge, self._average, self._latents, self._device = judge, average, latents, like.device
+        # Some at a time: so many draws of a large network are more than a step of training holds. Always the same.
+        part = together(average.output_size * like.element_size())
+        self._counts = [min(part, _MAX_JUDGED - start) for start in range(0, _MAX_JUDGED, part)]
+        self._seed = int(torch.randint(2**31, ()))
+        self._result, self._best, self._smallest = result, _trained_state(average), math.inf
+
+    @torch.no_grad()
+    def look(self, step: int, loss: Tensor | None) -> bool:
+        """Logs a state and keeps it if it is the best, or as good as; whether its figures are finite."""
+        figures = self._judge.figures(self._draws())
+        is_finite = all(math.isfinite(value) for value in figures.values())
+        _append(self._result.log, step, figures, loss)
+        if is_finite and figures["distance"] < self._smallest + self._judge.tolerance:
+            self._smallest = min(self._smallest, figures["distance"])
+            self._result.figures, self._result.best_step = figures, step
+            self._best = _trained_state(self._average)
+        return is_finite
+
+    @torch.no_grad()
+    def restore(self, generator: Generator) -> None:
+        """Puts the best state into the generator."""
+        for name, parameter in generator.named_parameters():
+            if name in self._best:
+                parameter.copy_(self._best[name])
+
+    def _draws(self) -> Iterator[Tensor]:
+        with seeded(self._seed, self._device):
+            for count in self._counts:
+                yield self._average(self._latents(count))
 
 
 def _steps(

@@ -159,9 +159,10 @@ def test_without_seeds_a_resumed_run_has_those_that_it_began_with(tmp_path, monk
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_the_checkpoint_of_another_run_is_refused(tmp_path, finished, other, what):
-    with warnings.catch_warnings(), pytest.raises(CheckpointError, match=f"belongs to another run: .*{what}"):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", DistillationWarning)
-        run(checkpoint=finished, **other)
+        with pytest.raises(CheckpointError, match=f"belongs to another run: .*{what}"):
+            run(checkpoint=finished, **other)
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +330,7 @@ def test_a_chain_that_diverged_is_left_out():
 
 
 def test_all_chains_diverged():
-    with pytest.raises(DivergenceError, match="diverged|left"):
+    with pytest.raises(DivergenceError, match=r"diverged|left"):
         run_diverging(set())
 
 
@@ -387,7 +388,7 @@ def test_arguments_out_of_range(options, message):
 
 @pytest.mark.parametrize("other", [pyro.infer.NUTS(MODEL.full), SGLD, None], ids=["NUTS", "class", "None"])
 def test_kernels_of_others(other):
-    with pytest.raises(TypeError, match="`kernel` must be a kernel of this package.* through OnlineDistillation"):
+    with pytest.raises(TypeError, match=r"`kernel` must be a kernel of this package.* through OnlineDistillation"):
         distill_online(other, X, Y)
 
 

@@ -53,7 +53,7 @@ def residuals(count, row_scale=ROW_SCALE, column_scale=COLUMN_SCALE):
 
 def fitted(residual_SN, rank, rows=ROWS, columns=COLUMNS):
     noise = MatrixNoise(Block(0, rows, columns, rank)).double()
-    noise.fit(residual_SN)
+    noise.fit(lambda: residual_SN.split(70))  # some at a time
     return noise
 
 
