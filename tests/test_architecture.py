@@ -28,7 +28,7 @@ FLOORS = [
         "fingerprint",
     },
     {"layout", "bnn", "container"},
-    {"draw_map", "minibatch", "capture", "estimates", "networks"},
+    {"draw_map", "drawing", "minibatch", "capture", "estimates", "networks"},
     {"scaling", "observed_site"},
     {"summaries"},
     {"reductions"},
@@ -38,6 +38,7 @@ FLOORS = [
     {"posterior", "chains"},
     {"distill"},
     {"diagnostics", "baselines"},
+    {"active_learning", "adversarial"},
     {"demo", "inspection"},
     {"cli"},
 ]

@@ -1,0 +1,150 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Posteriors that the loop can be given: a chain, what is distilled from it, MC-dropout.
+
+Each is a callable ``(model, x, y, seed, previous)`` that gives draws ``(S, ...)`` by site, or an object with
+``get_samples(num_samples)``; ``previous`` is what it gave in the round before, None where each round starts afresh.
+Any function of that form serves.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_apd.chains import MCMC
+from pyro_apd.distill import distill
+from pyro_apd.kernels import SGLD
+from pyro_apd.layout import Layout
+from pyro_apd.pyro_state import preserved_param_store, seeded
+
+Draws = dict[str, Tensor]
+#: From model, labelled inputs, their labels, a seed and the last round's posterior to this round's.
+Posterior = Callable[[Callable[..., Any], Tensor, Tensor, int, Any], Any]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """SGLD on the labelled data; all draws after warm-up.
+
+    A chain of a cold round starts at draws from the prior, that of a warm one where the last round's ended (at a draw
+    of its generator, where it was distilled).
+
+    :ivar step_size: epsilon, a number or ``"auto"``; or a function from the number of labelled data to either, since U
+        grows with it.
+    :ivar int num_samples: draws of each chain.
+    :ivar int warmup_steps: draws of each chain thrown away first.
+    :ivar int thinning: Langevin steps a draw.
+    :ivar int num_chains: chains that advance together.
+    :ivar batch_size: rows a mini-batch; None, or with fewer labelled data, all.
+    :ivar float temperature: 1 is the posterior; a function from the number of labelled data is accepted.
+    :ivar kernel: another sampler of the same form, such as :class:`~pyro_apd.SGHMC`.
+    :ivar dict options: further arguments of the kernel.
+    """
+
+    step_size: float | str | Callable[[int], float | str] = "auto"
+    num_samples: int = 100
+    warmup_steps: int = 100
+    thinning: int = 5
+    num_chains: int = 1
+    batch_size: int | None = None
+    temperature: float | Callable[[int], float] = 1.0
+    kernel: Callable[..., Any] = SGLD
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(
+        self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: Any = None
+    ) -> dict[str, Tensor]:
+        """Draws ``(S, ...)`` by site, chain after chain."""
+        return dict(self.run(model, x, y, seed, previous).get_samples())
+
+    def run(self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: Any = None) -> MCMC:
+        """The driver after its run."""
+        mcmc = MCMC(
+            self.make_kernel(model, len(x), seed),
+            self.num_samples,
+            warmup_steps=self.warmup_steps,
+            num_chains=self.num_chains,
+            initial_params=None if previous is None else self._start(model, x, y, seed, previous),
+            disable_progbar=True,
+        )
+        mcmc.run(x, y)
+        return mcmc
+
+    def make_kernel(self, model: Callable[..., Any], num_data: int, seed: int) -> Any:
+        """The sampler for so many labelled data."""
+        return self.kernel(
+            model,
+            _at(self.step_size, num_data),
+            batch_size=None if self.batch_size is None or self.batch_size >= num_data else self.batch_size,
+            thinning=self.thinning,
+            temperature=_at(self.temperature, num_data),
+            seed=seed,
+            **self.options,
+        )
+
+    def _start(self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: Any) -> Draws:
+        """Unconstrained values to start each chain at: its last draw of the round before, or draws of a generator."""
+        if isinstance(previous, Mapping):
+            values = {n: v.unflatten(0, (self.num_chains, -1))[:, -1] for n, v in previous.items()}
+        else:
+            with seeded(seed, x.device):
+                values = previous.get_samples(self.num_chains)
+        with poutine.block(), preserved_param_store(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            layout = Layout.from_trace(poutine.trace(model).get_trace(x, y), list(values))
+        start = layout.split(layout.unconstrain(values))
+        return start if self.num_chains > 1 else {name: value[0] for name, value in start.items()}
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A generator distilled from a chain on the labelled data, in each round anew: :func:`pyro_apd.distill`.
+
+    :ivar Chain chain: the chain.
+    :ivar int num_steps: training steps of the generator.
+    :ivar bool online: train it while the chains advance, by ``pyro_apd.distill_online``: ``chain`` then gives the
+        kernel, ``warmup_steps`` and ``num_chains``.
+    :ivar dict options: further arguments of ``distill`` or ``distill_online``.
+    """
+
+    chain: Chain = field(default_factory=Chain)
+    num_steps: int | None = None
+    online: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: Any = None) -> Any:
+        """The distilled posterior.
+
+        :raises NotImplementedError: with ``online``, where this version has no ``distill_online``, or with a
+            ``previous``, which it has no use for.
+        """
+        if self.online:
+            return self._online(model, x, y, seed, previous)
+        mcmc = self.chain.run(model, x, y, seed, previous)
+        return distill(mcmc, num_steps=self.num_steps, seed=seed, progress=False, **self.options)
+
+    def _online(self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: Any) -> Any:
+        online = getattr(importlib.import_module("pyro_apd.distill"), "distill_online", None)
+        if online is None:
+            raise NotImplementedError(
+                "online=True needs pyro_apd.distill_online, which this version does not have; leave it out, and the "
+                "chain is stored and distilled."
+            )
+        if previous is not None:
+            raise NotImplementedError("online=True starts every round afresh; use retraining='cold'.")
+        steps = {} if self.num_steps is None else {"num_steps": self.num_steps}
+        kernel = self.chain.make_kernel(model, len(x), seed)
+        chains = {"num_chains": self.chain.num_chains, "warmup_steps": self.chain.warmup_steps}
+        return online(kernel, x, y, seed=seed, **chains, **steps, **self.options)
+
+
+def _at(value: Any, num_data: int) -> Any:
+    """A setting, or what it is for so many data."""
+    return value(num_data) if callable(value) else value
