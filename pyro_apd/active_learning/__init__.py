@@ -16,11 +16,12 @@ Example::
 from pyro_apd.active_learning.acquisition import ACQUISITIONS, SCORES, batch_bald, mean_sd, select
 from pyro_apd.active_learning.history import History, Round
 from pyro_apd.active_learning.loop import balanced, run
-from pyro_apd.active_learning.posteriors import Chain, Distilled
+from pyro_apd.active_learning.posteriors import Baseline, Chain, Distilled
 
 __all__ = [
     "ACQUISITIONS",
     "SCORES",
+    "Baseline",
     "Chain",
     "Distilled",
     "History",

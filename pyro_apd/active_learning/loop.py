@@ -25,6 +25,7 @@ from pyro_apd.drawing import take_draws
 from pyro_apd.errors import ModelError
 from pyro_apd.fingerprint import fingerprint
 from pyro_apd.predictive import outputs
+from pyro_apd.pyro_state import seeded
 
 _RETRAINING = ("cold", "warm")
 
@@ -141,7 +142,9 @@ def _loop(
         raise ValueError(f"{history_path} began with other labels than `initial`; give another `history_path`.")
     missing = range(len(history.rounds), num_rounds)
     for number in (bar := tqdm(missing, desc="Active learning", disable=not progress, leave=False)):
-        one, previous = _round(task, history, number, previous)
+        # Also for a posterior that draws by the global generator.
+        with seeded(task.seed(number, "global"), task.data.x_pool.device):
+            one, previous = _round(task, history, number, previous)
         history.rounds.append(one)
         if file is not None:
             file.write(history, previous if task.is_warm else None)

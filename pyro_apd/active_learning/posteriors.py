@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 from pyro_apd.chains import MCMC
@@ -99,7 +100,7 @@ class Chain:
                 values = previous.get_samples(self.num_chains)
         with poutine.block(), preserved_param_store(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             layout = Layout.from_trace(poutine.trace(model).get_trace(x, y), list(values))
-        start = layout.split(layout.unconstrain(values))
+        start = layout.split(layout.unconstrain({name: value.to(x.device) for name, value in values.items()}))
         return start if self.num_chains > 1 else {name: value[0] for name, value in start.items()}
 
 
@@ -143,6 +144,38 @@ class Distilled:
         kernel = self.chain.make_kernel(model, len(x), seed)
         chains = {"num_chains": self.chain.num_chains, "warmup_steps": self.chain.warmup_steps}
         return online(kernel, x, y, seed=seed, **chains, **steps, **self.options)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A function of :mod:`pyro_apd.baselines` (MC-dropout, a point estimate, an ensemble) on the labelled data.
+
+    A warm round starts the descent at the weights of the round before: of several networks, at the first one's.
+
+    :ivar fit: called as ``fit(model, x, y, seed=..., progress=False, **options)``.
+    :ivar dict options: further arguments.
+    """
+
+    fit: Callable[..., Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: Any = None) -> Any:
+        """What ``fit`` gives."""
+        options = dict(self.options)
+        if previous is not None:
+            values = {name: value.to(x.device) for name, value in _weights(previous).items()}
+            options["init_strategy"] = init_to_value(values=values)
+        return self.fit(model, x, y, seed=seed, progress=False, **options)
+
+
+def _weights(previous: Any) -> Draws:
+    """One network of a posterior; of MC-dropout, that with all units."""
+    if isinstance(previous, Mapping):
+        return {name: value[0] for name, value in previous.items()}
+    weights_D = getattr(getattr(previous, "generator", None), "weights", None)
+    if weights_D is not None:
+        return dict(previous.layout.constrain(weights_D.detach()))
+    return {name: value[0] for name, value in previous.get_samples(1).items()}
 
 
 def _at(value: Any, num_data: int) -> Any:
