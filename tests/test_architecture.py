@@ -16,6 +16,7 @@ PACKAGE = Path(pyro_apd.__file__).parent
 
 # From the ground up; a module may import from lower floors, and from its own room.
 FLOORS = [
+    {"accumulators"},
     {
         "errors",
         "metrics",
