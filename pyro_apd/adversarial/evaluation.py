@@ -21,6 +21,7 @@ from pyro_apd import metrics, uncertainty
 from pyro_apd.adversarial.attacks import Attack, Bounds, attack, check_inputs
 from pyro_apd.drawing import take_draws
 from pyro_apd.predictive import outputs
+from pyro_apd.pyro_state import seeded
 
 #: Scores that an attacked input is to be told by, and their names in tables.
 SCORES = {
@@ -138,23 +139,24 @@ def evaluate(
         raise ValueError("Two of `attacks` have the same name; give a mapping from names of your own to attacks.")
     for how in named.values():
         check_inputs(x, y, bounds, how.epsilon)
-    # A random choice of stored draws differs from the attacker's, who draws by other seeds.
-    draws = take_draws(posterior, num_draws, seed, x.device)
-    clean = _Judged(model, draws, x, y, scores)
-    rows = []
-    for number, (name, how) in enumerate(named.items()):
-        attacked = attack(
-            source_model or model,
-            posterior if source is None else source,
-            x,
-            y,
-            how,
-            bounds=bounds,
-            seed=seed + 1 + number,
-            batch_size=batch_size,
-        )
-        judged = _Judged(model, draws, attacked.x, y, scores)
-        rows.append(_row(name, how, float(attacked.distance_N.mean()), clean, judged))
+    with seeded(seed, x.device):
+        # Of stored draws a random choice, which differs from the attacker's, who draws by other seeds.
+        draws = take_draws(posterior, num_draws, seed, x.device)
+        clean = _Judged(model, draws, x, y, scores)
+        rows = []
+        for number, (name, how) in enumerate(named.items()):
+            attacked = attack(
+                source_model or model,
+                posterior if source is None else source,
+                x,
+                y,
+                how,
+                bounds=bounds,
+                seed=seed + 1 + number,
+                batch_size=batch_size,
+            )
+            judged = _Judged(model, draws, attacked.x, y, scores)
+            rows.append(_row(name, how, float(attacked.distance_N.mean()), clean, judged))
     count = len(next(iter(draws.values())))
     return Evaluation(clean.accuracy, len(x), count, (bounds[0], bounds[1]), source is not None, tuple(rows))
 

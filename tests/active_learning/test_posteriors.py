@@ -73,7 +73,7 @@ def test_online_distillation_where_there_is_one(monkeypatch):
     with pytest.raises(NotImplementedError, match="use retraining='cold'"):
         online(Classifier(), X, Y, 3, "posterior")
     monkeypatch.delattr(package, "distill_online")
-    with pytest.raises(NotImplementedError, match="needs pyro_apd.distill_online"):
+    with pytest.raises(NotImplementedError, match=r"needs pyro_apd\.distill_online"):
         online(Classifier(), X, Y, 3, None)
 
 
