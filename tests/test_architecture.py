@@ -39,6 +39,7 @@ FLOORS = [
     {"posterior", "chains"},
     {"distill"},
     {"diagnostics", "baselines"},
+    {"ood"},
     {"demo", "inspection"},
     {"cli"},
 ]
