@@ -53,7 +53,7 @@ def test_apart_and_alike():
 
 
 @given(SCORES, SCORES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_weighted_figures_are_those_of_scikit_learn(inside, outside):
     ones = [torch.ones(1, len(part), dtype=torch.float64) for part in (inside, outside)]
     found = {name: float(value) for name, value in _weighted(inside, outside, *ones).items()}
@@ -62,7 +62,7 @@ def test_weighted_figures_are_those_of_scikit_learn(inside, outside):
 
 
 @given(SCORES, SCORES, st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_data_that_count_twice_are_data_given_twice(inside, outside, seed):
     generator = torch.Generator().manual_seed(seed)
     counts = [torch.randint(0, 3, (len(part),), generator=generator) for part in (inside, outside)]
@@ -74,7 +74,7 @@ def test_data_that_count_twice_are_data_given_twice(inside, outside, seed):
 
 
 @given(SCORES, SCORES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_figures_are_those_of_torchmetrics(inside, outside):
     classification = pytest.importorskip("torchmetrics.functional.classification")
     value = torch.cat([inside, outside]) / 10  # torchmetrics takes what leaves [0, 1] for logits
