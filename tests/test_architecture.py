@@ -39,7 +39,7 @@ FLOORS = [
     {"posterior", "chains"},
     {"distill"},
     {"diagnostics", "baselines"},
-    {"active_learning", "adversarial"},
+    {"active_learning", "adversarial", "ood"},
     {"demo", "inspection"},
     {"cli"},
 ]

@@ -23,8 +23,9 @@ from torch import Tensor
 import pyro_apd as apd
 from benchmarks import distillation_cases
 from benchmarks.distillation_cases import Problem
-from benchmarks.paper.common import warnings_noted
+from benchmarks.paper.common import Options, warnings_noted
 from benchmarks.paper.settings import Setting
+from pyro_apd import baselines
 
 Draws = dict[str, Tensor]
 
@@ -77,27 +78,61 @@ def sgld(material: Material) -> Draws:
     return material.chain
 
 
+def stochastic_gradient(material: Material) -> Draws:
+    """One network, as published: rate 0.05, no momentum, the best of looks at the validation rows."""
+    return baselines.map_estimate(material.problem.model, *material.problem.train, **_training(material))
+
+
+def dropout(material: Material) -> Any:
+    """The same with half of the hidden units left out."""
+    return baselines.mc_dropout(material.problem.model, *material.problem.train, rate=0.5, **_training(material))
+
+
+def ensemble(material: Material) -> Draws:
+    """Five of the first."""
+    return baselines.deep_ensemble(
+        material.problem.model, *material.problem.train, num_networks=5, **_training(material)
+    )
+
+
+def swag(material: Material) -> Any:
+    """A Gaussian along the path of the first."""
+    options, settings = material.setting.options, _training(material)
+    settings = {name: value for name, value in settings.items() if name not in ("validation", "check_every")}
+    more = {"rank": 10, "num_iterates": options.by_budget(10, 50, 200)}
+    more["steps_per_iterate"] = options.by_budget(2, 100, 500)
+    return baselines.swag(material.problem.model, *material.problem.train, **more, **settings)
+
+
 def distilled(material: Material) -> Any:
     """Ours."""
-    num_steps = material.setting.options.by_budget(20, 1000, 1500)
-    return _distil(material, num_steps=num_steps)
+    return _distil(material, num_steps=material.setting.options.by_budget(5, 1000, 1500))
 
 
 def distilled_as_published(material: Material) -> Any:
-    """The paper's generator: 100,000 steps on the full budget, as published."""
-    num_steps = material.setting.options.by_budget(20, 200, 100_000)
-    return _distil(material, num_steps=num_steps, generator="paper")
+    """The paper's generator: 100,000 steps on the full budget, as published; a token number on a CPU."""
+    return _distil(material, num_steps=material.setting.options.by_budget(5, PAPER_STEPS, 100_000), generator="paper")
 
 
 def distilled_online(material: Material) -> Any:
     """Chain and generator advance together."""
-    options, chains = material.setting.options, material.setting.case.chains
+    options = material.setting.options
     kernel = material.setting.kernel(material.problem, material.seed)
-    num_chains = options.by_budget(2, 4, 10)
     online = apd.distill_online  # type: ignore[attr-defined]
-    return online(
-        kernel, *material.problem.train, num_chains=num_chains, warmup_steps=chains.warmup, seed=material.seed
-    )
+    return online(kernel, *material.problem.train, num_chains=options.by_budget(2, 4, 10), seed=material.seed)
+
+
+def _training(material: Material) -> dict[str, Any]:
+    options = material.setting.options
+    return {
+        "batch_size": 100,
+        "num_steps": options.by_budget(40, 20_000, 200_000),
+        "learning_rate": 0.05,
+        "validation": material.problem.validation,
+        "check_every": options.by_budget(20, 1000, 1000),
+        "seed": material.seed,
+        "progress": False,
+    }
 
 
 def _distil(material: Material, **settings: Any) -> Any:
@@ -107,12 +142,31 @@ def _distil(material: Material, **settings: Any) -> Any:
     )
 
 
+#: Steps of the paper's generator on the CPU budget, of the 100,000 that are published.
+PAPER_STEPS = 100
+
 METHODS: dict[str, Callable[[Material], Any]] = {
+    "SGD": stochastic_gradient,
+    "MC-dropout": dropout,
+    "deep ensemble": ensemble,
+    "SWAG": swag,
     "SGLD": sgld,
+    "stored draws, thinned": lambda material: baselines.stored_draws(material.chain, STORED),
     "APD, paper's generator": distilled_as_published,
     "APD": distilled,
     **({"APD, online": distilled_online} if hasattr(apd, "distill_online") else {}),
 }
+#: Networks of float32 that the stored draws may take: as much as our generator.
+STORED = 12
+#: What needs no chain, and is hence the same in both protocols.
+WITHOUT_CHAIN = ("SGD", "MC-dropout", "deep ensemble", "SWAG")
+#: In the paper's tables.
+PUBLISHED = ("SGD", "MC-dropout", "SGLD", "APD, paper's generator")
+
+
+def methods(options: Options) -> list[str]:
+    """Names of the methods that a protocol compares: faithful, those of the paper; corrected, all."""
+    return [name for name in METHODS if not options.is_faithful or name in PUBLISHED]
 
 
 def fitted(method: str, setting: Setting, problem: Problem, seed: int) -> Fitted:
@@ -121,7 +175,8 @@ def fitted(method: str, setting: Setting, problem: Problem, seed: int) -> Fitted
     if method == "SGLD":
         return of(sgld(material), 0.0)
     slug = "".join(c if c.isalnum() else "_" for c in method.lower())
-    path = distillation_cases.CACHE / "paper" / f"{setting.case.name}-{setting.options.budget}-{seed}" / slug
+    name = setting.case.name if method not in WITHOUT_CHAIN else setting.case.name.split("-")[0]
+    path = distillation_cases.CACHE / "paper" / f"{name}-{setting.options.budget}-{seed}" / slug
     if not path.with_suffix(".json").exists():
         torch.manual_seed(seed)
         start = time.monotonic()

@@ -21,6 +21,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_apd.errors import ModelError
 from pyro_apd.kernels.warm_start import share_of_rate
 from pyro_apd.potential import Potential, build_potential
 from pyro_apd.predictive import log_likelihood
@@ -100,6 +101,8 @@ class Start:
                 with seeded(seed + i):
                     if not thetas:
                         potential, start = build_potential(starting, args, kwargs, batch_size=batch_size)
+                        if len(potential.layout) == 0:
+                            raise ModelError("The model has no latents, so there is nothing to train.")
                     else:
                         start = potential.draw_start()
                 thetas.append(potential.layout.unconstrain(start).detach())
