@@ -29,6 +29,7 @@ SCORES = {
     "mutual_information": "MI",
     "model_variance": "variance",
 }
+_KNOWN_SCORES = (*SCORES, "expected_entropy", "max_probability", "variation_ratio")
 
 
 @dataclass(frozen=True)
@@ -125,15 +126,15 @@ def evaluate(
     :param tuple bounds: least and greatest value that an entry of an input can take.
     :param source: the posterior that attacks are made on, where it is not the one that predicts (*transfer*).
     :param callable source_model: the model of ``source``, where it is another.
-    :param scores: names of functions of :mod:`pyro_apd.uncertainty`.
+    :param scores: names of functions of :mod:`pyro_apd.uncertainty` that score class probabilities.
     :param int num_draws: networks that predict and score.
     :param int seed: makes it reproducible; the global generators stay as they are. Attacks are numbered from it.
     :param int batch_size: inputs attacked together.
     :raises ImportError: if foolbox is not installed.
     :raises ValueError: if inputs are out of bounds, sizes disagree, or a score is not known.
     """
-    if not scores or not all(name in uncertainty.__all__ for name in scores):
-        raise ValueError(f"`scores` must be names from {sorted(uncertainty.__all__)}, at least one; got {scores!r}.")
+    if not scores or not all(name in _KNOWN_SCORES for name in scores):
+        raise ValueError(f"`scores` must be names from {list(_KNOWN_SCORES)}, at least one; got {scores!r}.")
     named = dict(attacks) if isinstance(attacks, Mapping) else {how.name: how for how in attacks}
     if len(named) < len(attacks):
         raise ValueError("Two of `attacks` have the same name; give a mapping from names of your own to attacks.")
