@@ -283,7 +283,7 @@ def figure(options: Options, results: Results) -> list[Path]:
         ax.set(title=f"{data}, {options.protocol}", xlabel="labels", ylabel="test accuracy")
         ax.grid(alpha=0.3)
         ax.legend(loc="lower right", fontsize=8)
-    path = options.results / f"paper_active_learning_{options.protocol}_{options.budget}.png"
+    path = options.results / f"paper_active_learning_{options.label}.png"
     picture.savefig(path, dpi=110)
     return [path]
 

@@ -175,7 +175,7 @@ def figure(options: Options, results: Results) -> list[Path]:
         ax.axhline(0.5, color="0.6", linewidth=0.8)
         ax.set_xticks(range(len(tried)), [name.replace(", ", "\n", 1) for name in tried], fontsize=7)
     picture.axes[0].legend(fontsize=8, ncols=len(names))
-    path = options.results / f"paper_adversarial_{options.protocol}_{options.budget}.png"
+    path = options.results / f"paper_adversarial_{options.label}.png"
     picture.savefig(path, dpi=110)
     return [path]
 
