@@ -3,8 +3,8 @@
 
 """The experiments of Wang et al. (ICML 2018).
 
-``python -m benchmarks.paper {toy,classification,ood,uci,active_learning,adversarial,all} [--protocol faithful|corrected]
-[--budget smoke|cpu|full] [--device cpu]``
+``python -m benchmarks.paper {toy,classification,ood,uci,active_learning,adversarial,all}
+[--protocol faithful|corrected|both] [--budget smoke|cpu|full] [--device cpu]``
 
 ``faithful`` keeps the published settings with their faults; ``corrected`` mends these: see each experiment's file for
 what differs. Data come from the folder that ``PYRO_APD_DATA`` names; without one, and always on the smoke budget,
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", choices=BUDGETS, default="cpu")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the budget's own")
+    parser.add_argument("--digits", action="store_true", help="the digits also where there is MNIST")
     parser.add_argument("--again", action="store_true", help="run also what is stored")
     parser.add_argument("--results", type=Path, default=Options().results, help="folder for figures and tables")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in names if asked.experiment == "all" else [asked.experiment]:
         for protocol in PROTOCOLS if asked.protocol == "both" else [asked.protocol]:
             seeds = None if asked.seeds is None else tuple(asked.seeds)
-            options = Options(protocol, asked.budget, asked.device, seeds, asked.again, asked.results)
+            options = Options(protocol, asked.budget, asked.device, seeds, asked.digits, asked.again, asked.results)
             run(name, options)
 
 

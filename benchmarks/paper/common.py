@@ -36,6 +36,7 @@ class Options:
     :ivar str budget: ``"smoke"`` (seconds, on the digits), ``"cpu"`` (an hour) or ``"full"``.
     :ivar str device: where to compute.
     :ivar seeds: instead of the budget's own.
+    :ivar bool digits: use the digits also where there is MNIST.
     :ivar bool again: run also what is stored already.
     :ivar Path results: where figures, tables and pictures go.
     """
@@ -44,6 +45,7 @@ class Options:
     budget: str = "cpu"
     device: str = "cpu"
     seeds: tuple[int, ...] | None = None
+    digits: bool = False
     again: bool = False
     results: Path = field(default=RESULTS)
 
@@ -60,7 +62,12 @@ class Options:
     @property
     def has_images(self) -> bool:
         """Whether to run on MNIST: on any budget but smoke, where there is a folder with data; else on the digits."""
-        return not self.is_smoke and data_root() is not None
+        return not (self.is_smoke or self.digits) and data_root() is not None
+
+    @property
+    def label(self) -> str:
+        """What tells results apart: protocol, budget, and digits where they were asked for."""
+        return f"{self.protocol}_{self.budget}{'_digits' if self.digits else ''}"
 
     def by_budget(self, smoke: Any, cpu: Any, full: Any) -> Any:
         """The value that belongs to the budget."""
@@ -80,7 +87,7 @@ class Results:
 
     def __init__(self, name: str, options: Options) -> None:
         self.name, self.options = name, options
-        self.path = options.results / f"paper_{name}_{options.protocol}_{options.budget}.json"
+        self.path = options.results / f"paper_{name}_{options.label}.json"
         known = {} if options.again or not self.path.exists() else json.loads(self.path.read_text())
         self.figures: dict[str, dict[str, Any]] = known.get("figures", {})
 
@@ -152,7 +159,7 @@ def plus_minus(values: Sequence[float], form: str = ".4f") -> str:
 def write_table(options: Options, name: str, text: str) -> Path:
     """Puts a table into ``paper_tables.md``, in place of what an earlier run with these options put there."""
     path = options.results / "paper_tables.md"
-    begin, end = (f"<!-- {edge} {name} {options.protocol} {options.budget} -->" for edge in ("begin", "end"))
+    begin, end = (f"<!-- {edge} {name} {options.label} -->" for edge in ("begin", "end"))
     known = path.read_text() if path.exists() else "# The paper's experiments\n"
     before, found, rest = known.partition(begin)
     after = rest.partition(end)[2] if found else ""

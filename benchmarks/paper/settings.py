@@ -4,10 +4,10 @@
 """The network, data and chain that an experiment on images is about, in either protocol.
 
 Faithful: chains start where PyTorch initialises a network, and burn in for 500 steps, although the prior's directions
-take 40,000. Corrected: they start at a draw from the prior, and burn in for 40,000 steps. Step size, prior and batches are
-the published ones in both, and so is the total of 200,000 steps, but for the faithful chain on the CPU budget, which has
-40,000. Chains are kept in the cache of
-:mod:`benchmarks.distillation_cases`, whose own chains serve the corrected protocol.
+take 40,000. Corrected: they start at a draw from the prior, and burn in for 40,000 steps. Step size, prior and batches
+are the published ones in both, and so is the total of 200,000 steps, but for the faithful chain on the CPU budget,
+which has 40,000. Chains are kept in the cache of :mod:`benchmarks.distillation_cases`, whose own chains serve the
+corrected protocol.
 """
 
 from __future__ import annotations
