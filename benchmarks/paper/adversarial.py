@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.common import markdown_table
 from benchmarks.distillation_cases import Problem
 from benchmarks.paper.common import Job, Options, Results, plus_minus
-from benchmarks.paper.methods import METHODS, fitted
+from benchmarks.paper.methods import fitted, methods
 from benchmarks.paper.registry import Experiment
 from benchmarks.paper.settings import Setting, image_setting
 from pyro_apd import adversarial
@@ -39,10 +39,10 @@ SOURCE = "SGD"
 OWN, TRANSFER = "own", f"from {SOURCE}"
 
 
-def methods(options: Options) -> list[str]:
+def compared(options: Options) -> list[str]:
     """Whose predictions are attacked."""
-    names = ["SGD", "MC-dropout", "SGLD", "APD, paper's generator"]
-    return names if options.is_faithful else [name for name in (*names, "APD", "APD, online") if name in METHODS]
+    attacked = ("SGD", "MC-dropout", "SGLD", "APD, paper's generator", "APD", "APD, online")
+    return [name for name in methods(options) if name in attacked]
 
 
 def attacks(options: Options) -> dict[str, Attack]:
@@ -78,7 +78,7 @@ def run(options: Options, results: Results) -> None:
     setting = image_setting(options)
     found: list[Job] = []
     for seed in options.seeds_or([0], [0] if options.has_images else range(3), range(5)):
-        for method in methods(options):
+        for method in compared(options):
             found += [
                 (f"{origin}/{method}/{seed}", partial(one, setting, method, origin, seed))
                 for origin in (OWN, TRANSFER)
