@@ -12,8 +12,8 @@ prior, chains that start there, a random balanced start, and our generator. In b
 MC-dropout drops out, which the published code did not do, and random choice is the control.
 
 Smaller budgets do with less. ``cpu``: faithful chains take a third of the steps, each three times as long; generators
-are trained for few steps a round (ours 10 from its Gaussian start, the paper's 50); MNIST is a pool of 5,000, 2,000 test
-images, 10 rounds and two seeds, without BALD and MC-dropout.
+are trained for few steps a round (ours 10 from its Gaussian start, the paper's 50); MNIST is a pool of 5,000, 2,000
+test images, 10 rounds and two seeds, without BALD and MC-dropout.
 """
 
 from __future__ import annotations
