@@ -111,7 +111,7 @@ class Distilled:
     :ivar Chain chain: the chain.
     :ivar int num_steps: training steps of the generator.
     :ivar bool online: train it while the chains advance, by ``pyro_apd.distill_online``: ``chain`` then gives the
-        kernel, ``warmup_steps`` and ``num_chains``.
+        kernel and ``num_chains``, and ``options`` the rest.
     :ivar dict options: further arguments of ``distill`` or ``distill_online``.
     """
 
@@ -142,8 +142,7 @@ class Distilled:
             raise NotImplementedError("online=True starts every round afresh; use retraining='cold'.")
         steps = {} if self.num_steps is None else {"num_steps": self.num_steps}
         kernel = self.chain.make_kernel(model, len(x), seed)
-        chains = {"num_chains": self.chain.num_chains, "warmup_steps": self.chain.warmup_steps}
-        return online(kernel, x, y, seed=seed, **chains, **steps, **self.options)
+        return online(kernel, x, y, num_chains=self.chain.num_chains, seed=seed, **steps, **self.options)
 
 
 @dataclass(frozen=True)

@@ -64,12 +64,12 @@ def test_online_distillation_where_there_is_one(monkeypatch):
         return "posterior"
 
     monkeypatch.setattr(package, "distill_online", fake, raising=False)
-    online = Distilled(Chain(0.01, num_chains=3, warmup_steps=7), num_steps=9, online=True, options={"buffer": 5})
+    online = Distilled(Chain(0.01, num_chains=3), num_steps=9, online=True, options={"buffer_size": 5})
     assert online(Classifier(), X, Y, 3, None) == "posterior"
     kernel, args, settings = calls[0]
     assert kernel.seed == 3
     assert args[0] is X
-    assert settings == {"seed": 3, "num_chains": 3, "warmup_steps": 7, "num_steps": 9, "buffer": 5}
+    assert settings == {"seed": 3, "num_chains": 3, "num_steps": 9, "buffer_size": 5}
     with pytest.raises(NotImplementedError, match="use retraining='cold'"):
         online(Classifier(), X, Y, 3, "posterior")
     monkeypatch.delattr(package, "distill_online")
