@@ -87,7 +87,7 @@ def nuts(problem: Problem, seed: int, options: Options) -> dict[str, Tensor]:
     path = distillation_cases.CACHE / "paper" / f"toy-{options.budget}-{seed}" / "nuts.draws"
     if path.exists():
         return {name: value.to(options.device) for name, value in load_file(path).items()}
-    num_chains, num_draws, warmup = options.by_budget((1, 5, 5), (4, 150, 100), (4, 1000, 500))
+    num_chains, num_draws, warmup = options.by_budget((1, 5, 5), (4, 100, 60), (4, 1000, 500))
     parts = []
     with seeded(seed):
         for _ in range(num_chains):
@@ -134,11 +134,11 @@ class Fits:
 
     def published(self) -> Any:
         """The paper's generator."""
-        return self._distilled(generator="paper", num_steps=self.options.by_budget(5, 2000, 20_000))
+        return self._distilled(generator="paper", num_steps=self.options.by_budget(5, 1000, 20_000))
 
     def ours(self) -> Any:
         """Ours."""
-        return self._distilled(num_steps=self.options.by_budget(5, 1000, 1500))
+        return self._distilled(num_steps=self.options.by_budget(5, 500, 1500))
 
     def nuts(self) -> dict[str, Tensor]:
         """What is taken for exact."""
