@@ -151,13 +151,13 @@ DEAR = ("APD, paper's generator", "deep ensemble", "SWAG")
 METHODS: dict[str, Callable[[Material], Any]] = {
     "SGD": stochastic_gradient,
     "MC-dropout": dropout,
-    "deep ensemble": ensemble,
-    "SWAG": swag,
     "SGLD": sgld,
-    "stored draws, thinned": lambda material: baselines.stored_draws(material.chain, STORED),
-    "APD, paper's generator": distilled_as_published,
     "APD": distilled,
     **({"APD, online": distilled_online} if hasattr(apd, "distill_online") else {}),
+    "APD, paper's generator": distilled_as_published,
+    "stored draws, thinned": lambda material: baselines.stored_draws(material.chain, STORED),
+    "SWAG": swag,
+    "deep ensemble": ensemble,
 }
 #: Networks of float32 that the stored draws may take: as much as our generator.
 STORED = 12
