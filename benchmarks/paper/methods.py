@@ -176,7 +176,7 @@ def methods(options: Options) -> list[str]:
     names = [name for name in METHODS if not options.is_faithful or name in PUBLISHED]
     if options.has_images and options.budget == "cpu":
         names = [name for name in names if name not in DEAR]
-    return names
+    return [name for name in names if options.wants(name)]
 
 
 def fitted(method: str, setting: Setting, problem: Problem, seed: int) -> Fitted:
