@@ -29,6 +29,7 @@ from benchmarks.distillation_cases import CASES, Case, Problem, split
 from benchmarks.distillation_methods import (
     Material,
     Method,
+    as_int8,
     flow_matching,
     herded,
     low_rank,
@@ -47,6 +48,8 @@ NUM_DRAWS = 100
 METHODS: dict[str, Method] = {
     "stored, thinned": thinned,
     "stored, herded": herded,
+    "stored in int8, thinned": as_int8(thinned),
+    "stored in int8, herded": as_int8(herded),
     "low rank + diagonal": low_rank,
     "flow matching": flow_matching,
     "ours": ours,
@@ -55,7 +58,7 @@ METHODS: dict[str, Method] = {
 # Of one size whatever is asked for.
 FIXED: dict[str, Method] = {
     "mean field": mean_field,
-    **{f"paper, {name}": paper(name, 1000) for name in ("wgan-gp", "wgan", "lsgan", "non-saturating")},
+    **{f"paper, {name}": paper(name, 300) for name in ("wgan-gp", "wgan", "lsgan", "non-saturating")},
 }
 # What the generator is to keep of 100 held-out draws, by figure: largest difference in points, or per cent.
 POINTS = {"accuracy": 0.1, "one_draw_accuracy": 0.3, "auroc": 0.5}
@@ -82,6 +85,25 @@ def compared(reference: Evaluation, other: Evaluation) -> dict[str, float]:
     return {**other.figures(), **similarities(reference, other)}
 
 
+def novelty(train_ND: Tensor, held_ND: Tensor, theta_SD: Tensor) -> dict[str, float]:
+    """Whether draws are new, in units of each weight's standard deviation.
+
+    ``nearest``: how far a draw is from the nearest that was trained on, relative to held-out draws (medians); 0 is a
+    copy. ``support``: how many draws there seem to be, by the birthday paradox (Arora, Risteski & Zhang 2018): pairs
+    over pairs that are the same but for a third of the usual distance; at least the number of pairs where none is.
+    """
+    mean_D, sd_D = train_ND.mean(0), train_ND.std(0).clamp_min(1e-12)
+    train_ND, held_ND, theta_SD = ((value - mean_D) / sd_D for value in (train_ND, held_ND[:NUM_DRAWS], theta_SD))
+    usual = torch.cdist(held_ND, train_ND).amin(1).median()
+    apart_SS = torch.cdist(theta_SD, theta_SD)
+    num_same = int((apart_SS.triu(1) + torch.ones_like(apart_SS).tril() * 1e9 < usual / 3).sum())
+    num_pairs = len(theta_SD) * (len(theta_SD) - 1) // 2
+    return {
+        "nearest": float(torch.cdist(theta_SD, train_ND).amin(1).median() / usual),
+        "support": num_pairs / max(1, num_same) if len(theta_SD) == NUM_DRAWS else float(len(theta_SD)),
+    }
+
+
 def run_seed(case: Case, seed: int, options: argparse.Namespace, stored: dict[str, Any]) -> None:
     """Fits and compares what is missing of a case and seed; ``stored`` is filled in, and written after each."""
     problem = case.build(seed)
@@ -103,6 +125,7 @@ def run_seed(case: Case, seed: int, options: argparse.Namespace, stored: dict[st
         torch.manual_seed(1000 + seed)
         theta_SD = fitted.sample(NUM_DRAWS)
         figures = compared(reference, predictions(problem, store.layout, theta_SD, options.rows))
+        figures |= novelty(material.interleaved(), held_ND, theta_SD)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         stored[label] = {
             "networks": fitted.num_bytes / (4 * material.size),
@@ -143,7 +166,7 @@ def table(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
     labels = list(dict.fromkeys(label for stored in by_seed.values() for label in stored))
     chain_names = [name for name, _, _ in differences(*[next(iter(by_seed.values()))["held-out SGLD"]] * 2)]
     header = ["method", "networks", "s", *(name.replace("mean_", "").replace("_", " ") for name in chain_names)]
-    header += ["agreement", "TV", "sd ratio 5 / 50 / 95 %"]
+    header += ["agreement", "TV", "sd ratio 5 / 50 / 95 %", "nearest", "support"]
     rows = []
     for label in labels:
         runs = [(stored[label], stored["held-out SGLD"]) for stored in by_seed.values() if label in stored]
@@ -157,6 +180,7 @@ def table(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
                 cells.append(f"{mean:.3f}" if name == "mi_correlation" else f"{mean:+.1f}")
         quantiles = [_mean(runs, f"weight_sd_ratio_{q}", "{:.2f}") for q in (5, 50, 95)]
         cells += [_mean(runs, "agreement", "{:.4f}"), _mean(runs, "total_variation", "{:.4f}"), " / ".join(quantiles)]
+        cells += [_mean(runs, "nearest", "{:.2f}"), _mean(runs, "support", "{:.0f}")]
         rows.append(cells)
     seeds = ", ".join(by_seed)
     note = "Held-out SGLD: figures; below: differences from it, shares in points, the rest in per cent."

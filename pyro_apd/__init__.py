@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 from pyro_apd import active_learning, adversarial, baselines, datasets, diagnostics, metrics, ood, uncertainty
 from pyro_apd.bnn import BNN
 from pyro_apd.chains import MCMC, CheckpointError, WorkerError, open_store
-from pyro_apd.distill import DistillationError, DistillationWarning, distill
+from pyro_apd.distill import DistillationError, DistillationWarning, OnlineDistillation, distill, distill_online
 from pyro_apd.errors import ArtifactError, DataError, DivergenceError, ModelError
 from pyro_apd.fingerprint import fingerprint
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD, WarmupWarning, schedules
@@ -34,6 +34,7 @@ __all__ = [
     "DivergenceError",
     "FunctionView",
     "ModelError",
+    "OnlineDistillation",
     "Predictive",
     "WarmupWarning",
     "WorkerError",
@@ -43,6 +44,7 @@ __all__ = [
     "datasets",
     "diagnostics",
     "distill",
+    "distill_online",
     "fingerprint",
     "function_values",
     "log_likelihood",

@@ -112,6 +112,9 @@ class DistilledPosterior(nn.Module):
     def sample(self, sample_shape: Sequence[int] = (), *, latent: Tensor | None = None) -> dict[str, Tensor]:
         """Draws networks: constrained values ``(*sample_shape, *site.shape)`` by site.
 
+        Each is a draw from the posterior; those of one call are spread evenly over chains and along them, as draws of
+        an MCMC run are, so that averages over them vary less than over independent draws.
+
         :param sample_shape: leading dimensions of the draws.
         :param Tensor latent: latents ``(..., L)`` of the draws wanted, instead of fresh ones.
         :raises ValueError: if both are given, or ``latent`` is of another length than ``latent_size``.
@@ -119,7 +122,8 @@ class DistilledPosterior(nn.Module):
         with torch.no_grad():
             if latent is None:
                 like = self._like()
-                latent = torch.randn((*sample_shape, self.latent_size), dtype=like.dtype, device=like.device)
+                count = torch.Size(sample_shape).numel()
+                latent = self.generator.latents(count, like).reshape(*sample_shape, self.latent_size)
             elif len(tuple(sample_shape)) > 0:
                 raise ValueError("`latent` fixes how many draws there are; leave `sample_shape` out.")
             if latent.shape[-1:] != (self.latent_size,):
@@ -375,7 +379,7 @@ class DistilledPosterior(nn.Module):
     def _latents(self, num_samples: int, seed: int | None) -> Tensor:
         like = self._like()
         with seeded(seed, like.device):
-            return torch.randn((num_samples, self.latent_size), dtype=like.dtype, device=like.device)
+            return self.generator.latents(num_samples, like)
 
     def _architecture_or(self, net: nn.Module | None) -> nn.Module:
         if net is None and not self._architecture:

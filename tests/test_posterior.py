@@ -17,14 +17,14 @@ from torch.distributions import constraints
 
 import pyro_apd.posterior
 from pyro_apd.errors import ArtifactError
-from pyro_apd.generators import PaperGenerator, build_generator
+from pyro_apd.generators import Generator, PaperGenerator, build_generator
 from pyro_apd.layout import Layout
 from pyro_apd.posterior import NOISE_SITE, DistilledPosterior
 from pyro_apd.predictive import Predictive as VectorisedPredictive
 from tests.models import Classifier, Conjugate
 
 
-class Affine(nn.Module):
+class Affine(Generator):
     """theta = shift + scale * latent: a Gaussian that can be checked."""
 
     def __init__(self, size):

@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the budget's own")
     parser.add_argument("--digits", action="store_true", help="the digits also where there is MNIST")
+    parser.add_argument("--methods", nargs="+", help="only methods whose names begin so")
     parser.add_argument("--again", action="store_true", help="run also what is stored")
     parser.add_argument("--results", type=Path, default=Options().results, help="folder for figures and tables")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -47,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in names if asked.experiment == "all" else [asked.experiment]:
         for protocol in PROTOCOLS if asked.protocol == "both" else [asked.protocol]:
             seeds = None if asked.seeds is None else tuple(asked.seeds)
-            options = Options(protocol, asked.budget, asked.device, seeds, asked.digits, asked.again, asked.results)
+            only = None if asked.methods is None else tuple(asked.methods)
+            options = Options(
+                protocol, asked.budget, asked.device, seeds, asked.digits, only, asked.again, asked.results
+            )
             run(name, options)
 
 

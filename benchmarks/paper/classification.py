@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.common import markdown_table
 from benchmarks.distillation_cases import Problem
 from benchmarks.paper.common import Options, Results, mean_and_sd, plus_minus
-from benchmarks.paper.methods import Fitted, fitted, methods
+from benchmarks.paper.methods import METHODS, Fitted, fitted, methods
 from benchmarks.paper.registry import Experiment
 from benchmarks.paper.settings import Setting, image_setting
 from pyro_apd import metrics, reduce_outputs
@@ -94,7 +94,7 @@ def table(options: Options, results: Results) -> str:
         for key, found in results.under(network).items():
             seed, _, method = key.partition("/")
             by_seed.setdefault(method, {})[seed] = found
-        known = [method for method in methods(options) if method in by_seed]
+        known = [method for method in METHODS if method in by_seed]
         rows = [_row(method, list(by_seed[method].values())) for method in known]
         data = f"MNIST, 784-{network}-10" if options.has_images else "digits, 64-50-10"
         head = ["method", "accuracy, %", "NLL", "ECE", "Brier", "networks kept", "seconds to fit"]

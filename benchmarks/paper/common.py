@@ -37,6 +37,7 @@ class Options:
     :ivar str device: where to compute.
     :ivar seeds: instead of the budget's own.
     :ivar bool digits: use the digits also where there is MNIST.
+    :ivar only: beginnings of names of methods, to run no others.
     :ivar bool again: run also what is stored already.
     :ivar Path results: where figures, tables and pictures go.
     """
@@ -46,6 +47,7 @@ class Options:
     device: str = "cpu"
     seeds: tuple[int, ...] | None = None
     digits: bool = False
+    only: tuple[str, ...] | None = None
     again: bool = False
     results: Path = field(default=RESULTS)
 
@@ -72,6 +74,10 @@ class Options:
     def by_budget(self, smoke: Any, cpu: Any, full: Any) -> Any:
         """The value that belongs to the budget."""
         return {"smoke": smoke, "cpu": cpu, "full": full}[self.budget]
+
+    def wants(self, method: str) -> bool:
+        """Whether a method is to be run."""
+        return self.only is None or method.startswith(self.only)
 
     def seeds_or(self, smoke: Sequence[int], cpu: Sequence[int], full: Sequence[int]) -> tuple[int, ...]:
         """The seeds asked for, else those of the budget."""

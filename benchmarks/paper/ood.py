@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.common import markdown_table
 from benchmarks.distillation_cases import Problem
 from benchmarks.paper.common import Options, Results, plus_minus
-from benchmarks.paper.methods import fitted, methods
+from benchmarks.paper.methods import METHODS, fitted, methods
 from benchmarks.paper.registry import Experiment
 from benchmarks.paper.settings import Setting, image_setting
 from pyro_apd import ood
@@ -104,7 +104,7 @@ def table(options: Options, results: Results) -> str:
         f"{data}, {NUM_DRAWS} draws, seeds {', '.join(seeds)}. AUROC x 100 by entropy / by mutual information; one "
         "draw alone, and draws that agree, have no mutual information and hence 50."
     )
-    known = [m for m in methods(options) if f"{seeds[0]}/{m}" in results.figures]
+    known = [name for name in METHODS if any(f"{seed}/{name}" in results.figures for seed in seeds)]
     sets = list(next(iter(results.figures.values()))["sets"])
     rows = []
     for name in sets:
@@ -150,10 +150,12 @@ def differences(results: Results, seeds: list[str], known: list[str], sets: list
             gaps = [
                 100 * (_values(results, seed, method, n, score) - _values(results, seed, "SGLD", n, score))
                 for seed in seeds
+                if {f"{seed}/{method}", f"{seed}/SGLD"} <= set(results.figures)
                 for n in sets
             ]
-            worst = max(gaps, key=abs)
-            cells.append(f"{score.replace('_', ' ')} {sum(gaps) / len(gaps):+.2f}, at most {worst:+.2f}")
+            if gaps:
+                worst = max(gaps, key=abs)
+                cells.append(f"{score.replace('_', ' ')} {sum(gaps) / len(gaps):+.2f}, at most {worst:+.2f}")
         lines.append(f"* {method}: {'; '.join(cells)}")
     return ["AUROC less SGLD's, in points, mean over sets and the largest:", "\n".join(lines)]
 
@@ -164,7 +166,8 @@ def _values(results: Results, seed: str, method: str, name: str, score: str, met
 
 
 def _mean(results: Results, seeds: list[str], method: str, name: str, score: str, metric: str) -> str:
-    return plus_minus([100 * _values(results, seed, method, name, score, metric) for seed in seeds], ".1f")
+    having = [seed for seed in seeds if f"{seed}/{method}" in results.figures]
+    return plus_minus([100 * _values(results, seed, method, name, score, metric) for seed in having], ".1f")
 
 
 def figure(options: Options, results: Results) -> list[Path]:
@@ -174,7 +177,7 @@ def figure(options: Options, results: Results) -> list[Path]:
     seed = min({key.split("/")[0] for key in results.figures}, key=int)
     found = {
         method: results.figures[f"{seed}/{method}"]["sets"]
-        for method in methods(options)
+        for method in METHODS
         if f"{seed}/{method}" in results.figures
     }
     by_set: dict[str, list[str]] = {}

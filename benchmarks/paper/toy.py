@@ -157,6 +157,7 @@ def run(options: Options, results: Results) -> None:
         results.run(
             (f"{seed}/{name}", partial(fitted, fits.problem, fit, options))
             for name, fit in zip(SURFACES, work, strict=True)
+            if options.wants(name)
         )
 
 

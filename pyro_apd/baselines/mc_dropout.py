@@ -100,8 +100,9 @@ class _Masking:
         constrained = [name for name in chosen if not layout[name].is_real]
         if constrained:
             raise ModelError(f"Sites {constrained} are constrained; leaving out an input would make a weight zero.")
-        self.layout, self.sites, self.rate = layout, chosen, float(rate)
-        self.units = [layout[name].shape[1] for name in chosen]
+        self.layout, self.rate = layout, float(rate)
+        self.sites = [name for name in matrices if name in chosen]
+        self.units = [layout[name].shape[1] for name in self.sites]
 
     def masks(self, factor_L: Tensor) -> dict[str, Tensor]:
         """Factors by site, shaped so that they multiply its weights."""

@@ -206,7 +206,12 @@ class AdversarialObjective(Objective):
 
 
 class Judge(ABC):
-    """Figures of a generator against held-out draws. The smallest ``distance`` wins, never the best NLL."""
+    """Figures of a generator against held-out draws. The smallest ``distance`` wins, never the best NLL.
+
+    :cvar float tolerance: a later state wins against one whose distance is smaller by less than this.
+    """
+
+    tolerance = 0.0
 
     @abstractmethod
     def figures(self, theta: Tensor | Iterable[Tensor]) -> dict[str, float]:
@@ -219,8 +224,12 @@ class Judge(ABC):
 class FunctionJudge(Judge):
     """Compares in function space, at probes that stay the same.
 
+    Distances, in units of the chain's spread, are known to about a hundredth.
+
     :param held_out: draws of the chain that were not trained on, ``(T, D)``, or parts of them.
     """
+
+    tolerance = 0.01
 
     def __init__(
         self, space: FunctionSpace, probes: Probes, held_out: Tensor | Iterable[Tensor], num_probes: int = 96
@@ -271,21 +280,16 @@ class WeightJudge(Judge):
 
 
 def pick(values_SD: Tensor | DrawBlocks, count: int) -> Tensor:
-    """``count`` rows, drawn with replacement; of blocks, as many of each chain as of any other, up to one."""
-    device = values_SD.device
-    if isinstance(values_SD, Tensor):
-        return values_SD[torch.randint(len(values_SD), (count,), device=device)]
-    num_chains, num_draws, _ = values_SD.shape
-    return values_SD[strata(count, num_chains, device) * num_draws + torch.randint(num_draws, (count,), device=device)]
+    """``count`` rows: of a tensor, drawn with replacement; of blocks, evenly over chains and along them.
 
-
-def strata(count: int, num_strata: int, device: torch.device) -> Tensor:
-    """``count`` indices below ``num_strata``, each as often as any other, up to one; the first is random.
-
-    Modes represented unevenly in a batch, of the chain's draws or the generator's, are most of the noise of a distance
-    between the two.
+    Stretches of chains represented unevenly in a batch are most of the noise of a distance between two.
     """
-    return (torch.arange(count, device=device) + torch.randint(num_strata, (), device=device)) % num_strata
+    device, num_rows = values_SD.device, len(values_SD)
+    if isinstance(values_SD, Tensor):
+        return values_SD[torch.randint(num_rows, (count,), device=device)]
+    place_S = torch.arange(count, device=device) + torch.rand(count, device=device)
+    quantile_S = (place_S / count + torch.rand((), device=device)) % 1.0
+    return values_SD[(quantile_S * num_rows).long().clamp(max=num_rows - 1)]
 
 
 def _parts(theta: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:

@@ -47,8 +47,15 @@ _MAX_JUDGED = 200
 _NUM_PROBES = 96
 # Adam's for both players of the paper's games.
 _PAPER_RATE = 1e-4
-# Directions of noise a matrix of weights, up to a quarter of its columns.
+# Principal coordinates: of one chain, more for every other, and at most.
+_RANK, _RANK_PER_CHAIN, _MAX_RANK = 40, 4, 64
+_NUM_STEPS = 500
+# Successive draws that make a mode.
+_STRETCH = 12
+# Directions a matrix of weights in which noise is damped, up to half of its columns; narrow matrices have no noise, and
+# nor have those so wide that their directions would be dear to find.
 _NOISE_RANK = 32
+_NOISY_COLUMNS = range(16, 4097)
 
 
 def distill(
@@ -61,7 +68,7 @@ def distill(
     generator: str = "coordinates",
     objective: str | None = None,
     rank: int | None = None,
-    storage_dtype: str = "float32",
+    storage_dtype: str | None = None,
     probe_inputs: Sequence[Any] | None = None,
     group_by_chain: bool = False,
     strict: bool = False,
@@ -69,10 +76,11 @@ def distill(
 ) -> DistilledPosterior:
     """Distils draws of a chain into a generator.
 
-    ``generator="coordinates"`` starts at the Gaussian fit of each chain in the principal coordinates of all draws.
-    Where model and data are known, coordinates and basis are then trained to make the energy distance between generator
-    and chain small in function space, at inputs near the data and far from them. Where they are not, the logger
-    ``pyro_apd`` says so, and the coordinates are trained against a learned critic (WGAN-GP) with the basis fixed.
+    ``generator="coordinates"`` starts at the Gaussian fit of each stretch of each chain in the principal coordinates of
+    all draws, with noise for what these leave out. Where model and data are known, stretches and noise are then trained
+    to make the energy distance between generator and chain small in function space, at inputs near the data and far
+    from them. Where they are not, the logger ``pyro_apd`` says so, and stretches are trained against a learned critic
+    (WGAN-GP), without noise.
     ``generator="paper"`` is offline APD as published (Wang et al., ICML 2018): a perceptron to raw weights, trained by
     WGAN-GP; the paper takes 100,000 steps.
 
@@ -82,14 +90,16 @@ def distill(
     :param source: an ``MCMC`` after ``run``; or draws by site, ``(S, ...)``, with ``group_by_chain`` ``(C, S, ...)``.
     :param callable model: the Pyro model; by default that of the ``MCMC``'s kernel.
     :param tuple data: arguments of the model, with or without targets; by default those of the run.
-    :param int num_steps: generator steps; by default 1,500, for ``"paper"`` 2,000. 0 gives the start.
+    :param int num_steps: generator steps; by default 500, for ``"paper"`` 2,000. 0 gives the start.
     :param int seed: makes the posterior, and its file, reproducible; the global generator stays as it was.
     :param str generator: ``"coordinates"`` or ``"paper"``.
     :param str objective: with ``generator="paper"``, the game that it is trained by: ``"wgan-gp"`` (default),
         ``"wgan"``, ``"lsgan"`` or ``"non-saturating"``, each as published.
-    :param int rank: principal coordinates; the file costs about ``rank`` + 3 networks. By default 8 and two more for
-        each chain, up to 20.
-    :param str storage_dtype: precision of the file that :meth:`~pyro_apd.DistilledPosterior.save` writes.
+    :param int rank: principal coordinates, each of which costs as much as a network at ``storage_dtype``. By default 40
+        for one chain and 4 more for each other, up to 64 and a quarter of the draws.
+    :param str storage_dtype: precision of the posterior, and of the file that
+        :meth:`~pyro_apd.DistilledPosterior.save` writes; by default ``"int8"``, a quarter of the bytes of a network in
+        ``float32`` a coordinate; for ``"paper"``, and for draws of more digits, as the draws are.
     :param tuple probe_inputs: arguments of the model at whose rows functions are compared, instead of variations on
         ``data``.
     :param bool group_by_chain: whether a dict has a leading dimension for chains.
@@ -99,16 +109,22 @@ def distill(
     :raises ValueError: if draws are too few, malformed or not the model's, or an argument is out of range.
     :raises DistillationError: with ``strict=True``, where :class:`DistillationWarning` would have been issued.
     """
-    wishes = _Wishes(generator, objective, num_steps, rank)
-    wishes.check(seed)
-    check_dtype(storage_dtype, "storage_dtype")
+    wishes = Wishes(generator, objective, num_steps, rank, storage_dtype, seed)
     draws = read_source(source, model, data, group_by_chain)
-    if seed is None:
-        seed = int(torch.randint(2**31, ()))
+    return distill_draws(draws, wishes, probe_inputs, strict=strict, progress=progress)
+
+
+def distill_draws(
+    draws: Source, wishes: Wishes, probe_inputs: Sequence[Any] | None = None, *, strict: bool, progress: bool
+) -> DistilledPosterior:
+    """:func:`distill` once the draws are read. Parameters as there."""
+    seed = int(torch.randint(2**31, ())) if wishes.seed is None else wishes.seed
     with seeded(seed, draws.theta_CSD.device), preserved_param_store():
         posterior, training = _distil(draws, wishes, probe_inputs, progress)
     posterior.metadata["seed"] = seed
-    posterior.storage_dtype = storage_dtype
+    # What is at hand draws what a file of it will.
+    is_narrow = wishes.generator != "paper" and draws.theta_CSD.dtype == torch.float32
+    posterior = posterior.rounded(wishes.storage_dtype or ("int8" if is_narrow else "float32"))
     _remember(posterior, draws)
     _report(training, strict)
     return posterior
@@ -124,19 +140,25 @@ def _remember(posterior: DistilledPosterior, draws: Source) -> None:
 
 
 @dataclass(frozen=True)
-class _Wishes:
-    """What :func:`distill` was asked for; None for the defaults."""
+class Wishes:
+    """What :func:`distill` was asked for; None for the defaults.
 
-    generator: str
-    objective: str | None
-    num_steps: int | None
-    rank: int | None
+    :raises ValueError: naming what is out of range or has no meaning.
+    """
 
-    def check(self, seed: Any) -> None:
-        """Raises ValueError, naming what is out of range or has no meaning."""
+    generator: str = "coordinates"
+    objective: str | None = None
+    num_steps: int | None = None
+    rank: int | None = None
+    storage_dtype: str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.storage_dtype is not None:
+            check_dtype(self.storage_dtype, "storage_dtype")
         if self.generator not in GENERATORS:
             raise ValueError(f"generator={self.generator!r} is not known; choose one of {sorted(GENERATORS)}.")
-        for name, value, smallest in (("num_steps", self.num_steps, 0), ("seed", seed, 0), ("rank", self.rank, 1)):
+        for name, value, smallest in (("num_steps", self.num_steps, 0), ("seed", self.seed, 0), ("rank", self.rank, 1)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
                 raise ValueError(
                     f"{name}={value!r} must be an integer of at least {smallest}, or None for the default."
@@ -163,7 +185,7 @@ class _Task:
 
 
 def _distil(
-    draws: Source, wishes: _Wishes, probe_inputs: Sequence[Any] | None, progress: bool
+    draws: Source, wishes: Wishes, probe_inputs: Sequence[Any] | None, progress: bool
 ) -> tuple[DistilledPosterior, Training]:
     """:func:`distill` once its arguments are in order, by torch's global random numbers."""
     num_chains, num_draws, _ = draws.theta_CSD.shape
@@ -205,24 +227,26 @@ class _Prepared:
     finish: Callable[[], None] = lambda: None
 
 
-def _prepare_coordinates(task: _Task, wishes: _Wishes) -> _Prepared:
+def _prepare_coordinates(task: _Task, wishes: Wishes) -> _Prepared:
     """Starts at the Gaussian fit; trains coordinates, basis and noise where functions are known, else coordinates."""
-    rank = min(20, 8 + 2 * task.draws.shape[0]) if wishes.rank is None else wishes.rank
+    rank = wishes.rank
+    if rank is None:
+        num_chains, num_draws, _ = task.draws.shape
+        rank = min(_MAX_RANK, _RANK + _RANK_PER_CHAIN * (num_chains - 1), max(1, num_chains * num_draws // 4))
     noise = () if task.functions is None else _noise_blocks(task.layout)
-    num_steps = 1500 if wishes.num_steps is None else wishes.num_steps
-    generator = CoordinateGenerator.fit(task.draws, rank, noise=noise)
+    num_steps = _NUM_STEPS if wishes.num_steps is None else wishes.num_steps
+    generator = CoordinateGenerator.fit(task.draws, rank, _STRETCH, noise)
+    generator.fold()
+    # Steps by a batch of draws cannot better what all draws say of so many numbers; they would only add noise to them.
+    generator.basis.requires_grad_(False)
+    generator.location.requires_grad_(False)
     if task.functions is not None:
         return _Prepared(
             generator,
             FunctionObjective(*task.functions, task.draws, num_probes=_NUM_PROBES),
             FunctionJudge(*task.functions, task.held_out, _NUM_PROBES),
             Schedule(num_steps, 3e-3, coherent=0.6),
-            generator.fold,
         )
-    generator.fold()
-    # Nothing tells how directions matter to the function, so the basis stays that of the draws.
-    generator.basis.requires_grad_(False)
-    generator.location.requires_grad_(False)
     location_D, dual_DR = generator.location.detach(), torch.linalg.pinv(generator.basis.detach())
 
     def coordinates(theta_SD: Tensor) -> Tensor:
@@ -236,7 +260,7 @@ def _prepare_coordinates(task: _Task, wishes: _Wishes) -> _Prepared:
     )
 
 
-def _prepare_paper(task: _Task, wishes: _Wishes) -> _Prepared:
+def _prepare_paper(task: _Task, wishes: Wishes) -> _Prepared:
     """Raw weights, no standardisation, a constant rate, no averaging, as published; only the checkpoint is chosen."""
     game = GAMES[wishes.objective or "wgan-gp"]
     judge: Judge = (
@@ -257,15 +281,14 @@ def _prepare_paper(task: _Task, wishes: _Wishes) -> _Prepared:
 
 
 def _noise_blocks(layout: Layout) -> list[Block]:
-    """Matrices of weights that are to have noise: those of units with inputs enough to have directions to spare."""
+    """Matrices of weights that are to have noise: all but the last, whose noise nothing would average out."""
+    matrices = [site for site in layout if len(site.unconstrained_shape) >= 2]
     blocks = []
-    for site in layout:
-        if len(site.unconstrained_shape) < 2:
-            continue
+    for site in matrices[:-1]:
         rows = site.unconstrained_shape[0]
         columns = site.size // max(rows, 1)
-        if (rank := min(_NOISE_RANK, columns // 4)) > 0:
-            blocks.append(Block(site.start, rows, columns, rank))
+        if columns in _NOISY_COLUMNS:
+            blocks.append(Block(site.start, rows, columns, min(_NOISE_RANK, columns // 2)))
     return blocks
 
 
@@ -342,7 +365,7 @@ def _report(training: Training, strict: bool) -> None:
     )
     if strict:
         raise DistillationError(message)
-    warnings.warn(message, DistillationWarning, stacklevel=3)
+    warnings.warn(message, DistillationWarning, stacklevel=4)
 
 
 def _thinned(draws: DrawBlocks, count: int) -> Iterator[Tensor]:

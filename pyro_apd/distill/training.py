@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from pyro_apd.distill.objective import Judge, Objective
 from pyro_apd.generators import Generator
 from pyro_apd.generators.draw_blocks import part_length
+from pyro_apd.pyro_state import seeded
 
 _NUM_EVALUATIONS = 20
 _MAX_JUDGED = 200
@@ -93,17 +94,26 @@ def train(
         return generator.latents(count, like)
 
     average = copy.deepcopy(generator) if schedule.is_annealed else generator
-    result, best = Training(), copy.deepcopy(generator.state_dict())
-    # Some at a time: so many draws of a large network are more than a step of training holds.
-    judged = latents(_MAX_JUDGED).split(part_length(generator.output_size * like.element_size()))
+    result, best, smallest = Training(), copy.deepcopy(generator.state_dict()), math.inf
+    # Some at a time: so many draws of a large network are more than a step of training holds. Always the same.
+    part = part_length(generator.output_size * like.element_size())
+    counts = [min(part, _MAX_JUDGED - start) for start in range(0, _MAX_JUDGED, part)]
+    judge_seed = int(torch.randint(2**31, ()))
+
+    def judged() -> Iterator[Tensor]:
+        with seeded(judge_seed, like.device):
+            for count in counts:
+                yield average(latents(count))
 
     @torch.no_grad()
     def evaluate(step: int, loss: Tensor | None) -> bool:
-        """Logs a state and keeps it if it is the best; whether its figures are finite."""
-        figures = judge.figures(average(latent_NL) for latent_NL in judged)
+        """Logs a state and keeps it if it is the best, or as good as; whether its figures are finite."""
+        nonlocal smallest
+        figures = judge.figures(judged())
         is_finite = all(math.isfinite(value) for value in figures.values())
         _append(result.log, step, figures, loss)
-        if is_finite and (not result.figures or figures["distance"] < result.figures["distance"]):
+        if is_finite and figures["distance"] < smallest + judge.tolerance:
+            smallest = min(smallest, figures["distance"])
             result.figures, result.best_step = figures, step
             best.update(copy.deepcopy(average.state_dict()))
         return is_finite

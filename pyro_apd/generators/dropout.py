@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -75,6 +76,10 @@ class DropoutGenerator(Generator):
         self.layers = [DroppedInputs.checked(entry, output_size) for entry in layers]
         if not self.layers:
             raise ValueError("Generator setting layers=[] must name at least one layer.")
+        # In order and apart, so that a file cannot ask for more latent numbers than it has weights.
+        for one, other in pairwise(self.layers):
+            if other.start < one.span.stop:
+                raise ValueError(f"Layers {one.entry} and {other.entry} must be in order, and must not overlap.")
         self.output_size, self.rate = output_size, float(rate)
         self.latent_size = sum(layer.units for layer in self.layers)
         self.weights = nn.Parameter(torch.zeros(output_size))

@@ -43,7 +43,7 @@ class Generator(nn.Module, ABC):
     def latents(self, count: int, like: Tensor) -> Tensor:
         """Standard normal latents ``(count, L)`` with dtype and device of ``like``, by torch's global generator.
 
-        A batch for training: it may be evener than independent draws are.
+        Each is standard normal; together they may be evener than independent draws are.
         """
         return torch.randn(count, self.latent_size, dtype=like.dtype, device=like.device)
 
@@ -56,17 +56,19 @@ def check_sizes(**sizes: int) -> None:
 
 
 class CoordinateGenerator(Generator):
-    """A mixture of Gaussians over chains in principal coordinates, bent by a small network, plus structured noise.
+    """A mixture of Gaussians along chains in principal coordinates, plus structured noise on matrices of weights.
 
-    The first latent entry, cut into quantiles, chooses the mode (one a chain), so that the choice is part of the
-    latent. The next ``rank`` are coloured by that mode's covariance and moved to its mean. A perceptron of these and
-    the mode adds what is not Gaussian; its last layer starts at zero, so that step 0 of training is the Gaussian fit.
-    The others are noise on matrices of weights. Cost: about ``rank + 1`` networks.
+    The first latent entry, cut into quantiles, chooses the mode, so that the choice is part of the latent. The next
+    ``rank`` are coloured by a covariance that neighbouring modes share, moved to the mode's mean, and bent by a
+    perceptron that starts at zero. The others are noise. A chain of a network drifts, and its draws lie along a path,
+    which no Gaussian in many coordinates resembles: a mode is a stretch of a chain. Cost: about ``rank + 1`` networks.
 
     :param int output_size: D, numbers of a draw.
     :param int rank: R, number of principal coordinates.
-    :param int num_modes: C.
-    :param int width: hidden units of the perceptron.
+    :param int num_modes: M.
+    :param int num_scales: covariances, each of as many successive modes; by default one a mode.
+    :param int bend: hidden units of the perceptron; 0 for none.
+    :param int width: those of a perceptron of latents and mode, which older files have in its place; 0 for none.
     :param noise: blocks with noise of their own, ``(start, rows, columns, rank)`` each.
     """
 
@@ -75,35 +77,38 @@ class CoordinateGenerator(Generator):
         output_size: int,
         rank: int,
         num_modes: int = 1,
-        width: int = 64,
+        width: int = 0,
         noise: Sequence[Sequence[int]] = (),
+        num_scales: int | None = None,
+        bend: int = 0,
     ) -> None:
         super().__init__()
-        check_sizes(output_size=output_size, rank=rank, num_modes=num_modes, width=width)
+        num_scales = num_modes if num_scales is None else num_scales
+        check_sizes(output_size=output_size, rank=rank, num_modes=num_modes, num_scales=num_scales)
+        check_sizes(**{name: size for name, size in (("width", width), ("bend", bend)) if size})
         blocks = [Block.checked(entry, output_size) for entry in noise]
-        self.output_size, self.rank, self.num_modes, self.width = output_size, rank, num_modes, width
+        self.output_size, self.rank, self.num_modes = output_size, rank, num_modes
+        self._widths = {"width": width, "bend": bend}
         self.location = nn.Parameter(torch.zeros(output_size))
         self.basis = nn.Parameter(torch.zeros(rank, output_size))
         self.mode_location = nn.Parameter(torch.zeros(num_modes, rank))
-        self.mode_scale = nn.Parameter(torch.zeros(num_modes, rank, rank))
-        self.residual = nn.Sequential(
-            nn.Linear(1 + rank + num_modes, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            last := nn.Linear(width, rank),
-        )
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        self.mode_scale = nn.Parameter(torch.zeros(num_scales, rank, rank))
+        self.residual = _perceptron(1 + rank + num_modes, width, rank) if width else None
+        self.bend = _perceptron(rank, bend, rank) if bend else None
         self.noise = nn.ModuleList(MatrixNoise(block) for block in blocks)
         self.latent_size = 1 + rank + sum(block.latent_size for block in blocks)
         self._unit_D: Tensor | None = None
 
     @classmethod
     def fit(
-        cls, theta_CSD: Tensor | DrawBlocks, rank: int, width: int = 64, noise: Sequence[Block] = ()
+        cls,
+        theta_CSD: Tensor | DrawBlocks,
+        rank: int,
+        stretch: int | None = None,
+        noise: Sequence[Block] = (),
+        bend: int = 32,
     ) -> CoordinateGenerator:
-        """The generator that draws from the Gaussian fit of each chain, in coordinates common to all.
+        """The generator that draws from the Gaussian fit of each stretch of each chain, in coordinates common to all.
 
         Directions are principal in units of each weight's standard deviation, and so are location and basis until
         :meth:`fold`: one learning rate then fits all weights. Mean and covariance of the draws in the span of the basis
@@ -111,23 +116,32 @@ class CoordinateGenerator(Generator):
 
         :param theta_CSD: draws by chain, as a tensor or in blocks.
         :param int rank: largest number of coordinates; fewer where the draws vary in fewer directions.
+        :param int stretch: successive draws that make a mode; by default a whole chain is one. The covariance is
+            that of the draws of a chain around the means of their stretches.
         :param noise: matrices of weights that are to have noise.
         :raises ValueError: if all draws are the same.
         """
         draws = theta_CSD if isinstance(theta_CSD, DrawBlocks) else DrawBlocks(theta_CSD)
         num_chains, num_draws, size = draws.shape
+        num_stretches = 1 if stretch is None else max(1, num_draws // stretch)
         shift_D, scale_D = draws.moments()
         divisor_D = scale_D.where(scale_D > 0, torch.ones_like(scale_D))
         principal = principal_coordinates(draws.standardised(shift_D, divisor_D), rank)
         coordinates_CSR = principal.coordinates_SR.unflatten(0, (num_chains, num_draws))
-        generator = cls(size, coordinates_CSR.shape[-1], num_chains, width, [block.entry for block in noise])
-        generator = generator.to(principal.basis_RD)
+        means_CMR, around_CSR = _stretches(coordinates_CSR, num_stretches)
+        generator = cls(
+            size,
+            coordinates_CSR.shape[-1],
+            num_chains * num_stretches,
+            noise=[block.entry for block in noise],
+            num_scales=num_chains,
+            bend=bend,
+        ).to(principal.basis_RD)
         with torch.no_grad():
             generator.location.copy_(principal.location_D + shift_D / divisor_D)
             generator.basis.copy_(principal.basis_RD)
-            generator.mode_location.copy_(coordinates_CSR.mean(1))
-            centred_CSR = coordinates_CSR - coordinates_CSR.mean(1, keepdim=True)
-            generator.mode_scale.copy_(_square_root(centred_CSR.mT @ centred_CSR / num_draws))
+            generator.mode_location.copy_(means_CMR.flatten(0, 1))
+            generator.mode_scale.copy_(_square_root(around_CSR.mT @ around_CSR / num_draws))
             generator._unit_D = divisor_D
             generator._fit_noise(draws, principal.coordinates_SR)
         return generator
@@ -141,7 +155,8 @@ class CoordinateGenerator(Generator):
             "output_size": self.output_size,
             "rank": self.rank,
             "num_modes": self.num_modes,
-            "width": self.width,
+            "num_scales": len(self.mode_scale),
+            **self._widths,
             **({"noise": noise} if noise else {}),
         }
 
@@ -151,22 +166,30 @@ class CoordinateGenerator(Generator):
         return (quantile_S * self.num_modes).long().clamp(max=self.num_modes - 1)
 
     def latents(self, count: int, like: Tensor) -> Tensor:
-        """See :class:`Generator`; each mode has as many as any other, up to one."""
+        """See :class:`Generator`; evenly over modes and along chains, in random order."""
         latent_SL = super().latents(count, like)
-        first = torch.randint(self.num_modes, (), device=like.device)
-        mode_S = (torch.arange(count, device=like.device) + first) % self.num_modes
-        # Away from the ends of a mode's quantiles, which rounding might put into the next.
-        within_S = torch.rand(count, dtype=like.dtype, device=like.device).clamp(1e-4, 1 - 1e-4)
-        latent_SL[:, 0] = torch.special.ndtri((mode_S + within_S) / self.num_modes)
+        order_S = torch.randperm(count, device=like.device)
+        place_S = order_S + torch.rand(count, dtype=like.dtype, device=like.device)
+        quantile_S = (place_S / count + torch.rand((), dtype=like.dtype, device=like.device)) % 1.0
+        # Away from the ends, which are infinite.
+        latent_SL[:, 0] = torch.special.ndtri(quantile_S.clamp(1e-6, 1 - 1e-6))
         return latent_SL
 
     def coordinates(self, latent_SL: Tensor) -> Tensor:
         """Principal coordinates ``(S, R)`` of the draws."""
         latent_SL = latent_SL[:, : 1 + self.rank]
         mode_S = self.mode(latent_SL)
-        gaussian_SR = torch.einsum("srq,sq->sr", self.mode_scale[mode_S], latent_SL[:, 1:])
-        one_hot_SC = functional.one_hot(mode_S, self.num_modes).to(latent_SL)
-        return self.mode_location[mode_S] + gaussian_SR + self.residual(torch.cat([latent_SL, one_hot_SC], dim=-1))
+        scale_S = (mode_S * len(self.mode_scale)).div(self.num_modes, rounding_mode="floor")
+        # One product for all covariances, and then the right one of each: cheaper than a matrix a draw.
+        gaussian_SKR = torch.einsum("krq,sq->skr", self.mode_scale, latent_SL[:, 1:])
+        index_S1R = scale_S[:, None, None].expand(-1, 1, self.rank)
+        coordinates_SR = self.mode_location[mode_S] + gaussian_SKR.gather(1, index_S1R).squeeze(1)
+        if self.bend is not None:
+            coordinates_SR = coordinates_SR + self.bend(coordinates_SR)
+        if self.residual is not None:
+            one_hot_SC = functional.one_hot(mode_S, self.num_modes).to(latent_SL)
+            coordinates_SR = coordinates_SR + self.residual(torch.cat([latent_SL, one_hot_SC], dim=-1))
+        return coordinates_SR
 
     def forward(self, latent_SL: Tensor) -> Tensor:
         """See :class:`Generator`."""
@@ -201,6 +224,23 @@ class CoordinateGenerator(Generator):
 
     def _noise_modules(self) -> list[MatrixNoise]:
         return [module for module in self.noise if isinstance(module, MatrixNoise)]
+
+
+def _perceptron(num_inputs: int, width: int, num_outputs: int) -> nn.Sequential:
+    """Zero to begin with."""
+    last = nn.Linear(width, num_outputs)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(num_inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
+
+
+def _stretches(coordinates_CSR: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Means ``(C, count, R)`` of successive stretches of each chain, of lengths as equal as can be, and what is left
+    of the draws without them."""
+    parts = coordinates_CSR.tensor_split(count, dim=1)
+    means = [part.mean(1) for part in parts]
+    around_CSR = torch.cat([part - mean.unsqueeze(1) for part, mean in zip(parts, means, strict=True)], dim=1)
+    return torch.stack(means, dim=1), around_CSR
 
 
 def _square_root(covariance: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 class Block:
     """A matrix of weights within a draw: entries ``start`` to ``start + rows * columns``, row by row.
 
-    :ivar int rank: directions of noise among its columns.
+    :ivar int rank: directions among its columns along which there is less noise.
     """
 
     start: int
@@ -51,16 +51,18 @@ class Block:
     @property
     def latent_size(self) -> int:
         """Standard normal numbers that a draw takes."""
-        return self.rows * self.rank
+        return self.rows * self.columns
 
 
 class MatrixNoise(nn.Module):
-    """Gaussian noise ``scale * (Z @ directions)`` on a matrix of weights, with fresh standard normal Z.
+    """Gaussian noise on a matrix of weights, ``rows * (E - damping * (E @ Q.T) @ Q) * columns``; E is standard normal.
 
-    A unit's incoming weights move along a few directions that all units of the layer share, each unit by itself: a
-    matrix-variate normal distribution (Dawid 1981) of full rank among units and of low rank among inputs. The
-    directions are those in which the layer's inputs pin the weights least, and so cost the function least; they restore
-    the spread far from the data. Cost: ``rank`` rows of the matrix.
+    Every weight moves by itself, by a scale of its row (unit) times one of its column (input), but for a few directions
+    Q among the columns, which all units share and along which they move less: those in which the layer's inputs pin
+    the weights. Without these, noise of the right size in every weight would swamp the function near the data. Noise in
+    all the other directions costs the function little there, and gives it its spread far from the data. The form is
+    that of a matrix-variate normal distribution (Dawid 1981) whose covariance among columns is diagonal less one of low
+    rank. Cost: ``rank`` rows of the matrix.
 
     :param Block block: the matrix.
     """
@@ -68,39 +70,53 @@ class MatrixNoise(nn.Module):
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block
+        self.row_scale = nn.Parameter(torch.ones(block.rows))
+        self.column_scale = nn.Parameter(torch.zeros(block.columns))
         self.directions = nn.Parameter(torch.zeros(block.rank, block.columns))
-        self.scale = nn.Parameter(torch.ones(block.rows))
+        self.damping = nn.Parameter(torch.zeros(block.rank))
         self._unit: Tensor | None = None
 
     def forward(self, latent_SL: Tensor) -> Tensor:
-        """Noise ``(S, rows * columns)`` from latents ``(S, rows * rank)``."""
-        latent_SOK = latent_SL.unflatten(-1, (self.block.rows, self.block.rank))
-        directions = self.directions if self._unit is None else self.directions * self._unit
-        return ((latent_SOK * self.scale.unsqueeze(-1)) @ directions).flatten(-2)
+        """Noise ``(S, rows * columns)`` from latents of the same shape."""
+        latent_SOI = latent_SL.unflatten(-1, (self.block.rows, self.block.columns))
+        along_SOK = latent_SOI @ self.directions.mT
+        columns_I = self.column_scale if self._unit is None else self.column_scale * self._unit
+        noise_SOI = (latent_SOI - (along_SOK * self.damping) @ self.directions) * columns_I
+        return (noise_SOI * self.row_scale.unsqueeze(-1)).flatten(-2)
 
     @torch.no_grad()
     def fit(self, residual_SN: Tensor) -> None:
-        """Sets directions and scale by residuals of draws, ``(S, rows * columns)``.
+        """Sets scales and directions by residuals of draws, ``(S, rows * columns)``.
 
-        Directions are in units of their own size until :meth:`fold`, so that one learning rate fits all parameters.
+        The scale of columns is in units of its own size until :meth:`fold`, so that one learning rate fits all
+        parameters.
         """
         residual_SOI = residual_SN.unflatten(-1, (self.block.rows, self.block.columns))
-        variance_O = residual_SOI.square().mean((0, 2))
-        scale_O = (variance_O / variance_O.mean().clamp_min(torch.finfo(variance_O.dtype).tiny)).sqrt()
-        rows_NI = (residual_SOI / scale_O.clamp_min(1e-6).unsqueeze(-1)).flatten(0, 1)
-        # By random projections (Halko, Martinsson & Tropp 2011): the covariance of a wide layer is no small thing.
+        square_OI = residual_SOI.square().mean(0)
+        tiny = torch.finfo(square_OI.dtype).tiny
+        row_O = (square_OI.mean(1) / square_OI.mean().clamp_min(tiny)).sqrt()
+        column_I = square_OI.mean(0).sqrt()
+        divisor_OI = row_O.unsqueeze(-1) * column_I
+        white_NI = (residual_SOI / divisor_OI.where(divisor_OI > 0, torch.ones_like(divisor_OI))).flatten(0, 1)
+        variance_I, vectors_II = torch.linalg.eigh(white_NI.mT @ white_NI / len(white_NI))
+        # Columns that never move are no directions in which others are pinned.
         rank = self.block.rank
-        _, size_K, vectors_IK = torch.svd_lowrank(rows_NI, q=min(rank + 8, *rows_NI.shape), niter=4)
-        top = torch.zeros_like(self.directions)
-        top[: len(size_K)] = (size_K / len(rows_NI) ** 0.5 * vectors_IK).mT[:rank]
-        unit = top.square().mean().sqrt().clamp_min(torch.finfo(variance_O.dtype).tiny)
+        moving = variance_I > 1e-6 * variance_I[-1]
+        first = int((~moving).sum())
+        chosen = slice(first, min(first + rank, len(variance_I) - 1))
+        typical = variance_I[chosen.stop :].mean()
+        count = chosen.stop - chosen.start
+        self.directions.zero_()[:count] = vectors_II[:, chosen].mT
+        self.damping.zero_()[:count] = 1 - (variance_I[chosen] / typical.clamp_min(tiny)).sqrt()
+        column_I = column_I * typical.sqrt()
+        unit = column_I.square().mean().sqrt().clamp_min(tiny)
         self._unit = unit
-        self.directions.copy_(top / unit)
-        self.scale.copy_(scale_O)
+        self.column_scale.copy_(column_I / unit)
+        self.row_scale.copy_(row_O)
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Puts the unit into the directions, for good."""
+        """Puts the unit into the scale of columns, for good."""
         if self._unit is not None:
-            self.directions.mul_(self._unit)
+            self.column_scale.mul_(self._unit)
             self._unit = None

@@ -84,6 +84,8 @@ def test_sites_can_be_chosen():
     draws = posterior.get_samples(200, seed=0)
     assert (draws["first.weight"] == 0).double().mean().item() == pytest.approx(0.25, abs=0.04)
     assert (draws["second.weight"] != 0).all()
+    both = ["second.weight", "first.weight"]
+    assert prepare(Classifier(), both)[1].sites == both[::-1]
 
 
 def test_convolutions_drop_channels():

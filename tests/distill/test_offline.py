@@ -162,6 +162,15 @@ def test_weight_space_says_so(caplog):
 def test_dtype_follows_the_draws():
     posterior = distill({"w": torch.randn(40, 5, dtype=torch.float64)}, num_steps=3, seed=0, progress=False)
     assert posterior.get_samples(2)["w"].dtype == torch.float64
+    assert posterior.storage_dtype == "float32"  # which keeps each number at its own dtype
+
+
+def test_the_posterior_at_hand_is_that_of_its_file(tmp_path):
+    posterior = distill({"w": torch.randn(40, 3) @ torch.randn(3, 4000)}, num_steps=3, seed=0, progress=False)
+    assert posterior.storage_dtype == "int8"
+    posterior.save(tmp_path / "p.safetensors")
+    loaded = DistilledPosterior.load(tmp_path / "p.safetensors")
+    assert torch.equal(loaded.get_samples(5, seed=0)["w"], posterior.get_samples(5, seed=0)["w"])
 
 
 def test_constrained_sites_stay_in_their_support():
@@ -321,8 +330,8 @@ def test_draws_that_are_all_the_same():
 
 @pytest.mark.parametrize("size", [1, 2, 300])
 def test_sizes_below_and_above_the_rank(size):
-    posterior = distill({"w": torch.randn(12, size)}, num_steps=2, seed=0, progress=False)
-    assert posterior.generator.rank == min(size, 10)
+    posterior = distill({"w": torch.randn(60, size)}, num_steps=2, seed=0, progress=False)
+    assert posterior.generator.rank == min(size, 12)  # a quarter of the draws to train on
     assert posterior.get_samples(3)["w"].shape == (3, size)
 
 
@@ -333,11 +342,13 @@ def set_part_bytes(monkeypatch, num_bytes):
 
 @pytest.mark.parametrize("options", [{}, {"data": None}], ids=["functions", "weights"])
 def test_parts_change_a_result_by_rounding_alone(monkeypatch, options):
+    # Integers would turn rounding into steps, and the last directions are made of it.
+    options = {**options, "storage_dtype": "float32", "rank": 8}
     whole = of_classifier(num_steps=0, **options)
     set_part_bytes(monkeypatch, 1500)
     parts = of_classifier(num_steps=0, **options)
     torch.testing.assert_close(parts.get_samples(20, seed=0), whole.get_samples(20, seed=0), rtol=1e-3, atol=1e-4)
-    assert parts.metadata["figures"] == pytest.approx(whole.metadata["figures"], rel=1e-2, abs=1e-3)
+    assert parts.metadata["figures"] == pytest.approx(whole.metadata["figures"], rel=1e-2, abs=2e-2)
 
 
 class Largest(TorchDispatchMode):

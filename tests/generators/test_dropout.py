@@ -79,6 +79,8 @@ def test_config_and_state_rebuild_the_generator():
         ({"layers": [[0, 2, 3.0, 1]]}, "must be"),
         ({"layers": [[0, 0, 3, 1]]}, "must be"),
         ({"layers": [[2, 2, 3, 1]]}, "reaches beyond the 7"),
+        ({"layers": [[0, 1, 3, 1], [2, 1, 3, 1]]}, "must not overlap"),
+        ({"layers": [[3, 1, 3, 1], [0, 1, 3, 1]]}, "must be in order"),
         ({"layers": [[0, 2, 3, 1]], "rate": 1.0}, "rate=1.0"),
         ({"layers": [[0, 2, 3, 1]], "rate": True}, "rate=True"),
         ({"layers": [[0, 2, 3, 1]], "width": 3}, "not those of a 'dropout' generator"),

@@ -1,0 +1,303 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Online distillation (Wang et al. 2018, Algorithm 2): chains and generator advance together, none is stored."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_apd.chains.checkpoint import Checkpoint, Progress, check_identity
+from pyro_apd.chains.even_store import EvenStore
+from pyro_apd.chains.group import Group, Plan, rebuilt_error
+from pyro_apd.chains.run import Run, Settings
+from pyro_apd.chains.store import DrawStore
+from pyro_apd.distill.failure import DistillationError, DistillationWarning
+from pyro_apd.distill.offline import Wishes, distill_draws
+from pyro_apd.distill.source import MIN_DRAWS, Source
+from pyro_apd.minibatch import is_loader, model_arguments
+from pyro_apd.posterior import DistilledPosterior
+from pyro_apd.pyro_state import preserved_param_store
+
+logger = logging.getLogger("pyro_apd")
+
+# Where in a checkpoint the buffer is, among the chains.
+_BUFFER = -1
+# A round before the last takes this share of the steps.
+_SHARE_OF_STEPS = 4
+_NUM_CHECKPOINTS = 20
+
+#: Called after each round with the posterior so far and the number of draws that each chain has made.
+OnRound = Callable[[DistilledPosterior, int], None]
+
+
+def distill_online(
+    kernel: Any,
+    *args: Any,
+    num_samples: int = 1000,
+    warmup_steps: int | None = None,
+    num_chains: int = 4,
+    buffer_size: int = 512,
+    rounds: int = 3,
+    num_steps: int | None = None,
+    rank: int | None = None,
+    storage_dtype: str | None = None,
+    probe_inputs: Sequence[Any] | None = None,
+    seed: int | None = None,
+    restart: bool = False,
+    on_round: OnRound | None = None,
+    initial_params: Mapping[str, Tensor] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    strict: bool = False,
+    progress: bool = True,
+) -> DistilledPosterior:
+    """Samples and distils at once, in memory that does not depend on how long the chains are.
+
+    Chains advance as one batched computation. Of their draws a buffer keeps ``buffer_size``, evenly spaced over all
+    that were made so far: when it is full, every second goes. When a half, a quarter, ... of the draws are made, a
+    generator is fitted to the buffer and trained briefly; the last round, at the end, is as long as that of
+    :func:`~pyro_apd.distill`. ``metadata["rounds"]`` has the figures of each round on held-out draws.
+
+    A generator that collapsed, diverged or came of an interrupted run is returned with a
+    :class:`~pyro_apd.DistillationWarning`. Ctrl-C gives the last round's, or, before the first, the start.
+
+    :param kernel: a kernel of this package; its ``seed`` makes the chains reproducible.
+    :param args: the model's arguments, in one of the kernel's three styles.
+    :param int num_samples: draws of each chain after warm-up.
+    :param int warmup_steps: draws before them, which are never kept; by default half as many.
+    :param int num_chains: chains, ``C``.
+    :param int buffer_size: draws held at a time, of all chains together.
+    :param int rounds: how often a generator is trained, the last time included.
+    :param int num_steps: generator steps of the last round, as in :func:`~pyro_apd.distill`; others take a quarter.
+    :param int rank: as in :func:`~pyro_apd.distill`.
+    :param str storage_dtype: as in :func:`~pyro_apd.distill`.
+    :param tuple probe_inputs: as in :func:`~pyro_apd.distill`.
+    :param int seed: of the training.
+    :param bool restart: after each round but the last, put chains at fresh draws of the generator (the authors'
+        "infinite chains"). It spreads chains over what the generator has of others, but what it lacks is lost to the
+        chains as well, and they sample from the posterior again only after another warm-up: expect a bias, and a
+        warning that says so.
+    :param callable on_round: called with the posterior so far and the number of draws.
+    :param dict initial_params: unconstrained values by site to start from, as for :class:`~pyro_apd.MCMC`.
+    :param dict model_kwargs: keyword arguments of the model.
+    :param checkpoint: a file. A run that finds its own checkpoint there continues from it, bit for bit.
+    :param int checkpoint_every: draws between checkpoints, warm-up included; by default twenty a run.
+    :param bool strict: raise instead of warn if the generator is no good.
+    :param bool progress: show progress bars.
+    :raises TypeError: if the kernel is not one of this package.
+    :raises ValueError: if a number is out of range.
+    :raises DivergenceError: if all chains diverged.
+    :raises CheckpointError: if no checkpoint can be read, or it belongs to another run.
+    :raises DistillationError: with ``strict=True``, where a warning would have been issued.
+    """
+    warmup_steps = num_samples // 2 if warmup_steps is None else warmup_steps
+    _check(kernel, num_samples, warmup_steps, num_chains, buffer_size, rounds, checkpoint, checkpoint_every)
+    if restart:
+        warnings.warn(
+            "restart=True: chains go on from what the generator drew, so that its errors come back as draws. Figures "
+            "against the buffer cannot see this; compare with a run without restart.",
+            DistillationWarning,
+            stacklevel=2,
+        )
+    wishes = Wishes(num_steps=num_steps, rank=rank, storage_dtype=storage_dtype, seed=seed)
+    every = checkpoint_every or max(1, (num_samples + warmup_steps) // _NUM_CHECKPOINTS)
+    start = dict(initial_params) if initial_params is not None else None
+    if start is not None and num_chains == 1:
+        start = {name: torch.as_tensor(value).unsqueeze(0) for name, value in start.items()}
+    plan = Plan(num_samples, warmup_steps, num_chains, start, None, None if checkpoint is None else every)
+    path = None if checkpoint is None else Path(checkpoint).absolute()
+    settings = Settings(plan, "vectorized", checkpoint_path=path, disable_progbar=not progress)
+    args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+    with preserved_param_store(), ExitStack() as stack:
+        rounds_made = _Rounds(kernel, args, dict(model_kwargs or {}), wishes, probe_inputs, on_round, strict, progress)
+        schedule = [num_samples // 2**k for k in range(rounds - 1, 0, -1) if num_samples // 2**k]
+        run = _OnlineRun(rounds_made, settings, stack, max(2, buffer_size // num_chains), schedule, restart)
+        try:
+            run.sample()
+        except KeyboardInterrupt:
+            return run.interrupted()
+        run.check_chains()
+        return rounds_made.make(run.buffer, num_samples, is_last=True)
+
+
+@dataclass
+class _Rounds:
+    """Makes a generator of a buffer, each time anew: with the draws, the coordinates that fit them change."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    wishes: Wishes
+    probe_inputs: Sequence[Any] | None
+    on_round: OnRound | None
+    strict: bool
+    progress: bool
+    log: list[dict[str, float]] = field(default_factory=list)
+    last: DistilledPosterior | None = None
+
+    def make(self, store: DrawStore, num_draws: int, *, is_last: bool = False) -> DistilledPosterior:
+        """A posterior of what the buffer holds after so many draws; only the last may fail."""
+        wishes = self.wishes
+        if not is_last:
+            steps = 500 if wishes.num_steps is None else wishes.num_steps
+            wishes = replace(wishes, num_steps=steps // _SHARE_OF_STEPS)
+        source = self._source(store)
+        with warnings.catch_warnings():
+            if not is_last:
+                warnings.simplefilter("ignore", DistillationWarning)
+            posterior = distill_draws(
+                source, wishes, self.probe_inputs, strict=self.strict and is_last, progress=self.progress
+            )
+        self.log.append({"draws": num_draws, **posterior.metadata["figures"]})
+        posterior.metadata |= {"online": True, "draws_seen": num_draws, "rounds": list(self.log)}
+        self.last = posterior
+        logger.info("Distilled after %d draws a chain: %s.", num_draws, posterior.metadata["figures"])
+        if self.on_round is not None:
+            self.on_round(posterior, num_draws)
+        return posterior
+
+    def _source(self, store: DrawStore) -> Source:
+        num_data = getattr(self.kernel, "num_data", None)
+        args, kwargs = model_arguments(self.args, self.kwargs, num_data)
+        has_all = not is_loader(self.args, num_data)
+        return Source(store.unconstrained(), store.layout, self.kernel.model, args, kwargs, has_all)
+
+
+class _OnlineRun(Run):
+    """Chains of the driver, with a buffer in place of a store, and rounds in between."""
+
+    def __init__(
+        self, rounds: _Rounds, settings: Settings, stack: ExitStack, capacity: int, schedule: list[int], restart: bool
+    ) -> None:
+        super().__init__(rounds.kernel, settings, rounds.args, rounds.kwargs, stack)
+        self._rounds, self._capacity, self._schedule, self._restart = rounds, capacity, schedule, restart
+        self._chain: Any = None
+        self._num_done = 0
+
+    @property
+    def buffer(self) -> EvenStore:
+        """What is kept of the draws."""
+        assert isinstance(self.store, EvenStore)
+        return self.store
+
+    def drew(self, group: Group, num_done: int, num_diverged: int) -> None:
+        """Tells the progress bar, and makes a round where one is due."""
+        super().drew(group, num_done, num_diverged)
+        self._num_done = num_done
+        num_kept = num_done - self.plan.warmup_steps
+        if num_kept not in self._schedule or self.buffer.complete_part()[1] * self.plan.num_chains < MIN_DRAWS:
+            return
+        posterior = self._rounds.make(self.buffer, num_kept)
+        if self._restart:
+            self._put_chains_at(posterior, num_kept)
+
+    def interrupted(self) -> DistilledPosterior:
+        """The last round's posterior, or the start of one.
+
+        :raises KeyboardInterrupt: if there are no draws to make it from.
+        """
+        num_kept = max(self._num_done - self.plan.warmup_steps, 0)
+        posterior = self._rounds.last
+        if posterior is None:
+            if self.store is None or self.buffer.complete_part()[1] * self.plan.num_chains < MIN_DRAWS:
+                raise KeyboardInterrupt
+            self._rounds.wishes = replace(self._rounds.wishes, num_steps=0)
+            posterior = self._rounds.make(self.buffer, num_kept)
+        message = (
+            f"Interrupted after {num_kept} of {self.plan.num_samples} draws a chain; this posterior is of the first "
+            f"{posterior.metadata['draws_seen']}."
+        )
+        if self._rounds.strict:
+            raise DistillationError(message)
+        warnings.warn(message, DistillationWarning, stacklevel=3)
+        return posterior
+
+    def check_chains(self) -> None:
+        """A warning where chains diverged, whose draws from there on are not in the buffer.
+
+        :raises DivergenceError: if all did.
+        """
+        noted = self.divergences()
+        if not noted:
+            return
+        error = rebuilt_error(noted[0])
+        if len(noted) == self.plan.num_chains:
+            raise error
+        names = [note["chain"] for note in noted]
+        warnings.warn(
+            f"Chains {names} of {self.plan.num_chains} diverged and stopped. The first said: {error}", RuntimeWarning
+        )
+
+    def checkpoint(self, group: Group, progress: Progress) -> None:
+        """Writes chains, buffer and what rounds there were."""
+        self._notes["rounds"] = list(self._rounds.log)
+        self._save({group.first: progress, _BUFFER: Progress(state=self.buffer.state_dict())})
+
+    def _open(self, chain: Any, saved: Checkpoint | None) -> DrawStore:
+        self._chain = chain
+        self._device = chain.theta.device
+        buffer = EvenStore(chain.layout, self.plan.num_chains, self._capacity, chain.theta)
+        self.store, self._saved = buffer, {}
+        if self._path is None:
+            return buffer
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        identity = {
+            **self._describe(chain.layout, chain.theta),
+            "online": [self._capacity, self._schedule, self._restart],
+        }
+        self._identity, self._notes = identity, {"seed": self.kernel.seed}
+        if saved is not None:
+            check_identity(self._path, saved.identity, self._identity)
+            buffer.load_state_dict(saved.chains[_BUFFER].state or {})
+            self.progress = {first: saved.chains[first] for first in self.progress}
+            self._notes, self._saved = saved.notes, dict(saved.chains)
+            self._rounds.log[:] = saved.notes.get("rounds", [])
+        return buffer
+
+    def _put_chains_at(self, posterior: DistilledPosterior, draws: int) -> None:
+        seed = None if self.kernel.seed is None else self.kernel.seed + draws
+        theta_CD = posterior.layout.unconstrain(posterior.get_samples(self.plan.num_chains, seed=seed))
+        self._chain.theta = theta_CD.to(self._chain.theta).reshape(self._chain.theta.shape)
+
+
+def _check(
+    kernel: Any,
+    num_samples: int,
+    warmup_steps: int,
+    num_chains: int,
+    buffer_size: int,
+    rounds: int,
+    checkpoint: Any,
+    checkpoint_every: int | None,
+) -> None:
+    if not callable(getattr(kernel, "begin", None)):
+        what = kernel.__name__ if inspect.isclass(kernel) else type(kernel).__name__
+        raise TypeError(
+            f"`kernel` must be a kernel of this package, such as SGLD(model, ...); got {what}. Other kernels are "
+            "distilled online through OnlineDistillation, as statistics of StreamingMCMC or as a hook."
+        )
+    least = {"num_samples": MIN_DRAWS, "warmup_steps": 0, "num_chains": 1, "buffer_size": 2 * MIN_DRAWS, "rounds": 1}
+    values = {
+        "num_samples": num_samples, "warmup_steps": warmup_steps, "num_chains": num_chains, "buffer_size": buffer_size,
+        "rounds": rounds,
+    }  # fmt: skip
+    if checkpoint_every is not None:
+        least["checkpoint_every"], values["checkpoint_every"] = 1, checkpoint_every
+        if checkpoint is None:
+            raise ValueError(f"checkpoint_every={checkpoint_every} needs checkpoint=, the file to write to.")
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least[name]:
+            raise ValueError(f"{name}={value!r} must be an integer of at least {least[name]}.")
