@@ -10,7 +10,6 @@ Any function of that form serves.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +20,10 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 from pyro_apd.chains import MCMC
-from pyro_apd.distill import distill
+from pyro_apd.distill import distill, distill_online
 from pyro_apd.kernels import SGLD
 from pyro_apd.layout import Layout
+from pyro_apd.posterior import DistilledPosterior
 from pyro_apd.pyro_state import preserved_param_store, seeded
 
 Draws = dict[str, Tensor]
@@ -73,7 +73,7 @@ class Chain:
             self.num_samples,
             warmup_steps=self.warmup_steps,
             num_chains=self.num_chains,
-            initial_params=None if previous is None else self._start(model, x, y, seed, previous),
+            initial_params=self.initial_params(model, x, y, seed, previous),
             disable_progbar=True,
         )
         mcmc.run(x, y)
@@ -91,8 +91,10 @@ class Chain:
             **self.options,
         )
 
-    def _start(self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: Any) -> Draws:
-        """Unconstrained values to start each chain at: its last draw of the round before, or draws of a generator."""
+    def initial_params(self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: Any) -> Draws | None:
+        """Where to start, as ``MCMC`` takes it: at each chain's last draw before, or at draws of a generator."""
+        if previous is None:
+            return None
         if isinstance(previous, Mapping):
             values = {n: v.unflatten(0, (self.num_chains, -1))[:, -1] for n, v in previous.items()}
         else:
@@ -106,13 +108,13 @@ class Chain:
 
 @dataclass(frozen=True)
 class Distilled:
-    """A generator distilled from a chain on the labelled data, in each round anew: :func:`pyro_apd.distill`.
+    """A generator distilled from a chain on the labelled data, in each round anew.
 
     :ivar Chain chain: the chain.
     :ivar int num_steps: training steps of the generator.
-    :ivar bool online: train it while the chains advance, by ``pyro_apd.distill_online``: ``chain`` then gives the
-        kernel and ``num_chains``, and ``options`` the rest.
-    :ivar dict options: further arguments of ``distill`` or ``distill_online``.
+    :ivar bool online: train it while the chains advance, by :func:`pyro_apd.distill_online`, and keep no draws; else by
+        :func:`pyro_apd.distill`.
+    :ivar dict options: further arguments of either.
     """
 
     chain: Chain = field(default_factory=Chain)
@@ -120,29 +122,24 @@ class Distilled:
     online: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: Any = None) -> Any:
-        """The distilled posterior.
-
-        :raises NotImplementedError: with ``online``, where this version has no ``distill_online``, or with a
-            ``previous``, which it has no use for.
-        """
-        if self.online:
-            return self._online(model, x, y, seed, previous)
-        mcmc = self.chain.run(model, x, y, seed, previous)
-        return distill(mcmc, num_steps=self.num_steps, seed=seed, progress=False, **self.options)
-
-    def _online(self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: Any) -> Any:
-        online = getattr(importlib.import_module("pyro_apd.distill"), "distill_online", None)
-        if online is None:
-            raise NotImplementedError(
-                "online=True needs pyro_apd.distill_online, which this version does not have; leave it out, and the "
-                "chain is stored and distilled."
-            )
-        if previous is not None:
-            raise NotImplementedError("online=True starts every round afresh; use retraining='cold'.")
-        steps = {} if self.num_steps is None else {"num_steps": self.num_steps}
-        kernel = self.chain.make_kernel(model, len(x), seed)
-        return online(kernel, x, y, num_chains=self.chain.num_chains, seed=seed, **steps, **self.options)
+    def __call__(
+        self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: Any = None
+    ) -> DistilledPosterior:
+        """The distilled posterior."""
+        common = {"num_steps": self.num_steps, "seed": seed, "progress": False, **self.options}
+        if not self.online:
+            return distill(self.chain.run(model, x, y, seed, previous), **common)
+        chain = self.chain
+        return distill_online(
+            chain.make_kernel(model, len(x), seed),
+            x,
+            y,
+            num_samples=chain.num_samples,
+            warmup_steps=chain.warmup_steps,
+            num_chains=chain.num_chains,
+            initial_params=chain.initial_params(model, x, y, seed, previous),
+            **common,
+        )
 
 
 @dataclass(frozen=True)

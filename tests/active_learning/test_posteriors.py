@@ -3,8 +3,6 @@
 
 """Ready-made posteriors of the loop."""
 
-import importlib
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -56,25 +54,20 @@ def test_a_distilled_posterior_and_a_chain_from_its_draws():
     assert_close(draws["first.weight"], posterior.get_samples(1, seed=4)["first.weight"])
 
 
-def test_online_distillation_where_there_is_one(monkeypatch):
-    package, calls = importlib.import_module("pyro_apd.distill"), []
-
-    def fake(kernel, *args, **settings):
-        calls.append((kernel, args, settings))
-        return "posterior"
-
-    monkeypatch.setattr(package, "distill_online", fake, raising=False)
-    online = Distilled(Chain(0.01, num_chains=3), num_steps=9, online=True, options={"buffer_size": 5})
-    assert online(Classifier(), X, Y, 3, None) == "posterior"
-    kernel, args, settings = calls[0]
-    assert kernel.seed == 3
-    assert args[0] is X
-    assert settings == {"seed": 3, "num_chains": 3, "num_steps": 9, "buffer_size": 5}
-    with pytest.raises(NotImplementedError, match="use retraining='cold'"):
-        online(Classifier(), X, Y, 3, "posterior")
-    monkeypatch.delattr(package, "distill_online")
-    with pytest.raises(NotImplementedError, match=r"needs pyro_apd\.distill_online"):
-        online(Classifier(), X, Y, 3, None)
+@pytest.mark.filterwarnings("ignore::pyro_apd.DistillationWarning")
+def test_online_distillation_cold_and_warm():
+    chain = Chain(0.01, num_samples=15, warmup_steps=2, num_chains=2)
+    online = Distilled(chain, num_steps=2, online=True, options={"rank": 2, "rounds": 1})
+    posterior = online(Classifier(), X, Y, 3, None)
+    assert isinstance(posterior, DistilledPosterior)
+    assert posterior.layout["first.weight"].shape == (6, 4)
+    still = Chain(1e-12, num_samples=15, warmup_steps=0, num_chains=2, temperature=0.0)
+    repeated = Distilled(still, num_steps=0, online=True, options={"rank": 1, "rounds": 1})(
+        Classifier(), X, Y, 4, posterior
+    )
+    # Chains that do not move stay at the two draws that they started from.
+    start = posterior.get_samples(2, seed=4)["first.weight"]
+    assert_close(repeated.get_samples(4000, seed=0)["first.weight"].mean(0), start.mean(0), atol=0.05, rtol=0.1)
 
 
 def test_a_baseline_starts_cold_or_at_the_weights_before():
