@@ -49,15 +49,18 @@ def test_of_one_network_everything_is_known():
 
 
 def test_figures_are_those_of_the_parts():
-    draws = spread()
+    draws, y = spread(), Y.clone()
+    y[:6] = 1 - y[:6]  # wrong from the start, which no attack is to be credited with
     how = Attack("pgd", epsilon=0.2, through="mean", num_draws=20, num_steps=5)
-    row = evaluate(LINEAR, draws, X, Y, {"strong": how}, bounds=(-1, 1), seed=3).rows[0]
-    attacked = attack(LINEAR, draws, X, Y, how, bounds=(-1, 1), seed=4)
+    row = evaluate(LINEAR, draws, X, y, {"strong": how}, bounds=(-1, 1), seed=3).rows[0]
+    attacked = attack(LINEAR, draws, X, y, how, bounds=(-1, 1), seed=4)
     clean, after = (outputs(LINEAR, draws, x).probs_SNK for x in (X, attacked.x))
-    right, still = (probs.mean(0).argmax(-1) == Y for probs in (clean, after))
+    right, still = (probs.mean(0).argmax(-1) == y for probs in (clean, after))
+    assert (~right & ~still).any()
     assert row.name == "strong"
     assert row.robust_accuracy == pytest.approx(float(still.float().mean()))
     assert row.num_successes == int((right & ~still).sum()) > 0
+    assert row.success_rate == pytest.approx(row.num_successes / int(right.sum()))
     for name in ("predictive_entropy", "mutual_information", "model_variance"):
         score = getattr(uncertainty, name)
         assert row.auroc[name] == metrics.auroc(score(clean), score(after))
