@@ -90,6 +90,12 @@ def test_results_are_kept_as_they_come(tmp_path):
     assert Results("some", Options("corrected", "smoke", results=tmp_path)).figures == {}
 
 
+def test_methods_can_be_chosen():
+    assert methods.methods(Options("corrected", "smoke", only=("SGLD", "stored"))) == ["SGLD", "stored draws, thinned"]
+    assert set(methods.methods(Options("faithful", "full"))) == set(methods.PUBLISHED)
+    assert set(methods.methods(Options("corrected", "smoke"))) == set(methods.METHODS)
+
+
 def test_tables_replace_their_own_kind_only(tmp_path):
     options = [Options(protocol, "smoke", results=tmp_path) for protocol in ("faithful", "corrected")]
     for number, option in enumerate([*options, options[0]]):

@@ -59,7 +59,7 @@ def run(name: str, options: Options) -> Results:
     """One experiment: what is missing is found, then shown."""
     experiment, results = find(name), Results(name, options)
     start = time.monotonic()
-    if not options.is_smoke and not options.has_images:
+    if not (options.is_smoke or options.digits or options.has_images):
         print("No folder with data (PYRO_APD_DATA): scikit-learn's digits stand in for MNIST.", file=sys.stderr)
     experiment.run(options, results)
     text = experiment.table(options, results)

@@ -206,6 +206,7 @@ def _panel(found: dict[str, Any], ax: Any, name: str, ways: list[str], score: st
         errors = [[max(0.0, value) for value in side] for side in errors]
         ax.errorbar(at, [bar[0] for bar in bars], errors, fmt="os^vD*Px"[i % 8], ms=4, lw=1, label=method)
     ax.set_xticks(range(len(ways)), ways, fontsize=7)
+    ax.set_xlim(-0.6, len(ways) - 0.4)
     ax.axhline(0.5, color="grey", lw=0.6)
     ax.set_title(name, fontsize=9)
 
