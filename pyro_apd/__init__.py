@@ -9,7 +9,7 @@ generator on the draws, a :class:`DistilledPosterior`, which stands in for them 
 
 __version__ = "0.1.0"
 
-from pyro_apd import baselines, datasets, diagnostics, metrics, uncertainty
+from pyro_apd import active_learning, adversarial, baselines, datasets, diagnostics, metrics, ood, uncertainty
 from pyro_apd.bnn import BNN
 from pyro_apd.chains import MCMC, CheckpointError, WorkerError, open_store
 from pyro_apd.distill import DistillationError, DistillationWarning, OnlineDistillation, distill, distill_online
@@ -39,6 +39,8 @@ __all__ = [
     "Predictive",
     "WarmupWarning",
     "WorkerError",
+    "active_learning",
+    "adversarial",
     "baselines",
     "datasets",
     "diagnostics",
@@ -48,6 +50,7 @@ __all__ = [
     "function_values",
     "log_likelihood",
     "metrics",
+    "ood",
     "open_store",
     "outputs",
     "reduce_outputs",

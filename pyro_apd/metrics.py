@@ -8,7 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accuracy", "auroc", "calibration_bins", "expected_calibration_error", "negative_log_likelihood"]
+__all__ = [
+    "accuracy",
+    "auroc",
+    "brier_score",
+    "calibration_bins",
+    "expected_calibration_error",
+    "negative_log_likelihood",
+]
 
 
 def accuracy(probs_NK: Tensor, labels_N: Tensor) -> float:
@@ -31,6 +38,20 @@ def negative_log_likelihood(probs_NK: Tensor, labels_N: Tensor) -> float:
     """
     labels_N = _checked(probs_NK, labels_N)
     return float(-probs_NK.double().gather(-1, labels_N.unsqueeze(-1)).log().mean())
+
+
+def brier_score(probs_NK: Tensor, labels_N: Tensor) -> float:
+    """Squared distance of the probabilities from the label's one-hot vector, summed over classes (Brier 1950).
+
+    From 0 to 2; a proper score, so that it cannot be gained by misstating the probabilities.
+
+    :param Tensor probs_NK: class probabilities, ``(N, K)``.
+    :param Tensor labels_N: classes 0..K-1, ``(N,)``.
+    :raises ValueError: if shapes disagree, or a label is not one of the classes.
+    """
+    labels_N = _checked(probs_NK, labels_N)
+    one_hot_NK = torch.nn.functional.one_hot(labels_N, probs_NK.shape[1])
+    return float((probs_NK.double() - one_hot_NK).square().sum(-1).mean())
 
 
 def expected_calibration_error(probs_NK: Tensor, labels_N: Tensor, num_bins: int = 15) -> float:

@@ -1,26 +1,44 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How unsure a posterior is about each datum: scores from the class probabilities of many draws.
+"""How unsure a posterior is about each datum: scores from what many draws predict.
 
-Every function takes ``probs_SNK``, probabilities of ``K`` classes for ``N`` data under each of ``S`` draws, and
-returns one score a datum, ``(N,)``. Entropies are in nats. Half-precision input is computed in ``float32``.
-
+**Classification.** Functions take ``probs_SNK``, probabilities of ``K`` classes for ``N`` data under each of ``S``
+draws, and return one score a datum, ``(N,)``. Entropies are in nats. Half-precision input is computed in ``float32``.
 Each raises :exc:`ValueError` if ``probs_SNK`` is not a floating-point tensor of three dimensions with at least one
 draw and one class, holds NaN or negative entries, or has classes that do not sum to one.
+
+**Regression.** Functions take ``mean_SN`` and ``variance_SN``, the mean and variance of each observation given the
+weights of each draw, and return variances ``(N,)`` in the squared unit of the targets, by the law of total variance:
+what noise is to blame for (*aleatoric*) plus what the weights are to blame for (*epistemic*). Each raises
+:exc:`ValueError` if a tensor is not floating-point, two-dimensional and finite, with at least one draw, or a variance
+is negative.
+
+**Streams.** :class:`ClassificationStream` and :class:`RegressionStream` take draws some at a time and give the same
+scores at the end. For a model and its draws there is :func:`pyro_apd.reduce_outputs`, which also makes the predictions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from pyro_apd.accumulators import OF_MOMENTS, OF_PROBABILITIES, MomentReduction, ProbabilityReduction
+
 __all__ = [
+    "ClassificationStream",
+    "RegressionStream",
+    "aleatoric_variance",
+    "epistemic_variance",
     "expected_entropy",
     "max_probability",
     "model_variance",
     "mutual_information",
     "predictive_entropy",
+    "total_variance",
     "variation_ratio",
 ]
 
@@ -92,20 +110,167 @@ def model_variance(probs_SNK: Tensor) -> Tensor:
     return _centred(_checked(probs_SNK))[1].square().mean(0).sum(-1)
 
 
+def aleatoric_variance(variance_SN: Tensor) -> Tensor:
+    """Mean variance of an observation given the weights, E_s Var[y | s]: noise, which more data do not remove.
+
+    :param Tensor variance_SN: variances, ``(S, N)``, in squared units of the targets.
+    :returns: ``(N,)``.
+    """
+    return _checked_moments(variance_SN=variance_SN)[0].mean(0)
+
+
+def epistemic_variance(mean_SN: Tensor) -> Tensor:
+    """Variance over draws of the mean of an observation, Var_s E[y | s]: what is not known about the weights.
+
+    :param Tensor mean_SN: means, ``(S, N)``.
+    :returns: ``(N,)`` with 1/S in the variance; zero for a single draw.
+    """
+    return _centred(_checked_moments(mean_SN=mean_SN)[0])[1].square().mean(0)
+
+
+def total_variance(mean_SN: Tensor, variance_SN: Tensor) -> Tensor:
+    """Variance of an observation under all draws: :func:`aleatoric_variance` plus :func:`epistemic_variance`.
+
+    :param Tensor mean_SN: means, ``(S, N)``.
+    :param Tensor variance_SN: variances, ``(S, N)``.
+    :returns: ``(N,)``.
+    """
+    mean_SN, variance_SN = _checked_moments(mean_SN=mean_SN, variance_SN=variance_SN)
+    return variance_SN.mean(0) + _centred(mean_SN)[1].square().mean(0)
+
+
+class ClassificationStream:
+    """Scores of class probabilities that come some draws at a time, in memory that does not grow with their number.
+
+    :param names: which of ``mean_probability`` ``(N, K)``, ``predictive_entropy``, ``expected_entropy``,
+        ``mutual_information``, ``max_probability``, ``model_variance`` and ``variation_ratio``; by default all.
+    :raises ValueError: if a name is not one of these.
+
+    Example::
+
+        stream = ClassificationStream(["mutual_information"])
+        for probs_SNK in chunks:
+            stream.add(probs_SNK)
+        scores = stream.result()
+    """
+
+    def __init__(self, names: Collection[str] | str | None = None) -> None:
+        self._names = _checked_names(names, OF_PROBABILITIES)
+        self._reduction: ProbabilityReduction | None = None
+        self._shape: tuple[int, ...] = ()
+
+    def add(self, probs_SNK: Tensor) -> ClassificationStream:
+        """Takes in some draws, ``(S, N, K)``, with the same data and classes as before.
+
+        :raises ValueError: as the scores' own functions, or if data or classes differ from those before.
+        """
+        probs_SNK = _checked(probs_SNK)
+        self._shape = _checked_like(tuple(probs_SNK.shape[1:]), self._shape, "probs_SNK")
+        if self._reduction is None:
+            self._reduction = ProbabilityReduction(probs_SNK.shape[1], self._names)
+        self._reduction.add(slice(None), probs_SNK.log())
+        return self
+
+    def result(self) -> dict[str, Tensor]:
+        """The scores so far, by name; more draws may follow.
+
+        :raises ValueError: if no draws were added yet.
+        """
+        return _begun(self._reduction).result()
+
+
+class RegressionStream:
+    """Means and variances that come some draws at a time, in memory that does not grow with their number.
+
+    :param names: which of ``mean`` and ``variance`` of an observation and the latter's parts, ``expected_variance``
+        (aleatoric) and ``model_variance`` (epistemic), each ``(N,)``; by default all.
+    :raises ValueError: if a name is not one of these.
+    """
+
+    def __init__(self, names: Collection[str] | str | None = None) -> None:
+        self._names = _checked_names(names, OF_MOMENTS)
+        self._reduction: MomentReduction | None = None
+        self._shape: tuple[int, ...] = ()
+
+    def add(self, mean_SN: Tensor, variance_SN: Tensor) -> RegressionStream:
+        """Takes in some draws, ``(S, N)`` each, of the same data as before.
+
+        :raises ValueError: as :func:`total_variance`, or if the data differ in number from those before.
+        """
+        mean_SN, variance_SN = _checked_moments(mean_SN=mean_SN, variance_SN=variance_SN)
+        self._shape = _checked_like(tuple(mean_SN.shape[1:]), self._shape, "mean_SN")
+        if self._reduction is None:
+            self._reduction = MomentReduction(mean_SN.shape[1], self._names)
+        self._reduction.add(slice(None), torch.stack([mean_SN, variance_SN], -1))
+        return self
+
+    def result(self) -> dict[str, Tensor]:
+        """The variances so far, by name; more draws may follow.
+
+        :raises ValueError: if no draws were added yet.
+        """
+        return _begun(self._reduction).result()
+
+
+def _begun(reduction: Any) -> Any:
+    if reduction is None:
+        raise ValueError("The stream has no draws yet; add(...) some first.")
+    return reduction
+
+
+def _checked_names(names: Collection[str] | str | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    chosen = known if names is None else (names,) if isinstance(names, str) else tuple(names)
+    surplus = [name for name in chosen if name not in known]
+    if surplus or not chosen:
+        raise ValueError(f"`names` must name some of {', '.join(known)}; got {surplus or names!r}.")
+    return chosen
+
+
+def _checked_like(shape: tuple[int, ...], before: tuple[int, ...], name: str) -> tuple[int, ...]:
+    if before and shape != before:
+        raise ValueError(
+            f"{name} must be of the same data as the draws before, {before} after the dimension of draws; got {shape}."
+        )
+    return shape
+
+
+def _checked_moments(**moments: Tensor) -> list[Tensor]:
+    """Each as a tensor ``(S, N)`` in single precision at least."""
+    for name, value in moments.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() != 2 or not len(value):
+            what = f"{value.dtype}, {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{name} must be a floating-point tensor of shape (draws, data) with at least one draw; got {what}. "
+                "For a single draw pass it with unsqueeze(0)."
+            )
+    shapes = {name: tuple(value.shape) for name, value in moments.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"Means and variances must have the same shape (draws, data); got {shapes}.")
+    for name, value in moments.items():
+        allowed = value.isfinite() & (value >= 0) if name == "variance_SN" else value.isfinite()
+        if not bool(allowed.all()):
+            mend = "; variances are wanted, not their logarithms" if name == "variance_SN" else ""
+            raise ValueError(
+                f"{name} holds {int((~allowed).sum())} entries that are not finite or not allowed{mend}; look at the "
+                "draws or inputs they are of."
+            )
+    return [value.float() if value.dtype in (torch.float16, torch.bfloat16) else value for value in moments.values()]
+
+
 def _entropy(probs: Tensor) -> Tensor:
     """Entropy over the last dimension, with 0 log 0 = 0; a sum of 1 + eps must not make it negative."""
     entropy: Tensor = torch.special.entr(probs).sum(-1).clamp_min(0.0)
     return entropy
 
 
-def _centred(probs_SNK: Tensor) -> tuple[Tensor, Tensor]:
+def _centred(value_S: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over draws and the distances from it, counted from the first draw: equal draws have a distance of exactly 0.
 
     Otherwise the scores of a collapsed posterior would be rounding errors, which rank data as if they meant something.
     """
-    offset_SNK = probs_SNK - probs_SNK[0]
-    offset_NK = offset_SNK.mean(0)
-    return probs_SNK[0] + offset_NK, offset_SNK - offset_NK
+    offset_S = value_S - value_S[0]
+    offset = offset_S.mean(0)
+    return value_S[0] + offset, offset_S - offset
 
 
 def _checked(probs_SNK: Tensor) -> Tensor:

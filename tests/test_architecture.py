@@ -16,6 +16,7 @@ PACKAGE = Path(pyro_apd.__file__).parent
 
 # From the ground up; a module may import from lower floors, and from its own room.
 FLOORS = [
+    {"accumulators"},
     {
         "errors",
         "metrics",
@@ -29,7 +30,7 @@ FLOORS = [
     },
     {"arguments"},
     {"layout", "bnn", "container"},
-    {"draw_map", "minibatch", "capture", "estimates", "networks"},
+    {"draw_map", "drawing", "minibatch", "capture", "estimates", "networks"},
     {"scaling", "observed_site"},
     {"summaries"},
     {"reductions"},
@@ -39,6 +40,7 @@ FLOORS = [
     {"posterior", "chains"},
     {"distill"},
     {"diagnostics", "baselines"},
+    {"active_learning", "adversarial", "ood"},
     {"demo", "inspection"},
     {"cli"},
 ]

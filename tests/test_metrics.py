@@ -22,6 +22,9 @@ def test_hand_computed():
     assert metrics.negative_log_likelihood(PROBS, LABELS) == pytest.approx(-math.log(0.9 * 0.6 * 0.4 * 0.2) / 4)
     # Bins: 0.9 alone (gap 0.1), 0.6 twice (half right, gap 0.1), 0.8 alone (wrong, gap 0.8).
     assert metrics.expected_calibration_error(PROBS, LABELS) == pytest.approx((0.1 + 2 * 0.1 + 0.8) / 4)
+    # Of two classes, twice the square of what the label lacks.
+    assert metrics.brier_score(PROBS, LABELS) == pytest.approx(2 * (0.1**2 + 0.4**2 + 0.6**2 + 0.8**2) / 4)
+    assert metrics.brier_score(torch.eye(3), torch.tensor([0, 1, 0])) == pytest.approx(2 / 3)
 
 
 def test_one_bin_compares_mean_confidence_with_accuracy():

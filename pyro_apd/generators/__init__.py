@@ -8,13 +8,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pyro_apd.generators.dropout import DropoutGenerator
+from pyro_apd.generators.low_rank import LowRankGenerator
 from pyro_apd.generators.network import CoordinateGenerator, Generator
 from pyro_apd.generators.paper import PaperGenerator
 
 #: Generators by the name that ``distill(generator=...)`` and files use.
 GENERATORS: dict[str, type[Generator]] = {"coordinates": CoordinateGenerator, "paper": PaperGenerator}
+#: Those that files hold besides: what :mod:`pyro_apd.baselines` fits.
+BASELINES: dict[str, type[Generator]] = {"dropout": DropoutGenerator, "low-rank": LowRankGenerator}
 
-__all__ = ["GENERATORS", "CoordinateGenerator", "Generator", "PaperGenerator", "build_generator"]
+__all__ = [
+    "BASELINES",
+    "GENERATORS",
+    "CoordinateGenerator",
+    "DropoutGenerator",
+    "Generator",
+    "LowRankGenerator",
+    "PaperGenerator",
+    "build_generator",
+]
 
 
 def build_generator(config: Mapping[str, Any]) -> Generator:
@@ -25,9 +38,10 @@ def build_generator(config: Mapping[str, Any]) -> Generator:
     """
     settings = dict(config)
     kind = settings.pop("kind", None)
-    if not isinstance(kind, str) or kind not in GENERATORS:
-        raise ValueError(f"Unknown generator {kind!r}; known are {sorted(GENERATORS)}.")
+    known = {**GENERATORS, **BASELINES}
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(f"Unknown generator {kind!r}; known are {sorted(known)}.")
     try:
-        return GENERATORS[kind](**settings)
+        return known[kind](**settings)
     except TypeError as error:
         raise ValueError(f"Settings {sorted(settings)} are not those of a '{kind}' generator: {error}.") from error

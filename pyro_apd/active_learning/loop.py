@@ -1,0 +1,272 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The loop: fit, predict, have some more labelled (protocol of Gal, Islam and Ghahramani, ICML 2017)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_apd import metrics
+from pyro_apd.active_learning.acquisition import Acquisition, check_acquisition, select
+from pyro_apd.active_learning.history import History, HistoryFile, Round
+from pyro_apd.active_learning.posteriors import Chain, Posterior
+from pyro_apd.drawing import take_draws
+from pyro_apd.errors import ModelError
+from pyro_apd.fingerprint import fingerprint
+from pyro_apd.predictive import outputs
+from pyro_apd.pyro_state import seeded
+
+_RETRAINING = ("cold", "warm")
+
+
+def run(
+    model: Callable[..., Any],
+    x_pool: Tensor,
+    y_pool: Tensor,
+    x_test: Tensor,
+    y_test: Tensor,
+    *,
+    posterior: Posterior | None = None,
+    acquisition: Acquisition = "bald",
+    initial: int | Sequence[int] | Tensor = 20,
+    batch_size: int = 10,
+    num_rounds: int = 50,
+    retraining: str = "cold",
+    num_score_draws: int = 50,
+    num_test_draws: int = 50,
+    pool_subset: int | None = None,
+    seed: int = 0,
+    history_path: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> History:
+    """Active learning on a pool whose labels are known but looked at only where they are asked for.
+
+    Each round fits a posterior to what is labelled, states its accuracy on the test data, and has the ``batch_size``
+    data labelled that the acquisition wants most. The defaults are the protocol of Gal et al. (2017): 20 labels, then
+    10 a round up to 510, each round from scratch. What the last round wants labelled is stated, not looked at.
+
+    :param callable model: a Pyro model of a classification, called as ``model(x, y)`` and ``model(x)``.
+    :param torch.Tensor x_pool: inputs ``(N, ...)``.
+    :param torch.Tensor y_pool: their classes ``(N,)``.
+    :param torch.Tensor x_test: inputs ``(M, ...)`` to state accuracy on; never looked at otherwise.
+    :param torch.Tensor y_test: their classes ``(M,)``.
+    :param posterior: callable ``(model, x, y, seed, previous)`` to draws by site, or to an object with
+        ``get_samples(num_samples)``; see :mod:`~pyro_apd.active_learning.posteriors`. By default a :class:`Chain`.
+    :param acquisition: one of :data:`~pyro_apd.active_learning.ACQUISITIONS`, or a function from ``probs_SNK`` to
+        scores ``(N,)``.
+    :param initial: data labelled from the start: their positions, or how many, drawn evenly over classes by the seed.
+    :param int batch_size: labels a round.
+    :param int num_rounds: posteriors fitted; the labels come to ``initial + (num_rounds - 1) * batch_size``.
+    :param str retraining: ``"cold"``: each round from scratch; ``"warm"``: from what the round before gave.
+    :param int num_score_draws: draws that acquisition scores are taken from.
+    :param int num_test_draws: draws that the test prediction averages over.
+    :param int pool_subset: unlabelled data to look at in each round, drawn by the seed; None: all.
+    :param int seed: makes the run reproducible; the global generators stay as they are.
+    :param history_path: JSON file in which the history is kept after each round, and from which a run with the same
+        settings goes on. What it gives is what it had given without the interruption.
+    :param bool progress: show a bar.
+    :raises ValueError: if an argument is out of range, sizes disagree, or ``history_path`` is of another run.
+    :raises ModelError: if the model's observed site is no classification.
+    """
+    _check_numbers(
+        batch_size=batch_size, num_rounds=num_rounds, num_score_draws=num_score_draws, num_test_draws=num_test_draws
+    )
+    if pool_subset is not None:
+        _check_numbers(pool_subset=pool_subset)
+    check_acquisition(acquisition)
+    if retraining not in _RETRAINING:
+        raise ValueError(f"`retraining` must be 'cold' or 'warm'; got {retraining!r}.")
+    _check_data(x_pool, y_pool, x_test, y_test)
+    posterior = Chain() if posterior is None else posterior
+    start = _initial(initial, y_pool, seed)
+    needed = len(start) + (num_rounds - 1) * batch_size
+    if needed > len(x_pool):
+        raise ValueError(
+            f"{num_rounds} rounds need {needed} labels, and the pool has {len(x_pool)}; take fewer rounds or a smaller "
+            "`batch_size`."
+        )
+    settings = {
+        "model": _name(model), "acquisition": _name(acquisition), "posterior": _name(posterior),
+        "batch_size": batch_size,
+        "retraining": retraining, "num_score_draws": num_score_draws, "num_test_draws": num_test_draws,
+        "pool_subset": pool_subset, "seed": seed, "data": fingerprint(x_pool, y_pool, x_test, y_test)["sha256"],
+    }  # fmt: skip
+    data = _Data(x_pool, y_pool, x_test, y_test)
+    task = _Task(model, data, posterior, acquisition, retraining == "warm", settings)
+    return _loop(task, start, num_rounds, history_path, progress)
+
+
+@dataclass(frozen=True)
+class _Data:
+    x_pool: Tensor
+    y_pool: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What stays the same from round to round."""
+
+    model: Callable[..., Any]
+    data: _Data
+    posterior: Posterior
+    acquisition: Acquisition
+    is_warm: bool
+    settings: dict[str, Any]
+
+    def seed(self, number: int, purpose: str) -> int:
+        """A seed for one purpose in one round: a run that goes on needs no state of a generator."""
+        digest = hashlib.sha256(f"{self.settings['seed']}/{number}/{purpose}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") >> 1
+
+
+def _loop(
+    task: _Task, start: list[int], num_rounds: int, history_path: str | os.PathLike[str] | None, progress: bool
+) -> History:
+    file = None if history_path is None else HistoryFile(history_path)
+    known, previous = (None, None) if file is None else file.read(task.settings)
+    history = History(task.settings, start) if known is None else known
+    if history.initial != start:
+        raise ValueError(f"{history_path} began with other labels than `initial`; give another `history_path`.")
+    missing = range(len(history.rounds), num_rounds)
+    for number in (bar := tqdm(missing, desc="Active learning", disable=not progress, leave=False)):
+        # Also for a posterior that draws by the global generator.
+        with seeded(task.seed(number, "global"), task.data.x_pool.device):
+            one, previous = _round(task, history, number, previous)
+        history.rounds.append(one)
+        if file is not None:
+            file.write(history, previous if task.is_warm else None)
+        bar.set_postfix(labels=one.num_labels, accuracy=f"{one.accuracy:.4f}")
+    return History(history.settings, history.initial, history.rounds[:num_rounds])
+
+
+def _round(task: _Task, history: History, number: int, previous: Any) -> tuple[Round, Any]:
+    """Fit, predict, choose."""
+    begun = time.monotonic()
+    data, labelled = task.data, [*history.labelled, *history.wanted]
+    index = torch.as_tensor(labelled, device=data.x_pool.device)
+    fitted = task.posterior(
+        task.model, data.x_pool[index], data.y_pool[index], task.seed(number, "fit"), previous if task.is_warm else None
+    )
+    probs_NK = _probabilities(
+        task.model, fitted, data.x_test, task.settings["num_test_draws"], task.seed(number, "test")
+    ).mean(0)
+    one = Round(
+        len(labelled),
+        metrics.accuracy(probs_NK, data.y_test),
+        metrics.negative_log_likelihood(probs_NK, data.y_test),
+        _wanted(task, fitted, labelled, number),
+        round(time.monotonic() - begun, 3),
+    )
+    return one, fitted
+
+
+def _wanted(task: _Task, fitted: Any, labelled: Sequence[int], number: int) -> list[int]:
+    """Positions in the pool to have labelled next."""
+    settings, seed = task.settings, task.seed(number, "acquire")
+    is_free_N = torch.ones(len(task.data.x_pool), dtype=torch.bool)
+    is_free_N[torch.as_tensor(labelled)] = False
+    free = is_free_N.nonzero().squeeze(1)
+    if len(free) == 0:
+        return []
+    if settings["pool_subset"] is not None:
+        generator = torch.Generator().manual_seed(task.seed(number, "subset"))
+        free = free[torch.randperm(len(free), generator=generator)[: settings["pool_subset"]].sort().values]
+    if task.acquisition == "random":
+        probs_SNK = torch.zeros(1, len(free), 1)  # nothing is predicted where nothing is asked
+    else:
+        inputs = task.data.x_pool[free.to(task.data.x_pool.device)]
+        probs_SNK = _probabilities(task.model, fitted, inputs, settings["num_score_draws"], task.seed(number, "score"))
+    return free[select(task.acquisition, probs_SNK, settings["batch_size"], seed=seed)].tolist()
+
+
+def _probabilities(model: Callable[..., Any], fitted: Any, x: Tensor, count: int, seed: int) -> Tensor:
+    """``(S, N, K)`` under ``count`` draws, or all where there are fewer."""
+    result = outputs(model, take_draws(fitted, count, seed, x.device), x)
+    if result.probs_SNK is None:
+        raise ModelError(
+            f"Active learning needs class probabilities; site '{result.site}' is of kind '{result.kind}', not a "
+            "categorical or Bernoulli one."
+        )
+    return result.probs_SNK
+
+
+def balanced(y: Tensor, count: int, *, seed: int | None = None) -> list[int]:
+    """``count`` positions, as evenly over the classes as may be.
+
+    :param torch.Tensor y: classes ``(N,)``.
+    :param int count: positions wanted, at most N.
+    :param int seed: which of each class; None: the first of each, as in Wang et al. (2018).
+    :raises ValueError: if ``count`` is out of range.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(y):
+        raise ValueError(f"`count` must be an int from 1 to {len(y)}, the number of data; got {count!r}.")
+    order = torch.arange(len(y))
+    if seed is not None:
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    y_shuffled = y.cpu()[order]
+    # One of each class, then another of each, until there are enough.
+    rank_N = torch.zeros(len(y), dtype=torch.long)
+    for value in y_shuffled.unique():
+        rank_N[y_shuffled == value] = torch.arange(int((y_shuffled == value).sum()))
+    return order[rank_N.sort(stable=True).indices[:count]].tolist()
+
+
+def _initial(initial: int | Sequence[int] | Tensor, y_pool: Tensor, seed: int) -> list[int]:
+    """Positions to begin with.
+
+    :raises ValueError: if they are none, repeated or out of range.
+    """
+    if isinstance(initial, int) and not isinstance(initial, bool):
+        if not 1 <= initial <= len(y_pool):
+            raise ValueError(f"`initial` must be from 1 to {len(y_pool)}, the size of the pool; got {initial}.")
+        return balanced(y_pool, initial, seed=seed)
+    positions = [int(i) for i in initial]  # type: ignore[union-attr]
+    if not positions or len(set(positions)) < len(positions) or not all(0 <= i < len(y_pool) for i in positions):
+        raise ValueError(
+            f"`initial` must be a number, or distinct positions from 0 to {len(y_pool) - 1}, at least one; got "
+            f"{positions!r:.80}."
+        )
+    return positions
+
+
+def _name(value: Any) -> str:
+    """What tells a setting from another in a file."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, torch.nn.Module):
+        return f"{type(value).__qualname__} {hashlib.sha256(repr(value).encode()).hexdigest()[:12]}"
+    if is_dataclass(value):
+        return re.sub(" at 0x[0-9a-f]+", "", repr(value))  # a function's address differs from run to run
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
+
+
+def _check_numbers(**numbers: object) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be a positive int; got {value!r}.")
+
+
+def _check_data(x_pool: Tensor, y_pool: Tensor, x_test: Tensor, y_test: Tensor) -> None:
+    for names, x, y in ((("x_pool", "y_pool"), x_pool, y_pool), (("x_test", "y_test"), x_test, y_test)):
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            raise ValueError(
+                f"`{names[0]}` and `{names[1]}` must be tensors; got {type(x).__name__}, {type(y).__name__}."
+            )
+        if x.dim() == 0 or y.dim() != 1 or len(x) != len(y) or len(x) == 0:
+            raise ValueError(
+                f"`{names[0]}` must be (N, ...) and `{names[1]}` (N,), with the same N of at least 1; got "
+                f"{tuple(x.shape)} and {tuple(y.shape)}."
+            )

@@ -1,0 +1,368 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""How well a posterior's uncertainty tells data unlike the training data from data like them.
+
+Out-of-distribution data are the positives throughout, and every score is turned so that higher means more unlike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_apd import uncertainty
+from pyro_apd.baselines import DarkKnowledge
+from pyro_apd.diagnostics.draws import evenly_spaced, read_chain
+from pyro_apd.draw_map import Draws, check_draws
+from pyro_apd.errors import ModelError
+from pyro_apd.posterior import DistilledPosterior
+from pyro_apd.predictive import outputs, reduce_outputs
+from pyro_apd.pyro_state import preserved_param_store, seeded
+
+__all__ = ["METRICS", "Detection", "Figure", "OutOfDistribution", "evaluate", "rank_metrics"]
+
+#: Names of the figures: areas under the ROC and the precision-recall curves, and the share of data from inside that are
+#: taken for outside where 95 % of those from outside are found.
+METRICS = ("auroc", "aupr_out", "aupr_in", "fpr95")
+
+_OF_CLASSES = ("predictive_entropy", "mutual_information", "max_probability", "model_variance")
+_OF_MOMENTS = ("variance", "model_variance")
+# Scores for which low means unsure.
+_CONFIDENCES = frozenset({"max_probability"})
+_FOUND = 0.95
+# Entries of the table of resampled counts that are worked on together.
+_CHUNK = 4_000_000
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure and its bootstrap interval.
+
+    :ivar float value: of the data as they are.
+    :ivar float low: lower end of the interval; NaN without a bootstrap.
+    :ivar float high: upper end.
+    """
+
+    value: float
+    low: float = float("nan")
+    high: float = float("nan")
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f}" if self.low != self.low else f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well one score finds one set.
+
+    :ivar str out: name of the set.
+    :ivar str score: name of the score, of :mod:`pyro_apd.uncertainty`.
+    :ivar dict figures: by name of :data:`METRICS`.
+    :ivar int num_in: data from inside; ``num_out`` from outside. The chance level of AUPR is their share.
+    """
+
+    out: str
+    score: str
+    figures: dict[str, Figure]
+    num_in: int
+    num_out: int
+
+
+@dataclass(frozen=True)
+class OutOfDistribution:
+    """What :func:`evaluate` found; prints as a table.
+
+    :ivar list detections: one for each set and score.
+    :ivar dict scores_in: scores of the data from inside, ``(N,)`` by name, as computed.
+    :ivar dict scores_out: those of each set, by name of the set.
+    :ivar float confidence: of the intervals.
+    """
+
+    detections: list[Detection]
+    scores_in: dict[str, Tensor] = field(repr=False)
+    scores_out: dict[str, dict[str, Tensor]] = field(repr=False)
+    confidence: float = 0.95
+
+    def __getitem__(self, key: tuple[str, str]) -> Detection:
+        """Of a set and a score, by their names."""
+        for detection in self.detections:
+            if (detection.out, detection.score) == tuple(key):
+                return detection
+        known = [(detection.out, detection.score) for detection in self.detections]
+        raise KeyError(f"There is nothing for {key!r}; there are {known}.")
+
+    def records(self) -> list[dict[str, Any]]:
+        """One flat dict a set, score and figure, with plain values, as a table of pandas takes it."""
+        return [
+            {
+                "out": detection.out,
+                "score": detection.score,
+                "metric": metric,
+                "value": figure.value,
+                "low": figure.low,
+                "high": figure.high,
+                "num_in": detection.num_in,
+                "num_out": detection.num_out,
+            }
+            for detection in self.detections
+            for metric, figure in detection.figures.items()
+        ]
+
+    def to_dict(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Values by set, score and figure, without intervals."""
+        table: dict[str, dict[str, dict[str, float]]] = {}
+        for detection in self.detections:
+            values = {metric: figure.value for metric, figure in detection.figures.items()}
+            table.setdefault(detection.out, {})[detection.score] = values
+        return table
+
+    def __str__(self) -> str:
+        header = ["out", "score", *METRICS]
+        rows = [[d.out, d.score, *(str(d.figures[metric]) for metric in METRICS)] for d in self.detections]
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        title = "  ".join(cell.ljust(width) for cell, width in zip(header, widths, strict=True)).rstrip()
+        return "\n".join([title, "-" * len(title), *lines])
+
+
+def evaluate(
+    model: Callable[..., Any],
+    posterior: Any,
+    in_data: Any,
+    out_data: Any,
+    scores: Collection[str] | str | None = None,
+    *,
+    num_samples: int = 100,
+    num_bootstrap: int = 500,
+    confidence: float = 0.95,
+    seed: int = 0,
+    chunk_size: int | None = None,
+) -> OutOfDistribution:
+    """Scores data from inside and outside under a posterior, and says how well the scores tell them apart.
+
+    :param callable model: a Pyro model with one observed site.
+    :param posterior: an ``MCMC`` after ``run``, of which draws evenly spaced in time are taken; draws by site
+        ``(S, ...)``, all of which are; a :class:`~pyro_apd.DistilledPosterior`, from :func:`~pyro_apd.distill` or
+        :mod:`~pyro_apd.baselines`; or what :func:`~pyro_apd.baselines.dark_knowledge` gives.
+    :param in_data: inputs that the model was not trained on but is meant for: a tensor, or the tuple of the model's
+        arguments without targets.
+    :param out_data: inputs unlike these, likewise, or several sets of them by name.
+    :param scores: names of scores. For a classification those of :mod:`pyro_apd.uncertainty` (default: entropy, mutual
+        information, largest probability, model variance), for a regression ``variance``, ``expected_variance`` and
+        ``model_variance`` (default: the first and last).
+    :param int num_samples: draws of an ``MCMC`` or generator.
+    :param int num_bootstrap: resamplings of the data, inside and outside apart; 0 for no intervals.
+    :param float confidence: of the percentile intervals. They tell how far the figures depend on which data are there,
+        not on which draws.
+    :param int seed: of draws and bootstrap, without touching the global generator.
+    :param int chunk_size: draws evaluated together; None chooses it by memory.
+    :raises ImportError: if scikit-learn, of the ``[apps]`` extra, is not installed.
+    :raises ValueError: if a number is out of range, a name is not known, a set is empty, or a score is NaN.
+    :raises TypeError: if ``posterior`` is none of the above.
+    :raises ModelError: if the model has not one observed site with probabilities or a mean and variance.
+    """
+    _sklearn()
+    for name, value in (("num_samples", num_samples), ("num_bootstrap", num_bootstrap + 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be a positive int; got {value!r}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must be between 0 and 1; got {confidence!r}.")
+    inside, sets = _arguments(in_data, "in_data"), _named_sets(out_data)
+    device = next(value for value in inside if isinstance(value, Tensor)).device
+    with preserved_param_store(), torch.no_grad(), seeded(seed, device):  # running a model draws from its prior
+        score = _scorer(model, posterior, scores, inside, num_samples, seed, chunk_size)
+        scores_in = score(inside)
+        scores_out = {name: score(args) for name, args in sets.items()}
+    generator = torch.Generator().manual_seed(seed)
+    detections = []
+    for out, found in scores_out.items():
+        for name, value_N in found.items():
+            sign = -1.0 if name in _CONFIDENCES else 1.0
+            figures = _figures(sign * scores_in[name], sign * value_N, num_bootstrap, confidence, generator)
+            detections.append(Detection(out, name, figures, scores_in[name].numel(), value_N.numel()))
+    return OutOfDistribution(detections, scores_in, scores_out, confidence)
+
+
+def rank_metrics(scores_in: Tensor, scores_out: Tensor) -> dict[str, float]:
+    """The figures of :data:`METRICS`, by scikit-learn, of scores that are higher outside.
+
+    :param Tensor scores_in: any shape; ``scores_out`` likewise.
+    :raises ImportError: if scikit-learn, of the ``[apps]`` extra, is not installed.
+    :raises ValueError: if either is empty or holds NaN.
+    """
+    metrics = _sklearn()
+    inside, outside = _flat("scores_in", scores_in), _flat("scores_out", scores_out)
+    value = torch.cat([inside, outside]).numpy()
+    is_out = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).numpy()
+    false, true, _ = metrics.roc_curve(is_out, value, drop_intermediate=False)
+    return {
+        "auroc": float(metrics.roc_auc_score(is_out, value)),
+        "aupr_out": float(metrics.average_precision_score(is_out, value)),
+        "aupr_in": float(metrics.average_precision_score(1 - is_out, -value)),
+        "fpr95": float(false[(true >= _FOUND).argmax()]),
+    }
+
+
+def _figures(
+    inside: Tensor, outside: Tensor, num_bootstrap: int, confidence: float, generator: torch.Generator
+) -> dict[str, Figure]:
+    values = rank_metrics(inside, outside)
+    if not num_bootstrap:
+        return {name: Figure(value) for name, value in values.items()}
+    resampled = _resampled(_flat("scores_in", inside), _flat("scores_out", outside), num_bootstrap, generator)
+    tail = (1 - confidence) / 2
+    levels = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    bounds = {name: resampled[name].quantile(levels).tolist() for name in values}
+    return {name: Figure(value, *bounds[name]) for name, value in values.items()}
+
+
+def _resampled(inside: Tensor, outside: Tensor, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Figures ``(B,)`` of resampled data: a datum drawn k times counts k-fold, and nothing is sorted again."""
+    parts = []
+    per_chunk = max(1, _CHUNK // (len(inside) + len(outside)))
+    for start in range(0, count, per_chunk):
+        num = min(per_chunk, count - start)
+        parts.append(_weighted(inside, outside, _counts(num, inside, generator), _counts(num, outside, generator)))
+    return {name: torch.cat([part[name] for part in parts]) for name in METRICS}
+
+
+def _counts(num: int, values: Tensor, generator: torch.Generator) -> Tensor:
+    """How often each datum is drawn, ``(B, N)``."""
+    drawn = torch.randint(len(values), (num, len(values)), generator=generator)
+    return torch.zeros(num, len(values), dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+
+
+def _weighted(inside: Tensor, outside: Tensor, count_in: Tensor, count_out: Tensor) -> dict[str, Tensor]:
+    """The figures of :func:`rank_metrics`, ``(B,)``, of data that count ``(B, N)`` times.
+
+    Thresholds are the distinct scores, from the highest down; at each, so many from inside and outside are at or above.
+    """
+    levels, index = torch.cat([inside, outside]).unique(return_inverse=True)
+    index = len(levels) - 1 - index  # from the highest
+    at_in, at_out = (
+        torch.zeros(len(count), len(levels), dtype=torch.float64).index_add_(1, part, count)
+        for count, part in zip((count_in, count_out), index.split([len(inside), len(outside)]), strict=True)
+    )
+    above_in, above_out = at_in.cumsum(1), at_out.cumsum(1)
+    num_in, num_out = above_in[:, -1:], above_out[:, -1:]
+    below_in = num_in - above_in
+    precision_out = above_out / (above_out + above_in).clamp_min(1)
+    # From below: what is at a threshold or below it, as positives from inside.
+    up_in, up_out = num_in - above_in + at_in, num_out - above_out + at_out
+    precision_in = up_in / (up_in + up_out).clamp_min(1)
+    first = (above_out / num_out >= _FOUND).to(torch.uint8).argmax(1, keepdim=True)
+    return {
+        "auroc": (at_out * (below_in + 0.5 * at_in)).sum(1) / (num_in * num_out).squeeze(1),
+        "aupr_out": (at_out * precision_out).sum(1) / num_out.squeeze(1),
+        "aupr_in": (at_in * precision_in).sum(1) / num_in.squeeze(1),
+        "fpr95": (above_in.gather(1, first) / num_in).squeeze(1),
+    }
+
+
+def _scorer(
+    model: Callable[..., Any],
+    posterior: Any,
+    scores: Collection[str] | str | None,
+    inside: tuple[Any, ...],
+    num_samples: int,
+    seed: int,
+    chunk_size: int | None,
+) -> Callable[[tuple[Any, ...]], dict[str, Tensor]]:
+    """From arguments of the model to scores by name."""
+    wanted = (scores,) if isinstance(scores, str) else None if scores is None else tuple(scores)
+    if isinstance(posterior, DarkKnowledge):
+        return lambda args: _student_scores(posterior, wanted, args)
+    draws = _draws(posterior, num_samples, seed)
+    if wanted is None:
+        kind = outputs(model, _one(draws), *_head(inside)).kind
+        wanted = _OF_CLASSES if kind in ("categorical", "bernoulli") else _OF_MOMENTS
+    of_classes = {"mean_probability", "mean"} & set(wanted)
+    if of_classes:
+        raise ValueError(f"`scores` must be uncertainties; {sorted(of_classes)} are predictions.")
+    names = wanted
+    return lambda args: reduce_outputs(model, draws, *args, names=names, chunk_size=chunk_size)
+
+
+def _student_scores(student: nn.Module, wanted: tuple[str, ...] | None, args: tuple[Any, ...]) -> dict[str, Tensor]:
+    """A student has one prediction: what it is unsure about, but nothing that draws could disagree on."""
+    if student.kind == "normal":
+        raise ModelError("A student of a regression gives a variance as it is; scores are for classifications.")
+    names = wanted or ("predictive_entropy", "max_probability")
+    known = ("predictive_entropy", "max_probability")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"`scores` of a student must be some of {list(known)}: it has one prediction; got {unknown}.")
+    probs_1NK = student(*args).unsqueeze(0)
+    return {name: getattr(uncertainty, name)(probs_1NK) for name in names}
+
+
+def _draws(posterior: Any, num_samples: int, seed: int) -> Draws:
+    if isinstance(posterior, DistilledPosterior):
+        return posterior.stream(num_samples, seed=seed)
+    if isinstance(posterior, Mapping):
+        check_draws(posterior, "posterior")
+        return posterior
+    try:
+        chain = read_chain(posterior)
+    except TypeError:
+        raise TypeError(
+            f"`posterior` must be an MCMC after run(), draws by site, a DistilledPosterior, or one of "
+            f"pyro_apd.baselines; got {type(posterior).__name__}."
+        ) from None
+    return chain.pooled(evenly_spaced(chain.num_draws, max(1, num_samples // chain.num_chains)))
+
+
+def _one(draws: Draws) -> Draws:
+    return {n: v[:1] for n, v in draws.items()} if isinstance(draws, Mapping) else draws.part(0, 1)
+
+
+def _head(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The first rows, enough to see what a model predicts."""
+    num_rows = len(next(value for value in args if isinstance(value, Tensor)))
+    return tuple(v[:2] if isinstance(v, Tensor) and v.dim() and len(v) == num_rows else v for v in args)
+
+
+def _named_sets(out_data: Any) -> dict[str, tuple[Any, ...]]:
+    sets = dict(out_data) if isinstance(out_data, Mapping) else {"out": out_data}
+    if not sets:
+        raise ValueError("`out_data` holds no sets; give a tensor, or a dict of them by name.")
+    return {str(name): _arguments(value, f"out_data[{name!r}]") for name, value in sets.items()}
+
+
+def _arguments(data: Any, name: str) -> tuple[Any, ...]:
+    args: Sequence[Any] = data if isinstance(data, tuple) else (data,)
+    tensors = [value for value in args if isinstance(value, Tensor) and value.dim() > 0]
+    if not tensors or len(tensors[0]) == 0:
+        what = f"shape {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
+        raise ValueError(
+            f"`{name}` must be a tensor of inputs (N, ...) with at least one row, or the tuple of the model's "
+            f"arguments without targets; got {what}."
+        )
+    if any(bool(value.isnan().any()) for value in tensors if value.is_floating_point()):
+        raise ValueError(f"`{name}` holds NaN; remove or mend the rows concerned.")
+    return tuple(args)
+
+
+def _flat(name: str, scores: Tensor) -> Tensor:
+    value = scores.detach().flatten().double().cpu()
+    if value.numel() == 0 or bool(value.isnan().any()):
+        raise ValueError(
+            f"{name} must hold at least one score and no NaN; got {value.numel()} scores, {int(value.isnan().sum())} "
+            "of them NaN. Look at the draws and inputs that they are of."
+        )
+    return value
+
+
+def _sklearn() -> Any:
+    try:
+        from sklearn import metrics
+    except ImportError as error:
+        raise ImportError(
+            "Figures of detection are computed by scikit-learn, which is missing: pip install 'pyro-apd[apps]'."
+        ) from error
+    return metrics

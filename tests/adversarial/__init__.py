@@ -1,0 +1,2 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
