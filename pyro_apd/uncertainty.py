@@ -176,7 +176,8 @@ class ClassificationStream:
 
         :raises ValueError: if no draws were added yet.
         """
-        return _begun(self._reduction).result()
+        scores: dict[str, Tensor] = _begun(self._reduction).result()
+        return scores
 
 
 class RegressionStream:
@@ -209,7 +210,8 @@ class RegressionStream:
 
         :raises ValueError: if no draws were added yet.
         """
-        return _begun(self._reduction).result()
+        scores: dict[str, Tensor] = _begun(self._reduction).result()
+        return scores
 
 
 def _begun(reduction: Any) -> Any:
