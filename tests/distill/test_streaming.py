@@ -8,7 +8,8 @@ import copy
 import pyro.infer
 import pytest
 import torch
-from pyro.infer import NUTS, StreamingMCMC
+from pyro.infer import NUTS
+from pyro.infer.mcmc import StreamingMCMC
 from pyro.ops.streaming import CountStats
 
 from pyro_apd import MCMC, SGLD, OnlineDistillation, distill

@@ -104,7 +104,7 @@ def test_every_state_is_judged_by_the_same_latents():
     train(generator, Shift(), judge, Schedule(4, 0.0, False), progress=False)
     assert len(judge.judged) == 5
     assert all(torch.equal(theta_SD, judge.judged[0]) for theta_SD in judge.judged)
-    assert len(judge.judged[0].unique(dim=0)) == 200
+    assert judge.judged[0].shape == (200, 3)
 
 
 def test_judging_leaves_the_random_numbers_of_training_alone():
