@@ -70,8 +70,8 @@ def interrupt_draw(monkeypatch, at, error=KeyboardInterrupt):
 
 
 def test_it_is_the_conjugate_posterior(monkeypatch):
-    """Mean within 0.3 posterior sd, sd within 15 per cent, correlations within 0.15: of 100 draws of eight chains, every
-    second, of which SGLD's own step size makes 2 per cent too wide."""
+    """Mean within 0.3 posterior sd, sd within 15 per cent, correlations within 0.15: of 100 draws of eight chains,
+    every second, of which SGLD's own step size makes 2 per cent too wide."""
     monkeypatch.undo()  # but here it does
     model = Conjugate(num_data=100)
     step_size = 0.1 / model.largest_curvature
