@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +68,6 @@ class Case:
     build: Callable[[int], Problem]
     chains: Chains
     networks: tuple[float, ...] = (4, 8, 12, 32)
-    needs_data: bool = False
-    extra: dict[str, float] = field(default_factory=dict)
 
     def sample(self, problem: Problem, seed: int, quick: bool = False) -> DrawStore:
         """The chains' draws: from the cache, else sampled and put there."""
@@ -189,9 +187,9 @@ CASES = {
         Case("toy", toy, Chains(5e-3, None, 40, 250, 500), (4, 8, 12, 32)),
         Case("digits", digits, Chains(1e-4, 100, 40, 300, 600)),
         Case("digits8", digits, Chains(1e-4, 100, 40, 300, 300, num_chains=8), (8, 12, 24, 32)),
-        Case("concrete", uci("concrete"), Chains(3e-5, 100, 60, 500, 500), needs_data=True),
-        Case("yacht", uci("yacht"), Chains(1e-5, 50, 100, 500, 500), needs_data=True),
-        Case("mnist", mnist(100), _MNIST, needs_data=True),
-        Case("mnist400", mnist(400, 400), Chains(1e-6, 100, 150, 200, 600), needs_data=True),
+        Case("concrete", uci("concrete"), Chains(3e-5, 100, 60, 500, 500)),
+        Case("yacht", uci("yacht"), Chains(1e-5, 50, 100, 500, 500)),
+        Case("mnist", mnist(100), _MNIST),
+        Case("mnist400", mnist(400, 400), Chains(1e-6, 100, 150, 200, 600)),
     )
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,12 +30,10 @@ class Fitted:
 
     :ivar sample: so many draws ``(S, D)``, by torch's global generator.
     :ivar int num_bytes: what it takes to keep.
-    :ivar dict figures: what training said of itself.
     """
 
     sample: Callable[[int], Tensor]
     num_bytes: int
-    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -166,13 +164,12 @@ def distilled(material: Material, networks: float, **options: Any) -> Fitted:
 
 def of_posterior(posterior: DistilledPosterior) -> Fitted:
     """What a saved posterior draws."""
-    figures = {name: float(value) for name, value in posterior.metadata["figures"].items()}
     shipped = posterior.rounded(posterior.storage_dtype)
 
     def sample(count: int) -> Tensor:
         return shipped.layout.unconstrain(shipped.sample((count,)))
 
-    return Fitted(sample, posterior.num_bytes, figures)
+    return Fitted(sample, posterior.num_bytes)
 
 
 def ours(material: Material, networks: float) -> Fitted:

@@ -25,7 +25,7 @@ from pyro_apd.chains.driver import checked_initial_params
 from pyro_apd.chains.even_store import EvenStore
 from pyro_apd.chains.group import Group, Plan, rebuilt_error
 from pyro_apd.chains.run import Run, Settings
-from pyro_apd.chains.store import DrawStore
+from pyro_apd.chains.store import DrawStore, all_finite
 from pyro_apd.distill.failure import DistillationWarning
 from pyro_apd.distill.offline import NUM_STEPS, Wishes, distill_draws, function_space, report
 from pyro_apd.distill.source import MIN_DRAWS, Source
@@ -108,8 +108,16 @@ def distill_online(
     :raises CheckpointError: if no checkpoint can be read, or it belongs to another run.
     :raises DistillationError: with ``strict=True``, where a warning would have been issued.
     """
-    warmup_steps = num_samples // 2 if warmup_steps is None else warmup_steps
-    _check(kernel, num_samples, warmup_steps, num_chains, buffer_size, rounds, checkpoint, checkpoint_every)
+    _check(
+        kernel,
+        num_samples,
+        0 if warmup_steps is None else warmup_steps,
+        num_chains,
+        buffer_size,
+        rounds,
+        checkpoint,
+        checkpoint_every,
+    )
     if restart:
         warnings.warn(
             "restart=True: chains go on from what the generator drew, so that its errors come back as draws. Figures "
@@ -117,6 +125,7 @@ def distill_online(
             DistillationWarning,
             stacklevel=2,
         )
+    warmup_steps = num_samples // 2 if warmup_steps is None else warmup_steps
     wishes = Wishes(num_steps=num_steps, rank=rank, storage_dtype=storage_dtype, seed=seed)
     every = checkpoint_every or max(1, (num_samples + warmup_steps) // _NUM_CHECKPOINTS)
     start = checked_initial_params(initial_params, num_chains)
@@ -244,11 +253,11 @@ class _OnlineRun(Run):
         return posterior, replace(training, stopped=what)
 
     def _has_enough(self) -> bool:
-        """Whether the buffer has draws enough for a round."""
+        """Whether the buffer has draws enough for a round, and no chain ran away without having been looked at."""
         if self.store is None:
             return False
         chains, num_draws = self.store.complete_part()
-        return len(chains) * num_draws >= MIN_DRAWS
+        return len(chains) * num_draws >= MIN_DRAWS and all_finite(self.store.unconstrained())
 
     def check_chains(self) -> None:
         """A warning where chains diverged, whose draws from there on are not in the buffer.

@@ -14,13 +14,20 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_apd import SGLD, DistillationError, DistillationWarning, DivergenceError, distill_online
 from pyro_apd.chains.checkpoint import CheckpointError
 from pyro_apd.chains.driver import MCMC
-from pyro_apd.distill import online, training
+from pyro_apd.distill import offline, online, training
 from pyro_apd.posterior import DistilledPosterior
 from tests.distill.test_offline import Largest
 from tests.models import Conjugate
 
 MODEL = Conjugate(num_data=40)
 X, Y = MODEL.x, MODEL.y
+
+
+@pytest.fixture(autouse=True)
+def _few_probes(monkeypatch):
+    """What is tested here does not hang on how finely generators are compared, and that is most of the time."""
+    monkeypatch.setattr(offline, "_NUM_PROBES", 8)
+    monkeypatch.setattr(training, "_MAX_JUDGED", 40)
 
 
 def kernel(model=MODEL.full, step_size=5e-3, **options):
@@ -62,14 +69,15 @@ def interrupt_draw(monkeypatch, at, error=KeyboardInterrupt):
     monkeypatch.setattr(online._OnlineRun, "drew", stopped)
 
 
-def test_it_is_the_conjugate_posterior():
-    """Mean within 0.3 posterior sd, sd within 15 per cent, correlations within 0.15: of 500 draws of four chains, every
-    fourth, of which SGLD's own step size makes 2 per cent too wide."""
+def test_it_is_the_conjugate_posterior(monkeypatch):
+    """Mean within 0.3 posterior sd, sd within 15 per cent, correlations within 0.15: of 100 draws of eight chains,
+    every second, of which SGLD's own step size makes 2 per cent too wide."""
+    monkeypatch.undo()  # but here it does
     model = Conjugate(num_data=100)
     step_size = 0.1 / model.largest_curvature
     posterior = run(
-        model.x, model.y, sampler=kernel(model.full, step_size, thinning=25), num_samples=500, warmup_steps=20,
-        num_chains=4, buffer_size=500, num_steps=40, rounds=1,
+        model.x, model.y, sampler=kernel(model.full, step_size, thinning=20), num_samples=100, warmup_steps=5,
+        num_chains=8, buffer_size=400, num_steps=20, rounds=1,
     )  # fmt: skip
     drawn = posterior.get_samples(4000, seed=1)["w"]
     sd = model.covariance.diagonal().sqrt()
@@ -116,9 +124,9 @@ def test_state_is_as_it_was():
 
 
 @pytest.mark.parametrize("restart", [False, True])
-@pytest.mark.parametrize("at", [5, 29, 31, 47])
+@pytest.mark.parametrize("at", [5, 29, 47])
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path, monkeypatch, at, restart):
-    """Stopped in warm-up, just before the first round, after it, and near the end."""
+    """Stopped in warm-up, just before the first round, and after it."""
     warnings.simplefilter("ignore", DistillationWarning)
     whole = contents(run(restart=restart), tmp_path / "whole")
     options = {"checkpoint": tmp_path / "run.ckpt", "checkpoint_every": 7, "restart": restart}
@@ -158,11 +166,10 @@ def test_without_seeds_a_resumed_run_has_those_that_it_began_with(tmp_path, monk
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_the_checkpoint_of_another_run_is_refused(tmp_path, finished, other, what):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DistillationWarning)
-        with pytest.raises(CheckpointError, match=f"belongs to another run: .*{what}"):
-            run(checkpoint=finished, **other)
+def test_the_checkpoint_of_another_run_is_refused(finished, other, what):
+    warnings.simplefilter("ignore", DistillationWarning)
+    with pytest.raises(CheckpointError, match=f"belongs to another run: .*{what}"):
+        run(checkpoint=finished, **other)
 
 
 @pytest.fixture(scope="module")
@@ -303,35 +310,46 @@ def test_restarting_puts_chains_at_draws_of_the_generator_and_warns(monkeypatch,
     assert torch.equal(states[20].reshape(num_chains, 3), expected)
 
 
-def diverging(good_chains, num_chains):
-    """Starts of which some run away: beyond 5 is a wall so steep that a step off it ends further up its other side."""
-
-    def model(x):
-        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.factor("wall", -100 * (w.abs() - 5).clamp(min=0).pow(4).sum())
-        with pyro.plate("data", len(x)):
-            pyro.sample("obs", dist.Normal(w.sum(), 1.0), obs=x)
-
-    start = torch.tensor([[0.0, 0.0] if chain in good_chains else [7.0, 7.0] for chain in range(num_chains)])
-    return model, {"w": start}
-
-
-def run_diverging(good_chains, num_chains=3):
-    model, start = diverging(good_chains, num_chains)
-    sampler = SGLD(model, 1e-2, thinning=5, seed=0)
-    return run(torch.zeros(5), sampler=sampler, num_chains=num_chains, initial_params=start, warmup_steps=0)
+def quartic(y):
+    """Chains from far away run away at a step size that is fine for those from near."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+    pyro.sample("obs", dist.Normal(w.square().sum(), 1.0), obs=y)
 
 
 def test_a_chain_that_diverged_is_left_out():
+    start = {"w": torch.tensor([[0.5, 0.5], [60.0, 60.0], [-0.5, 0.5]])}
+    sampler = SGLD(quartic, 1e-2, thinning=5, seed=1)
+    options = {"num_chains": 3, "warmup_steps": 0, "initial_params": start, "buffer_size": 60}
     with pytest.warns(RuntimeWarning, match=r"Chains \[1\] of 3 diverged and stopped"):
-        posterior = run_diverging({0, 2})
-    assert posterior.metadata["num_chains"] == 2
+        posterior = run(torch.tensor(1.0), sampler=sampler, **options)
+    assert (posterior.metadata["num_chains"], posterior.metadata["num_draws"]) == (2, 20)
     assert posterior.get_samples(200, seed=0)["w"].abs().max() < 5
 
 
-def test_all_chains_diverged():
-    with pytest.raises(DivergenceError, match=r"diverged|left"):
-        run_diverging(set())
+def test_all_chains_diverged_and_what_they_drew_is_not_lost():
+    def exploding(step):
+        return 5e-3 if step < 70 else 10.0
+
+    with pytest.raises(DivergenceError, match=r"try step_size=") as caught:
+        run(sampler=kernel(step_size=exploding))
+    draws = caught.value.draws["w"]
+    assert draws.shape[1:] == (3,)
+    assert len(draws) >= 10
+    assert (draws - MODEL.mean).abs().max() < 2
+
+
+def test_no_round_is_made_of_draws_that_ran_away_unnoticed(monkeypatch):
+    """Chains are looked at now and then only, and a round may come before."""
+    write, told = online.EvenStore.write, []
+
+    def broken(self, chain, draw, theta_CD, statistics):
+        write(self, chain, draw, theta_CD * torch.nan if draw < 20 else theta_CD, statistics)
+
+    monkeypatch.setattr(online.EvenStore, "write", broken)
+    monkeypatch.setattr(online._Rounds, "make", lambda self, store, num_draws, is_last=False: told.append(num_draws))
+    with pytest.raises(TypeError):  # for want of a posterior
+        run()
+    assert told == [40]
 
 
 def test_a_loader():
@@ -365,6 +383,7 @@ def test_keyword_arguments_of_the_model():
     [
         ({"num_samples": 9}, "num_samples=9 must be an integer of at least 10"),
         ({"num_samples": 40.0}, "num_samples=40.0 must be an integer"),
+        ({"num_samples": "40", "warmup_steps": None}, "num_samples=.40. must be an integer"),
         ({"warmup_steps": -1}, "warmup_steps=-1 must be an integer of at least 0"),
         ({"num_chains": 0}, "num_chains=0 must be an integer of at least 1"),
         ({"num_chains": True}, "num_chains=True must be an integer"),

@@ -21,14 +21,13 @@ class Shift(Objective):
     def __init__(self, target=2.0, fail_at=None, failure=None):
         self.target, self.fail_at, self.failure, self.step = target, fail_at, failure, 0
 
-    def backward(self, generate):
+    def loss(self, generate):
         self.step += 1
-        if self.step == self.fail_at and isinstance(self.failure, BaseException):
-            raise self.failure
-        is_bad = self.step == self.fail_at
-        loss = generate(4).mean() * self.failure if is_bad else (generate(16).mean() - self.target) ** 2
-        loss.backward()
-        return loss.detach()
+        if self.step == self.fail_at:
+            if isinstance(self.failure, BaseException):
+                raise self.failure
+            return generate(4).mean() * self.failure
+        return (generate(16).mean() - self.target) ** 2
 
 
 class Mean(Judge):
@@ -105,8 +104,7 @@ def test_every_state_is_judged_by_the_same_latents():
     train(generator, Shift(), judge, Schedule(4, 0.0, False), progress=False)
     assert len(judge.judged) == 5
     assert all(torch.equal(theta_SD, judge.judged[0]) for theta_SD in judge.judged)
-    assert len(judge.judged[0]) == 200
-    assert len(judge.judged[0].unique(dim=0)) > 150
+    assert judge.judged[0].shape == (200, 3)
 
 
 def test_judging_leaves_the_random_numbers_of_training_alone():
