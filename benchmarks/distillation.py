@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,21 +121,37 @@ def run_seed(case: Case, seed: int, options: argparse.Namespace, stored: dict[st
     for label, method, networks in wanted:
         if label in stored or (options.methods and not any(label.startswith(name) for name in options.methods)):
             continue
+        before = _reset_peak()
         fitted, seconds = timed(method, material, networks)
+        beyond = _memory("VmHWM") - before
         torch.manual_seed(1000 + seed)
         theta_SD = fitted.sample(NUM_DRAWS)
         figures = compared(reference, predictions(problem, store.layout, theta_SD, options.rows))
         figures |= novelty(material.interleaved(), held_ND, theta_SD)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         stored[label] = {
             "networks": fitted.num_bytes / (4 * material.size),
             "bytes": fitted.num_bytes,
             "seconds": seconds,
-            "peak_process_bytes": peak,
+            "peak_bytes": beyond,
             **figures,
         }
         print(f"{case.name} seed {seed} {label}: {seconds:.0f} s, {brief(stored[label], stored)}", flush=True)
         options.save()
+
+
+def _memory(name: str) -> int:
+    """Resident bytes, now (``VmRSS``) or at most (``VmHWM``); 0 where the system does not tell."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
+
+
+def _reset_peak() -> int:
+    """Lets the highest count from now on; what is resident now."""
+    path = Path("/proc/self/clear_refs")
+    if path.exists():
+        path.write_text("5")
+    return _memory("VmRSS")
 
 
 def _spaced(draws_ND: Tensor, count: int) -> Tensor:
@@ -165,12 +181,13 @@ def table(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
     """Means over seeds, a row a method."""
     labels = list(dict.fromkeys(label for stored in by_seed.values() for label in stored))
     chain_names = [name for name, _, _ in differences(*[next(iter(by_seed.values()))["held-out SGLD"]] * 2)]
-    header = ["method", "networks", "s", *(name.replace("mean_", "").replace("_", " ") for name in chain_names)]
+    header = ["method", "networks", "s", "MB", *(name.replace("mean_", "").replace("_", " ") for name in chain_names)]
     header += ["agreement", "TV", "sd ratio 5 / 50 / 95 %", "nearest", "support"]
     rows = []
     for label in labels:
         runs = [(stored[label], stored["held-out SGLD"]) for stored in by_seed.values() if label in stored]
         cells = [label, _mean(runs, "networks", "{:.1f}"), _mean(runs, "seconds", "{:.0f}")]
+        cells.append(f"{sum(run[0].get('peak_bytes', 0) for run in runs) / len(runs) / 1e6:.0f}")
         for name in chain_names:
             sizes = [dict((n, s) for n, _, s in differences(*run)).get(name, float("nan")) for run in runs]
             mean = sum(sizes) / len(sizes)

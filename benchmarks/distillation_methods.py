@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.distillation_cases import Problem
-from pyro_apd import DistilledPosterior, distill, precision
+from pyro_apd import DistilledPosterior, precision
+from pyro_apd.distill.offline import Wishes, distill_draws
 from pyro_apd.distill.probes import Probes
+from pyro_apd.distill.source import Source
 from pyro_apd.generators import CoordinateGenerator
 from pyro_apd.generators.coordinates import principal_coordinates
 from pyro_apd.layout import Layout
@@ -156,16 +158,9 @@ def flow_matching(material: Material, networks: float) -> Fitted:
 
 def distilled(material: Material, networks: float, **options: Any) -> Fitted:
     """:func:`pyro_apd.distill`; what a file of that precision draws."""
-    draws = {name: value for name, value in material.layout.constrain(material.theta_CTD).items()}
-    posterior = distill(
-        draws,
-        material.problem.model,
-        data=material.problem.train,
-        seed=material.seed,
-        group_by_chain=True,
-        progress=False,
-        **options,
-    )
+    # As from an MCMC's own store: without a copy of the draws.
+    source = Source(material.theta_CTD, material.layout, material.problem.model, material.problem.train)
+    posterior = distill_draws(source, Wishes(seed=material.seed, **options), strict=False, progress=False)
     return of_posterior(posterior)
 
 

@@ -17,7 +17,8 @@ from pyro_apd.errors import ArtifactError, DataError, DivergenceError, ModelErro
 from pyro_apd.fingerprint import fingerprint
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD, WarmupWarning, schedules
 from pyro_apd.posterior import DistilledPosterior
-from pyro_apd.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs, reduce_outputs
+from pyro_apd.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs
+from pyro_apd.reductions import reduce_outputs
 
 __all__ = [
     "BNN",

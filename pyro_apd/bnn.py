@@ -148,6 +148,7 @@ class BNN(PyroModule):
         return self
 
     def extra_repr(self) -> str:
+        """What ``print`` says besides the layers: the likelihood and the latent sites."""
         return f"likelihood={self.likelihood!r}, latents={sorted(self.priors)}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BNN:
@@ -289,7 +290,10 @@ def _prior(prior: Any, name: str, parameter: Tensor) -> Distribution:
         )
     _check_scale(f"prior_scale of '{name}'", prior)
     zero, scale = parameter.new_zeros(()), parameter.new_tensor(float(prior))
-    return dist.Normal(zero.expand(parameter.shape), scale.expand(parameter.shape)).to_event(parameter.dim())
+    normal: Distribution = dist.Normal(zero.expand(parameter.shape), scale.expand(parameter.shape)).to_event(
+        parameter.dim()
+    )
+    return normal
 
 
 def _shaped(prior: Distribution, name: str, parameter: Tensor) -> Distribution:
@@ -313,7 +317,10 @@ def _shaped(prior: Distribution, name: str, parameter: Tensor) -> Distribution:
             f"The prior of '{name}' has batch shape {tuple(prior.batch_shape)} and event shape {tuple(event)}, which "
             f"do not make the parameter's shape {tuple(shape)}; give a scalar distribution or one of that shape."
         ) from error
-    return _map_tensors(expanded, lambda t: t.to(parameter.device, parameter.dtype if t.is_floating_point() else None))
+    shaped: Distribution = _map_tensors(
+        expanded, lambda t: t.to(parameter.device, parameter.dtype if t.is_floating_point() else None)
+    )
+    return shaped
 
 
 def _map_tensors(value: Any, fn: Callable[[Tensor], Tensor], done: dict[int, Any] | None = None) -> Any:

@@ -188,7 +188,8 @@ def _labels(classes: np.ndarray) -> Tensor:
 
 
 def _spaced(rows: np.ndarray, count: int) -> np.ndarray:
-    return rows[_positions(len(rows), count)]
+    chosen: np.ndarray = rows[_positions(len(rows), count)]
+    return chosen
 
 
 def _positions(total: int, count: int) -> np.ndarray:

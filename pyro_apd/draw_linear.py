@@ -27,9 +27,9 @@ class DrawLinear(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is functional.linear and not kwargs and _is_layer(*args[:2]):
-            return _Linear.apply(args[0], args[1], args[2] if len(args) > 2 else None)
+            return _Linear.apply(args[0], args[1], args[2] if len(args) > 2 else None)  # type: ignore[no-untyped-call]
         if func in self._PRODUCTS and not kwargs and _is_layer(*args):
-            return _Linear.apply(args[0], args[1].mT, None)
+            return _Linear.apply(args[0], args[1].mT, None)  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 

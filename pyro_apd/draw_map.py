@@ -98,7 +98,7 @@ def check_draws(draws: object, name: str = "draws") -> int:
             f"The sites of `{name}` have different numbers of draws along their first dimension: {sizes}. "
             "All must agree; was one site sliced, or drawn with group_by_chain=True?"
         )
-    num_draws = next(iter(sizes.values()))
+    num_draws: int = next(iter(sizes.values()))
     if num_draws == 0:
         raise ValueError(f"`{name}` holds zero draws of {sorted(sizes)}; at least one is needed.")
     return num_draws

@@ -71,5 +71,5 @@ class DivergenceError(ArithmeticError):
         return (_rebuild_divergence, (str(self), self.__dict__.copy()))
 
 
-def _rebuild_divergence(message: str, state: dict) -> DivergenceError:
+def _rebuild_divergence(message: str, state: dict[str, Any]) -> DivergenceError:
     return DivergenceError(message, **state)

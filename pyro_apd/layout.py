@@ -51,7 +51,8 @@ class Site:
     @cached_property
     def transform(self) -> Transform:
         """From unconstrained to constrained values."""
-        return biject_to(self.support)
+        transform: Transform = biject_to(self.support)
+        return transform
 
     @property
     def is_real(self) -> bool:

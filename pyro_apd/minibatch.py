@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
+from pyro_apd.arguments import argument_name
 from pyro_apd.errors import DataError
 
 
@@ -457,13 +458,6 @@ def check_finite(call: Call) -> None:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             bad = int((~torch.isfinite(leaf)).sum())
             raise DataError(
-                f"Argument {_argument_name(path)} of the model, shape {tuple(leaf.shape)}, holds {bad} NaN or infinite "
+                f"Argument {argument_name(path)} of the model, shape {tuple(leaf.shape)}, holds {bad} NaN or infinite "
                 "entries. Remove or impute those rows before sampling."
             )
-
-
-def _argument_name(path: Sequence[Any]) -> str:
-    """``#0`` for the first positional argument, ``'y'`` for the keyword ``y``, with what is nested behind."""
-    is_keyword = str(path[0]) == "[1]"
-    key = str(path[1]).strip("[]'\"")
-    return (repr(key) if is_keyword else f"#{key}") + "".join(str(step) for step in path[2:])

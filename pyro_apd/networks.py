@@ -109,8 +109,8 @@ def _sites_of(architecture: nn.Module, layout: Layout) -> tuple[nn.Module, dict[
         sites = {name: prefix + first_name for name, first_name in names.items()}
     shapes = {**{n: p.shape for n, p in net.named_parameters(remove_duplicate=False)}, **_buffer_shapes(net)}
     for name, site in sites.items():
-        if site not in layout or layout[site].shape != tuple(shapes[name]):
-            has = f"of shape {layout[site].shape}" if site in layout else "missing"
+        if site not in layout.names or layout[site].shape != tuple(shapes[name]):
+            has = f"of shape {layout[site].shape}" if site in layout.names else "missing"
             raise ValueError(
                 f"`net` is of another architecture: parameter '{name}' has shape {tuple(shapes[name])}, site '{site}' "
                 f"is {has}. The posterior draws {layout!r}."
@@ -129,7 +129,7 @@ def _prefix(names: set[str], layout: Layout) -> str:
     example = min(names)
     for site in layout.names:
         prefix = site.removesuffix(example)
-        if site.endswith(example) and all(prefix + name in layout for name in names):
+        if site.endswith(example) and all(prefix + name in layout.names for name in names):
             return prefix
     raise ValueError(
         f"`net` has parameters {sorted(names)}, which are not the sites {list(layout.names)}, with or without a common "

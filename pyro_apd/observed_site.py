@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_apd.arguments import explained
 from pyro_apd.draw_map import (
     DrawFunction,
     Draws,
@@ -90,7 +91,7 @@ class ObservedSite:
         self,
         model: Callable[..., Any],
         draws: Draws,
-        args: tuple,
+        args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         site: str | None = None,
     ) -> None:
@@ -99,7 +100,7 @@ class ObservedSite:
         example = {name: value[0].detach() for name, value in draws_between(draws, 0, 1).items()}
         with preserved_param_store(), torch.no_grad(), poutine.block():
             known = set(pyro.get_param_store().keys())
-            with Footprint() as self._footprint:
+            with Footprint() as self._footprint, explained(args, kwargs, lambda: example):
                 trace = poutine.trace(_Substitute(example)(model)).get_trace(*args, **kwargs)
             # Parameters that the model has just made, which it cannot make again under vmap.
             self._params = {name: trace.nodes[name]["value"] for name in trace.param_nodes if name not in known}
@@ -121,7 +122,7 @@ class ObservedSite:
         self,
         summary: Summary,
         draws: Draws,
-        args: tuple,
+        args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         *,
         chunk_size: int | None = None,
@@ -152,7 +153,7 @@ class ObservedSite:
         consume: Callable[[Piece], None],
         summary: Summary,
         draws: Draws,
-        args: tuple,
+        args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         *,
         chunk_size: int | None = None,
@@ -188,7 +189,7 @@ class ObservedSite:
                     num_data = value.shape[1] if cut is None else cut.num_data
                     consume(Piece(slice(start, stop), data, num_data, value))
 
-    def _of_one_draw(self, summary: Summary, args: tuple, kwargs: Mapping[str, Any]) -> DrawFunction:
+    def _of_one_draw(self, summary: Summary, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DrawFunction:
         if summary not in self._rows:
             self._rows[summary] = self._find_rows(summary, args, kwargs)
         rows = self._rows[summary]
@@ -200,7 +201,7 @@ class ObservedSite:
         return of_one
 
     def _row_cut(
-        self, summary: Summary, num_draws: int, chunk_size: int | None, args: tuple, kwargs: Mapping[str, Any]
+        self, summary: Summary, num_draws: int, chunk_size: int | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> RowCut | None:
         """How to cut the rows of the arguments, or None where that may change results or is of no use.
 
@@ -226,7 +227,7 @@ class ObservedSite:
         return replace(cut, num_data=whole[..., 0].numel())
 
     def _cut_functions(
-        self, cut: RowCut, summary: Summary, args: tuple, kwargs: Mapping[str, Any]
+        self, cut: RowCut, summary: Summary, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> list[tuple[slice, DrawFunction]]:
         entries = cut.num_data // cut.num_rows
         return [
@@ -239,7 +240,9 @@ class ObservedSite:
         """Whether what was found out about rows holds for these arguments alone."""
         return bool(self._subsampled)
 
-    def _at(self, summary: Summary, latents: Values, args: tuple, kwargs: Mapping[str, Any], indices: Values) -> Tensor:
+    def _at(
+        self, summary: Summary, latents: Values, args: tuple[Any, ...], kwargs: Mapping[str, Any], indices: Values
+    ) -> Tensor:
         """``summary`` at one draw and one choice of rows."""
         handler = _Substitute({**latents, **indices}, self._params, until=self.name)
         try:
@@ -257,7 +260,7 @@ class ObservedSite:
         self,
         summary: Summary,
         latents: Values,
-        args: tuple,
+        args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         rows: tuple[_Rows, ...],
         indices: Values,
@@ -282,7 +285,7 @@ class ObservedSite:
         dim = self._batch_ndim + plate.dim
         return value.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, plate.size)
 
-    def _find_rows(self, summary: Summary, args: tuple, kwargs: Mapping[str, Any]) -> tuple[_Rows, ...]:
+    def _find_rows(self, summary: Summary, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[_Rows, ...]:
         """The plates that leave out rows of the site.
 
         A plate may also be told that its rows were chosen outside, as in ``plate("data", N, subsample_size=len(x))``:
@@ -381,7 +384,8 @@ def _choose_site(trace: Any, draws: Mapping[str, Tensor], site: str | None) -> s
             f"The model has several sample sites that are not in the draws: {candidates}. Name the observed one with "
             "`site=`, and add to the draws those that are latent."
         )
-    return candidates[0]
+    name: str = candidates[0]
+    return name
 
 
 def _blocks(size: int, shown: int, device: torch.device) -> Tensor:

@@ -220,7 +220,9 @@ class DistilledPosterior(nn.Module):
         :raises ValueError: if there is no architecture, or it does not fit the draw.
         """
         sample = self.sample() if sample is None else sample
-        unlike = {n: tuple(v.shape) for n, v in sample.items() if n in self.layout and v.shape != self.layout[n].shape}
+        unlike = {
+            n: tuple(v.shape) for n, v in sample.items() if n in self.layout.names and v.shape != self.layout[n].shape
+        }
         if unlike:
             raise ValueError(f"`sample` must be one draw, as sample() gives; sites have shapes {unlike}.")
         return plain_network(self._architecture_or(net), self.layout, sample)
@@ -324,12 +326,11 @@ class DistilledPosterior(nn.Module):
 
     @classmethod
     def _from_artifact(cls, contents: artifact.Artifact) -> DistilledPosterior:
-        with torch.random.fork_rng(devices=[]):  # building a module draws parameters, which are replaced at once
+        # Without memory or numbers of its own: it takes the tensors that there are.
+        with torch.device("meta"):
             generator = build_generator(contents.generator)
-        dtypes = {value.dtype for value in contents.tensors.values() if value.is_floating_point()}
-        if len(dtypes) == 1:
-            generator.to(dtypes.pop())
-        generator.load_state_dict(contents.tensors)
+        tensors = {name: value.detach() for name, value in contents.tensors.items()}
+        generator.load_state_dict(tensors, assign=True)
         return cls(
             contents.layout,
             generator.requires_grad_(False).eval(),
@@ -400,5 +401,6 @@ class DistilledPosterior(nn.Module):
         """A scalar of the generator's floating dtype and device."""
         for value in self.generator.state_dict().values():
             if value.is_floating_point():
-                return value.new_zeros(())
+                scalar: Tensor = value.new_zeros(())
+                return scalar
         return torch.zeros(())

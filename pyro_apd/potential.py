@@ -22,6 +22,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_apd.arguments import check_one_device
 from pyro_apd.capture import GaussianPriors, UnvalidatedInstances, capture
 from pyro_apd.errors import DataError
 from pyro_apd.minibatch import (
@@ -37,6 +38,9 @@ from pyro_apd.minibatch import (
 from pyro_apd.scaling import Anatomy, check_densities, examine, run_model, subsampled_plates
 
 logger = logging.getLogger("pyro_apd")
+
+# Full batches of so many rows are more likely forgotten than meant.
+_MANY_ROWS = 5000
 
 Inputs = tuple[Tensor, ...]
 #: A state by site, in the order of the layout: flat unconstrained tensors ``(n,)`` or, for C chains, ``(C, n)``.
@@ -89,7 +93,7 @@ class Potential:
         :param theta: ``(D,)``, or ``(C, D)`` with ``inputs`` of C chains.
         :returns: ``(D,)`` and ``()``, or ``(C, D)`` and ``(C,)``.
         """
-        gradients, energy = self.gradients(self.pieces(theta), inputs)
+        gradients, energy = self.gradients(self._contiguous_pieces(theta), inputs)
         return torch.cat(gradients, -1) if gradients else torch.zeros_like(theta), energy
 
     def gradients(self, pieces: Pieces, inputs: Inputs) -> tuple[Pieces, Tensor]:
@@ -118,6 +122,10 @@ class Potential:
     def pieces(self, theta: Tensor) -> Pieces:
         """``(..., D)`` by site, as views ``(..., n)``."""
         return tuple(theta.split([site.size for site in self.layout], dim=-1)) if len(self.layout) else ()
+
+    def _contiguous_pieces(self, theta: Tensor) -> Pieces:
+        """What a graph takes: the views of several chains are not laid out as the tensors that it was captured with."""
+        return tuple(piece.contiguous() for piece in self.pieces(theta))
 
     def _traced_gradients(self, pieces: Pieces, inputs: Inputs) -> tuple[Pieces, Tensor]:
         if pieces and pieces[0].dim() > 1:
@@ -160,7 +168,8 @@ class Potential:
         if not isinstance(log_joint, Tensor):
             # Where every site has a closed form, what is left is a number, and still must be a function of theta.
             log_joint = log_joint + 0.0 * sum(value.sum() for value in unconstrained.values())
-        return -log_joint
+        potential: Tensor = -log_joint
+        return potential
 
     def _prepare(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
         """The captured graph for inputs of these shapes, or the traced path with the reason logged."""
@@ -222,7 +231,7 @@ class Potential:
             point = theta + scale * noise * (theta.std() if theta.numel() > 1 else 1.0)
             drawn = self.source.draw()
             other = drawn if [t.shape for t in drawn] == [t.shape for t in inputs] else inputs
-            parts, energy = graph(self.pieces(point), other)
+            parts, energy = graph(self._contiguous_pieces(point), other)
             gradient = torch.cat(parts, -1)
             if theta.dim() > 1:  # one chain of several tells, and another of which the batch is not the first
                 gradient, energy, point, other = gradient[-1], energy[-1], point[-1], tuple(t[-1] for t in other)
@@ -265,6 +274,11 @@ def build_potential(
         source = PlateSubsample(args, kwargs, plates)
         source.start(generator)
         call = source.bind(source.draw())
+    if isinstance(source, FullBatch) and (source.num_data or 0) >= _MANY_ROWS:
+        logger.warning(
+            "Every step uses all %d rows. For mini-batches give the kernel batch_size=, or the plate subsample_size=.",
+            source.num_data,
+        )
     anatomy = examine(model, source, call, trace)
     source.start(generator)  # the batch looked at belongs to no epoch
     return Potential(model, source, anatomy, first_call, capture=capture), anatomy.start
@@ -291,6 +305,7 @@ def _open_source(
         source = RowSubsample(args, kwargs, batch_size, num_data)
     else:
         source = FullBatch(args, kwargs)
+    check_one_device(() if isinstance(source, LoaderBatches) else args, kwargs)
     check_finite(Call(args if not isinstance(source, LoaderBatches) else (), dict(kwargs)))
     source.start(generator)
     call = source.bind(source.draw())

@@ -24,6 +24,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
 from pyro_apd import summaries
+from pyro_apd.arguments import drawn, explained
 from pyro_apd.draw_map import (
     Draws,
     DrawSource,
@@ -111,14 +112,14 @@ class Predictive(pyro.infer.Predictive):
                 return self._predict(self.posterior_samples, self.return_sites, args, kwargs)
             return self._predict(self._guide_draws(args, kwargs), self.return_sites or None, args, kwargs)
 
-    def _reduced(self, args: tuple, kwargs: dict[str, Any]) -> Values:
+    def _reduced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Values:
         draws: Draws = self.posterior_samples if self.guide is None else self._guide_draws(args, kwargs)
         if not isinstance(draws, DrawSource) and not draws:
             raise ValueError("`reduce` needs posterior_samples or a guide; averages over the prior are not offered.")
         assert self.reduce is not None
         return reduce_outputs(self.model, draws, *args, names=self.reduce, chunk_size=self.chunk_size, **kwargs)
 
-    def _guide_draws(self, args: tuple, kwargs: dict[str, Any]) -> Draws:
+    def _guide_draws(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Draws:
         """Values of the guide's sites, shaped as the guide has them: without singleton dimensions for plates."""
         if isinstance(getattr(self.guide, "layout", None), Layout) and hasattr(self.guide, "get_samples"):
             self._check_sites(self.guide.layout, args, kwargs)
@@ -128,7 +129,7 @@ class Predictive(pyro.infer.Predictive):
         names = [*trace.stochastic_nodes, *trace.observation_nodes]
         return self._evaluate(self.guide, {}, names, footprint, args, kwargs)
 
-    def _check_sites(self, layout: Layout, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _check_sites(self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A posterior of another model would be ignored site by site, and the prior predicted instead."""
         nodes = _prototype(self.model, args, kwargs)[0].nodes
         theirs = {site.name: tuple(nodes[site.name]["value"].shape) for site in layout if site.name in nodes}
@@ -142,7 +143,7 @@ class Predictive(pyro.infer.Predictive):
             )
 
     def _predict(
-        self, draws: Draws, return_sites: Collection[str] | None, args: tuple, kwargs: dict[str, Any]
+        self, draws: Draws, return_sites: Collection[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Values:
         trace, footprint = _prototype(self.model, args, kwargs)
         shapes = {name: (self.num_samples, *shape) for name, shape in _shapes(trace, draws, return_sites).items()}
@@ -162,7 +163,7 @@ class Predictive(pyro.infer.Predictive):
         draws: Draws,
         names: list[str],
         footprint: Footprint,
-        args: tuple,
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Values:
         if not names:
@@ -201,10 +202,11 @@ class _Sampler(Messenger):
         sample_freshly(msg)
 
 
-def _prototype(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Footprint]:
+def _prototype(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Footprint]:
     """One trace of the model under its prior, without the index sites of plates, and what running it took."""
-    with Footprint() as footprint:
-        trace = poutine.trace(InitMessenger(init_to_sample)(model)).get_trace(*args, **kwargs)
+    tracer = poutine.trace(InitMessenger(init_to_sample)(model))
+    with Footprint() as footprint, explained(args, kwargs, lambda: drawn(tracer.msngr.trace)):
+        trace = tracer.get_trace(*args, **kwargs)
     frames = [f for site in trace.nodes.values() if site["type"] == "sample" for f in site["cond_indep_stack"]]
     trace.max_plate_nesting = -min((frame.dim for frame in frames if frame.vectorized), default=0)
     for name in [name for name, site in trace.nodes.items() if site["type"] == "sample" and is_subsample(site)]:

@@ -38,7 +38,9 @@ class RowCut:
         starts = range(0, self.num_rows, self.block_rows)
         return [slice(start, min(start + self.block_rows, self.num_rows)) for start in starts]
 
-    def of(self, span: slice, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def of(
+        self, span: slice, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with these rows only, where they have rows."""
         return tuple(self._rows(arg, span) for arg in args), {n: self._rows(arg, span) for n, arg in kwargs.items()}
 
@@ -47,7 +49,7 @@ class RowCut:
 
 
 def plan_cut(
-    largest: int, num_draws: int, chunk_size: int | None, args: tuple, kwargs: Mapping[str, Any]
+    largest: int, num_draws: int, chunk_size: int | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> RowCut | None:
     """A cut that would pay, or None. Rows are those of the first tensor among the arguments, on the CPU.
 

@@ -23,6 +23,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pyro_apd.arguments import drawn, explained
 from pyro_apd.errors import DataError, ModelError
 from pyro_apd.layout import Layout, is_subsample
 from pyro_apd.minibatch import Call, LoaderBatches, MinibatchSource, PlateSubsample, RowSubsample
@@ -59,12 +60,15 @@ def run_model(model: Callable[..., Any], call: Call, values: Mapping[str, Tensor
     tracer = poutine.trace(conditioned)
     with poutine.block(), preserved_param_store():
         try:
-            return tracer.get_trace(*call.args, **call.kwargs)
+            with explained(call.args, call.kwargs, lambda: drawn(tracer.msngr.trace)):
+                return tracer.get_trace(*call.args, **call.kwargs)
         except NotImplementedError as error:
             raise ModelError(
                 f"A site's prior cannot be drawn from ({error}), so the chain has no start. Give the kernel "
                 "init_strategy=pyro.infer.autoguide.init_to_value(values={...}) with a value for that site."
             ) from error
+        except DataError:
+            raise
         except (RuntimeError, ValueError, IndexError) as error:
             with _no_second_failure():
                 _explain(error, tracer.msngr.trace)
@@ -116,9 +120,11 @@ def check_densities(trace: poutine.Trace) -> None:
         except (ValueError, IndexError, RuntimeError) as error:
             raise DataError(
                 f"Site '{name}' cannot score its values (shape {tuple(site['value'].shape)}, dtype "
-                f"{site['value'].dtype}): {error}. Check labels and targets against the likelihood: class labels are "
-                "integers from 0 to K-1."
+                f"{site['value'].dtype}): {error}. Check labels and targets against the likelihood: as many rows as "
+                "inputs, and class labels are integers from 0 to K-1."
             ) from error
+        if site["is_observed"]:
+            _refuse_outer_product(name, site, torch.as_tensor(log_prob))
         if not bool(torch.isfinite(torch.as_tensor(log_prob)).all()):
             raise DataError(
                 f"Site '{name}' has a log-density that is not finite at the starting point. Check the data for values "
@@ -126,12 +132,25 @@ def check_densities(trace: poutine.Trace) -> None:
             )
 
 
+def _refuse_outer_product(name: str, site: Mapping[str, Any], log_prob: Tensor) -> None:
+    """Targets ``(N, 1)`` against predictions ``(N,)`` would score every datum by every prediction."""
+    fn, shape = site["fn"], tuple(torch.as_tensor(site["value"]).shape)
+    data_shape = shape[: len(shape) - fn.event_dim]
+    if log_prob.numel() > max(fn.batch_shape.numel(), torch.Size(data_shape).numel()):
+        raise DataError(
+            f"Observed site '{name}' has values of shape {shape} and a likelihood of shape {tuple(fn.batch_shape)}, "
+            f"which broadcast to {tuple(log_prob.shape)}: every datum would be scored by every prediction. Give both "
+            "one shape; for a column of targets, y.squeeze(-1)."
+        )
+
+
 def _refuse_discrete(latents: Sites) -> None:
     for name, site in latents.items():
         if site["fn"].has_enumerate_support or site["fn"].support.is_discrete:
             raise ModelError(
                 f"Site '{name}' is a discrete latent ({type(site['fn']).__name__}); gradient-based samplers need "
-                "continuous latents. Marginalise it, or if it should be data, pass its value with obs=."
+                "continuous latents. Marginalise it, or if it should be data, pass its value with obs= (was the target "
+                "given to mcmc.run?)."
             )
 
 
@@ -187,7 +206,8 @@ def _in_subsample_message(name: str, plate: str) -> str:
     return (
         f"Latent site '{name}' lies inside the subsampled plate '{plate}': it has one value for each datum, and a "
         "mini-batch sees only some of them. If it is a weight, read it (or call the network) before the plate; if it "
-        "is a local latent, marginalise it or use the full batch."
+        "should be data, pass its value with obs= (was the target given to mcmc.run?); if it is a local latent, "
+        "marginalise it or use the full batch."
     )
 
 

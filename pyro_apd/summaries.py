@@ -38,9 +38,11 @@ def function(site: Mapping[str, Any]) -> Tensor:
     fn = plain(site["fn"])
     what = kind(fn)
     if what == "categorical":
-        return fn.logits  # which the distribution has normalised
+        logits: Tensor = fn.logits  # which the distribution has normalised
+        return logits
     if what == "bernoulli":
-        return fn.logits.unsqueeze(-1)
+        logits = fn.logits.unsqueeze(-1)
+        return logits
     if what == "normal":
         return torch.stack([fn.loc, fn.scale.log()], dim=-1)
     mean, variance = moments(site).unbind(-1)

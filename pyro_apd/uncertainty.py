@@ -259,7 +259,8 @@ def _checked_moments(**moments: Tensor) -> list[Tensor]:
 
 def _entropy(probs: Tensor) -> Tensor:
     """Entropy over the last dimension, with 0 log 0 = 0; a sum of 1 + eps must not make it negative."""
-    return torch.special.entr(probs).sum(-1).clamp_min(0.0)
+    entropy: Tensor = torch.special.entr(probs).sum(-1).clamp_min(0.0)
+    return entropy
 
 
 def _centred(value_S: Tensor) -> tuple[Tensor, Tensor]:

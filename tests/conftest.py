@@ -16,6 +16,13 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """What nobody called slow or thorough is fast."""
+    for item in items:
+        if not any(item.iter_markers("slow")) and not any(item.iter_markers("thorough")):
+            item.add_marker("fast")
+
+
 @pytest.fixture(autouse=True)
 def _clean_global_state():
     pyro.clear_param_store()

@@ -28,6 +28,7 @@ FLOORS = [
         "row_cut",
         "fingerprint",
     },
+    {"arguments"},
     {"layout", "bnn", "container"},
     {"draw_map", "minibatch", "capture", "estimates", "networks"},
     {"scaling", "observed_site"},
@@ -43,6 +44,10 @@ FLOORS = [
     {"demo", "inspection"},
     {"cli"},
 ]
+
+
+# Functions that may have more than sixty lines, most of them a docstring.
+LONGEST = {"distill": 62, "distill_online": 75}
 
 
 def modules():
@@ -90,9 +95,49 @@ def test_modules_stay_readable(path):
     assert len(source.splitlines()) <= 500
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno - node.lineno < 75, f"{node.name} is too long"
+            assert node.end_lineno - node.lineno < LONGEST.get(node.name, 60), f"{node.name} is too long"
 
 
+def public(body, prefix):
+    """Public classes, functions and methods of a module, by dotted name; a property's setter is its getter's."""
+    for node in body:
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+            continue
+        if any(isinstance(d, ast.Attribute) and d.attr in ("setter", "deleter") for d in node.decorator_list):
+            continue
+        yield f"{prefix}.{node.name}", node
+        if isinstance(node, ast.ClassDef):
+            yield from public(node.body, f"{prefix}.{node.name}")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_public_name_has_a_docstring(path):
+    tree = ast.parse(path.read_text())
+    named = [("module", tree), *public(tree.body, path.stem)]
+    assert not [name for name, node in named if not ast.get_docstring(node)]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_command_line_prints(path):
+    printing = [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not printing or path.name in ("cli.py", "command.py"), f"lines {printing} print; use the logger 'pyro_apd'"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_is_coloured_in_a_terminal(path):
+    """NO_COLOR is kept by having none: no escape codes, and bars in the terminal's own colour."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert "\x1b" not in node.value
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("tqdm", "trange"):
+            assert "colour" not in [keyword.arg for keyword in node.keywords]
+
+
+@pytest.mark.thorough
 def test_drawing_from_a_file_needs_no_training_code():
     code = (
         "import sys; import pyro_apd.posterior; "

@@ -11,6 +11,8 @@ from pyro.infer.mcmc.util import initialize_model
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
+from pyro_apd.bnn import BNN
+from pyro_apd.kernels import SGLD
 from pyro_apd.potential import build_potential
 from tests.models import Classifier, Conjugate, constrained
 
@@ -96,6 +98,16 @@ def test_a_graph_that_froze_something_is_not_used():
     potential, _ = build_potential(model, (torch.zeros(4),), {})
     potential.gradient(torch.tensor([0.5]), ())
     assert potential.path == "traced"
+
+
+def test_a_convolutional_network_is_captured_for_chains_together():
+    """Its graph takes weights apart by views, which not every layout in memory allows."""
+    x, y = torch.randn(20, 1, 4, 4), torch.arange(20) % 3
+    model = BNN(nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.MaxPool2d(3), nn.Flatten(), nn.Linear(2, 3)))
+    kernel = SGLD(model, 1e-3, batch_size=10, compile=False, seed=0)
+    chain = kernel.begin((x, y), {}, warmup_steps=0, num_chains=3)
+    chain.advance(2)
+    assert chain.path == "captured"
 
 
 def test_capture_can_be_switched_off():

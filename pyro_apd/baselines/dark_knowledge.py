@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -104,23 +104,31 @@ def dark_knowledge(
         teacher = _Teacher(source, model, x[: min(batch_size, len(x))], draws_per_step)
         net = copy.deepcopy(student).to(x.device).train()
         optimiser = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=weight_decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, num_steps)
         losses = []
-        for _ in tqdm(range(num_steps), desc="Dark knowledge", disable=not progress, leave=False):
-            row_B = torch.randint(len(x), (min(batch_size, len(x)),), device=x.device)
-            inputs = x[row_B]
-            if input_noise:
-                inputs = inputs + input_noise * torch.randn_like(inputs)
+        for inputs in _batches(x, num_steps, batch_size, input_noise, optimiser, progress):
             target = teacher(inputs)
             with torch.enable_grad():
                 loss = _loss(net(inputs), target, teacher.kind)
                 optimiser.zero_grad()
                 loss.backward()
-            optimiser.step()
-            schedule.step()
             losses.append(loss.detach())
     values = torch.stack(losses).tolist()
     return DarkKnowledge(net.requires_grad_(False).eval(), teacher.kind, values)
+
+
+def _batches(
+    x: Tensor, num_steps: int, batch_size: int, input_noise: float, optimiser: torch.optim.Optimizer, progress: bool
+) -> Iterator[Tensor]:
+    """Batches of blurred rows; after each comes a step of the optimiser, whose rate falls along a cosine."""
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, num_steps)
+    for _ in tqdm(range(num_steps), desc="Dark knowledge", disable=not progress, leave=False):
+        row_B = torch.randint(len(x), (min(batch_size, len(x)),), device=x.device)
+        inputs = x[row_B]
+        if input_noise:
+            inputs = inputs + input_noise * torch.randn_like(inputs)
+        yield inputs
+        optimiser.step()
+        schedule.step()
 
 
 class _Teacher:

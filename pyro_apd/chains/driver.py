@@ -101,12 +101,8 @@ class MCMC(pyro.infer.MCMC):
         self.store: DrawStore | None = None
         #: What :class:`~pyro_apd.errors.DivergenceError` said of each chain that diverged.
         self.diverged: list[DivergenceError] = []
-        checkpoint_path = None if checkpoint is None else Path(checkpoint).absolute()
+        checkpoint_path = _checked_checkpoint(checkpoint, checkpoint_every)
         folder = _checked_store(store, store_path, checkpoint_path)
-        if checkpoint_every is not None:
-            _check_numbers(checkpoint_every=checkpoint_every)
-            if checkpoint is None:
-                raise ValueError(f"checkpoint_every={checkpoint_every} needs checkpoint=, the file to write to.")
         if not self._is_ours:
             if folder is not None or checkpoint is not None:
                 raise ValueError(
@@ -128,14 +124,9 @@ class MCMC(pyro.infer.MCMC):
         self._kwargs: dict[str, Any] | None = None
         self._diagnostics: list[dict[str, Any]] = [{"divergences": []} for _ in range(num_chains)]
         every = checkpoint_every or max(1, (self.num_samples + self.warmup_steps) // _NUM_CHECKPOINTS)
-        plan = Plan(
-            self.num_samples,
-            self.warmup_steps,
-            num_chains,
-            _checked_initial_params(initial_params, num_chains),
-            hook_fn,
-            every if checkpoint is not None else None,
-        )
+        starts = checked_initial_params(initial_params, num_chains)
+        interval = None if checkpoint is None else every
+        plan = Plan(self.num_samples, self.warmup_steps, num_chains, starts, hook_fn, interval)
         names = None if save_params is None else list(save_params)
         self._settings = Settings(plan, self.chain_method, names, folder, checkpoint_path, mp_context, disable_progbar)
 
@@ -165,7 +156,7 @@ class MCMC(pyro.infer.MCMC):
             self.sampler = StreamingMCMC(kernel, num_samples, num_chains=num_chains, **common).sampler
             self.num_chains, self._diagnostics = num_chains, [None] * num_chains  # type: ignore[list-item]
 
-    @poutine.block
+    @poutine.block  # type: ignore[untyped-decorator]
     def run(self, *args: Any, **kwargs: Any) -> None:
         """Runs all chains; a second call starts over, or from the checkpoint.
 
@@ -285,6 +276,14 @@ def _check_numbers(least: int = 1, **values: Any) -> None:
             raise ValueError(f"{name}={value!r} must be an integer, at least {least}.")
 
 
+def _checked_checkpoint(path: str | os.PathLike[str] | None, every: int | None) -> Path | None:
+    if every is not None:
+        _check_numbers(checkpoint_every=every)
+        if path is None:
+            raise ValueError(f"checkpoint_every={every} needs checkpoint=, the file to write to.")
+    return None if path is None else Path(path).absolute()
+
+
 def _checked_store(store: str, store_path: Any, checkpoint: Path | None) -> Path | None:
     if store not in ("memory", "disk"):
         raise ValueError(f"store={store!r} must be 'memory' or 'disk'.")
@@ -297,7 +296,7 @@ def _checked_store(store: str, store_path: Any, checkpoint: Path | None) -> Path
     return draws_path(checkpoint) if store_path is None else Path(store_path).absolute()  # type: ignore[arg-type]
 
 
-def _checked_initial_params(params: Mapping[str, Tensor] | None, num_chains: int) -> dict[str, Tensor] | None:
+def checked_initial_params(params: Mapping[str, Tensor] | None, num_chains: int) -> dict[str, Tensor] | None:
     """With a leading dimension of chains.
 
     :raises ValueError: if it is given and not the number of chains.

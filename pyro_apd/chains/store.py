@@ -89,13 +89,7 @@ class DrawStore(ABC):
 
     def complete_part(self) -> tuple[list[int], int]:
         """Chains and draws that form the largest full block: all of a complete run, else what can be grouped."""
-        counts = self.counts
-        by_count = sorted(range(len(counts)), key=lambda c: (-counts[c], c))
-        sizes = [(k + 1) * counts[c] for k, c in enumerate(by_count)]
-        if not any(sizes):
-            return list(range(self.num_chains)), 0
-        best = max(range(len(sizes)), key=lambda k: (sizes[k], k))
-        return sorted(by_count[: best + 1]), counts[by_count[best]]
+        return largest_block(self.counts)
 
     def blocks(self, num_draws: int | None = None) -> list[tuple[int, int]]:
         """Spans of draws that are worked on at a time; none takes more than some 16 MB a chain."""
@@ -221,6 +215,19 @@ class MemoryStore(DrawStore):
         return self._theta_CSD.new_empty((self.num_chains, self.num_draws, size))
 
 
+def largest_block(counts: Sequence[int]) -> tuple[list[int], int]:
+    """Of chains with so many draws each, those, and how many of their draws, that are most together.
+
+    All chains, and no draws, where there are none.
+    """
+    by_count = sorted(range(len(counts)), key=lambda c: (-counts[c], c))
+    sizes = [(k + 1) * counts[c] for k, c in enumerate(by_count)]
+    if not any(sizes):
+        return list(range(len(counts))), 0
+    best = max(range(len(sizes)), key=lambda k: (sizes[k], k))
+    return sorted(by_count[: best + 1]), counts[by_count[best]]
+
+
 def kept_layout(layout: Layout, names: Sequence[str] | None) -> Layout:
     """The part of a layout that ``save_params`` names.
 
@@ -228,7 +235,7 @@ def kept_layout(layout: Layout, names: Sequence[str] | None) -> Layout:
     """
     if names is None:
         return layout
-    missing = [name for name in names if name not in layout]
+    missing = [name for name in names if name not in layout.names]
     if missing:
         raise ValueError(f"save_params has {missing}, which are no latent sites; the model has {list(layout.names)}.")
     sites = [site for site in layout if site.name in set(names)]
@@ -239,7 +246,7 @@ def kept_columns(layout: Layout, kept: Layout, theta_CD: Tensor) -> Tensor:
     """The columns of ``theta_CD`` that belong to kept sites; the very same tensor where all are kept."""
     if kept.size == layout.size:
         return theta_CD
-    parts = [theta_CD[:, site.start : site.stop] for site in layout if site.name in kept]
+    parts = [theta_CD[:, site.start : site.stop] for site in layout if site.name in kept.names]
     return torch.cat(parts, 1) if parts else theta_CD[:, :0]
 
 

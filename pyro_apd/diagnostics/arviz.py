@@ -41,7 +41,7 @@ from pyro_apd.diagnostics import arviz_compat
 from pyro_apd.diagnostics.arviz_predictions import ModelGroups, attempt
 from pyro_apd.diagnostics.arviz_variables import Selection, Variables, function_probe
 from pyro_apd.diagnostics.draws import ChainDraws, Draws, draw_posterior, draw_shapes, kernel_settings, read_chain
-from pyro_apd.diagnostics.evaluation import Inputs, find_inputs
+from pyro_apd.diagnostics.evaluation import Inputs, find_inputs, model_of
 from pyro_apd.diagnostics.files import written_whole
 
 _LOG = logging.getLogger("pyro_apd")
@@ -67,9 +67,8 @@ def to_arviz(
 ) -> Any:
     """An ArviZ container of the chain's draws, the generator's, or both.
 
-    ``InferenceData`` where ArviZ 0.2x is installed, xarray's ``DataTree`` with 1.x.
-    Groups are described in :mod:`pyro_apd.diagnostics.arviz`. ``posterior_apd`` holds the generator's draws: the R-hat
-    of these and the chain's together would neither accept a good generator nor find a bad one.
+    ``InferenceData`` where ArviZ 0.2x is installed, xarray's ``DataTree`` with 1.x; groups are described in
+    :mod:`pyro_apd.diagnostics.arviz`.
 
     Of a large network ask for less than all weights, of which ArviZ takes ten milliseconds each:
     :func:`~pyro_apd.diagnostics.convergence` has the figures of all of them in a tenth of the time.
@@ -80,7 +79,7 @@ def to_arviz(
     :param x: inputs of the predictions, a tensor or a tuple of arguments; default the arguments of ``mcmc.run``, where
         these are the model's and no plate subsamples.
     :param Tensor y: targets of ``x``, one a datum.
-    :param int num_samples: generator draws; default as many as the chain has a chain, or the generator's own number.
+    :param int num_samples: generator draws; default as many as a chain has, or the generator's own number.
     :param var_names: sites to keep; default all.
     :param int max_parameters: if there are more weights than this, keep as many at even distances, as one variable
         ``parameters`` whose dimension ``parameter`` is labelled by name, ``site``, ``layer`` and ``unit``.
@@ -91,10 +90,9 @@ def to_arviz(
     :param bool log_likelihood: whether to make that group; default likewise.
     :param int prior: draws from the prior.
     :param int seed: for the generator's draws, predictions and directions; None takes torch's global generator.
-    :param bool group_by_chain: whether a dict ``mcmc`` is ``(C, S, ...)``; default by the shapes of ``posterior``,
-        else no.
+    :param bool group_by_chain: whether a dict ``mcmc`` is ``(C, S, ...)``; default as ``posterior``'s shapes say.
     :raises ValueError: if both are None, there are no draws, a name is unknown, a number is out of range, or a group
-        is asked for (``True``, ``prior``, ``functions``) whose model or data are not known.
+        is asked for whose model or data are not known.
     :raises TypeError: if an argument is of a kind that holds no draws.
     """
     if mcmc is None and posterior is None:
@@ -102,12 +100,7 @@ def to_arviz(
     if prior < 0:
         raise ValueError(f"`prior` must be 0 (none) or how many draws are wanted; got {prior}.")
     chain = None if mcmc is None else read_chain(mcmc, draw_shapes(posterior), group_by_chain)
-    sets: dict[str, Draws] = {} if chain is None else {"": chain.values}
-    if posterior is not None:
-        num_samples = chain.num_draws if num_samples is None and chain is not None else num_samples
-        drawn = draw_posterior(posterior, num_samples, seed)
-        sets["_apd"] = {name: value.unsqueeze(0) for name, value in drawn.items()}
-    model = model if model is not None else getattr(getattr(mcmc, "kernel", None), "model", None)
+    sets, model = _sets(chain, posterior, num_samples, seed), model_of(mcmc, model)
     inputs = find_inputs(mcmc, model, x, y, None)[0]
     asked = {"posterior_predictive": posterior_predictive, "log_likelihood": log_likelihood, "prior": prior or None}
     groups = _groups(sets, Selection(var_names, max_parameters, projections, functions), model, inputs, asked, seed)
@@ -174,6 +167,16 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "arviz": arviz.__version__,
     }
+
+
+def _sets(chain: ChainDraws | None, posterior: Any, num_samples: int | None, seed: int | None) -> dict[str, Draws]:
+    """Draws ``(C, S, ...)`` by the suffix of their groups."""
+    sets: dict[str, Draws] = {} if chain is None else {"": chain.values}
+    if posterior is not None:
+        num_samples = chain.num_draws if num_samples is None and chain is not None else num_samples
+        drawn = draw_posterior(posterior, num_samples, seed)
+        sets["_apd"] = {name: value.unsqueeze(0) for name, value in drawn.items()}
+    return sets
 
 
 def _groups(

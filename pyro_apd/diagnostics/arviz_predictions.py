@@ -58,7 +58,8 @@ class ModelGroups:
 
     def is_large(self, num_draws: int) -> bool:
         """Whether predictions under so many draws should wait until they are asked for."""
-        return num_draws * self._size > LARGEST_UNASKED
+        is_large: bool = num_draws * self._size > LARGEST_UNASKED
+        return is_large
 
     def observed(self) -> dict[str, np.ndarray]:
         """Observed sites by name."""

@@ -89,7 +89,8 @@ def load_model(name: str) -> Callable[..., Any]:
         raise ValueError(
             f"--model {name} is a {type(found).__name__}, which cannot be called; it must be a Pyro model."
         )
-    return found
+    model: Callable[..., Any] = found
+    return model
 
 
 def load_data(path: Path) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:

@@ -196,7 +196,8 @@ def _autocovariance(offset_DPM: Tensor) -> Tensor:
     scale_D1 = variance_D1.sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     spectrum = torch.fft.rfft((offset_DPM / scale_D1.unsqueeze(2)).float(), n=padded)
     power = (spectrum.real.square() + spectrum.imag.square()).mean(1)
-    return torch.fft.irfft(power, n=padded)[:, :length].double() / length * variance_D1
+    covariance: Tensor = torch.fft.irfft(power, n=padded)[:, :length].double() / length * variance_D1
+    return covariance
 
 
 def _fast_length(length: int) -> int:

@@ -88,7 +88,8 @@ def main_coordinates(distance_TT: Tensor, pool: Sequence[int]) -> Tensor:
         return distance_TT.new_zeros(len(distance_TT), 0)
     share = values.cumsum(0) / values.sum()
     count = min(_MAX_DIRECTIONS, int((share < _SHARE_OF_VARIANCE).sum()) + 1, max(1, len(pool) // 10))
-    return gram_TP @ vectors[:, :count] / values[:count].sqrt()
+    place: Tensor = gram_TP @ vectors[:, :count] / values[:count].sqrt()
+    return place
 
 
 def spread(coordinate_TM: Tensor, draws: Sequence[int]) -> float:

@@ -149,6 +149,11 @@ def similarities(reference: Evaluation, other: Evaluation) -> dict[str, float]:
     return found
 
 
+def model_of(mcmc: Any, model: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """``model`` where it is given, else that of the kernel, if there is one."""
+    return model if model is not None else getattr(getattr(mcmc, "kernel", None), "model", None)
+
+
 def find_inputs(
     mcmc: Any, model: Any, x: Any, y: Tensor | None, ood: Mapping[str, Any] | None
 ) -> tuple[Inputs | None, list[str]]:

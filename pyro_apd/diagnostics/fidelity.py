@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_apd.diagnostics.draws import ChainDraws, draw_shapes, posterior_bytes, read_chain
-from pyro_apd.diagnostics.evaluation import Evaluation, evaluate, find_inputs
+from pyro_apd.diagnostics.evaluation import Evaluation, evaluate, find_inputs, model_of
 from pyro_apd.diagnostics.figures import figure_rows
 from pyro_apd.diagnostics.split import Split, split_draws
 from pyro_apd.diagnostics.verdict import Row, overall
@@ -69,33 +69,29 @@ def compare(
     if num_samples < 8:
         raise ValueError(f"`num_samples` must be at least 8, or its halves say nothing; got {num_samples}.")
     chain = read_chain(mcmc, draw_shapes(posterior), group_by_chain)
-    model = model if model is not None else getattr(getattr(mcmc, "kernel", None), "model", None)
+    model = model_of(mcmc, model)
     inputs, notes = find_inputs(mcmc, model, x, y, ood)
     split = split_draws(chain, posterior, num_samples, seed)
     # Finding the structure of the model draws from its prior.
     with preserved_param_store(), seeded(seed, chain.device), torch.no_grad():
         sets = {name: evaluate(model, draws, list(chain.values), inputs) for name, draws in split.draws.items()}
         rows, mixing = figure_rows(chain, sets, split)
-    spread = bool((sets["chain"].theta_SD.std(0) > 0).any())
-    status, verdict = overall(rows, mixing, spread)
-    num_bytes = {
+    status, verdict = overall(rows, mixing, spread=bool((sets["chain"].theta_SD.std(0) > 0).any()))
+    sizes = {"num_samples": sets["chain"].num_draws, "num_stored": split.num_stored}
+    return Fidelity(
+        rows, status, verdict[0].upper() + verdict[1:], **sizes, num_bytes=_num_bytes(chain, posterior, split),
+        mixing=mixing, chain_name=chain.name, notes=notes + _notes(rows, chain, mixing, split),
+        per_input=_per_input(sets),
+    )  # fmt: skip
+
+
+def _num_bytes(chain: ChainDraws, posterior: Any, split: Split) -> dict[str, int]:
+    return {
         "chain": chain.num_bytes,
         "generator": posterior_bytes(posterior),
         "stored": split.num_stored * chain.bytes_per_draw,
         "network": chain.bytes_per_draw,
     }
-    return Fidelity(
-        rows,
-        status,
-        verdict[0].upper() + verdict[1:],
-        num_samples=sets["chain"].num_draws,
-        num_stored=split.num_stored,
-        num_bytes=num_bytes,
-        mixing=mixing,
-        chain_name=chain.name,
-        notes=notes + _notes(rows, chain, mixing, split),
-        per_input=_per_input(sets),
-    )
 
 
 def _notes(rows: Sequence[Row], chain: ChainDraws, mixing: float, split: Split) -> list[str]:

@@ -26,7 +26,7 @@ from pyro_apd.diagnostics.draws import (
     kernel_settings,
     read_chain,
 )
-from pyro_apd.diagnostics.evaluation import Inputs, find_inputs
+from pyro_apd.diagnostics.evaluation import Inputs, find_inputs, model_of
 from pyro_apd.diagnostics.fidelity import compare
 from pyro_apd.diagnostics.files import written_whole
 from pyro_apd.diagnostics.function_space import FunctionProbe
@@ -83,16 +83,12 @@ def report(
         chain = read_chain(mcmc, draw_shapes(posterior), group_by_chain)
         page = {"title": title, "seed": seed, **_of_fidelity(fidelity)}
         page |= _of_draws(chain, posterior, fidelity, seed)
-        model = _model_of(mcmc, model)
+        model = model_of(mcmc, model)
         inputs = find_inputs(mcmc, model, x, y, ood)[0]
         page["functions"] = _functions(chain, posterior, model, inputs, fidelity, seed)
         page |= _of_run(mcmc, chain, model, inputs, seed)
         temporary.write_text(_render(page), encoding="utf-8")
     return Path(path)
-
-
-def _model_of(mcmc: Any, model: Any) -> Any:
-    return model if model is not None else getattr(getattr(mcmc, "kernel", None), "model", None)
 
 
 def _of_fidelity(fidelity: Fidelity) -> dict[str, Any]:

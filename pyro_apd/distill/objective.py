@@ -16,9 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from pyro_apd.distill.critic import GAMES, Game, build_critic
 from pyro_apd.distill.probes import Probes
-from pyro_apd.generators.draw_blocks import DrawBlocks
+from pyro_apd.generators.draw_blocks import DrawBlocks, together
 from pyro_apd.layout import Layout
 from pyro_apd.predictive import FunctionView
+from pyro_apd.pyro_state import seeded
 from pyro_apd.uncertainty import mutual_information
 
 #: From a number of draws to as many draws of the generator, ``(S, D)``.
@@ -62,7 +63,7 @@ def spread(values_PSF: Tensor) -> Tensor:
     """Mean distance between two different draws, ``(P,)``."""
     num_draws = values_PSF.shape[1]
     centred_PSF = values_PSF - values_PSF.detach().mean(1, keepdim=True)
-    total_P: Tensor = _SumOfDistances.apply(centred_PSF, centred_PSF, True)
+    total_P: Tensor = _SumOfDistances.apply(centred_PSF, centred_PSF, True)  # type: ignore[no-untyped-call]
     return total_P / (num_draws * (num_draws - 1))
 
 
@@ -79,7 +80,7 @@ def energy_distance(fake_PSF: Tensor, real_PTF: Tensor, spread_P: Tensor | None 
     # Squares without the arguments' common part keep their digits.
     centre = real_PTF.mean(1, keepdim=True)
     fake_PSF, real_PTF = fake_PSF - centre, real_PTF - centre
-    across_P: Tensor = _SumOfDistances.apply(fake_PSF, real_PTF, False)
+    across_P: Tensor = _SumOfDistances.apply(fake_PSF, real_PTF, False)  # type: ignore[no-untyped-call]
     num_pairs = fake_PSF.shape[1] * real_PTF.shape[1]
     return 2 * across_P / num_pairs - spread(fake_PSF) - (spread(real_PTF) if spread_P is None else spread_P)
 
@@ -137,8 +138,8 @@ class Objective(ABC):
     """What a generator is trained to make small."""
 
     @abstractmethod
-    def loss(self, generate: Generate) -> Tensor:
-        """The generator's loss on fresh draws, differentiable."""
+    def backward(self, generate: Generate) -> Tensor:
+        """Adds the gradient of the loss on fresh draws to that of the generator's parameters; returns the loss."""
 
 
 class FunctionObjective(Objective):
@@ -162,12 +163,45 @@ class FunctionObjective(Objective):
         self._space, self._probes, self._theta_SD = space, probes, theta_SD
         self._batch_size, self._num_probes = batch_size, num_probes
 
-    def loss(self, generate: Generate) -> Tensor:
-        """See :class:`Objective`."""
+    def backward(self, generate: Generate) -> Tensor:
+        """See :class:`Objective`.
+
+        Draws of a large network are made a part at a time, and again for the gradient, so that a step takes the memory
+        of a part.
+        """
         inputs = self._probes.draw(self._num_probes)
+        spans = _spans(self._batch_size, self._theta_SD)
         with torch.no_grad():
-            real = self._space.views(pick(self._theta_SD, self._batch_size), inputs)
-        return self._space.distance(self._space.views(generate(self._batch_size), inputs), real)
+            row_S = even_rows(self._theta_SD, self._batch_size)
+            real = _joined(self._space.views(self._theta_SD[row_S[span]], inputs) for span in spans)
+        if len(spans) == 1:
+            loss = self._space.distance(self._space.views(generate(self._batch_size), inputs), real)
+            loss.backward()
+            return loss.detach()
+        seeds = torch.randint(2**31, (len(spans),)).tolist()
+
+        def views(i: int) -> list[Tensor]:
+            with seeded(seeds[i], real[0].device):
+                return self._space.views(generate(spans[i].stop - spans[i].start), inputs)
+
+        with torch.no_grad():
+            fake = [view.requires_grad_() for view in _joined(views(i) for i in range(len(spans)))]
+        loss = self._space.distance(fake, real)
+        gradients = torch.autograd.grad(loss, fake)
+        for i, span in enumerate(spans):
+            torch.autograd.backward(views(i), [gradient[:, span] for gradient in gradients])
+        return loss.detach()
+
+
+def _spans(count: int, theta_SD: Tensor | DrawBlocks) -> list[slice]:
+    """Parts of so many draws."""
+    length = together(theta_SD.shape[-1] * theta_SD.dtype.itemsize)
+    return [slice(start, min(start + length, count)) for start in range(0, count, length)]
+
+
+def _joined(parts: Iterable[list[Tensor]]) -> list[Tensor]:
+    """Views of all draws from those of parts of them."""
+    return [torch.cat(views, 1) for views in zip(*parts, strict=True)]
 
 
 class AdversarialObjective(Objective):
@@ -192,7 +226,7 @@ class AdversarialObjective(Objective):
         self._critic: nn.Sequential = build_critic(real_SF.shape[-1]).to(real_SF.device, real_SF.dtype)
         self._optimiser = game.optimiser(self._critic.parameters(), learning_rate)
 
-    def loss(self, generate: Generate) -> Tensor:
+    def backward(self, generate: Generate) -> Tensor:
         """See :class:`Objective`; the critic is trained first."""
         for _ in range(self._game.critic_steps):
             with torch.no_grad():
@@ -202,7 +236,9 @@ class AdversarialObjective(Objective):
             loss.backward()
             self._optimiser.step()
             self._game.constrain(self._critic)
-        return self._game.of_generator(self._critic(self._features(generate(self._batch_size))))
+        loss = self._game.of_generator(self._critic(self._features(generate(self._batch_size))))
+        loss.backward()
+        return loss.detach()
 
 
 class Judge(ABC):
@@ -239,8 +275,7 @@ class FunctionJudge(Judge):
 
     @torch.no_grad()
     def _views(self, theta: Tensor | Iterable[Tensor]) -> list[Tensor]:
-        views = [self._space.views(part_ND, self._inputs) for part_ND in _parts(theta)]
-        return [torch.cat(parts, 1) for parts in zip(*views, strict=True)]
+        return _joined(self._space.views(part_ND, self._inputs) for part_ND in _parts(theta))
 
     @torch.no_grad()
     def figures(self, theta: Tensor | Iterable[Tensor]) -> dict[str, float]:
@@ -280,16 +315,21 @@ class WeightJudge(Judge):
 
 
 def pick(values_SD: Tensor | DrawBlocks, count: int) -> Tensor:
-    """``count`` rows: of a tensor, drawn with replacement; of blocks, evenly over chains and along them.
+    """``count`` rows, ``(count, D)``: see :func:`even_rows`."""
+    return values_SD[even_rows(values_SD, count)]
+
+
+def even_rows(values_SD: Tensor | DrawBlocks, count: int) -> Tensor:
+    """Numbers ``(count,)`` of rows: of a tensor, drawn with replacement; of blocks, evenly over chains and along them.
 
     Stretches of chains represented unevenly in a batch are most of the noise of a distance between two.
     """
     device, num_rows = values_SD.device, len(values_SD)
     if isinstance(values_SD, Tensor):
-        return values_SD[torch.randint(num_rows, (count,), device=device)]
-    place_S = torch.arange(count, device=device) + torch.rand(count, device=device)
-    quantile_S = (place_S / count + torch.rand((), device=device)) % 1.0
-    return values_SD[(quantile_S * num_rows).long().clamp(max=num_rows - 1)]
+        return torch.randint(num_rows, (count,), device=device)
+    order_S = torch.randperm(count, device=device)
+    quantile_S = ((order_S + torch.rand(count, device=device)) / count + torch.rand((), device=device)) % 1.0
+    return (quantile_S * num_rows).long().clamp(max=num_rows - 1)
 
 
 def _parts(theta: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:

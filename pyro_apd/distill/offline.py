@@ -49,7 +49,8 @@ _NUM_PROBES = 96
 _PAPER_RATE = 1e-4
 # Principal coordinates: of one chain, more for every other, and at most.
 _RANK, _RANK_PER_CHAIN, _MAX_RANK = 40, 4, 64
-_NUM_STEPS = 500
+#: Generator steps, where nothing is said.
+NUM_STEPS = 500
 # Successive draws that make a mode.
 _STRETCH = 12
 # Directions a matrix of weights in which noise is damped, up to half of its columns; narrow matrices have no noise, and
@@ -111,13 +112,15 @@ def distill(
     """
     wishes = Wishes(generator, objective, num_steps, rank, storage_dtype, seed)
     draws = read_source(source, model, data, group_by_chain)
-    return distill_draws(draws, wishes, probe_inputs, strict=strict, progress=progress)
+    posterior, training = distill_draws(draws, wishes, probe_inputs, progress)
+    report(training, strict)
+    return posterior
 
 
 def distill_draws(
-    draws: Source, wishes: Wishes, probe_inputs: Sequence[Any] | None = None, *, strict: bool, progress: bool
-) -> DistilledPosterior:
-    """:func:`distill` once the draws are read. Parameters as there."""
+    draws: Source, wishes: Wishes, probe_inputs: Sequence[Any] | None, progress: bool
+) -> tuple[DistilledPosterior, Training]:
+    """:func:`distill` once the draws are read, with parameters as there; :func:`report` is the caller's to call."""
     seed = int(torch.randint(2**31, ())) if wishes.seed is None else wishes.seed
     with seeded(seed, draws.theta_CSD.device), preserved_param_store():
         posterior, training = _distil(draws, wishes, probe_inputs, progress)
@@ -126,8 +129,7 @@ def distill_draws(
     is_narrow = wishes.generator != "paper" and draws.theta_CSD.dtype == torch.float32
     posterior = posterior.rounded(wishes.storage_dtype or ("int8" if is_narrow else "float32"))
     _remember(posterior, draws)
-    _report(training, strict)
-    return posterior
+    return posterior, training
 
 
 def _remember(posterior: DistilledPosterior, draws: Source) -> None:
@@ -192,7 +194,7 @@ def _distil(
     train_index, held_out_index = split_held_out(num_draws)
     train_draws = DrawBlocks(draws.theta_CSD, train_index)
     held_out = DrawBlocks(draws.theta_CSD, held_out_index)
-    functions = _function_space(draws, probe_inputs)
+    functions = function_space(draws, probe_inputs)
     task = _Task(draws.layout, train_draws, _thinned(held_out, _MAX_JUDGED), functions)
     prepared = _prepare_paper(task, wishes) if wishes.generator == "paper" else _prepare_coordinates(task, wishes)
     training = train(
@@ -234,7 +236,7 @@ def _prepare_coordinates(task: _Task, wishes: Wishes) -> _Prepared:
         num_chains, num_draws, _ = task.draws.shape
         rank = min(_MAX_RANK, _RANK + _RANK_PER_CHAIN * (num_chains - 1), max(1, num_chains * num_draws // 4))
     noise = () if task.functions is None else _noise_blocks(task.layout)
-    num_steps = _NUM_STEPS if wishes.num_steps is None else wishes.num_steps
+    num_steps = NUM_STEPS if wishes.num_steps is None else wishes.num_steps
     generator = CoordinateGenerator.fit(task.draws, rank, _STRETCH, noise)
     generator.fold()
     # Steps by a batch of draws cannot better what all draws say of so many numbers; they would only add noise to them.
@@ -250,7 +252,8 @@ def _prepare_coordinates(task: _Task, wishes: Wishes) -> _Prepared:
     location_D, dual_DR = generator.location.detach(), torch.linalg.pinv(generator.basis.detach())
 
     def coordinates(theta_SD: Tensor) -> Tensor:
-        return (theta_SD - location_D) @ dual_DR
+        coordinates_SR: Tensor = (theta_SD - location_D) @ dual_DR
+        return coordinates_SR
 
     return _Prepared(
         generator,
@@ -292,8 +295,11 @@ def _noise_blocks(layout: Layout) -> list[Block]:
     return blocks
 
 
-def _function_space(source: Source, probe_inputs: Sequence[Any] | None) -> tuple[FunctionSpace, Probes] | None:
-    """How to see draws as functions; None, with the reason in the log, where that cannot be."""
+def function_space(source: Source, probe_inputs: Sequence[Any] | None) -> tuple[FunctionSpace, Probes] | None:
+    """How to see draws as functions; None, with the reason in the log, where that cannot be.
+
+    :raises ValueError: if there are ``probe_inputs``, and the model cannot be run on them.
+    """
     args = source.args if probe_inputs is None else tuple(probe_inputs)
     if source.model is None or args is None:
         lacking = "model" if source.model is None else "data"
@@ -349,8 +355,8 @@ def _viewed(model: Callable[..., Any], source: Source, inputs: tuple[Tensor, ...
     return space
 
 
-def _report(training: Training, strict: bool) -> None:
-    """Warns or raises if the generator did not come out well."""
+def report(training: Training, strict: bool) -> None:
+    """Warns the caller's caller, or raises, if the generator did not come out well."""
     failures = find_failures(training.figures)
     if not training.figures:
         failures.append("no state of the generator had finite figures")
@@ -365,7 +371,7 @@ def _report(training: Training, strict: bool) -> None:
     )
     if strict:
         raise DistillationError(message)
-    warnings.warn(message, DistillationWarning, stacklevel=4)
+    warnings.warn(message, DistillationWarning, stacklevel=3)
 
 
 def _thinned(draws: DrawBlocks, count: int) -> Iterator[Tensor]:

@@ -15,20 +15,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 
-from pyro_apd.chains.checkpoint import Checkpoint, Progress, check_identity
+from pyro_apd.chains.checkpoint import Checkpoint, Progress, check_identity, describe, fingerprint
+from pyro_apd.chains.driver import checked_initial_params
 from pyro_apd.chains.even_store import EvenStore
 from pyro_apd.chains.group import Group, Plan, rebuilt_error
 from pyro_apd.chains.run import Run, Settings
 from pyro_apd.chains.store import DrawStore
-from pyro_apd.distill.failure import DistillationError, DistillationWarning
-from pyro_apd.distill.offline import Wishes, distill_draws
+from pyro_apd.distill.failure import DistillationWarning
+from pyro_apd.distill.offline import NUM_STEPS, Wishes, distill_draws, function_space, report
 from pyro_apd.distill.source import MIN_DRAWS, Source
+from pyro_apd.distill.training import Training
+from pyro_apd.layout import Layout
 from pyro_apd.minibatch import is_loader, model_arguments
 from pyro_apd.posterior import DistilledPosterior
-from pyro_apd.pyro_state import preserved_param_store
+from pyro_apd.pyro_state import preserved_param_store, seeded
 
 logger = logging.getLogger("pyro_apd")
 
@@ -79,7 +84,7 @@ def distill_online(
     :param int num_samples: draws of each chain after warm-up.
     :param int warmup_steps: draws before them, which are never kept; by default half as many.
     :param int num_chains: chains, ``C``.
-    :param int buffer_size: draws held at a time, of all chains together.
+    :param int buffer_size: draws held at a time, of all chains together; at least 2 of each.
     :param int rounds: how often a generator is trained, the last time included.
     :param int num_steps: generator steps of the last round, as in :func:`~pyro_apd.distill`; others take a quarter.
     :param int rank: as in :func:`~pyro_apd.distill`.
@@ -114,23 +119,24 @@ def distill_online(
         )
     wishes = Wishes(num_steps=num_steps, rank=rank, storage_dtype=storage_dtype, seed=seed)
     every = checkpoint_every or max(1, (num_samples + warmup_steps) // _NUM_CHECKPOINTS)
-    start = dict(initial_params) if initial_params is not None else None
-    if start is not None and num_chains == 1:
-        start = {name: torch.as_tensor(value).unsqueeze(0) for name, value in start.items()}
+    start = checked_initial_params(initial_params, num_chains)
     plan = Plan(num_samples, warmup_steps, num_chains, start, None, None if checkpoint is None else every)
     path = None if checkpoint is None else Path(checkpoint).absolute()
     settings = Settings(plan, "vectorized", checkpoint_path=path, disable_progbar=not progress)
     args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
-    with preserved_param_store(), ExitStack() as stack:
-        rounds_made = _Rounds(kernel, args, dict(model_kwargs or {}), wishes, probe_inputs, on_round, strict, progress)
-        schedule = [num_samples // 2**k for k in range(rounds - 1, 0, -1) if num_samples // 2**k]
-        run = _OnlineRun(rounds_made, settings, stack, max(2, buffer_size // num_chains), schedule, restart)
+    schedule = [num_samples // 2**k for k in range(rounds - 1, 0, -1) if num_samples // 2**k]
+    # As in a run of the driver: checks of distributions would be repeated in every step.
+    with poutine.block(), pyro.validation_enabled(False), preserved_param_store(), ExitStack() as stack:
+        makes = _Rounds(kernel, args, dict(model_kwargs or {}), wishes, probe_inputs, on_round, progress)
+        run = _OnlineRun(makes, settings, stack, buffer_size // num_chains, schedule, restart)
         try:
             run.sample()
+            run.check_chains()
+            posterior, training = makes.make(run.buffer, num_samples, is_last=True)
         except KeyboardInterrupt:
-            return run.interrupted()
-        run.check_chains()
-        return rounds_made.make(run.buffer, num_samples, is_last=True)
+            posterior, training = run.interrupted()
+    report(training, strict)
+    return posterior
 
 
 @dataclass
@@ -143,37 +149,51 @@ class _Rounds:
     wishes: Wishes
     probe_inputs: Sequence[Any] | None
     on_round: OnRound | None
-    strict: bool
     progress: bool
     log: list[dict[str, float]] = field(default_factory=list)
-    last: DistilledPosterior | None = None
+    last: tuple[DistilledPosterior, Training] | None = None
 
-    def make(self, store: DrawStore, num_draws: int, *, is_last: bool = False) -> DistilledPosterior:
-        """A posterior of what the buffer holds after so many draws; only the last may fail."""
+    def make(self, store: DrawStore, num_draws: int, *, is_last: bool = False) -> tuple[DistilledPosterior, Training]:
+        """A posterior of what the buffer holds after so many draws. How it came out is told of the one returned only.
+
+        :raises ValueError: if chains that diverged left too few draws.
+        :raises KeyboardInterrupt: after a round that was cut short, if there were others to come.
+        """
+        chains, num_kept = store.complete_part()
+        if len(chains) * num_kept < MIN_DRAWS:
+            raise ValueError(
+                f"The buffer holds {num_kept} draws of chains {chains}, at least {MIN_DRAWS} in all are needed: the "
+                "other chains diverged. Sample with a smaller step size, or give a larger buffer_size."
+            )
         wishes = self.wishes
         if not is_last:
-            steps = 500 if wishes.num_steps is None else wishes.num_steps
+            steps = NUM_STEPS if wishes.num_steps is None else wishes.num_steps
             wishes = replace(wishes, num_steps=steps // _SHARE_OF_STEPS)
-        source = self._source(store)
-        with warnings.catch_warnings():
-            if not is_last:
-                warnings.simplefilter("ignore", DistillationWarning)
-            posterior = distill_draws(
-                source, wishes, self.probe_inputs, strict=self.strict and is_last, progress=self.progress
-            )
+        source = self._source(store.unconstrained(), store.layout)
+        posterior, training = self.last = distill_draws(source, wishes, self.probe_inputs, self.progress)
         self.log.append({"draws": num_draws, **posterior.metadata["figures"]})
         posterior.metadata |= {"online": True, "draws_seen": num_draws, "rounds": list(self.log)}
-        self.last = posterior
         logger.info("Distilled after %d draws a chain: %s.", num_draws, posterior.metadata["figures"])
         if self.on_round is not None:
             self.on_round(posterior, num_draws)
-        return posterior
+        if training.is_interrupted and not is_last:
+            raise KeyboardInterrupt
+        return posterior, training
 
-    def _source(self, store: DrawStore) -> Source:
+    def check_probes(self, layout: Layout, theta: Tensor) -> None:
+        """Finds out before the first step, rather than in the first round, whether ``probe_inputs`` can be used.
+
+        :raises ValueError: if they cannot.
+        """
+        if self.probe_inputs is not None:
+            with seeded(0, theta.device):
+                function_space(self._source(theta.reshape(-1, 1, layout.size), layout), self.probe_inputs)
+
+    def _source(self, theta_CSD: Tensor, layout: Layout) -> Source:
         num_data = getattr(self.kernel, "num_data", None)
         args, kwargs = model_arguments(self.args, self.kwargs, num_data)
         has_all = not is_loader(self.args, num_data)
-        return Source(store.unconstrained(), store.layout, self.kernel.model, args, kwargs, has_all)
+        return Source(theta_CSD, layout, self.kernel.model, args, kwargs, has_all)
 
 
 class _OnlineRun(Run):
@@ -198,32 +218,37 @@ class _OnlineRun(Run):
         super().drew(group, num_done, num_diverged)
         self._num_done = num_done
         num_kept = num_done - self.plan.warmup_steps
-        if num_kept not in self._schedule or self.buffer.complete_part()[1] * self.plan.num_chains < MIN_DRAWS:
+        if num_kept not in self._schedule or not self._has_enough():
             return
-        posterior = self._rounds.make(self.buffer, num_kept)
+        posterior, _ = self._rounds.make(self.buffer, num_kept)
         if self._restart:
             self._put_chains_at(posterior, num_kept)
 
-    def interrupted(self) -> DistilledPosterior:
-        """The last round's posterior, or the start of one.
+    def interrupted(self) -> tuple[DistilledPosterior, Training]:
+        """The last round's posterior, or the start of one, and that it is no more than that.
 
         :raises KeyboardInterrupt: if there are no draws to make it from.
         """
         num_kept = max(self._num_done - self.plan.warmup_steps, 0)
-        posterior = self._rounds.last
-        if posterior is None:
-            if self.store is None or self.buffer.complete_part()[1] * self.plan.num_chains < MIN_DRAWS:
+        if self._rounds.last is None:
+            if not self._has_enough():
                 raise KeyboardInterrupt
             self._rounds.wishes = replace(self._rounds.wishes, num_steps=0)
-            posterior = self._rounds.make(self.buffer, num_kept)
-        message = (
-            f"Interrupted after {num_kept} of {self.plan.num_samples} draws a chain; this posterior is of the first "
-            f"{posterior.metadata['draws_seen']}."
+            self._rounds.make(self.buffer, num_kept)
+        assert self._rounds.last is not None
+        posterior, training = self._rounds.last
+        what = (
+            f"interrupted after {num_kept} of {self.plan.num_samples} draws a chain, with a posterior of the first "
+            f"{posterior.metadata['draws_seen']}"
         )
-        if self._rounds.strict:
-            raise DistillationError(message)
-        warnings.warn(message, DistillationWarning, stacklevel=3)
-        return posterior
+        return posterior, replace(training, stopped=what)
+
+    def _has_enough(self) -> bool:
+        """Whether the buffer has draws enough for a round."""
+        if self.store is None:
+            return False
+        chains, num_draws = self.store.complete_part()
+        return len(chains) * num_draws >= MIN_DRAWS
 
     def check_chains(self) -> None:
         """A warning where chains diverged, whose draws from there on are not in the buffer.
@@ -235,6 +260,7 @@ class _OnlineRun(Run):
             return
         error = rebuilt_error(noted[0])
         if len(noted) == self.plan.num_chains:
+            error.draws = {name: value.flatten(0, 1) for name, value in self.buffer.samples().items()}
             raise error
         names = [note["chain"] for note in noted]
         warnings.warn(
@@ -247,24 +273,29 @@ class _OnlineRun(Run):
         self._save({group.first: progress, _BUFFER: Progress(state=self.buffer.state_dict())})
 
     def _open(self, chain: Any, saved: Checkpoint | None) -> DrawStore:
-        self._chain = chain
-        self._device = chain.theta.device
+        self._chain, self._device = chain, chain.theta.device
+        given = self._rounds.wishes
+        if given.seed is None:
+            seed = int(torch.randint(2**31, ())) if saved is None else saved.notes["training_seed"]
+            self._rounds.wishes = replace(given, seed=seed)
+        self._rounds.check_probes(chain.layout, chain.theta)
         buffer = EvenStore(chain.layout, self.plan.num_chains, self._capacity, chain.theta)
         self.store, self._saved = buffer, {}
         if self._path is None:
             return buffer
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        identity = {
-            **self._describe(chain.layout, chain.theta),
-            "online": [self._capacity, self._schedule, self._restart],
-        }
-        self._identity, self._notes = identity, {"seed": self.kernel.seed}
+        # Only where chains are put at draws of the generator does their way depend on how it was trained.
+        trained = [describe(given), fingerprint(self._rounds.probe_inputs)] if self._restart else None
+        online = {"online": [self._capacity, self._schedule], "restart": trained}
+        self._identity = {**self._describe(chain.layout, chain.theta), **online}
+        self._notes = {"seed": self.kernel.seed, "training_seed": self._rounds.wishes.seed}
         if saved is not None:
             check_identity(self._path, saved.identity, self._identity)
             buffer.load_state_dict(saved.chains[_BUFFER].state or {})
             self.progress = {first: saved.chains[first] for first in self.progress}
             self._notes, self._saved = saved.notes, dict(saved.chains)
             self._rounds.log[:] = saved.notes.get("rounds", [])
+            self._num_done = self.progress[0].num_done
         return buffer
 
     def _put_chains_at(self, posterior: DistilledPosterior, draws: int) -> None:
@@ -289,11 +320,13 @@ def _check(
             f"`kernel` must be a kernel of this package, such as SGLD(model, ...); got {what}. Other kernels are "
             "distilled online through OnlineDistillation, as statistics of StreamingMCMC or as a hook."
         )
-    least = {"num_samples": MIN_DRAWS, "warmup_steps": 0, "num_chains": 1, "buffer_size": 2 * MIN_DRAWS, "rounds": 1}
+    least = {"num_samples": MIN_DRAWS, "warmup_steps": 0, "num_chains": 1, "rounds": 1, "buffer_size": 2 * MIN_DRAWS}
     values = {
-        "num_samples": num_samples, "warmup_steps": warmup_steps, "num_chains": num_chains, "buffer_size": buffer_size,
-        "rounds": rounds,
+        "num_samples": num_samples, "warmup_steps": warmup_steps, "num_chains": num_chains, "rounds": rounds,
+        "buffer_size": buffer_size,
     }  # fmt: skip
+    if isinstance(num_chains, int):
+        least["buffer_size"] = max(2 * MIN_DRAWS, 2 * num_chains)
     if checkpoint_every is not None:
         least["checkpoint_every"], values["checkpoint_every"] = 1, checkpoint_every
         if checkpoint is None:

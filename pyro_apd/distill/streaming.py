@@ -14,7 +14,7 @@ from pyro.ops.streaming import StreamingStats
 from torch import Tensor
 
 from pyro_apd.chains.even_store import EvenStore
-from pyro_apd.chains.store import STATISTICS
+from pyro_apd.chains.store import STATISTICS, largest_block
 from pyro_apd.distill.offline import distill
 from pyro_apd.layout import Layout
 from pyro_apd.posterior import DistilledPosterior
@@ -67,8 +67,12 @@ class OnlineDistillation(StreamingStats):
             self._add(chain, values)
 
     def merge(self, other: StreamingStats) -> OnlineDistillation:
-        """Both together; a chain of the same number in both counts as two."""
-        assert isinstance(other, OnlineDistillation)
+        """Both together, by the options of this one; a chain of the same number in both counts as two.
+
+        :raises TypeError: if the other is of another kind.
+        """
+        if not isinstance(other, OnlineDistillation):
+            raise TypeError(f"`other` must be an OnlineDistillation; got {type(other).__name__}.")
         merged = OnlineDistillation(self._model, self._data, buffer_size=self.buffer_size, **self._options)
         for i, part in enumerate((self, other)):
             merged._buffers |= {(i, chain): buffer for chain, buffer in part._buffers.items()}
@@ -83,12 +87,14 @@ class OnlineDistillation(StreamingStats):
         if not self._buffers:
             raise ValueError("No draws came yet: run the chain first, with this object as its statistics or hook.")
         stores = list(self._buffers.values())
-        count = min(store.counts[0] for store in stores)
+        # Of chains of which one was cut short, what can be grouped.
+        chains, count = largest_block([store.counts[0] for store in stores])
         # Values as the model sees them count as real here; distill finds out about supports.
-        theta_CSD = torch.stack([store.theta_CSD[0, :count] for store in stores])
+        theta_CSD = torch.stack([stores[chain].theta_CSD[0, :count] for chain in chains])
         draws = stores[0].layout.split(theta_CSD)
         posterior = distill(draws, self._model, data=self._data, group_by_chain=True, **self._options)
-        posterior.metadata |= {"online": True, "draws_seen": min(self._seen.values())}
+        keys = list(self._buffers)
+        posterior.metadata |= {"online": True, "draws_seen": min(self._seen[keys[chain]] for chain in chains)}
         return posterior
 
     def hook(self, kernel: Any, params: Mapping[str, Tensor], stage: str, i: int) -> None:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from pyro_apd.distill.objective import Judge, Objective
 from pyro_apd.generators import Generator
-from pyro_apd.generators.draw_blocks import part_length
+from pyro_apd.generators.draw_blocks import together
 from pyro_apd.pyro_state import seeded
 
 _NUM_EVALUATIONS = 20
@@ -62,12 +62,14 @@ class Training:
     :ivar int best_step: the step at which it was reached.
     :ivar dict log: numbers by name, one for each evaluation.
     :ivar str stopped: why training ended before its time, or None.
+    :ivar bool is_interrupted: whether that was Ctrl-C.
     """
 
     figures: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
     log: dict[str, list[float]] = field(default_factory=dict)
     stopped: str | None = None
+    is_interrupted: bool = False
 
 
 def train(
@@ -93,10 +95,10 @@ def train(
     def latents(count: int) -> Tensor:
         return generator.latents(count, like)
 
-    average = copy.deepcopy(generator) if schedule.is_annealed else generator
-    result, best, smallest = Training(), copy.deepcopy(generator.state_dict()), math.inf
+    average = _copy(generator) if schedule.is_annealed else generator
+    result, best, smallest = Training(), _trained_state(generator), math.inf
     # Some at a time: so many draws of a large network are more than a step of training holds. Always the same.
-    part = part_length(generator.output_size * like.element_size())
+    part = together(generator.output_size * like.element_size())
     counts = [min(part, _MAX_JUDGED - start) for start in range(0, _MAX_JUDGED, part)]
     judge_seed = int(torch.randint(2**31, ()))
 
@@ -115,7 +117,7 @@ def train(
         if is_finite and figures["distance"] < smallest + judge.tolerance:
             smallest = min(smallest, figures["distance"])
             result.figures, result.best_step = figures, step
-            best.update(copy.deepcopy(average.state_dict()))
+            best.update(_trained_state(average))
         return is_finite
 
     step = 0
@@ -132,7 +134,11 @@ def train(
                     break
         except KeyboardInterrupt:
             result.stopped = f"training was interrupted at step {step} of {schedule.num_steps}"
-    generator.load_state_dict(best)
+            result.is_interrupted = True
+    with torch.no_grad():
+        for name, parameter in generator.named_parameters():
+            if name in best:
+                parameter.copy_(best[name])
     return result
 
 
@@ -154,15 +160,25 @@ def _steps(
         if schedule.is_annealed:
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * (1.0 - step / schedule.num_steps)
-        loss = objective.loss(lambda count: generator(latents(count)))
         optimiser.zero_grad()
-        loss.backward()
+        loss = objective.backward(lambda count: generator(latents(count)))
         optimiser.step()
         if average is not generator:
             with torch.no_grad():
                 for mean, value in zip(average.parameters(), generator.parameters(), strict=True):
-                    mean.lerp_(value, 1.0 - decay)
-        yield loss.detach()
+                    if value.requires_grad:
+                        mean.lerp_(value, 1.0 - decay)
+        yield loss
+
+
+def _copy(generator: Generator) -> Generator:
+    """A copy that shares what is not trained, which is most of it."""
+    shared = {id(parameter): parameter for parameter in generator.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(generator, shared)
+
+
+def _trained_state(generator: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in generator.named_parameters() if p.requires_grad}
 
 
 def _append(log: dict[str, list[float]], step: int, figures: dict[str, float], loss: Tensor | None) -> None:

@@ -61,7 +61,8 @@ def _leading(gram_SS: Tensor, rank: int, resolution: float) -> Tensor:
     if rank == 0:
         raise ValueError("All draws are the same, so there is no posterior to distil. Check that the chain moved.")
     left_SR = vectors[:, len(vectors) - rank :].flip(1)
-    return left_SR * _sign(left_SR)
+    basis_SR: Tensor = left_SR * _sign(left_SR)
+    return basis_SR
 
 
 def _sign(vectors: Tensor) -> Tensor:

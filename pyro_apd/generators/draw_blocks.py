@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 # Bytes of a part: a thirty-second of the draws within these bounds. Wide parts read long runs of a file.
-_MIN_BYTES, _MAX_BYTES = 16 * 2**20, 256 * 2**20
+_MIN_BYTES, _MAX_BYTES = 8 * 2**20, 256 * 2**20
+# Bytes of draws that go through the network together; a step of training holds several times as much.
+_DRAWS_BYTES = 4 * 2**20
 
 
 class DrawBlocks:
@@ -92,3 +94,8 @@ class DrawBlocks:
 def part_length(item_bytes: int, num_bytes: int = 0) -> int:
     """How many items, such as rows, of that size to work on at a time, of ``num_bytes`` in all."""
     return max(1, min(max(_MIN_BYTES, num_bytes // 32), _MAX_BYTES) // max(1, item_bytes))
+
+
+def together(draw_bytes: int) -> int:
+    """How many draws of that size to work on at a time where each is taken through the network."""
+    return max(1, _DRAWS_BYTES // max(1, draw_bytes))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyro_apd.generators.coordinates import principal_coordinates
-from pyro_apd.generators.draw_blocks import DrawBlocks
+from pyro_apd.generators.draw_blocks import DrawBlocks, together
 from pyro_apd.generators.residual import Block, MatrixNoise
 
 # Draws, over all chains, whose residuals the noise is fitted to.
@@ -139,7 +139,7 @@ class CoordinateGenerator(Generator):
         ).to(principal.basis_RD)
         with torch.no_grad():
             generator.location.copy_(principal.location_D + shift_D / divisor_D)
-            generator.basis.copy_(principal.basis_RD)
+            generator.basis = nn.Parameter(principal.basis_RD)
             generator.mode_location.copy_(means_CMR.flatten(0, 1))
             generator.mode_scale.copy_(_square_root(around_CSR.mT @ around_CSR / num_draws))
             generator._unit_D = divisor_D
@@ -163,7 +163,8 @@ class CoordinateGenerator(Generator):
     def mode(self, latent_SL: Tensor) -> Tensor:
         """Index ``(S,)`` of the mode that each latent belongs to; all modes are equally likely."""
         quantile_S = torch.special.ndtr(latent_SL[:, 0])
-        return (quantile_S * self.num_modes).long().clamp(max=self.num_modes - 1)
+        mode_S: Tensor = (quantile_S * self.num_modes).long().clamp(max=self.num_modes - 1)
+        return mode_S
 
     def latents(self, count: int, like: Tensor) -> Tensor:
         """See :class:`Generator`; evenly over modes and along chains, in random order."""
@@ -217,10 +218,16 @@ class CoordinateGenerator(Generator):
         if not self.noise or self._unit_D is None:
             return
         row_N = torch.arange(0, len(draws), max(1, len(draws) // _NUM_RESIDUALS), device=draws.device)
-        theta_ND = draws[row_N]
-        theta_ND -= (self.location + coordinates_SR[row_N] @ self.basis) * self._unit_D
+        length = together(self.output_size * draws.dtype.itemsize)
         for module in self._noise_modules():
-            module.fit(theta_ND[:, module.block.span])
+            span = module.block.span
+
+            def residuals(span: slice = span) -> Iterator[Tensor]:
+                for part_N in row_N.split(length):
+                    fitted_NB = self.location[span] + coordinates_SR[part_N] @ self.basis[:, span]
+                    yield draws[part_N][:, span] - fitted_NB * self._unit_D[span]  # type: ignore[index]
+
+            module.fit(residuals)
 
     def _noise_modules(self) -> list[MatrixNoise]:
         return [module for module in self.noise if isinstance(module, MatrixNoise)]
@@ -246,4 +253,5 @@ def _stretches(coordinates_CSR: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _square_root(covariance: Tensor) -> Tensor:
     """The symmetric root, which unlike Cholesky's also exists where a chain moved in fewer directions than R."""
     variance, vectors = torch.linalg.eigh(covariance)
-    return vectors * variance.clamp(min=0).sqrt().unsqueeze(-2) @ vectors.mT
+    root: Tensor = vectors * variance.clamp(min=0).sqrt().unsqueeze(-2) @ vectors.mT
+    return root

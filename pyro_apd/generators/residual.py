@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,27 +82,37 @@ class MatrixNoise(nn.Module):
         along_SOK = latent_SOI @ self.directions.mT
         columns_I = self.column_scale if self._unit is None else self.column_scale * self._unit
         noise_SOI = (latent_SOI - (along_SOK * self.damping) @ self.directions) * columns_I
-        return (noise_SOI * self.row_scale.unsqueeze(-1)).flatten(-2)
+        noise_SB: Tensor = (noise_SOI * self.row_scale.unsqueeze(-1)).flatten(-2)
+        return noise_SB
 
     @torch.no_grad()
-    def fit(self, residual_SN: Tensor) -> None:
-        """Sets scales and directions by residuals of draws, ``(S, rows * columns)``.
+    def fit(self, residuals: Callable[[], Iterable[Tensor]]) -> None:
+        """Sets scales and directions by residuals of draws; they are gone through twice.
 
         The scale of columns is in units of its own size until :meth:`fold`, so that one learning rate fits all
         parameters.
+
+        :param residuals: gives them some ``(N, rows * columns)`` at a time.
         """
-        residual_SOI = residual_SN.unflatten(-1, (self.block.rows, self.block.columns))
-        square_OI = residual_SOI.square().mean(0)
+        square_OI, count = torch.zeros_like(self.row_scale.unsqueeze(-1) * self.column_scale), 0
+        for part_NB in residuals():
+            square_OI += part_NB.square().sum(0).view_as(square_OI)
+            count += len(part_NB)
+        square_OI /= max(count, 1)
         tiny = torch.finfo(square_OI.dtype).tiny
         row_O = (square_OI.mean(1) / square_OI.mean().clamp_min(tiny)).sqrt()
         column_I = square_OI.mean(0).sqrt()
         divisor_OI = row_O.unsqueeze(-1) * column_I
-        white_NI = (residual_SOI / divisor_OI.where(divisor_OI > 0, torch.ones_like(divisor_OI))).flatten(0, 1)
-        variance_I, vectors_II = torch.linalg.eigh(white_NI.mT @ white_NI / len(white_NI))
+        divisor_OI = divisor_OI.where(divisor_OI > 0, torch.ones_like(divisor_OI))
+        covariance_II = square_OI.new_zeros(len(column_I), len(column_I))
+        for part_NB in residuals():
+            white_NI = (part_NB.unflatten(-1, divisor_OI.shape) / divisor_OI).flatten(0, 1)
+            covariance_II.addmm_(white_NI.mT, white_NI)
+        variance_I, vectors_II = torch.linalg.eigh(covariance_II / (max(count, 1) * len(row_O)))
         # Columns that never move are no directions in which others are pinned.
         rank = self.block.rank
         moving = variance_I > 1e-6 * variance_I[-1]
-        first = int((~moving).sum())
+        first = min(int((~moving).sum()), len(variance_I) - 1)
         chosen = slice(first, min(first + rank, len(variance_I) - 1))
         typical = variance_I[chosen.stop :].mean()
         count = chosen.stop - chosen.start

@@ -93,6 +93,8 @@ class StochasticGradientKernel(MCMCKernel):
     ) -> None:
         if not callable(model):
             raise ValueError(f"model={model!r} must be a Pyro model, that is a callable; got {type(model).__name__}.")
+        if isinstance(model, type):
+            raise ValueError(f"model={model.__name__} is a class; give an instance of it, such as {model.__name__}().")
         for name, value in (("batch_size", batch_size), ("num_data", num_data), ("thinning", thinning)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a positive integer.")

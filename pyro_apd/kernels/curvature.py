@@ -48,7 +48,8 @@ def hessian_product(gradient: Gradient, theta: Tensor, direction: Tensor) -> Ten
     safe = torch.where(norm > 0, norm, 1.0)
     reach = _REACH * (1.0 + theta.norm(dim=-1, keepdim=True))
     offset = direction * (reach / safe)
-    return (gradient(theta + offset) - gradient(theta - offset)) * (norm / (2 * reach))
+    product: Tensor = (gradient(theta + offset) - gradient(theta - offset)) * (norm / (2 * reach))
+    return product
 
 
 def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, num_steps: int) -> Spectrum:

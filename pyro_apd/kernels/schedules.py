@@ -50,7 +50,8 @@ class PolynomialDecay:
 
     def __call__(self, step: int) -> float:
         """The step size at ``step``."""
-        return self.a * (self.b + step) ** -self.gamma
+        size: float = self.a * (self.b + step) ** -self.gamma
+        return size
 
 
 @dataclass(frozen=True)

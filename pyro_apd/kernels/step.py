@@ -241,7 +241,8 @@ def compiled(function: Callable[..., Any], *examples: Any, is_small: bool = Fals
 def _inductor(graph: Any, examples: list[Tensor], options: dict[str, Any]) -> Callable[..., Any]:
     from torch._inductor import compile as compile_graph
 
-    return compile_graph(graph, examples, options=options)  # type: ignore[arg-type]
+    compiled: Callable[..., Any] = compile_graph(graph, examples, options=options)  # type: ignore[arg-type]
+    return compiled
 
 
 def _leaves(state: Any, raw: Tensor, sizes: Tensor, inputs: Sequence[Inputs]) -> list[Tensor]:

@@ -56,6 +56,7 @@ def written(case, tmp_path):
     return write
 
 
+@pytest.mark.thorough
 def test_page_is_whole_and_alone(written):
     path = written(title="Digits & <friends>")
     page = Page(path)

@@ -20,6 +20,7 @@ from pyro_apd.distill.objective import (
     spread,
 )
 from pyro_apd.distill.probes import Probes
+from pyro_apd.generators import draw_blocks
 from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.layout import Layout
 
@@ -140,13 +141,13 @@ def learn(objective, steps=300):
     location, log_scale = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
     optimiser = torch.optim.Adam([location, log_scale], lr=0.03)
     for _ in range(steps):
-        loss = objective.loss(lambda count: location + log_scale.exp() * torch.randn(count, 3))
         optimiser.zero_grad()
-        loss.backward()
+        objective.backward(lambda count: location + log_scale.exp() * torch.randn(count, 3))
         optimiser.step()
     return location.detach(), log_scale.exp().detach()
 
 
+@pytest.mark.thorough
 def test_function_objective_finds_location_and_spread():
     theta_SD = torch.tensor([1.0, -1.0, 0.0]) + 0.4 * torch.randn(2000, 3)
     objective = FunctionObjective(space(), Probes([torch.linspace(-2, 2, 50)]), theta_SD)
@@ -156,6 +157,7 @@ def test_function_objective_finds_location_and_spread():
     assert scale.square().mean().sqrt().item() == pytest.approx(0.4, rel=0.25)
 
 
+@pytest.mark.thorough
 def test_adversarial_objective_finds_location():
     theta_SD = torch.tensor([1.0, -1.0, 0.0]) + 0.4 * torch.randn(500, 3)
     location, _ = learn(AdversarialObjective(lambda theta: theta, theta_SD, 1e-3, batch_size=64), steps=200)
@@ -181,3 +183,33 @@ def test_weight_judge_prefers_the_right_spread():
     narrow, right = (judge.figures(scale * torch.randn(200, 3)) for scale in (0.1, 1.0))
     assert right["distance"] < narrow["distance"]
     assert narrow["spread_ratio"] == pytest.approx(0.1, rel=0.2)
+
+
+def test_a_batch_made_in_parts_has_the_gradient_of_the_same_draws_made_at_once(monkeypatch):
+    theta_SD = torch.randn(200, 3)
+    weight = torch.nn.Parameter(torch.eye(3))
+
+    def gradient(draw_bytes):
+        monkeypatch.setattr(draw_blocks, "_DRAWS_BYTES", draw_bytes)
+        counts = []
+
+        def generate(count):
+            counts.append(count)
+            # Draws that do not depend on how they are made: the whole batch, or the part that is next.
+            start = sum(counts[:-1]) % 64
+            return fixed_SD[start : start + count] @ weight
+
+        fixed_SD = torch.linspace(-1, 1, 192).reshape(64, 3)
+        weight.grad = None
+        torch.manual_seed(0)
+        objective = FunctionObjective(space(), Probes([torch.linspace(-2, 2, 50)], as_they_are=True), theta_SD)
+        torch.manual_seed(1)
+        loss = objective.backward(generate)
+        assert not loss.requires_grad
+        return loss, weight.grad.clone(), counts
+
+    whole, parts = gradient(2**20), gradient(12 * 20)
+    assert whole[2] == [64]
+    assert parts[2] == [20, 20, 20, 4] * 2  # once for the values, once for the gradient
+    torch.testing.assert_close(parts[0], whole[0])
+    torch.testing.assert_close(parts[1], whole[1])

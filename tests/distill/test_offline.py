@@ -52,6 +52,7 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.thorough
 def test_result_stands_in_for_the_chain():
     posterior = of_classifier()
     assert isinstance(posterior, DistilledPosterior)
@@ -63,6 +64,7 @@ def test_result_stands_in_for_the_chain():
     assert by_draws.shape == by_guide.shape == (30, 60)
 
 
+@pytest.mark.thorough
 def test_metadata_tell_what_was_done():
     posterior = of_classifier()
     assert posterior.metadata["seed"] == 0
@@ -82,6 +84,7 @@ def test_a_posterior_knows_its_data_its_precision_and_its_network():
     assert "data" not in distill(draws, num_steps=2, seed=0, progress=False).metadata
 
 
+@pytest.mark.thorough
 def test_the_same_seed_gives_the_same_file(tmp_path):
     contents = []
     for name in ("first", "second"):
@@ -91,16 +94,19 @@ def test_the_same_seed_gives_the_same_file(tmp_path):
     assert contents[0] == contents[1]
 
 
+@pytest.mark.thorough
 def test_another_seed_gives_another_generator():
     assert not same(of_classifier(seed=1).get_samples(3, seed=0), of_classifier(seed=2).get_samples(3, seed=0))
 
 
+@pytest.mark.thorough
 def test_a_seed_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     of_classifier()
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.thorough
 def test_without_a_seed_the_global_generator_decides():
     pyro.set_rng_seed(5)
     first = of_classifier(seed=None)
@@ -109,6 +115,7 @@ def test_without_a_seed_the_global_generator_decides():
     assert same(of_classifier(seed=first.metadata["seed"]).get_samples(3, seed=0), first.get_samples(3, seed=0))
 
 
+@pytest.mark.thorough
 def test_save_and_load_draw_the_same(tmp_path):
     posterior = of_classifier()
     posterior.save(tmp_path / "posterior.safetensors")
@@ -117,6 +124,7 @@ def test_save_and_load_draw_the_same(tmp_path):
     assert same(loaded.get_samples(9, seed=4), posterior.get_samples(9, seed=4))
 
 
+@pytest.mark.thorough
 def test_training_in_function_space_beats_the_start():
     """Two clusters in one chain, which a Gaussian fit fills in between."""
     side = torch.arange(200).remainder(2) * 2.0 - 1.0
@@ -126,6 +134,7 @@ def test_training_in_function_space_beats_the_start():
     assert posterior.metadata["figures"]["distance"] < 0.6 * log[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("space", ["functions", "weights"])
 def test_a_gaussian_posterior_is_kept(space):
     model = Conjugate()
@@ -196,6 +205,7 @@ def test_after_pyros_own_mcmc():
     assert posterior.get_samples(4).keys() == mcmc.get_samples().keys()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("objective", [None, "wgan", "lsgan", "non-saturating"])
 def test_the_papers_generator(objective):
     with warnings.catch_warnings():
@@ -273,15 +283,15 @@ def test_a_collapsed_generator_is_not_returned_silently(monkeypatch):
 
 def interrupt(monkeypatch, at):
     calls = []
-    loss = offline.FunctionObjective.loss
+    backward = offline.FunctionObjective.backward
 
     def stopping(self, generate):
         calls.append(1)
         if len(calls) == at:
             raise KeyboardInterrupt
-        return loss(self, generate)
+        return backward(self, generate)
 
-    monkeypatch.setattr(offline.FunctionObjective, "loss", stopping)
+    monkeypatch.setattr(offline.FunctionObjective, "backward", stopping)
 
 
 def test_ctrl_c_returns_the_best_so_far(monkeypatch):
@@ -297,7 +307,7 @@ def test_state_is_restored_after_an_error(monkeypatch):
     def broken(self, generate):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(offline.FunctionObjective, "loss", broken)
+    monkeypatch.setattr(offline.FunctionObjective, "backward", broken)
     with pytest.raises(ZeroDivisionError):
         of_classifier()
     assert torch.equal(torch.get_rng_state(), before)
@@ -336,7 +346,12 @@ def test_sizes_below_and_above_the_rank(size):
 
 
 def set_part_bytes(monkeypatch, num_bytes):
-    for module, name in ((draw_blocks, "_MIN_BYTES"), (draw_blocks, "_MAX_BYTES"), (chains_store, "_BLOCK_BYTES")):
+    for module, name in (
+        (draw_blocks, "_MIN_BYTES"),
+        (draw_blocks, "_MAX_BYTES"),
+        (draw_blocks, "_DRAWS_BYTES"),
+        (chains_store, "_BLOCK_BYTES"),
+    ):
         monkeypatch.setattr(module, name, num_bytes)
 
 

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from pyro_apd.distill import training as training_module
 from pyro_apd.distill.failure import find_failures
 from pyro_apd.distill.objective import Judge, Objective
 from pyro_apd.distill.training import Schedule, train
@@ -20,13 +21,14 @@ class Shift(Objective):
     def __init__(self, target=2.0, fail_at=None, failure=None):
         self.target, self.fail_at, self.failure, self.step = target, fail_at, failure, 0
 
-    def loss(self, generate):
+    def backward(self, generate):
         self.step += 1
-        if self.step == self.fail_at:
-            if isinstance(self.failure, BaseException):
-                raise self.failure
-            return generate(4).mean() * self.failure
-        return (generate(16).mean() - self.target) ** 2
+        if self.step == self.fail_at and isinstance(self.failure, BaseException):
+            raise self.failure
+        is_bad = self.step == self.fail_at
+        loss = generate(4).mean() * self.failure if is_bad else (generate(16).mean() - self.target) ** 2
+        loss.backward()
+        return loss.detach()
 
 
 class Mean(Judge):
@@ -57,6 +59,67 @@ def test_the_best_state_is_kept_and_not_the_last():
     assert training.stopped is None
 
 
+class Told(Judge):
+    """Gives distances that were made up beforehand, and notes what it judged."""
+
+    def __init__(self, distances, tolerance):
+        self.distances, self.tolerance, self.judged = list(distances), tolerance, []
+
+    def figures(self, theta):
+        self.judged.append(torch.cat(list(theta)))
+        return {"distance": self.distances[len(self.judged) - 1], "spread_ratio": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("distances", "tolerance", "best"),
+    [
+        ([1.0, 0.5, 0.505, 0.6], 0.01, 2),  # a later one within the tolerance wins
+        ([1.0, 0.5, 0.52, 0.6], 0.01, 1),  # a worse one does not
+        ([1.0, 0.5, 0.508, 0.516], 0.01, 2),  # nor does it creep: the smallest is what counts
+        ([1.0, 0.5, 0.49, 0.495], 0.01, 3),
+        ([1.0, 0.5, 0.505, 0.5], 0.0, 1),  # without one, only a smaller one wins
+        ([0.2, 0.5, 0.6, 0.7], 0.01, 0),
+    ],
+)
+def test_a_later_state_wins_within_the_tolerance(distances, tolerance, best):
+    states, judge = [], Told(distances, tolerance)
+    generator = PaperGenerator(3, latent_size=2, width=4)
+    figures = judge.figures
+
+    def noting(theta):
+        states.append({name: value.clone() for name, value in generator.state_dict().items()})
+        return figures(theta)
+
+    judge.figures = noting
+    training = train(generator, Shift(), judge, Schedule(3, 2e-2, False), progress=False)
+    assert training.best_step == best
+    assert training.figures["distance"] == distances[best]
+    assert all(torch.equal(value, states[best][name]) for name, value in generator.state_dict().items())
+    assert not torch.equal(states[0]["layers.0.weight"], states[1]["layers.0.weight"])
+
+
+def test_every_state_is_judged_by_the_same_latents():
+    """Else a state would win by luck of its draws. Where nothing is trained, all that is judged is the same."""
+    judge = Told([1.0] * 9, 0.0)
+    generator = PaperGenerator(3, latent_size=2, width=4)
+    train(generator, Shift(), judge, Schedule(4, 0.0, False), progress=False)
+    assert len(judge.judged) == 5
+    assert all(torch.equal(theta_SD, judge.judged[0]) for theta_SD in judge.judged)
+    assert len(judge.judged[0].unique(dim=0)) == 200
+
+
+def test_judging_leaves_the_random_numbers_of_training_alone():
+    states = []
+    for num_evaluations in (1, 20):
+        torch.manual_seed(3)
+        generator = PaperGenerator(3, latent_size=2, width=4)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training_module, "_NUM_EVALUATIONS", num_evaluations)
+            train(generator, Shift(), Told(range(30, 0, -1), 0.0), Schedule(20, 1e-2, False), progress=False)
+        states.append(generator.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_log_has_one_entry_for_each_evaluation():
     _, training = run(Shift(), Mean(2.0))
     assert training.log["step"] == [float(3 * i) for i in range(21)]
@@ -75,12 +138,14 @@ def test_no_steps_give_the_start():
 def test_interruption_gives_the_best_so_far():
     _, training = run(Shift(fail_at=40, failure=KeyboardInterrupt()), Mean(2.0))
     assert training.stopped == "training was interrupted at step 39 of 60"
+    assert training.is_interrupted
     assert 0 < training.best_step <= 39
 
 
 def test_divergence_gives_the_best_before():
     generator, training = run(Shift(fail_at=31, failure=math.nan), Mean(2.0))
     assert "diverged" in training.stopped
+    assert not training.is_interrupted
     assert 0 < training.best_step <= 30
     assert all(torch.isfinite(value).all() for value in generator.state_dict().values())
 

@@ -22,9 +22,10 @@ def chains(num_chains=3, num_draws=40, size=6, dtype=torch.float64):
 def moments(generator):
     """Mean and covariance of what a generator at its start draws, from its parameters."""
     generator.fold()
-    location_CR, covariance_CRR = generator.mode_location, generator.mode_scale @ generator.mode_scale.mT
-    mean_R = location_CR.mean(0)
-    second_RR = (covariance_CRR + location_CR.unsqueeze(-1) * location_CR.unsqueeze(-2)).mean(0)
+    location_MR, covariance_CRR = generator.mode_location, generator.mode_scale @ generator.mode_scale.mT
+    covariance_MRR = covariance_CRR.repeat_interleave(len(location_MR) // len(covariance_CRR), dim=0)
+    mean_R = location_MR.mean(0)
+    second_RR = (covariance_MRR + location_MR.unsqueeze(-1) * location_MR.unsqueeze(-2)).mean(0)
     covariance_RR = second_RR - torch.outer(mean_R, mean_R)
     return generator.location + mean_R @ generator.basis, generator.basis.mT @ covariance_RR @ generator.basis
 
@@ -68,8 +69,61 @@ def test_each_mode_is_the_gaussian_of_its_chain():
 def test_the_residual_is_zero_at_the_start_but_trainable():
     generator = CoordinateGenerator.fit(chains(), rank=2)
     generator(torch.randn(8, 3, dtype=torch.float64)).square().sum().backward()
-    assert not generator.residual[-1].weight.any()
-    assert generator.residual[-1].weight.grad.abs().sum() > 0
+    assert generator.residual is None  # of older files
+    assert not generator.bend[-1].weight.any()
+    assert generator.bend[-1].weight.grad.abs().sum() > 0
+    assert CoordinateGenerator.fit(chains(), rank=2, bend=0).bend is None
+
+
+@pytest.mark.parametrize("stretch", [4, 10, 39, 40, 100])
+def test_the_start_has_mean_and_covariance_of_all_draws_in_stretches_too(stretch):
+    """The law of total variance: within stretches and between them. Exact where stretches are of equal length."""
+    theta_CSD = chains()
+    with torch.no_grad():
+        generator = CoordinateGenerator.fit(theta_CSD, rank=6, stretch=stretch)
+        assert (generator.num_modes, len(generator.mode_scale)) == (3 * max(1, 40 // stretch), 3)
+        mean_D, covariance_DD = moments(generator)
+    theta_SD = theta_CSD.flatten(0, 1)
+    torch.testing.assert_close(mean_D, theta_SD.mean(0))
+    torch.testing.assert_close(covariance_DD, torch.cov(theta_SD.mT, correction=0))
+
+
+def test_stretches_follow_a_path_where_one_gaussian_does_not():
+    """A chain along half a circle: a Gaussian puts draws inside, where the chain never was."""
+    angle_S = torch.linspace(0, torch.pi, 240, dtype=torch.float64)
+    theta_SD = torch.stack([angle_S.cos(), angle_S.sin()], 1) + 0.02 * torch.randn(240, 2, dtype=torch.float64)
+    off = {}
+    for name, stretch in (("one", None), ("many", 12)):
+        generator = CoordinateGenerator.fit(theta_SD[None], rank=2, stretch=stretch)
+        with torch.no_grad():
+            drawn_SD = generator(generator.latents(500, theta_SD))
+        off[name] = float((drawn_SD.norm(dim=1) - 1).abs().mean())
+    assert off["one"] > 0.2
+    assert off["many"] < 0.04
+
+
+def test_modes_are_in_order_of_time_and_chain_and_share_their_chains_covariance():
+    theta_CSD = chains(num_chains=2, num_draws=20)
+    generator = CoordinateGenerator.fit(theta_CSD, rank=6, stretch=5)
+    generator.fold()
+    latent_SL = torch.zeros(8, generator.latent_size, dtype=torch.float64)
+    latent_SL[:, 0] = torch.special.ndtri((torch.arange(8, dtype=torch.float64) + 0.5) / 8)
+    with torch.no_grad():
+        assert generator.mode(latent_SL).tolist() == list(range(8))
+        torch.testing.assert_close(generator(latent_SL), theta_CSD.unflatten(1, (4, 5)).mean(2).flatten(0, 1))
+        # A latent entry moves draws of one chain alike, and those of the other by another covariance.
+        moved_SD = generator(latent_SL.index_fill(1, torch.tensor([1]), 1.0)) - generator(latent_SL)
+    torch.testing.assert_close(moved_SD[:4], moved_SD[:1].expand(4, -1))
+    torch.testing.assert_close(moved_SD[4:], moved_SD[4:5].expand(4, -1))
+    assert (moved_SD[0] - moved_SD[4]).abs().max() > 0.1
+
+
+def test_a_config_of_before_there_were_stretches_still_builds():
+    old = {"kind": "coordinates", "output_size": 7, "rank": 3, "num_modes": 2, "width": 8}
+    generator = build_generator(old)
+    assert (generator.bend, len(generator.mode_scale), generator.residual is None) == (None, 2, False)
+    assert generator.config == {**old, "num_scales": 2, "bend": 0}
+    assert generator(torch.randn(4, generator.latent_size)).shape == (4, 7)
 
 
 def test_a_chain_that_moved_in_fewer_directions_than_the_others():
@@ -118,7 +172,13 @@ def test_a_batch_to_train_on_has_every_mode_equally_often():
     latent_SL = generator.latents(4001, torch.empty(0, dtype=torch.float64))
     assert latent_SL.shape == (4001, 3)
     counts = torch.bincount(generator.mode(latent_SL))
-    assert (len(counts), int(counts.max() - counts.min())) == (generator.num_modes, 1)
+    assert len(counts) == generator.num_modes
+    assert counts.max() - counts.min() <= 2  # either end of a mode may cut a stratum in two
+    # Evenly along chains as well, where a mode is a stretch of one; in random order.
+    quantile_S = torch.special.ndtr(latent_SL[:, 0])
+    counts = torch.histc(quantile_S, 50, 0, 1)
+    assert (counts - 4001 / 50).abs().max() < 2
+    assert torch.corrcoef(torch.stack([quantile_S[1:], quantile_S[:-1]]))[0, 1].abs() < 0.06
     # All together, they are standard normal all the same.
     assert latent_SL[:, 0].mean().abs() < 0.06
     assert latent_SL[:, 0].std().item() == pytest.approx(1.0, rel=0.05)
@@ -129,6 +189,7 @@ def test_a_batch_to_train_on_has_every_mode_equally_often():
     [
         CoordinateGenerator(7, 3, 2, width=8),
         CoordinateGenerator(7, 3, 2, width=8, noise=[(1, 2, 3, 2)]),
+        CoordinateGenerator(7, 3, 6, num_scales=2, bend=4),
         PaperGenerator(7, latent_size=4, width=5),
     ],
 )
@@ -160,6 +221,9 @@ def test_building_on_meta_allocates_nothing():
         ({"kind": "paper"}, "not those of a 'paper' generator"),
         ({"kind": "coordinates", "output_size": 3, "rank": 2, "depth": 9}, "not those of a 'coordinates' generator"),
         ({"kind": "coordinates", "output_size": 3, "rank": 0}, "rank=0"),
+        ({"kind": "coordinates", "output_size": 3, "rank": 2, "num_scales": 0}, "num_scales=0"),
+        ({"kind": "coordinates", "output_size": 3, "rank": 2, "bend": -1}, "bend=-1"),
+        ({"kind": "coordinates", "output_size": 3, "rank": 2, "width": 1.5}, "width=1.5"),
         ({"kind": "coordinates", "output_size": 3, "rank": 2, "noise": [[0, 2, 2, 1]]}, "reaches beyond the 3"),
         ({"kind": "paper", "output_size": True}, "output_size=True"),
         ({"kind": "paper", "output_size": 3, "width": 2.0}, "width=2.0"),

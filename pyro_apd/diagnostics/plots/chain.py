@@ -215,7 +215,8 @@ def _smooth(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
     width = max(0.9 * spread * len(values) ** -0.2, (grid[-1] - grid[0]) / 100, 1e-12)
     kept = values[evenly_spaced(len(values), MAX_POINTS)]
     height = np.exp(-0.5 * ((grid[:, None] - kept) / width) ** 2).mean(1)
-    return height / (width * np.sqrt(2 * np.pi))
+    density: np.ndarray = height / (width * np.sqrt(2 * np.pi))
+    return density
 
 
 def _check(chain_CSF: Tensor, generator_SF: Tensor, labels: Sequence[str]) -> None:

@@ -1,0 +1,98 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Every code block of the site and the README runs, with little work in it; links lead somewhere."""
+
+import re
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import pyro_apd as apd
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+def blocks(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
+
+
+def run(path, scope, chosen=slice(None)):
+    for block in blocks(path)[chosen]:
+        exec(compile(block, str(path), "exec"), scope)
+
+
+@pytest.fixture
+def little_work(monkeypatch, tmp_path):
+    """The package with short chains and short training; everything else is as it is."""
+
+    class ShortMCMC(apd.MCMC):
+        def __init__(self, kernel, num_samples, warmup_steps=5, **settings):
+            kernel.thinning = min(kernel.thinning, 2)
+            settings |= {"disable_progbar": True}
+            super().__init__(kernel, min(num_samples, 20), min(warmup_steps, 5), **settings)
+
+    def short_distill(*args, **settings):
+        return distill(*args, **(settings | {"num_steps": 3, "progress": False}))
+
+    distill, student = apd.distill, apd.baselines.dark_knowledge
+    monkeypatch.setattr(apd, "MCMC", ShortMCMC)
+    monkeypatch.setattr(apd, "distill", short_distill)
+    monkeypatch.setattr(apd.baselines, "dark_knowledge", partial(student, num_steps=3, progress=False))
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # chains as short as these are not mixed, and say so
+        yield tmp_path
+
+
+@pytest.mark.slow
+def test_every_block_runs(little_work, capsys):
+    scope = {}
+    run(DOCS / "getting_started.md", scope)
+    assert scope["labels"].shape == (100, len(scope["data"].x_test))
+    assert scope["doubt"].shape == (len(scope["data"].x_test),)
+    run(DOCS / "how_to.md", scope)
+    assert {"small.safetensors", "report.html", "chains.nc", "run.ckpt"} <= {
+        path.name for path in little_work.iterdir()
+    }
+    data = scope["data"]
+    scope |= {"x_test": data.x_test, "y_test": data.y_test, "x_noise": apd.datasets.noise(data.x_test)}
+    run(DOCS / "diagnostics.md", scope)
+    assert scope["fidelity"].status
+    few = slice(0, 20)
+    scope |= {"bnn": scope["model"], "x": data.x_test[few], "y": data.y_test[few]}
+    run(ROOT / "README.md", scope, slice(2, None))
+    assert scope["scores"]["mutual_information"].shape == (20,)
+    capsys.readouterr()
+
+
+def test_no_page_with_code_is_forgotten():
+    assert {path.name for path in PAGES if blocks(path)} == {"getting_started.md", "how_to.md", "diagnostics.md"}
+    assert len(blocks(ROOT / "README.md")) == 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_links_within_the_site(page):
+    made = {"results.md", "tutorials/index.md"} | {f"tutorials/{p.stem}.md" for p in (ROOT / "tutorials").glob("*.py")}
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)", prose):
+        if not target.startswith("http") and target not in made:
+            assert (DOCS / target).exists(), target
+
+
+def test_every_page_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text()
+    for page in [*PAGES, *DOCS.glob("reference/*.md")]:
+        assert f": {page.relative_to(DOCS).as_posix()}" in menu, page.name
+
+
+def test_every_public_name_is_in_the_reference():
+    text = "".join(path.read_text() for path in DOCS.glob("reference/*.md"))
+    rooms = {"baselines", "diagnostics", "schedules"}
+    listed = set(re.findall(r"^::: pyro_apd\.(\w+)", text, flags=re.MULTILINE))
+    assert set(apd.__all__) - rooms <= listed
+    assert {f"plots.{name}" for name in ("trace", "decision_surfaces")} <= set(re.findall(r"(plots\.\w+)", text))

@@ -1,0 +1,177 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 1. Your first distilled posterior
+#
+# What the posterior of a Bayesian neural network looks like, how to sample it with Pyro's own driver, and how to put
+# the samples into one small file that draws new networks for ever. Twenty points in the plane, so that everything can
+# be seen; it is the toy problem of the paper (Wang et al., ICML 2018, figure 2). You need to know what a Pyro model
+# is.
+
+# %%
+import os
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import nn
+
+import pyro_apd as apd
+from pyro_apd.diagnostics import plots
+
+QUICK = os.environ.get("PYRO_APD_TUTORIAL_QUICK") == "1"  # a smoke test: everything runs, and little of it means much
+torch.set_num_threads(1)  # for matrices this small, threads cost more than they give
+
+
+def size(full, quick):
+    return quick if QUICK else full
+
+
+# %% [markdown]
+# ## The data
+#
+# Two clouds of ten points.
+
+# %%
+generator = torch.Generator().manual_seed(0)
+y = torch.arange(20) % 2
+x = (4.0 * y[:, None] - 2.0) + 0.3**0.5 * torch.randn(20, 2, generator=generator)
+
+# %% [markdown]
+# ## The model
+#
+# `apd.BNN` puts a prior on every weight of a `torch.nn.Module` and adds a likelihood. It is an ordinary Pyro model;
+# you can as well write your own, as [tutorial 9](09_your_own_network_and_prior.ipynb) does. The prior says what
+# networks are possible before any data: here every weight is a normal number of standard deviation 1.
+
+# %%
+model = apd.BNN(
+    nn.Sequential(nn.Linear(2, 10), nn.ReLU(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 2)), prior_scale=1.0
+)
+print(model)
+
+# %% [markdown]
+# ## Sampling
+#
+# `SGLD` is a kernel for Pyro's `MCMC`. Each *Langevin step* goes down the gradient of the potential (the negative log
+# joint density) and adds noise of just the right size; `thinning` steps make a draw. `apd.MCMC` is Pyro's driver,
+# too; it runs several chains at once as one batched computation. Twenty points need no mini-batches.
+#
+# The progress bar is off here, so that it does not fill the page; leave `disable_progbar` out when you try it.
+
+# %%
+kernel = apd.SGLD(model, step_size=0.02, thinning=20, seed=0)
+mcmc = apd.MCMC(kernel, num_samples=size(250, 60), warmup_steps=size(100, 20), num_chains=4, disable_progbar=True)
+mcmc.run(x, y)
+draws = mcmc.get_samples()
+print({name: tuple(value.shape) for name, value in draws.items()})
+
+# %% [markdown]
+# ### Is the step size all right?
+#
+# SGLD has no accept step, so that a step size which is too large does not fail: the draws come out too wide. The
+# chain's *temperature* shows it. It is read from the gradients, and 1 is what was asked for; a few per cent above 1
+# is the price of a finite step.
+
+# %%
+for reading in kernel.temperatures():
+    print(reading)
+
+# %% [markdown]
+# ## What a posterior looks like
+#
+# Every draw is a whole network. Six of them, each with the probability of class 1 that it gives to every point of the
+# plane: near the data they agree, because the data leave no choice. Elsewhere they do not, and that is the point.
+
+# %%
+sides = torch.linspace(-5, 5, 60)
+grid = torch.stack(torch.meshgrid(sides, sides, indexing="xy"), -1).flatten(0, 1)
+chosen = torch.linspace(0, len(draws["net.0.bias"]) - 1, 6).long()
+probs_SNK = apd.outputs(model, {name: value[chosen] for name, value in draws.items()}, grid).probs_SNK
+
+figure, axes = plt.subplots(2, 3, figsize=(9, 6), sharex=True, sharey=True, layout="constrained")
+for ax, probs_NK in zip(axes.flat, probs_SNK, strict=True):
+    surface = probs_NK[:, 1].reshape(60, 60)
+    image = ax.contourf(sides, sides, surface, levels=torch.linspace(0, 1, 11).tolist(), cmap="RdBu", alpha=0.6)
+    ax.scatter(*x.T, c=y, cmap="RdBu", edgecolors="black", s=24)
+figure.colorbar(image, ax=axes, label="probability of class 1")
+_ = figure.suptitle("Six networks of one posterior")
+
+# %% [markdown]
+# ## Distilling
+#
+# The chain's draws are many networks. `distill` trains a generator, from noise to weights, that draws from the same
+# distribution. It holds back a fifth of the chain and ships the state that was nearest to those.
+
+# %%
+posterior = apd.distill(mcmc, num_steps=size(400, 20), seed=0, progress=False)
+posterior
+
+# %% [markdown]
+# It stands wherever Pyro takes a posterior: `get_samples` as after MCMC, or as a guide as after SVI. Below, from each
+# side 300 networks: left the averaged prediction, right how much the networks disagree (the mutual information of
+# label and weights). What the chain knows about its own ignorance, the generator has to know too.
+
+# %%
+generated = posterior.get_samples(300)
+thinned = {name: value[:: max(1, len(value) // 300)][:300] for name, value in draws.items()}
+figure, axes = plt.subplots(2, 2, figsize=(9, 7.4), layout="constrained")
+_ = plots.decision_surfaces(model, {"SGLD": thinned, "APD": generated}, x, y, axes=list(axes.flat))
+
+# %% [markdown]
+# ## In the space of weights
+#
+# The same draws in the plane of their first two principal components. Chains that started at different draws from the
+# prior can settle in different modes; networks have many that are mirror images, with the same predictions. That is
+# why the tables of this package look at functions first, and at weights last.
+
+
+# %%
+def flat(samples):
+    return torch.cat([samples[name].flatten(1) for name in sorted(samples)], 1)
+
+
+figure, ax = plt.subplots(figsize=(5.5, 5), layout="constrained")
+_ = plots.principal_pair(flat(draws), flat(posterior.get_samples(len(draws["net.0.bias"]))), ax)
+
+# %% [markdown]
+# ## What was lost
+#
+# `compare` puts draws of both side by side, with the verdict on top. *Resolution* is the difference that chance alone
+# would make. [Tutorial 3](03_is_it_any_good.ipynb) reads such tables.
+
+# %%
+x_new = 8 * torch.rand(200, 2, generator=generator) - 4
+fidelity = apd.diagnostics.compare(mcmc, posterior, model, x_new, seed=0)
+print(fidelity)
+
+# %% [markdown]
+# ## One small file
+#
+# The file is plain tensors and JSON; nothing in it is executed when it is read. The same seed draws the same
+# networks.
+
+# %%
+path = Path(tempfile.mkdtemp()) / "posterior.safetensors"
+posterior.save(path)
+loaded = apd.DistilledPosterior.load(path)
+assert torch.equal(loaded.get_samples(5, seed=1)["net.0.bias"], posterior.get_samples(5, seed=1)["net.0.bias"])
+chain_bytes = sum(value.numel() * value.element_size() for value in draws.values())
+print(f"chain: {chain_bytes:,} bytes   file: {path.stat().st_size:,} bytes")
+
+# %% [markdown]
+# For a network of 162 weights the gain is small: a part of the generator has a fixed size. On a network of 100,000
+# weights a file costs about twenty networks, and draws as many as you like. Next: [digits end to
+# end](02_digits_end_to_end.ipynb).

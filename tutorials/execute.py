@@ -1,0 +1,55 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Runs tutorials in full and writes their notebooks: ``python tutorials/execute.py 01 07``; without numbers, all.
+
+The sources are the ``.py`` files, in jupytext's percent format. Paths of the machine are taken out of what the cells
+printed, so that a notebook is the same wherever it was made.
+"""
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent
+# Folders in front of packages and of this checkout.
+_PATHS = re.compile(r"(?:/[\w.+-]+)+/(?=(?:pyro_apd|pyro|torch|tqdm|sklearn|arviz)/[\w/]+\.py)")
+
+
+def without_paths(notebook: nbformat.NotebookNode) -> None:
+    """Takes absolute paths out of printed text, in place."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                output.text = _PATHS.sub("", output.text)
+
+
+def execute(source: Path) -> float:
+    """Runs a tutorial in full, writes the notebook beside it, and says how many seconds it took."""
+    notebook = jupytext.read(source)
+    start = time.monotonic()
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    seconds = time.monotonic() - start
+    without_paths(notebook)
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number}"
+        cell.metadata.pop("execution", None)
+    notebook.metadata.pop("widgets", None)
+    nbformat.write(notebook, source.with_suffix(".ipynb"))
+    return seconds
+
+
+def main(wanted: list[str]) -> None:
+    """Runs the tutorials whose names begin with one of ``wanted``."""
+    for source in sorted(FOLDER.glob("[0-9][0-9]_*.py")):
+        if not wanted or any(source.name.startswith(number) for number in wanted):
+            print(f"{source.stem}: {execute(source):.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
