@@ -49,4 +49,5 @@ class LowRankGenerator(Generator):
     def forward(self, latent_SL: Tensor) -> Tensor:
         """See :class:`Generator`."""
         first_SK, second_SD = latent_SL.split([self.rank, self.output_size], dim=-1)
-        return torch.addmm(self.location, first_SK, self.deviations) + self.scale * second_SD
+        theta_SD: Tensor = torch.addmm(self.location, first_SK, self.deviations) + self.scale * second_SD
+        return theta_SD
