@@ -52,7 +52,8 @@ def run_seed(seed: int, sizes: dict[str, int]) -> dict[str, Any]:
     def evaluated(theta_SD: Tensor) -> Any:
         return predictions(problem, layout, theta_SD, "test")
 
-    reference = evaluated(pooled_ND[:: len(pooled_ND) // NUM_COMPARED][:NUM_COMPARED])
+    index = torch.linspace(0, len(pooled_ND) - 1, NUM_COMPARED).round().long()
+    reference = evaluated(pooled_ND[index])
     found = {"chain": compared(reference, reference)}
     start = time.monotonic()
     offline = distill(mcmc, seed=seed, progress=False)

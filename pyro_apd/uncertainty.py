@@ -21,7 +21,6 @@ scores at the end. For a model and its draws there is :func:`pyro_apd.reduce_out
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,8 +175,7 @@ class ClassificationStream:
 
         :raises ValueError: if no draws were added yet.
         """
-        scores: dict[str, Tensor] = _begun(self._reduction).result()
-        return scores
+        return _result(self._reduction)
 
 
 class RegressionStream:
@@ -210,14 +208,13 @@ class RegressionStream:
 
         :raises ValueError: if no draws were added yet.
         """
-        scores: dict[str, Tensor] = _begun(self._reduction).result()
-        return scores
+        return _result(self._reduction)
 
 
-def _begun(reduction: Any) -> Any:
+def _result(reduction: ProbabilityReduction | MomentReduction | None) -> dict[str, Tensor]:
     if reduction is None:
         raise ValueError("The stream has no draws yet; add(...) some first.")
-    return reduction
+    return reduction.result()
 
 
 def _checked_names(names: Collection[str] | str | None, known: tuple[str, ...]) -> tuple[str, ...]:

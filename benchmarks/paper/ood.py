@@ -157,6 +157,8 @@ def differences(results: Results, seeds: list[str], known: list[str], sets: list
                 worst = max(gaps, key=abs)
                 cells.append(f"{score.replace('_', ' ')} {sum(gaps) / len(gaps):+.2f}, at most {worst:+.2f}")
         lines.append(f"* {method}: {'; '.join(cells)}")
+    if not lines:
+        return []
     return ["AUROC less SGLD's, in points, mean over sets and the largest:", "\n".join(lines)]
 
 
