@@ -323,7 +323,7 @@ def _check(
     checkpoint: Any,
     checkpoint_every: int | None,
 ) -> None:
-    if not callable(getattr(kernel, "begin", None)):
+    if inspect.isclass(kernel) or not callable(getattr(kernel, "begin", None)):
         what = kernel.__name__ if inspect.isclass(kernel) else type(kernel).__name__
         raise TypeError(
             f"`kernel` must be a kernel of this package, such as SGLD(model, ...); got {what}. Other kernels are "

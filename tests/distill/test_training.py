@@ -21,13 +21,14 @@ class Shift(Objective):
     def __init__(self, target=2.0, fail_at=None, failure=None):
         self.target, self.fail_at, self.failure, self.step = target, fail_at, failure, 0
 
-    def loss(self, generate):
+    def backward(self, generate):
         self.step += 1
-        if self.step == self.fail_at:
-            if isinstance(self.failure, BaseException):
-                raise self.failure
-            return generate(4).mean() * self.failure
-        return (generate(16).mean() - self.target) ** 2
+        if self.step == self.fail_at and isinstance(self.failure, BaseException):
+            raise self.failure
+        is_bad = self.step == self.fail_at
+        loss = generate(4).mean() * self.failure if is_bad else (generate(16).mean() - self.target) ** 2
+        loss.backward()
+        return loss.detach()
 
 
 class Mean(Judge):
