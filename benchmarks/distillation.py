@@ -30,6 +30,7 @@ from benchmarks.distillation_methods import (
     Material,
     Method,
     as_int8,
+    default,
     flow_matching,
     herded,
     low_rank,
@@ -57,6 +58,7 @@ METHODS: dict[str, Method] = {
 }
 # Of one size whatever is asked for.
 FIXED: dict[str, Method] = {
+    "default": default,
     "mean field": mean_field,
     **{f"paper, {name}": paper(name, 300) for name in ("wgan-gp", "wgan", "lsgan", "non-saturating")},
 }
@@ -204,6 +206,30 @@ def table(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
     return f"\n### {case.name}, seeds {seeds}\n\n{note}\n\n{markdown_table(header, rows)}\n\n{goals(case, by_seed)}"
 
 
+def summary(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
+    """The same in few columns: of sets out of distribution, the smallest and the largest difference."""
+    header = ["method", "networks", "s", "accuracy", "one draw", "NLL", "MI", "MI, OOD", "AUROC by entropy, OOD"]
+    header += ["AUROC by MI, OOD", "MI input by input", "TV", "nearest", "support"]
+    rows = []
+    for label in dict.fromkeys(label for stored in by_seed.values() for label in stored):
+        runs = [(stored[label], stored["held-out SGLD"]) for stored in by_seed.values() if label in stored]
+        if label == "held-out SGLD":
+            continue
+        sizes = [{name: size for name, _, size in differences(*run)} for run in runs]
+        mean = {name: sum(size[name] for size in sizes) / len(sizes) for name in sizes[0]}
+        cells = [label, _mean(runs, "networks", "{:.1f}"), _mean(runs, "seconds", "{:.0f}")]
+        cells += [f"{mean[name]:+.1f}" if name in mean else "" for name in ("accuracy", "one_draw_accuracy", "nll")]
+        cells.append(f"{mean['mean_mi']:+.1f} %" if "mean_mi" in mean else "")
+        for start in ("mean_mi[", "auroc_entropy[", "auroc_mi["):
+            found = [value for name, value in mean.items() if name.startswith(start)]
+            cells.append(f"{min(found):+.1f} to {max(found):+.1f}" if found else "")
+        cells.append(f"{mean['mi_correlation']:.3f}" if "mi_correlation" in mean else "")
+        cells += [_mean(runs, name, form) for name, form in
+                  (("total_variation", "{:.4f}"), ("nearest", "{:.2f}"), ("support", "{:.0f}"))]  # fmt: skip
+        rows.append(cells)
+    return f"\n#### {case.name}, seeds {', '.join(by_seed)}\n\n{markdown_table(header, rows)}"
+
+
 def _mean(runs: list[tuple[Mapping[str, float], Mapping[str, float]]], name: str, form: str) -> str:
     values = [run[0][name] for run in runs if name in run[0]]
     return form.format(sum(values) / len(values)) if values else ""
@@ -213,7 +239,7 @@ def goals(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
     """Which goals ours meets, on means over seeds."""
     limits = {**POINTS, **PER_CENT} if case.chains.num_chains == 1 else SEVERAL_MODES
     lines = []
-    labels = sorted({label for stored in by_seed.values() for label in stored if label.startswith("ours")})
+    labels = sorted({label for stored in by_seed.values() for label in stored if label.startswith(("ours", "default"))})
     for label in labels:
         totals: dict[str, list[float]] = {}
         for stored in by_seed.values():
@@ -285,6 +311,7 @@ def main() -> None:
         for seed in options.seeds[:1] if options.quick else options.seeds:
             run_seed(case, seed, options, known.setdefault(str(seed), {}))
         print(table(case, known), flush=True)
+        print(summary(case, known), flush=True)
         if is_stored:
             figure(case, known)
 

@@ -172,6 +172,11 @@ def of_posterior(posterior: DistilledPosterior) -> Fitted:
     return Fitted(sample, posterior.num_bytes)
 
 
+def default(material: Material, networks: float) -> Fitted:
+    """Ours, as it is without settings."""
+    return distilled(material, networks)
+
+
 def ours(material: Material, networks: float) -> Fitted:
     """Ours, in float32."""
     return distilled(material, networks, rank=max(1, int(networks - 1.4)), storage_dtype="float32")
