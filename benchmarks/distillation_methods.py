@@ -158,7 +158,7 @@ def distilled(material: Material, networks: float, **options: Any) -> Fitted:
     """:func:`pyro_apd.distill`; what a file of that precision draws."""
     # As from an MCMC's own store: without a copy of the draws.
     source = Source(material.theta_CTD, material.layout, material.problem.model, material.problem.train)
-    posterior, _ = distill_draws(source, Wishes(seed=material.seed, **options), progress=False)
+    posterior, _ = distill_draws(source, Wishes(seed=material.seed, **options), None, progress=False)
     return of_posterior(posterior)
 
 
