@@ -207,7 +207,10 @@ def table(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def summary(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
-    """The same in few columns: of sets out of distribution, the smallest and the largest difference."""
+    """The same in few columns: of sets out of distribution, the smallest and the largest difference.
+
+    A regression has its RMSE for accuracies, its standard deviation for entropy, the model's variance for information.
+    """
     header = ["method", "networks", "s", "accuracy", "one draw", "NLL", "MI", "MI, OOD", "AUROC by entropy, OOD"]
     header += ["AUROC by MI, OOD", "MI input by input", "TV", "nearest", "support"]
     rows = []
@@ -218,12 +221,14 @@ def summary(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
         sizes = [{name: size for name, _, size in differences(*run)} for run in runs]
         mean = {name: sum(size[name] for size in sizes) / len(sizes) for name in sizes[0]}
         cells = [label, _mean(runs, "networks", "{:.1f}"), _mean(runs, "seconds", "{:.0f}")]
-        cells += [f"{mean[name]:+.1f}" if name in mean else "" for name in ("accuracy", "one_draw_accuracy", "nll")]
-        cells.append(f"{mean['mean_mi']:+.1f} %" if "mean_mi" in mean else "")
-        for start in ("mean_mi[", "auroc_entropy[", "auroc_mi["):
+        total, model = ("entropy", "mi") if "mean_mi" in mean else ("sd", "epistemic")
+        first = "rmse" if "rmse" in mean else "accuracy"
+        names = (first, "one_draw_accuracy", "nll", f"mean_{model}")
+        cells += [f"{mean[name]:+.1f}" if name in mean else "" for name in names]
+        for start in (f"mean_{model}[", f"auroc_{total}[", f"auroc_{model}["):
             found = [value for name, value in mean.items() if name.startswith(start)]
             cells.append(f"{min(found):+.1f} to {max(found):+.1f}" if found else "")
-        cells.append(f"{mean['mi_correlation']:.3f}" if "mi_correlation" in mean else "")
+        cells.append(_mean(runs, f"{model}_correlation", "{:.3f}"))
         cells += [_mean(runs, name, form) for name, form in
                   (("total_variation", "{:.4f}"), ("nearest", "{:.2f}"), ("support", "{:.0f}"))]  # fmt: skip
         rows.append(cells)
