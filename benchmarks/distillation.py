@@ -3,7 +3,7 @@
 
 """What each way to keep a posterior loses, by bytes.
 
-``python -m benchmarks.distillation [--data toy|digits|digits8|concrete|yacht|mnist|mnist400|all] [--quick]``
+``python -m benchmarks.distillation [--data toy|digits|digits8|concrete|yacht|uci|mnist|mnist400|all] [--quick]``
 
 Chains are sampled once and cached (see :mod:`benchmarks.distillation_cases`). Every method is fitted to the same draws
 and compared with as many draws that were held out from all of them; so are other draws of the chain, whose difference
@@ -46,6 +46,8 @@ from pyro_apd.layout import Layout
 from pyro_apd.predictive import outputs
 
 NUM_DRAWS = 100
+# What stands for several cases.
+SEVERAL = {"uci": ("concrete", "yacht"), "all": tuple(CASES)}
 METHODS: dict[str, Method] = {
     "stored, thinned": thinned,
     "stored, herded": herded,
@@ -288,7 +290,7 @@ def figure(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", choices=[*CASES, "all"], default=["digits"])
+    parser.add_argument("--data", nargs="+", choices=[*CASES, *SEVERAL], default=["digits"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", help="only methods whose names begin so")
     parser.add_argument("--rows", choices=["test", "validation"], default="test")
@@ -302,7 +304,7 @@ def main() -> None:
     """Prints a table a case."""
     options = parse()
     torch.set_num_threads(options.threads)
-    names = list(CASES) if "all" in options.data else options.data
+    names = list(dict.fromkeys(name for choice in options.data for name in SEVERAL.get(choice, (choice,))))
     for name in names:
         case, path = CASES[name], RESULTS / f"distillation_{name}.json"
         is_stored = options.rows == "test" and not options.quick
