@@ -19,6 +19,7 @@ from pyro.poutine.messenger import Messenger
 from torch import nn
 
 from pyro_apd import uncertainty
+from pyro_apd.generators import Generator
 from pyro_apd.layout import Layout, is_subsample
 from pyro_apd.posterior import DistilledPosterior
 from pyro_apd.predictive import Predictive, outputs
@@ -529,7 +530,7 @@ def test_a_return_value_that_is_no_tensor():
 # Averages while draws pass by
 
 
-class _Affine(nn.Module):
+class _Affine(Generator):
     """Draws ``0.5 * latent``, and keeps account of how many at a time."""
 
     def __init__(self, size):
@@ -537,6 +538,10 @@ class _Affine(nn.Module):
         self.output_size = self.latent_size = size
         self.scale = nn.Parameter(torch.tensor(0.5))
         self.made = []
+
+    @property
+    def config(self):
+        return {"kind": "affine"}
 
     def forward(self, latent):
         self.made.append(len(latent))
