@@ -279,7 +279,7 @@ def figure(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> None:
                 sizes = [100 * (s[f"{method}, {k:g}"][name] / s["held-out SGLD"][name] - 1) for s in runs]
                 if runs:
                     points.append((runs[0][f"{method}, {k:g}"]["networks"], sum(sizes) / len(sizes)))
-            ax.plot(*zip(*points, strict=True), marker="os^vD*"[i], label=method) if points else None
+            ax.plot(*zip(*points, strict=True), marker="os^vD*PX"[i], label=method) if points else None
         ax.axhline(0, color="black", lw=0.8)
         ax.set(xscale="log", xlabel="networks of float32", ylabel="% from held-out SGLD", title=name)
         ax.set_yscale("symlog", linthresh=10)
