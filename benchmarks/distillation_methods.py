@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from benchmarks.distillation_cases import Problem
 from pyro_apd import DistilledPosterior, precision
+from pyro_apd.baselines.low_rank import fit_low_rank
+from pyro_apd.baselines.stored_draws import herded as herd
 from pyro_apd.distill.offline import Wishes, distill_draws
 from pyro_apd.distill.probes import Probes
 from pyro_apd.distill.source import Source
 from pyro_apd.generators import CoordinateGenerator
-from pyro_apd.generators.coordinates import principal_coordinates
 from pyro_apd.layout import Layout
 from pyro_apd.predictive import function_values
 
@@ -74,18 +75,7 @@ def herded(material: Material, networks: float) -> Fitted:
     draws_ND = material.interleaved()
     inputs = Probes([material.problem.train[0]]).draw(64)
     values_NPF = function_values(material.problem.model, material.layout.constrain(draws_ND), *inputs)
-    values_PNF = values_NPF.transpose(0, 1).contiguous()
-    distance_NN = torch.zeros(len(draws_ND), len(draws_ND))
-    for part_PNF in values_PNF.split(8):
-        distance_PNN = torch.cdist(part_PNF, part_PNF)
-        distance_NN += (distance_PNN / distance_PNN.mean((1, 2), keepdim=True).clamp_min(1e-12)).sum(0)
-    to_all_N, to_chosen_N, chosen = distance_NN.mean(1), torch.zeros(len(draws_ND)), []
-    for k in range(round(networks)):
-        score_N = to_all_N - to_chosen_N / (k + 1)
-        score_N[chosen] = torch.inf
-        chosen.append(int(score_N.argmin()))
-        to_chosen_N += distance_NN[chosen[-1]]
-    kept_KD = draws_ND[torch.tensor(chosen)]
+    kept_KD = draws_ND[herd(values_NPF, round(networks))]
     return Fitted(lambda _: kept_KD, kept_KD.numel() * 4)
 
 
@@ -111,17 +101,9 @@ def mean_field(material: Material, networks: float) -> Fitted:
 
 def low_rank(material: Material, networks: float) -> Fitted:
     """SWAG's form (Maddox et al. 2019), fitted: a Gaussian of low rank plus a diagonal; rank + 2 networks."""
-    rank = max(1, round(networks) - 2)
-    draws_ND = material.interleaved()
-    principal = principal_coordinates(draws_ND, rank)
-    left_ND = draws_ND - principal.location_D - principal.coordinates_SR @ principal.basis_RD
-    sd_D = left_ND.std(0)
-
-    def sample(count: int) -> Tensor:
-        coordinates = torch.randn(count, len(principal.basis_RD))
-        return principal.location_D + coordinates @ principal.basis_RD + sd_D * torch.randn(count, len(sd_D))
-
-    return Fitted(sample, 4 * (len(principal.basis_RD) + 2) * len(sd_D))
+    generator = fit_low_rank(material.interleaved(), max(1, round(networks) - 2)).requires_grad_(False)
+    num_bytes = 4 * sum(parameter.numel() for parameter in generator.parameters())
+    return Fitted(lambda count: generator(generator.latents(count, generator.location)), num_bytes)
 
 
 def flow_matching(material: Material, networks: float) -> Fitted:
