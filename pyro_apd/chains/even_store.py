@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pyro_apd.chains.store import STATISTICS, DrawStore
+from pyro_apd.chains.store import STATISTICS, MemoryStore
 from pyro_apd.layout import Layout
 
 
-class EvenStore(DrawStore):
+class EvenStore(MemoryStore):
     """Keeps every ``stride``-th draw of each chain; when it is full, every second goes and the stride doubles.
 
     Between half of ``capacity`` and all of it are there, from the first draw to the last, whatever the length of the
@@ -31,27 +30,9 @@ class EvenStore(DrawStore):
     def __init__(self, layout: Layout, num_chains: int, capacity: int, theta: Tensor) -> None:
         if capacity < 2:
             raise ValueError(f"capacity={capacity} must be at least 2.")
-        super().__init__(layout, num_chains, capacity)
+        super().__init__(layout, num_chains, capacity, theta)
         self.stride = 1
-        self._theta_CSD = theta.new_empty((num_chains, capacity, layout.size))
-        self._statistics = {name: theta.new_full((num_chains, capacity), torch.nan) for name in STATISTICS}
-        self._counts = [0] * num_chains
         self._ended: set[int] = set()
-
-    @property
-    def counts(self) -> list[int]:
-        """Draws there are, by chain."""
-        return self._counts
-
-    @property
-    def theta_CSD(self) -> Tensor:
-        """What is kept, unconstrained ``(C, capacity, D)``."""
-        return self._theta_CSD
-
-    @property
-    def statistics(self) -> dict[str, Tensor]:
-        """Figures of what is kept, ``(C, capacity)`` each."""
-        return self._statistics
 
     def write(self, chain: int, draw: int, theta_CD: Tensor, statistics: Mapping[str, Any]) -> None:
         """Keeps a draw or lets it go by."""
@@ -74,9 +55,6 @@ class EvenStore(DrawStore):
         """A chain that stopped has no draws from ``start`` on; its last state is not repeated."""
         self.truncate(chain, start)
         self._ended.add(chain)
-
-    def flush(self, durably: bool = False) -> None:
-        """Nothing to do: a checkpoint has :meth:`state_dict`."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers that :meth:`load_state_dict` takes."""
@@ -103,6 +81,3 @@ class EvenStore(DrawStore):
                 values[:, slot] = values[:, 2 * slot]
         self._counts = [(count + 1) // 2 for count in self._counts]
         self.stride *= 2
-
-    def _buffer(self, size: int) -> Tensor:
-        return self._theta_CSD.new_empty((self.num_chains, self.num_draws, size))
