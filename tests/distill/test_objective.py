@@ -213,3 +213,17 @@ def test_a_batch_made_in_parts_has_the_gradient_of_the_same_draws_made_at_once(m
     assert parts[2] == [20, 20, 20, 4] * 2  # once for the values, once for the gradient
     torch.testing.assert_close(parts[0], whole[0])
     torch.testing.assert_close(parts[1], whole[1])
+
+
+def test_a_part_that_is_made_again_is_made_of_the_same_random_numbers(monkeypatch):
+    monkeypatch.setattr(draw_blocks, "_DRAWS_BYTES", 12 * 20)
+    scale, made = torch.nn.Parameter(torch.ones(3)), []
+
+    def generate(count):
+        made.append(torch.randn(count, 3))
+        return made[-1] * scale
+
+    FunctionObjective(space(), Probes([torch.linspace(-2, 2, 50)]), torch.randn(200, 3)).backward(generate)
+    first, again = made[:4], made[4:]
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+    assert len(torch.cat(first).unique(dim=0)) == 64  # and each part of its own
