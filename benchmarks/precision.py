@@ -30,7 +30,11 @@ def distilled() -> tuple[Any, Any, Any]:
     kernel = apd.SGLD(model, step_size=1e-4, batch_size=100, thinning=40, seed=0)
     mcmc = apd.MCMC(kernel, num_samples=100, warmup_steps=100, num_chains=4, disable_progbar=True)
     mcmc.run(data.x_train, data.y_train)
-    return model, data, apd.distill(mcmc, num_steps=NUM_STEPS, seed=0)
+    return (
+        model,
+        data,
+        apd.distill(mcmc, num_steps=NUM_STEPS, seed=0, storage_dtype="float32"),
+    )  # the generator, before any rounding
 
 
 def figures(model: Any, posterior: Any, x: Tensor, y: Tensor) -> tuple[dict[str, float], Tensor]:
