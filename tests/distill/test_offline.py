@@ -247,8 +247,8 @@ def test_probe_inputs_of_the_user_are_what_the_model_sees():
     distill(
         chains(), Watched(), data=(X,), probe_inputs=(probes,), num_steps=3, seed=0, progress=False, group_by_chain=True
     )
-    assert all((x > 50).all() for x in seen if len(x) == offline._NUM_PROBES)
-    assert any(len(x) == offline._NUM_PROBES for x in seen)
+    assert all((x > 50).all() for x in seen if len(x) == Effort.num_probes)
+    assert any(len(x) == Effort.num_probes for x in seen)
 
 
 def test_probe_inputs_that_the_model_cannot_take():
@@ -391,7 +391,7 @@ def test_draws_on_disk_are_never_copied_whole(tmp_path, monkeypatch, space):
     store.close()
     set_part_bytes(monkeypatch, 2**18)
     # The judge's distances between draws, one matrix a probe, are small only beside larger networks.
-    monkeypatch.setattr(offline, "_NUM_PROBES", 8)
+    monkeypatch.setattr(Effort, "of", classmethod(lambda cls, num_weights: cls(num_probes=8)))
     store = open_store(tmp_path / "draws")
     known = {"model": model, "data": (torch.randn(50, 1000), torch.arange(50) % 4)} if space == "functions" else {}
     with warnings.catch_warnings(), Largest(store.theta_CSD) as largest:
