@@ -16,8 +16,8 @@ from torch import Tensor
 #: Precisions by name. ``float32`` keeps every tensor at its own dtype, whatever that is.
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 
-#: Appended to the name of a tensor kept in ``int8``: the tensor of its scales, one a row; or, where the generator itself
-#: computes with integers, one for each row and chunk, and both are then kept as they are.
+#: Appended to the name of a tensor kept in ``int8``: the tensor of its scales, one a row; or, where the generator
+#: itself computes with integers, one for each row and chunk, and both are then kept as they are.
 SCALE_SUFFIX = "#scale"
 
 # A matrix below this many entries, or with rows this short, gains no bytes worth the digits that int8 takes from it.

@@ -5,9 +5,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+logger = logging.getLogger("pyro_apd")
 
 #: Weights from which the basis is held in chunks of eight bits, unless something else is asked for.
 CHUNKED_FROM = 1_000_000
@@ -33,10 +38,15 @@ class Effort:
     num_evaluations: int = 20
 
     @classmethod
-    def of(cls, num_weights: int) -> Effort:
-        """The defaults; beyond a million weights less of everything, so that no training takes longer than that of a
-        million does."""
-        ratio = num_weights / CHUNKED_FROM
+    def of(cls, num_weights: int, num_products: int = 0) -> Effort:
+        """The defaults; for large networks less of everything, so that no training takes longer than that of a fully
+        connected network of a million weights does.
+
+        :param int num_weights: numbers of a draw.
+        :param int num_products: products of numbers that a prediction for one input takes: many times the weights,
+            where these are shared.
+        """
+        ratio = max(num_weights, num_products) / CHUNKED_FROM
         if ratio <= 1:
             return cls()
         return cls(
@@ -45,6 +55,17 @@ class Effort:
             num_judged=max(40, round(200 / ratio**0.5)),
             num_evaluations=max(5, round(20 / ratio**0.5)),
         )
+
+
+def count_products(function: Callable[[], object], num_inputs: int) -> int:
+    """Products that a call takes for each of so many inputs, in matrices and filters; 0 if they cannot be counted."""
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            function()
+        return int(counter.get_total_flops()) // (2 * max(1, num_inputs))
+    except Exception as error:  # an operation that the counter has no rule for
+        logger.debug("The work of a prediction is not known: %s.", error)
+        return 0
 
 
 def choose_generator(num_weights: int, dtype: torch.dtype, storage_dtype: str | None) -> str:

@@ -169,11 +169,7 @@ class FunctionObjective(Objective):
         Draws of a large network are made a part at a time, and again for the gradient, so that a step takes the memory
         of a part.
         """
-        inputs = self._probes.draw(self._num_probes)
-        spans = _spans(self._batch_size, self._theta_SD)
-        with torch.no_grad():
-            row_S = even_rows(self._theta_SD, self._batch_size)
-            real = _joined(self._space.views(self._theta_SD[row_S[span]], inputs) for span in spans)
+        inputs, spans, real = self._batch()
         if len(spans) == 1:
             loss = self._space.distance(self._space.views(generate(self._batch_size), inputs), real)
             loss.backward()
@@ -191,6 +187,20 @@ class FunctionObjective(Objective):
         for i, span in enumerate(spans):
             torch.autograd.backward(views(i), [gradient[:, span] for gradient in gradients])
         return loss.detach()
+
+    @torch.no_grad()
+    def value(self, generate: Generate) -> Tensor:
+        """The loss on fresh draws, without its gradient."""
+        inputs, spans, real = self._batch()
+        fake = _joined(self._space.views(generate(span.stop - span.start), inputs) for span in spans)
+        return self._space.distance(fake, real)
+
+    @torch.no_grad()
+    def _batch(self) -> tuple[tuple[Tensor, ...], list[slice], list[Tensor]]:
+        """Fresh inputs, parts of a batch, and the views of a batch of the chain's draws."""
+        inputs, spans = self._probes.draw(self._num_probes), _spans(self._batch_size, self._theta_SD)
+        row_S = even_rows(self._theta_SD, self._batch_size)
+        return inputs, spans, _joined(self._space.views(self._theta_SD[row_S[span]], inputs) for span in spans)
 
 
 def _spans(count: int, theta_SD: Tensor | DrawBlocks) -> list[slice]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_apd.bnn import BNN
 from pyro_apd.distill.critic import GAMES
-from pyro_apd.distill.effort import MAX_CHUNKED_RANK, Effort, choose_generator
+from pyro_apd.distill.effort import MAX_CHUNKED_RANK, Effort, choose_generator, count_products
 from pyro_apd.distill.failure import DistillationError, DistillationWarning, find_failures
 from pyro_apd.distill.objective import (
     AdversarialObjective,
@@ -51,6 +51,8 @@ _PAPER_RATE = 1e-4
 _RANK, _RANK_PER_CHAIN, _MAX_RANK = 40, 4, 64
 # Successive draws that make a mode.
 _STRETCH = 12
+# Noise is turned down by so much at a time, and so often at most.
+_QUIETER, _MAX_QUIETER = 0.7, 10
 # Directions a matrix of weights in which noise is damped, up to half of its columns; narrow matrices have no noise, and
 # nor have those so wide that their directions would be dear to find.
 _NOISE_RANK = 32
@@ -92,8 +94,8 @@ def distill(
     :param source: an ``MCMC`` after ``run``; or draws by site, ``(S, ...)``, with ``group_by_chain`` ``(C, S, ...)``.
     :param callable model: the Pyro model; by default that of the ``MCMC``'s kernel.
     :param tuple data: arguments of the model, with or without targets; by default those of the run.
-    :param int num_steps: generator steps; by default 500, for ``"paper"`` 2,000, and fewer beyond a million weights. 0
-        gives the start.
+    :param int num_steps: generator steps; by default 500, for ``"paper"`` 2,000. Networks of more than a million
+        weights, or of as many products an input, get fewer, down to 50. 0 gives the start.
     :param int seed: makes the posterior, and its file, reproducible; the global generator stays as it was.
     :param str generator: ``"coordinates"``, ``"chunked"`` or ``"paper"``; by default the first, and the second for a
         million weights and more, unless draws or ``storage_dtype`` have more digits than it keeps.
@@ -147,7 +149,7 @@ def _remember(posterior: DistilledPosterior, draws: Source) -> None:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What :func:`distill` was asked for; None for the defaults.
+    """What :func:`distill` was asked for; None for the defaults. A round of several takes a share of the steps.
 
     :raises ValueError: naming what is out of range or has no meaning.
     """
@@ -158,13 +160,15 @@ class Wishes:
     rank: int | None = None
     storage_dtype: str | None = None
     seed: int | None = None
+    share_of_steps: int = 1
 
     def __post_init__(self) -> None:
         if self.storage_dtype is not None:
             check_dtype(self.storage_dtype, "storage_dtype")
         if self.generator is not None and self.generator not in GENERATORS:
             raise ValueError(
-                f"generator={self.generator!r} is not known; choose one of {sorted(GENERATORS)}, or None to choose by size."
+                f"generator={self.generator!r} is not known; choose one of {sorted(GENERATORS)}, or None, which "
+                "chooses by size."
             )
         for name, value, smallest in (("num_steps", self.num_steps, 0), ("seed", self.seed, 0), ("rank", self.rank, 1)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
@@ -181,10 +185,14 @@ class Wishes:
                 "generator='paper'; the other generators' objective follows from what is known of the model."
             )
 
+    def steps(self, default: int) -> int:
+        """Generator steps to take, where ``default`` is what nobody asked otherwise for."""
+        return (default if self.num_steps is None else self.num_steps) // self.share_of_steps
+
 
 @dataclass(frozen=True)
 class _Task:
-    """What a generator is fitted to and judged by."""
+    """What a generator is fitted to and judged by, and how much."""
 
     layout: Layout
     draws: DrawBlocks
@@ -202,7 +210,7 @@ def _distil(
     train_draws = DrawBlocks(draws.theta_CSD, train_index)
     held_out = DrawBlocks(draws.theta_CSD, held_out_index)
     functions = function_space(draws, probe_inputs)
-    effort = Effort.of(draws.layout.size)
+    effort = Effort.of(draws.layout.size, _num_products(draws, functions))
     task = _Task(draws.layout, train_draws, _thinned(held_out, effort.num_judged), functions, effort)
     prepared = _prepare_paper(task, wishes) if wishes.generator == "paper" else _prepare_coordinates(task, wishes)
     training = train(
@@ -243,11 +251,14 @@ def _prepare_coordinates(task: _Task, wishes: Wishes) -> _Prepared:
     # Steps by a batch of draws cannot better what all draws say of so many numbers; they would only add noise to them.
     for name, parameter in generator.named_parameters():
         parameter.requires_grad_(name not in ("basis", "location"))
-    num_steps = effort.num_steps if wishes.num_steps is None else wishes.num_steps
+    num_steps = wishes.steps(effort.num_steps)
     if task.functions is not None:
+        objective = FunctionObjective(*task.functions, task.draws, effort.batch_size, effort.num_probes)
+        if isinstance(generator, ChunkedGenerator) and num_steps:
+            _quieten(generator, objective)
         return _Prepared(
             generator,
-            FunctionObjective(*task.functions, task.draws, effort.batch_size, effort.num_probes),
+            objective,
             FunctionJudge(*task.functions, task.held_out, effort.num_probes),
             _schedule(effort, num_steps, 3e-3, coherent=0.6),
         )
@@ -292,9 +303,36 @@ def _fit(task: _Task, wishes: Wishes) -> CoordinateGenerator | ChunkedGenerator:
     return generator
 
 
+@torch.no_grad()
+def _quieten(generator: ChunkedGenerator, objective: FunctionObjective) -> None:
+    """Turns the noise down while that brings draws nearer to the chain's, as functions.
+
+    Of few draws, few coordinates are kept, and what they leave out moves together; as noise of every weight by itself
+    it comes out too loud. The few steps that a large network is given are too short to undo that.
+    """
+    like = generator.location.new_zeros(())
+    seed = int(torch.randint(2**31, ()))
+
+    def value() -> float:
+        with seeded(seed, like.device):
+            return float(objective.value(lambda count: generator(generator.latents(count, like))))
+
+    smallest = value()
+    for _ in range(_MAX_QUIETER):
+        generator.scale_noise(_QUIETER)
+        quieter = value()
+        if not quieter < smallest:
+            generator.scale_noise(1 / _QUIETER)
+            break
+        smallest = quieter
+
+
 def _schedule(effort: Effort, num_steps: int, learning_rate: float, **options: Any) -> Schedule:
-    numbers = {"num_evaluations": effort.num_evaluations, "num_judged": effort.num_judged}
-    return Schedule(num_steps, learning_rate, **numbers, **options)
+    return replace(
+        Schedule(num_steps, learning_rate, **options),
+        num_evaluations=effort.num_evaluations,
+        num_judged=effort.num_judged,
+    )
 
 
 def _prepare_paper(task: _Task, wishes: Wishes) -> _Prepared:
@@ -311,7 +349,7 @@ def _prepare_paper(task: _Task, wishes: Wishes) -> _Prepared:
         judge,
         _schedule(
             task.effort,
-            2000 if wishes.num_steps is None else wishes.num_steps,
+            wishes.steps(2000),
             game.learning_rate or _PAPER_RATE,
             is_annealed=False,
         ),
@@ -330,6 +368,17 @@ def _noise_blocks(layout: Layout) -> list[Block]:
     return blocks
 
 
+def _num_products(draws: Source, functions: tuple[FunctionSpace, Probes] | None) -> int:
+    """What a draw of the model takes for one input, see :meth:`Effort.of`."""
+    if functions is None:
+        return 0
+    space, probes = functions
+    example_SD = draws.theta_CSD[0, :1]
+    with seeded(0, example_SD.device):  # an aside, which leaves the random numbers of the training alone
+        inputs = probes.draw(1)
+    return count_products(lambda: space.views(example_SD, inputs), len(inputs[0]) if inputs else 1)
+
+
 def function_space(source: Source, probe_inputs: Sequence[Any] | None) -> tuple[FunctionSpace, Probes] | None:
     """How to see draws as functions; None, with the reason in the log, where that cannot be.
 
@@ -346,7 +395,7 @@ def function_space(source: Source, probe_inputs: Sequence[Any] | None) -> tuple[
     try:
         rows = RowArguments(source.model, args, source.kwargs if probe_inputs is None else {})
         probes = Probes(rows.rows, as_they_are=probe_inputs is not None)
-        return _viewed(rows, source, probes.draw(Effort.of(source.layout.size).num_probes), example_SD), probes
+        return _viewed(rows, source, probes.draw(Effort.num_probes), example_SD), probes
     except Exception as error:
         logger.info("The model cannot be run on a choice of rows (%s).", error)
         reason = error

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_apd import precision
@@ -139,6 +139,12 @@ class ChunkedGenerator(MixtureGenerator):
         return theta_SD
 
     @torch.no_grad()
+    def scale_noise(self, factor: float) -> None:
+        """Makes all noise that many times as large."""
+        for module in self._noise_modules():
+            module.row_scale.mul_(factor)
+
+    @torch.no_grad()
     def projected(self, theta_SD: Tensor) -> Tensor:
         """Coordinates ``(S, R)`` whose expansion is nearest to draws ``(S, D)``."""
         gram_RR = torch.zeros(self.rank, self.rank, dtype=torch.float64, device=theta_SD.device)
@@ -152,7 +158,8 @@ class ChunkedGenerator(MixtureGenerator):
     def _decoded(self, k: int) -> Tensor:
         """Chunk ``k`` of the basis, ``(R, W)``."""
         scale_RK = self.get_buffer(_SCALE)
-        return self.basis[:, self._chunks[k]].to(scale_RK.dtype) * scale_RK[:, k : k + 1]
+        part_RW: Tensor = self.basis[:, self._chunks[k]].to(scale_RK.dtype) * scale_RK[:, k : k + 1]
+        return part_RW
 
     def _within(self, span: slice) -> range:
         """Numbers of the chunks that make up ``span``."""
@@ -237,5 +244,3 @@ def _seeds(latent_SN: Tensor) -> list[int]:
 
 def _normal(size: int, like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device).normal_(generator=generator)
-
-

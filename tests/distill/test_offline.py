@@ -19,6 +19,7 @@ from pyro_apd.chains import store as chains_store
 from pyro_apd.chains.disk_store import DiskStore, open_store
 from pyro_apd.chains.store import STATISTICS
 from pyro_apd.distill import DistillationError, DistillationWarning, distill
+from pyro_apd.distill.effort import Effort
 from pyro_apd.fingerprint import fingerprint
 from pyro_apd.generators import draw_blocks
 from pyro_apd.layout import Layout
@@ -391,7 +392,7 @@ def test_draws_on_disk_are_never_copied_whole(tmp_path, monkeypatch, space):
     store.close()
     set_part_bytes(monkeypatch, 2**18)
     # The judge's distances between draws, one matrix a probe, are small only beside larger networks.
-    monkeypatch.setattr(Effort, "of", classmethod(lambda cls, num_weights: cls(num_probes=8)))
+    monkeypatch.setattr(Effort, "of", classmethod(lambda cls, *args: cls(num_probes=8)))
     store = open_store(tmp_path / "draws")
     known = {"model": model, "data": (torch.randn(50, 1000), torch.arange(50) % 4)} if space == "functions" else {}
     with warnings.catch_warnings(), Largest(store.theta_CSD) as largest:

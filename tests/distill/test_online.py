@@ -27,7 +27,7 @@ X, Y = MODEL.x, MODEL.y
 @pytest.fixture(autouse=True)
 def _few_probes(monkeypatch):
     """What is tested here does not hang on how finely generators are compared, and that is most of the time."""
-    monkeypatch.setattr(Effort, "of", classmethod(lambda cls, num_weights: cls(num_probes=8, num_judged=40)))
+    monkeypatch.setattr(Effort, "of", classmethod(lambda cls, *args: cls(num_probes=8, num_judged=40)))
 
 
 def kernel(model=MODEL.full, step_size=5e-3, **options):

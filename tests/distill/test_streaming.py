@@ -24,7 +24,7 @@ OPTIONS = {"num_steps": 0, "seed": 0, "progress": False}
 @pytest.fixture(autouse=True)
 def _few_probes(monkeypatch):
     """What is tested here does not hang on how finely generators are compared, and that is most of the time."""
-    monkeypatch.setattr(Effort, "of", classmethod(lambda cls, num_weights: cls(num_probes=8, num_judged=40)))
+    monkeypatch.setattr(Effort, "of", classmethod(lambda cls, *args: cls(num_probes=8, num_judged=40)))
 
 
 def online(model=MODEL.full, data=DATA, **options):
