@@ -24,6 +24,8 @@ from pyro_apd.generators.residual import Block, MatrixNoise
 
 # Columns of a chunk, at most: as many rows of eight bits as a CPU's caches hold once they are decoded.
 _CHUNK = 16384
+# Draws whose residuals noise is fitted to: enough for so many rows a column, within these bounds.
+_ROWS_A_COLUMN, _MIN_RESIDUALS, _MAX_RESIDUALS = 16, 16, 64
 # Latent entries that all noise of a draw is made from.
 _NOISE_LATENTS = 2
 
@@ -153,7 +155,12 @@ class ChunkedGenerator(MixtureGenerator):
             part_RW = self._decoded(k)
             gram_RR += part_RW @ part_RW.mT
             product_SR += (theta_SD[:, span] - self.location[span]) @ part_RW.mT
-        return (product_SR @ torch.linalg.pinv(gram_RR, hermitian=True)).to(theta_SD)
+        coordinates_SR: Tensor = product_SR @ torch.linalg.pinv(gram_RR, hermitian=True)
+        return coordinates_SR.to(theta_SD)
+
+    def _num_residuals(self, block: Block) -> int:
+        """See :class:`MixtureGenerator`; the rows of a wide layer say enough of its columns in few draws."""
+        return min(_MAX_RESIDUALS, max(_MIN_RESIDUALS, _ROWS_A_COLUMN * block.columns // block.rows))
 
     def _decoded(self, k: int) -> Tensor:
         """Chunk ``k`` of the basis, ``(R, W)``."""

@@ -132,16 +132,21 @@ class MixtureGenerator(Generator):
     def _fit_noise(self, draws: DrawBlocks, coordinates_SR: Tensor) -> None:
         if not self.noise:
             return
-        row_N = torch.arange(0, len(draws), max(1, len(draws) // _NUM_RESIDUALS), device=draws.device)
         length = together(self.output_size * draws.dtype.itemsize)
         for module in self._noise_modules():
             span = module.block.span
+            step = max(1, len(draws) // self._num_residuals(module.block))
+            row_N = torch.arange(0, len(draws), step, device=draws.device)
 
-            def residuals(span: slice = span) -> Iterator[Tensor]:
+            def residuals(span: slice = span, row_N: Tensor = row_N) -> Iterator[Tensor]:
                 for part_N in row_N.split(length):
                     yield draws.part(part_N, span) - self.expanded(coordinates_SR[part_N], span)
 
             module.fit(residuals)
+
+    def _num_residuals(self, block: Block) -> int:
+        """Draws whose residuals the noise of a block is fitted to."""
+        return _NUM_RESIDUALS
 
     def _noise_modules(self) -> list[MatrixNoise]:
         return [module for module in self.noise if isinstance(module, MatrixNoise)]
