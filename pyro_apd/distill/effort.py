@@ -8,8 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 logger = logging.getLogger("pyro_apd")
@@ -57,15 +61,47 @@ class Effort:
         )
 
 
-def count_products(function: Callable[[], object], num_inputs: int) -> int:
-    """Products that a call takes for each of so many inputs, in matrices and filters; 0 if they cannot be counted."""
-    try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            function()
-        return int(counter.get_total_flops()) // (2 * max(1, num_inputs))
-    except Exception as error:  # an operation that the counter has no rule for
-        logger.debug("The work of a prediction is not known: %s.", error)
-        return 0
+@dataclass(frozen=True)
+class Work:
+    """What a prediction with one draw takes.
+
+    :ivar int num_products: products of numbers, in matrices and filters.
+    :ivar int num_bytes: of all that is computed on the way, which a gradient keeps.
+    """
+
+    num_products: int = 0
+    num_bytes: int = 0
+
+    @classmethod
+    def of(cls, function: Callable[[], object]) -> Work:
+        """By calling it once; nothing where an operation has no rule to be counted by."""
+        try:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter, _Results() as results:
+                function()
+        except Exception as error:
+            logger.debug("The work of a prediction is not known: %s.", error)
+            return cls()
+        return cls(int(counter.get_total_flops()) // 2, results.num_bytes)
+
+
+class _Results(TorchDispatchMode):
+    """Adds up the sizes of what operations give, views of what they were given left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_place(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        results = func(*args, **(kwargs or {}))
+        for value in tree_leaves(results):
+            if isinstance(value, Tensor) and _place(value) not in given:
+                self.num_bytes += value.numel() * value.element_size()
+        return results
+
+
+def _place(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 def choose_generator(num_weights: int, dtype: torch.dtype, storage_dtype: str | None) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_apd.bnn import BNN
 from pyro_apd.distill.critic import GAMES
-from pyro_apd.distill.effort import MAX_CHUNKED_RANK, Effort, choose_generator, count_products
+from pyro_apd.distill.effort import MAX_CHUNKED_RANK, Effort, Work, choose_generator
 from pyro_apd.distill.failure import DistillationError, DistillationWarning, find_failures
 from pyro_apd.distill.objective import (
     AdversarialObjective,
@@ -199,6 +199,7 @@ class _Task:
     held_out: Iterator[Tensor]
     functions: tuple[FunctionSpace, Probes] | None
     effort: Effort
+    work: Work
 
 
 def _distil(
@@ -210,8 +211,9 @@ def _distil(
     train_draws = DrawBlocks(draws.theta_CSD, train_index)
     held_out = DrawBlocks(draws.theta_CSD, held_out_index)
     functions = function_space(draws, probe_inputs)
-    effort = Effort.of(draws.layout.size, _num_products(draws, functions))
-    task = _Task(draws.layout, train_draws, _thinned(held_out, effort.num_judged), functions, effort)
+    work = _work(draws, functions)
+    effort = Effort.of(draws.layout.size, work.num_products)
+    task = _Task(draws.layout, train_draws, _thinned(held_out, effort.num_judged), functions, effort, work)
     prepared = _prepare_paper(task, wishes) if wishes.generator == "paper" else _prepare_coordinates(task, wishes)
     training = train(
         prepared.trained or prepared.generator,
@@ -253,7 +255,10 @@ def _prepare_coordinates(task: _Task, wishes: Wishes) -> _Prepared:
         parameter.requires_grad_(name not in ("basis", "location"))
     num_steps = wishes.steps(effort.num_steps)
     if task.functions is not None:
-        objective = FunctionObjective(*task.functions, task.draws, effort.batch_size, effort.num_probes)
+        result_bytes = effort.num_probes * task.work.num_bytes
+        objective = FunctionObjective(
+            *task.functions, task.draws, effort.batch_size, effort.num_probes, result_bytes=result_bytes
+        )
         if isinstance(generator, ChunkedGenerator) and num_steps:
             _quieten(generator, objective)
         return _Prepared(
@@ -368,15 +373,15 @@ def _noise_blocks(layout: Layout) -> list[Block]:
     return blocks
 
 
-def _num_products(draws: Source, functions: tuple[FunctionSpace, Probes] | None) -> int:
-    """What a draw of the model takes for one input, see :meth:`Effort.of`."""
+def _work(draws: Source, functions: tuple[FunctionSpace, Probes] | None) -> Work:
+    """What a prediction for one input takes, where functions are known."""
     if functions is None:
-        return 0
+        return Work()
     space, probes = functions
     example_SD = draws.theta_CSD[0, :1]
     with seeded(0, example_SD.device):  # an aside, which leaves the random numbers of the training alone
         inputs = probes.draw(1)
-    return count_products(lambda: space.views(example_SD, inputs), len(inputs[0]) if inputs else 1)
+    return Work.of(lambda: space.views(example_SD, inputs))
 
 
 def function_space(source: Source, probe_inputs: Sequence[Any] | None) -> tuple[FunctionSpace, Probes] | None:

@@ -14,7 +14,7 @@ from pyro_apd.chains import store as chains_store
 from pyro_apd.chains.disk_store import DiskStore, open_store
 from pyro_apd.chains.store import STATISTICS
 from pyro_apd.distill import DistillationWarning, distill, effort
-from pyro_apd.distill.effort import CHUNKED_FROM, MAX_CHUNKED_RANK, Effort, choose_generator, count_products
+from pyro_apd.distill.effort import CHUNKED_FROM, MAX_CHUNKED_RANK, Effort, Work, choose_generator
 from pyro_apd.generators import ChunkedGenerator, CoordinateGenerator, draw_blocks
 from pyro_apd.layout import Layout
 from pyro_apd.posterior import DistilledPosterior
@@ -70,9 +70,10 @@ def test_work_falls_with_size_and_not_below_what_is_of_use():
 
 def test_products_of_an_input():
     layer, filters = nn.Linear(30, 20), nn.Conv2d(1, 4, 3)
-    assert count_products(lambda: layer(torch.ones(5, 30)), 5) == 600
-    assert count_products(lambda: filters(torch.ones(2, 1, 10, 10)), 2) == 8 * 8 * 4 * 9
-    assert count_products(lambda: 1 / 0, 1) == 0
+    x, images = torch.ones(1, 30), torch.ones(1, 1, 10, 10)
+    assert Work.of(lambda: layer(x).relu()) == Work(600, 2 * 20 * 4)
+    assert Work.of(lambda: filters(images).flatten(1)) == Work(8 * 8 * 4 * 9, 8 * 8 * 4 * 4)
+    assert Work.of(lambda: 1 / 0) == Work()
 
 
 def test_the_generator_follows_from_the_size():

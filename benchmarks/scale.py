@@ -1,0 +1,169 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Cost of an SGLD step against weights and against chains: ``python -m benchmarks.scale [--quick]``.
+
+Networks 64-h-h-10 of 10^3 to 10^7 weights, one chain; and 1 to 256 vectorised chains of 64-50-10 (3,760 weights).
+Batches of 100, one thread, steps as captured, not compiled. Each point is a fresh process. Time is the processor's, so
+that other work on the machine hardly counts; memory is the peak of what is not from files while steps are taken, above
+what the process had before the model was made. Exponents are slopes of least-squares lines in log-log: of all points,
+and of those where arithmetic outweighs calls and the arrays outweigh the interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import pyro_apd as apd
+from benchmarks.common import RESULTS, markdown_table, write_json
+from benchmarks.memory import anonymous
+
+NUM_INPUTS, NUM_CLASSES, BATCH_SIZE = 64, 10, 100
+WEIGHTS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
+CHAINS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+#: From here on points count for the second exponent.
+LARGE_WEIGHTS, MANY_CHAINS = 100_000, 8
+QUICK_WEIGHTS, QUICK_CHAINS = (1_000, 10_000, 100_000), (1, 4, 16)
+
+
+def width(num_weights: int) -> int:
+    """Hidden units h with which 64-h-h-10 comes nearest to so many weights."""
+    linear = NUM_INPUTS + NUM_CLASSES + 2
+    return max(1, round((math.sqrt(linear**2 + 4 * (num_weights - NUM_CLASSES)) - linear) / 2))
+
+
+def network(num_weights: int | None) -> nn.Sequential:
+    """64-h-h-10, or 64-50-10."""
+    if num_weights is None:
+        return nn.Sequential(nn.Linear(NUM_INPUTS, 50), nn.ReLU(), nn.Linear(50, NUM_CLASSES))
+    h = width(num_weights)
+    hidden = nn.Linear(NUM_INPUTS, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU()
+    return nn.Sequential(*hidden, nn.Linear(h, NUM_CLASSES))
+
+
+def child(num_weights: int | None, num_chains: int | None) -> None:
+    """Prints processor seconds a step and the peak memory of this process's steps."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    x, y = torch.randn(1000, NUM_INPUTS), torch.arange(1000) % NUM_CLASSES
+    torch.randn(200, 200) @ torch.randn(200, 200)
+    before, peak, done = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous())
+
+    kernel = apd.SGLD(
+        apd.BNN(network(num_weights), prior_scale="fan_in"), 1e-6, batch_size=BATCH_SIZE, seed=0, compile=False
+    )
+    chain = kernel.begin((x, y), {}, warmup_steps=1, num_chains=num_chains)
+    size = chain.layout.size
+    chain.advance(2)  # captures the model
+    count = max(3, min(200, 20_000_000 // (size * (num_chains or 1))))
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()
+        chain.advance(count)
+        seconds.append((time.process_time() - began) / count)
+    done.set()
+    watcher.join()
+    found = {"weights": size, "chains": num_chains or 1, "seconds": sorted(seconds)[1], "bytes": peak[0] - before}
+    print(json.dumps(found))
+
+
+def measure(num_weights: int | None, num_chains: int | None) -> dict[str, Any]:
+    """The same of a fresh process."""
+    code = f"import benchmarks.scale as s; s.child({num_weights}, {num_chains})"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    print(found, file=sys.stderr, flush=True)
+    return found
+
+
+def exponent(points: list[dict[str, Any]], by: str, of: str, least: int = 0) -> float:
+    """Slope in log-log of ``of`` against ``by``, over points of at least ``least``."""
+    kept = [point for point in points if point[by] >= least and point[of] > 0]
+    if len(kept) < 2:
+        return math.nan
+    return float(np.polyfit(np.log([p[by] for p in kept]), np.log([p[of] for p in kept]), 1)[0])
+
+
+def exponents(points: list[dict[str, Any]], by: str, least: int) -> dict[str, float]:
+    """Of time and memory, over all points and over the large ones."""
+    return {
+        f"{name}, {which}": exponent(points, by, of, start)
+        for name, of in (("time", "seconds"), ("memory", "bytes"))
+        for which, start in (("all", 0), (f"from {least:,}", least))
+    }
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """The figure: time and memory, against weights and against chains."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(8.5, 6.2), layout="constrained")
+    sides = (("weights", "weights, one chain", LARGE_WEIGHTS), ("chains", "chains of 3,760 weights", MANY_CHAINS))
+    rows = (("seconds", "processor s a step", 1.0), ("bytes", "memory above the start, MB", 1e6))
+    for column, (by, label, least) in enumerate(sides):
+        points = results[by]
+        size = np.array([point[by] for point in points], float)
+        for row, (of, name, unit) in enumerate(rows):
+            value, axis = np.array([point[of] for point in points]) / unit, axes[row, column]
+            axis.loglog(size, value, "o-", color="C0", markersize=4, label="measured")
+            line = value[-1] * size / size[-1]
+            kept = line > 0.3 * value.min()
+            axis.loglog(size[kept], line[kept], ":", color="0.5", label="proportional")
+            slope = exponent(points, by, of, least)
+            axis.set_title(f"exponent {slope:.2f} from {least:,} {by}", fontsize=9)
+            axis.set(xlabel=label, ylabel=name)
+            axis.grid(True, which="major", color="0.9")
+            axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    """The tables, the figure and the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few small sizes: whether it runs")
+    quick = parser.parse_args().quick
+    results: dict[str, Any] = {
+        "weights": [measure(size, None) for size in (QUICK_WEIGHTS if quick else WEIGHTS)],
+        "chains": [measure(None, count) for count in (QUICK_CHAINS if quick else CHAINS)],
+    }
+    results["exponents"] = {
+        "weights": exponents(results["weights"], "weights", LARGE_WEIGHTS),
+        "chains": exponents(results["chains"], "chains", MANY_CHAINS),
+    }
+    for by in ("weights", "chains"):
+        rows = [[f"{p[by]:,}", f"{1e3 * p['seconds']:.3g}", f"{p['bytes'] / 1e6:.3g}"] for p in results[by]]
+        print(markdown_table([by, "processor ms a step", "memory, MB"], rows))
+        print(
+            "\nExponents:", ", ".join(f"{name} {value:.2f}" for name, value in results["exponents"][by].items()), "\n"
+        )
+    if not quick:
+        path = write_json("scale", results)
+        draw(results, RESULTS / "scale.png")
+        print(f"Written to {path} and {RESULTS / 'scale.png'}")
+
+
+if __name__ == "__main__":
+    main()
