@@ -32,7 +32,7 @@ from benchmarks.large_networks import CASES, QUICK, Case
 from benchmarks.memory import anonymous
 from pyro_apd.chains.disk_store import open_store
 
-NUM_PREDICTED, NUM_DRAWN = 40, 5
+NUM_PREDICTED, NUM_DRAWN = 20, 5
 
 
 def sample(case: Case, folder: Path) -> dict[str, float]:
