@@ -6,8 +6,8 @@
 Networks 64-h-h-10 of 10^3 to 10^7 weights, one chain; and 1 to 256 vectorised chains of 64-50-10 (3,760 weights).
 Batches of 100, one thread, steps as captured, not compiled. Each point is a fresh process. Time is the processor's, so
 that other work on the machine hardly counts. Memory is the peak of what is not from files while steps are taken, above
-that of the smallest case (of two chains), which is the interpreter's and the libraries'. Exponents are slopes of least-squares lines in
-log-log: of all points, and of those where arithmetic outweighs calls.
+that of the smallest case (of two chains), which is the interpreter's and the libraries'. Exponents are slopes of
+least-squares lines in log-log: of all points, and of those where arithmetic outweighs calls.
 """
 
 from __future__ import annotations
