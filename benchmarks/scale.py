@@ -156,6 +156,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def _megabytes(num_bytes: float) -> str:
+    return "" if math.isnan(num_bytes) else f"{num_bytes / 1e6:.0f}"
+
+
 def main() -> None:
     """The tables, the figure and the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -164,14 +168,15 @@ def main() -> None:
     sizes, counts = (QUICK_WEIGHTS, QUICK_CHAINS) if quick else (WEIGHTS, CHAINS)
     results: dict[str, Any] = summed_up([measure(n, None) for n in sizes], [measure(None, n) for n in counts])
     for by in ("weights", "chains"):
-        rows = [[f"{p[by]:,}", f"{1e3 * p['seconds']:.3g}", f"{p['bytes'] / 1e6:.0f}"] for p in results[by]]
+        rows = [[f"{p[by]:,}", f"{1e3 * p['seconds']:.3g}", _megabytes(p["bytes"])] for p in results[by]]
         print(markdown_table([by, "processor ms a step", "memory, MB"], rows))
-        print(
-            "\nExponents:", ", ".join(f"{name} {value:.2f}" for name, value in results["exponents"][by].items()), "\n"
-        )
+        slopes = [f"{name} {value:.2f}" for name, value in results["exponents"][by].items()]
+        print("\nExponents:", ", ".join(slopes), "\n")
     if not quick:
-        path = write_json("scale", results)
         draw(results, RESULTS / "scale.png")
+        for by in ("weights", "chains"):
+            results[by] = [{**p, "bytes": None if math.isnan(p["bytes"]) else p["bytes"]} for p in results[by]]
+        path = write_json("scale", results)
         print(f"Written to {path} and {RESULTS / 'scale.png'}")
 
 
