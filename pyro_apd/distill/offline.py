@@ -181,7 +181,7 @@ class Wishes:
             )
         if self.objective is not None and (self.generator != "paper" or self.objective not in GAMES):
             raise ValueError(
-                f"objective={self.objective!r} with generator={self.generator!r}: accepted are {sorted(GAMES)} with "
+                f"objective={self.objective!r} with generator={self.generator or 'coordinates'!r}: accepted are {sorted(GAMES)} with "
                 "generator='paper'; the other generators' objective follows from what is known of the model."
             )
 

@@ -322,7 +322,10 @@ def test_state_is_restored_after_an_error(monkeypatch):
         ({"num_steps": True}, "num_steps=True"),
         ({"seed": -3}, "seed=-3"),
         ({"rank": 0}, "rank=0"),
-        ({"generator": "diffusion"}, r"generator='diffusion' is not known; choose one of \['coordinates', 'paper'\]"),
+        (
+            {"generator": "diffusion"},
+            r"generator='diffusion' is not known; choose one of \['chunked', 'coordinates', 'paper'\], or None",
+        ),
         ({"generator": "paper", "rank": 4}, "rank=4 has no meaning"),
         ({"generator": "paper", "objective": "gan"}, "objective='gan' with generator='paper': accepted are"),
         ({"storage_dtype": "int4"}, "`storage_dtype` must be one of"),
