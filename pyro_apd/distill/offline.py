@@ -182,7 +182,8 @@ class Wishes:
         if self.objective is not None and (self.generator != "paper" or self.objective not in GAMES):
             raise ValueError(
                 f"objective={self.objective!r} with generator={self.generator or 'coordinates'!r}: accepted are "
-                f"{sorted(GAMES)} with generator='paper'; the other generators' objective follows from what is known of the model."
+                f"{sorted(GAMES)} with generator='paper'; the other generators' objective follows from what is known "
+                "of the model."
             )
 
     def steps(self, default: int) -> int:
