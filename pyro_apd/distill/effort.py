@@ -88,7 +88,7 @@ class _Results(TorchDispatchMode):
     """Adds up the sizes of what operations give, views of what they were given left out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
