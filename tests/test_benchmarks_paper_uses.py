@@ -8,24 +8,14 @@ import json
 import pytest
 import torch
 
-from benchmarks import distillation_cases
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import active_learning, adversarial
 from benchmarks.paper.common import Options
 from benchmarks.paper.settings import image_setting
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """One cache for all tests, so that chains and fits are shared as they are between experiments."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(distillation_cases, "CACHE", tmp_path_factory.mktemp("cache"))
-    yield
-    patch.undo()
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("benchmark_cache")
 @pytest.mark.parametrize("protocol", ["faithful", "corrected"])
 @pytest.mark.parametrize(
     ("name", "in_table"),
