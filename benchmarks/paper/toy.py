@@ -138,7 +138,7 @@ class Fits:
 
     def ours(self) -> Any:
         """Ours."""
-        return self._distilled(num_steps=self.options.by_budget(5, 500, 1500))
+        return self._distilled(num_steps=self.options.by_budget(5, None, None))
 
     def nuts(self) -> dict[str, Tensor]:
         """What is taken for exact."""
