@@ -16,6 +16,7 @@ from pyro.nn.module import to_pyro_module_
 from torch import nn
 from torch.testing import assert_close
 
+from pyro_apd import BNN, uncertainty
 from pyro_apd.draw_map import Footprint
 from pyro_apd.errors import ModelError
 from pyro_apd.predictive import FunctionView, function_values, log_likelihood, outputs
@@ -586,3 +587,15 @@ def test_a_site_that_comes_and_goes(evaluation):
     evaluation.one_by_one = True
     with pytest.raises(ModelError, match="did not come to site 'obs'"):
         outputs(model, {"w": torch.tensor([[1.0] * D, [-1.0] * D]), "sd": torch.ones(2)})
+
+
+def test_probabilities_of_logits_in_the_thousands_sum_to_one():
+    """Normalised once, log-probabilities of such logits are off by their last digit, some 1e-3."""
+    model = BNN(nn.Linear(2, 3), likelihood="categorical", prior_scale=1.0)
+    draws = {"net.weight": 3e4 * torch.randn(50, 3, 2), "net.bias": torch.zeros(50, 3)}
+    x = torch.randn(20, 2)
+    probs_SNK = function_values(model, draws, x).exp()
+    assert_close(probs_SNK.sum(-1), torch.ones(50, 20))
+    exact_SNK = torch.stack([(x @ weight.T).double().softmax(-1) for weight in draws["net.weight"]])
+    assert_close(probs_SNK.double(), exact_SNK, atol=1e-2, rtol=0)
+    assert uncertainty.mutual_information(probs_SNK).isfinite().all()
