@@ -44,7 +44,8 @@ def test_the_whole_protocol_is_twenty_labels_and_forty_nine_times_ten():
         options = Options(protocol, "cpu", digits=True)
         jobs = dict(active_learning.jobs(options))
         names = active_learning.methods(options, active_learning.digits_pool(options, 0))
-        assert len(jobs) == 5 * len(names)
+        # The paper's generator once only: it takes a quarter of an hour.
+        assert len(jobs) == 5 * len(names) - 4 * (active_learning.PAPER in names)
         assert {job.args[5] for job in jobs.values()} == {50}
         assert active_learning.CONTROL in names
         assert names[active_learning.CONTROL][0] == "random"
