@@ -7,6 +7,7 @@ The sources are the ``.py`` files, in jupytext's percent format. Paths of the ma
 printed, so that a notebook is the same wherever it was made.
 """
 
+import os
 import re
 import sys
 import time
@@ -29,26 +30,32 @@ def without_paths(notebook: nbformat.NotebookNode) -> None:
                 output.text = _PATHS.sub("", output.text)
 
 
-def execute(source: Path) -> float:
-    """Runs a tutorial in full, writes the notebook beside it, and says how many seconds it took."""
+def execute(source: Path) -> tuple[float, float]:
+    """Runs a tutorial in full and writes the notebook beside it.
+
+    :returns: seconds it took, and of CPU time of its kernel (zero where the system does not say).
+    """
     notebook = jupytext.read(source)
-    start = time.monotonic()
+    start, before = time.monotonic(), os.times()
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(FOLDER)}}).execute()
-    seconds = time.monotonic() - start
+    seconds, after = time.monotonic() - start, os.times()
+    cpu_seconds = sum(after[2:4]) - sum(before[2:4])
     without_paths(notebook)
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
         cell.metadata.pop("execution", None)
     notebook.metadata.pop("widgets", None)
     nbformat.write(notebook, source.with_suffix(".ipynb"))
-    return seconds
+    return seconds, cpu_seconds
 
 
 def main(wanted: list[str]) -> None:
     """Runs the tutorials whose names begin with one of ``wanted``."""
     for source in sorted(FOLDER.glob("[0-9][0-9]_*.py")):
         if not wanted or any(source.name.startswith(number) for number in wanted):
-            print(f"{source.stem}: {execute(source):.0f} s", flush=True)
+            seconds, cpu_seconds = execute(source)
+            size = source.with_suffix(".ipynb").stat().st_size
+            print(f"{source.stem}: {seconds:.0f} s, {cpu_seconds:.0f} s of CPU, {size / 1e6:.2f} MB", flush=True)
 
 
 if __name__ == "__main__":
