@@ -105,7 +105,9 @@ figure, axes = plt.subplots(2, 3, figsize=(9, 6), sharex=True, sharey=True, layo
 for ax, probs_NK in zip(axes.flat, probs_SNK, strict=True):
     surface = probs_NK[:, 1].reshape(60, 60)
     image = ax.contourf(sides, sides, surface, levels=torch.linspace(0, 1, 11).tolist(), cmap="RdBu", alpha=0.6)
-    ax.scatter(*x.T, c=y, cmap="RdBu", edgecolors="black", s=24)
+    for label, marker, face in ((0, "o", "white"), (1, "s", "black")):
+        ax.scatter(*x[y == label].T, marker=marker, c=face, edgecolors="black", s=24, label=f"class {label}")
+axes[0, 0].legend(loc="lower right", fontsize="small")
 figure.colorbar(image, ax=axes, label="probability of class 1")
 _ = figure.suptitle("Six networks of one posterior")
 

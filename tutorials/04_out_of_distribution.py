@@ -176,11 +176,9 @@ _ = ax.legend(title="an image a point", fontsize="small", markerscale=1.5)
 # other training data, are not in them.
 
 # %%
+scores = ("predictive_entropy", "mutual_information")
 found = {
-    name: apd.ood.evaluate(
-        model, posterior, x_test, outside, ("predictive_entropy", "mutual_information"),
-        num_bootstrap=size(300, 10), seed=0,
-    )  # fmt: skip
+    name: apd.ood.evaluate(model, posterior, x_test, outside, scores, num_bootstrap=size(300, 10), seed=0)
     for name, posterior in posteriors.items()
 }
 print(found["APD"])

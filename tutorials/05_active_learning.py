@@ -120,7 +120,15 @@ protocol = {"initial": 20, "batch_size": 20, "num_rounds": size(7, 2), "progress
 histories = {
     name: [
         al.run(
-            model, x_pool, y_pool, data.x_test, data.y_test, posterior=posterior, acquisition=rule, seed=seed, **protocol
+            model,
+            x_pool,
+            y_pool,
+            data.x_test,
+            data.y_test,
+            posterior=posterior,
+            acquisition=rule,
+            seed=seed,
+            **protocol,
         )
         for seed in range(size(1 if name.startswith("APD") else 3, 1))
     ]

@@ -122,7 +122,13 @@ def note_and_interrupt(posterior, num_draws):
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     early = apd.distill_online(
-        new_kernel(), data.x_train, data.y_train, on_round=note_and_interrupt, checkpoint=checkpoint, **lengths, **settings
+        new_kernel(),
+        data.x_train,
+        data.y_train,
+        on_round=note_and_interrupt,
+        checkpoint=checkpoint,
+        **lengths,
+        **settings,
     )
 print(caught[-1].message)
 
@@ -174,7 +180,9 @@ def regression(x, y=None):
         pyro.sample("obs", dist.Normal(x @ w, noise_scale), obs=y)
 
 
-statistics = apd.OnlineDistillation(regression, data=(x, y), buffer_size=128, num_steps=size(200, 5), seed=0, progress=False)
+statistics = apd.OnlineDistillation(
+    regression, data=(x, y), buffer_size=128, num_steps=size(200, 5), seed=0, progress=False
+)
 pyro.set_rng_seed(0)
 streaming = StreamingMCMC(
     NUTS(regression, jit_compile=False), num_samples=size(300, 40), warmup_steps=size(100, 10), statistics=statistics,
@@ -183,4 +191,9 @@ streaming = StreamingMCMC(
 streaming.run(x, y)
 posterior = streaming.get_statistics()
 print(posterior)
-print({name: (value.mean(0).tolist(), value.std(0).tolist()) for name, value in posterior.get_samples(1000, seed=0).items()})
+print(
+    {
+        name: (value.mean(0).tolist(), value.std(0).tolist())
+        for name, value in posterior.get_samples(1000, seed=0).items()
+    }
+)
