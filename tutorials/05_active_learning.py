@@ -56,17 +56,13 @@ def chain(rate, **settings):
 
 x_moons, y_moons = (torch.as_tensor(part) for part in make_moons(300, noise=0.15, random_state=0))
 x_moons = x_moons.float()
-plane = apd.BNN(
-    nn.Sequential(nn.Linear(2, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 2)), prior_scale="fan_in"
-)
-in_plane = chain(0.4, num_samples=size(50, 5), warmup_steps=size(30, 5), thinning=size(15, 2))
+plane = apd.BNN(nn.Sequential(nn.Linear(2, 20), nn.ReLU(), nn.Linear(20, 2)), prior_scale=1.0)
+in_plane = chain(0.4, num_samples=size(30, 5), warmup_steps=size(30, 5), thinning=size(10, 2))
+pool, test = (x_moons[:200], y_moons[:200]), (x_moons[200:], y_moons[200:])
+protocol = {"initial": 4, "batch_size": 3, "num_rounds": size(5, 2), "seed": 0, "progress": False}
 runs = {
-    rule: al.run(
-        plane, x_moons[:200], y_moons[:200], x_moons[200:], y_moons[200:],
-        posterior=in_plane, acquisition=rule, initial=4, batch_size=1, num_rounds=size(12, 3), seed=0, progress=False,
-    )
-    for rule in ("random", "bald")
-}  # fmt: skip
+    rule: al.run(plane, *pool, *test, posterior=in_plane, acquisition=rule, **protocol) for rule in ("random", "bald")
+}
 print(runs["bald"])
 
 # %% [markdown]
@@ -108,15 +104,15 @@ x_pool, y_pool = data.x_train[is_kept], data.y_train[is_kept]
 print(f"{len(y_pool)} images, {(y_pool >= 5).float().mean():.0%} of them of rare digits")
 
 model = apd.BNN(nn.Sequential(nn.Linear(64, 30), nn.ReLU(), nn.Linear(30, 10)), "categorical", prior_scale=0.4)
-digits = chain(0.22, num_samples=size(25, 5), warmup_steps=size(25, 5), thinning=size(12, 2))
-one = al.Baseline(apd.baselines.map_estimate, {"num_steps": size(500, 5), "momentum": 0.9, "decay": True})
+digits = chain(0.22, num_samples=size(25, 5), warmup_steps=size(25, 5), thinning=size(10, 2))
+one = al.Baseline(apd.baselines.map_estimate, {"num_steps": size(300, 5), "momentum": 0.9, "decay": True})
 methods = {
     "SGLD, random": ("random", digits),
     "SGLD, BALD": ("bald", digits),
-    "APD, BALD": ("bald", al.Distilled(digits, num_steps=size(40, 3), options={"rank": 20})),
+    "APD, BALD": ("bald", al.Distilled(digits, num_steps=size(20, 3), options={"rank": 20})),
     "one network, entropy": ("max_entropy", one),
 }
-protocol = {"initial": 20, "batch_size": 20, "num_rounds": size(7, 2), "progress": False}
+protocol = {"initial": 20, "batch_size": 25, "num_rounds": size(5, 2), "progress": False}
 histories = {
     name: [
         al.run(
@@ -130,7 +126,7 @@ histories = {
             seed=seed,
             **protocol,
         )
-        for seed in range(size(1 if name.startswith("APD") else 3, 1))
+        for seed in range(size(1 if name.startswith("APD") else 2, 1))
     ]
     for name, (rule, posterior) in methods.items()
 }
@@ -164,12 +160,11 @@ for name, several in histories.items():
     print(f"{name:22s} last accuracy {last.mean():.3f}, mean over rounds {mean.mean():.3f}, of {len(several)} runs")
 
 # %%
-history = histories["SGLD, BALD"][0]
-index = torch.tensor(history.labelled[:40])
+index = torch.tensor(histories["SGLD, BALD"][0].labelled[:45])
 draws = digits(model, x_pool[index], y_pool[index], 0, None)
 free = torch.tensor(sorted(set(range(len(y_pool))) - set(index.tolist())))[::3]
 probs_SNK = apd.outputs(model, draws, x_pool[free]).probs_SNK
-together, information = al.batch_bald(probs_SNK, 10, max_configurations=size(1000, 50), seed=0)
+together, information = al.batch_bald(probs_SNK, 10, max_configurations=size(500, 50), seed=0)
 alone = al.select("bald", probs_SNK, 10)
 figure, axes = plt.subplots(2, 10, figsize=(11, 2.7), layout="constrained")
 for row, (name, chosen) in zip(axes, {"BALD": alone, "BatchBALD": together}.items(), strict=True):

@@ -3,6 +3,8 @@
 
 """Runs tutorials in full and writes their notebooks: ``python tutorials/execute.py 01 07``; without numbers, all.
 
+Where only the prose of a source has changed, ``--text`` brings it into the notebook and leaves the outputs.
+
 The sources are the ``.py`` files, in jupytext's percent format. Paths of the machine are taken out of what the cells
 printed, so that a notebook is the same wherever it was made.
 """
@@ -49,10 +51,31 @@ def execute(source: Path) -> tuple[float, float]:
     return seconds, cpu_seconds
 
 
+def renew_text(source: Path) -> None:
+    """Takes the prose of a source into its notebook.
+
+    :raises ValueError: if the code differs, too.
+    """
+    path = source.with_suffix(".ipynb")
+    notebook, new = nbformat.read(path, as_version=4), jupytext.read(source)
+    code, new_code = ([cell for cell in part.cells if cell.cell_type == "code"] for part in (notebook, new))
+    if [cell.source for cell in code] != [cell.source for cell in new_code]:
+        raise ValueError(f"The code of {source.name} has changed since {path.name} was executed; execute it.")
+    outputs = iter(code)
+    notebook.cells = [next(outputs) if cell.cell_type == "code" else cell for cell in new.cells]
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number}"
+    nbformat.write(notebook, path)
+
+
 def main(wanted: list[str]) -> None:
     """Runs the tutorials whose names begin with one of ``wanted``."""
+    is_text, numbers = "--text" in wanted, [word for word in wanted if word != "--text"]
     for source in sorted(FOLDER.glob("[0-9][0-9]_*.py")):
-        if not wanted or any(source.name.startswith(number) for number in wanted):
+        if not numbers or any(source.name.startswith(number) for number in numbers):
+            if is_text:
+                renew_text(source)
+                continue
             seconds, cpu_seconds = execute(source)
             size = source.with_suffix(".ipynb").stat().st_size
             print(f"{source.stem}: {seconds:.0f} s, {cpu_seconds:.0f} s of CPU, {size / 1e6:.2f} MB", flush=True)
