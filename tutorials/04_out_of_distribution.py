@@ -14,8 +14,8 @@
 # %% [markdown]
 # # 4. Out of distribution
 #
-# A network that was trained on digits says a digit to everything, and often with confidence. A posterior has something
-# to say besides: how far its networks *disagree*. This tutorial trains on the digits 0 to 7, shows the posterior what
+# A network that was trained on digits says a digit to everything. A posterior has something to say besides: how far its
+# networks *disagree*. This tutorial trains on the digits 0 to 7, shows the posterior what
 # is none of them, and measures whether it notices: for the chain, for the generator distilled from it, and for two
 # cheap rivals. Then it makes a rule of it that a program can follow.
 
@@ -136,8 +136,10 @@ for name, draws in networks.items():
     print(f"{name:12s} is at least 90 % sure of its answer to {(confidence >= 0.9).float().mean():6.1%} of 8 and 9")
 
 # %% [markdown]
-# The single network and MC-dropout are quite sure of far more of their wrong answers. The chain and its generator
-# hardly ever are; the right picture shows the price: they are less sure of right answers, too.
+# The single network is the surest of its wrong answers, by some way, although not often very sure: trained with a
+# prior, which is weight decay, even one small network has some modesty. The chain and its generator are less sure of
+# wrong answers, and on the right just as sure of right ones. MC-dropout pays for its modesty: it doubts its right
+# answers, too.
 #
 # ## Two kinds of doubt
 #
@@ -164,9 +166,10 @@ ax.set(
 _ = ax.legend(title="an image a point", fontsize="small", markerscale=1.5)
 
 # %% [markdown]
-# What is inside lies in the corner at the lower left; the further from it, the stranger. Inverted digits and most of
-# the noise lie highest: networks contradict each other there. Some of the photographs lie far to the right and lower:
-# single networks are in doubt themselves. So neither kind of doubt is the one to look at in general.
+# What is inside lies in the corner at the lower left, nearly all of it; 8 and 9 lie next to it. Inverted digits lie
+# highest: there, networks contradict each other, and each is rather sure. Photographs are in two clumps, one as high
+# (the dark ones, whose pixels are all ink), one lower and further to the right than anything else: there, single
+# networks are in doubt themselves. So neither kind of doubt is the one to look at in general.
 #
 # ## How well does it tell them apart?
 #
@@ -203,8 +206,8 @@ _ = axes[0].legend(loc="lower left", fontsize="small")
 # Told by entropy, on the left, all four are good, and a single network is about as good as the posterior. Small images
 # of digits are an easy case, and a table of nothing else would flatter everybody. On the right is what a posterior
 # adds: disagreement, which the single network does not have (it stays at guessing), and which MC-dropout gets wrong:
-# on noise and photographs its networks agree *more* than on digits. It was never asked to differ there; the posterior
-# was, by the prior.
+# on noise and photographs, below the dashed line, its networks agree *more* than on digits. Nothing asked them to
+# differ there; the prior asks the networks of a posterior.
 #
 # The generator stands where its chain does. Image by image:
 
@@ -217,8 +220,8 @@ for ax, name in zip(axes, ("SGLD", "APD"), strict=True):
 _ = axes[0].set_ylim(0, 5)
 
 # %% [markdown]
-# (The bars of what is inside go on above the picture: most of it is near zero.) Nearest to the digits, and overlapping
-# with them, are those that look most like them: 8 and 9.
+# (The bars of what is inside go on above the picture: most of it is near zero.) Lowest of what is outside, and
+# overlapping with what is inside, are 8 and 9, and the photographs without much ink.
 #
 # ## A rule for a program
 #
@@ -239,8 +242,8 @@ for name in posteriors:
 
 # %% [markdown]
 # The first column should be 5 % and is a little more in each row: a threshold chosen on a few hundred images is known
-# only so well, and FPR95 above, which chooses it on the very data that it is stated for, does not show that. The
-# hard column is the second.
+# only so well, and FPR95 above, which chooses it on the very data that it is stated for, does not show that. The hard
+# column is the second: chain and generator send on the most of it, with the fewest false alarms; some still pass.
 #
 # ## What to remember
 #

@@ -254,7 +254,7 @@ def run(kernel, *arguments):
 
 common = {"batch_size": 50, "thinning": 5, "seed": 0}
 check("apd.SGLD, 8 chains", run(apd.SGLD(plain, 8e-4, **common), x, y))
-common["warm_start"] = 300  # from a mode: a fall from afar would leave the thermostat far too high
+common["warm_start"] = size(1000, 20)  # from a mode: a fall from afar would leave the thermostat far too high
 thermostatted = run(SGNHT(plain, 2e-4, **common), x, y)
 check("SGNHT, 8 chains", thermostatted)
 at_half = run(SGNHT(plain, 2e-4, temperature=0.5, **common), x, y)

@@ -24,12 +24,19 @@ FOLDER = Path(__file__).parent
 _PATHS = re.compile(r"(?:/[\w.+-]+)+/(?=(?:pyro_apd|pyro|torch|tqdm|sklearn|arviz)/[\w/]+\.py)")
 
 
-def without_paths(notebook: nbformat.NotebookNode) -> None:
-    """Takes absolute paths out of printed text, in place."""
+def tidy(notebook: nbformat.NotebookNode) -> None:
+    """Takes absolute paths out of printed text, and joins what was printed in pieces, in place."""
     for cell in notebook.cells:
+        joined: list[nbformat.NotebookNode] = []
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
                 output.text = _PATHS.sub("", output.text)
+                if joined and joined[-1].get("name") == output.name:
+                    joined[-1].text += output.text
+                    continue
+            joined.append(output)
+        if "outputs" in cell:
+            cell.outputs = joined
 
 
 def execute(source: Path) -> tuple[float, float]:
@@ -42,7 +49,7 @@ def execute(source: Path) -> tuple[float, float]:
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(FOLDER)}}).execute()
     seconds, after = time.monotonic() - start, os.times()
     cpu_seconds = sum(after[2:4]) - sum(before[2:4])
-    without_paths(notebook)
+    tidy(notebook)
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
         cell.metadata.pop("execution", None)
@@ -65,6 +72,7 @@ def renew_text(source: Path) -> None:
     notebook.cells = [next(outputs) if cell.cell_type == "code" else cell for cell in new.cells]
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
+    tidy(notebook)
     nbformat.write(notebook, path)
 
 
