@@ -160,9 +160,9 @@ _ = plots.trace(torch.stack([by_chain[f"chain {i}"] for i in range(4)]), ax)
 
 # %% [markdown]
 # The potential is level, and yet R-hat says that the chains have *not* mixed, in predictions less badly than in
-# weights. They are kept short here, to be done in a minute; for anything that matters, let them run until the predictions'
-# R-hat is close to 1. A generator is as good as what it was made of, and `compare` below says in its last lines how
-# much the chains differ among themselves.
+# weights. They are kept short here, to be done in a minute; for anything that matters, let them run until R-hat of the
+# predictions is close to 1. A generator is as good as what it was made of, and `compare` below says in its last lines
+# how much the chains differ among themselves.
 #
 # ## Distilling, and what was lost
 #
