@@ -247,7 +247,7 @@ class SGNHT(StochasticGradientKernel):
 
 
 def run(kernel, *arguments):
-    mcmc = apd.MCMC(kernel, num_chains=8, **(settings | {"num_samples": size(400, 30)}))
+    mcmc = apd.MCMC(kernel, num_chains=8, **(settings | {"num_samples": size(400, 30), "warmup_steps": size(200, 5)}))
     mcmc.run(*arguments)
     return mcmc.get_samples()["w"]
 
