@@ -101,7 +101,7 @@ for ax, name in zip(axes[0], seen, strict=True):
 _ = figure.suptitle("What 100 networks of the generator say, how surely, and how far they disagree")
 
 # %% [markdown]
-# To the eye, rows are four times the same digit. Minimal FGSM stops as soon as the one network that it looks at is
+# To the eye, a row is the same digit six times, on a dirty background. Minimal FGSM stops as soon as the one network that it looks at is
 # fooled, and there the other networks mostly stand by the truth. PGD through the expectation is the one that gets the
 # average wrong most often.
 #
@@ -147,11 +147,11 @@ for ax in axes:
 axes[0].invert_yaxis()
 
 # %% [markdown]
-# From top to bottom the attacker knows more, and less and less is left. Under the strongest, chain and generator keep
-# *less* of their accuracy than one ordinary network does: the average has a smooth gradient that points the right way,
-# and that is all an attacker needs. Detection falls as well, but at this size it does not break down. Mind also that
-# PGD is hardly better than FGSM as long as both look at one network: more steps in the wrong direction are no stronger
-# attack.
+# The two attacks through the expectation, at the bottom, leave much less than the three through one network. Under the
+# strongest, chain and generator keep *less* of their accuracy than one ordinary network does: the average has a smooth
+# gradient that points the right way, and that is all an attacker needs. Detection falls as well, although at this size
+# it does not break down. Mind also that PGD is no better than FGSM as long as both look at one network: more steps in
+# the wrong direction make no stronger attack.
 #
 # Chain and generator are nearly the same, here as elsewhere: a generator inherits what its chain has, weaknesses
 # included.
@@ -199,7 +199,12 @@ for ax in axes:
     ax.legend(loc="lower left", fontsize="small")
 
 # %% [markdown]
-# TEXT-CURVES
+# By the two attacks through one network one would say: disagreement gives the attack away, whatever its size. By PGD
+# through the expectation one has to say: the larger the change, the less it does, and where no accuracy is left at all,
+# much of the way to guessing is done. Random noise, of the same size in every pixel, does nearly nothing; a model that
+# withstands that has shown nothing.
+#
+# Where does the difference come from? The images that fooled the generator, and what is clean and was right:
 
 # %%
 scores = {name: apd.uncertainty.mutual_information(value) for name, value in probs.items()}
