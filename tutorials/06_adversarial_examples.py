@@ -101,9 +101,9 @@ for ax, name in zip(axes[0], seen, strict=True):
 _ = figure.suptitle("What 100 networks of the generator say, how surely, and how far they disagree")
 
 # %% [markdown]
-# To the eye, a row is the same digit six times, on a dirty background. Minimal FGSM stops as soon as the one network that it looks at is
-# fooled, and there the other networks mostly stand by the truth. PGD through the expectation is the one that gets the
-# average wrong most often.
+# To the eye, a row is the same digit six times, on a dirty background. Minimal FGSM stops as soon as the one network
+# that it looks at is fooled, and there the other networks mostly stand by the truth. PGD through the expectation is
+# the one that gets the average wrong most often.
 #
 # ## The flattering figure
 #
