@@ -44,9 +44,10 @@ def size(full, quick):
 # %% [markdown]
 # ## In the plane
 #
-# Two half moons, of which four points are labelled; three more are asked for at a time. `al.run` is the loop: fit a posterior, state its accuracy on test
-# data, choose what to have labelled next, and again from scratch. `posterior` says what to fit; `al.Chain` is SGLD on
-# what is labelled so far. U grows with the number of labels, so that the step size may be a function of it.
+# Two half moons, of which four points are labelled; three more are asked for at a time. `al.run` is the loop: fit a
+# posterior, state its accuracy on test data, choose what to have labelled next, and again from scratch. `posterior`
+# says what to fit; `al.Chain` is SGLD on what is labelled so far. U grows with the number of labels, so that the step
+# size may be a function of it.
 
 
 # %%
@@ -90,11 +91,11 @@ axes[0].legend(loc="lower left", fontsize="small")
 _ = figure.colorbar(image, ax=axes, label="mutual information (nats)")
 
 # %% [markdown]
-# The points that BALD asks for lie where the networks disagree most: at the rims, and along the border on which it had
-# nothing yet. But look at the numbers: 1, 2 and 3 are neighbours, and so are 4, 5 and 6, and the next. Each of the
-# three was the most wanted *by itself*, and the second and third said nothing that the first had not said. Labels
-# drawn at random lie all over the moons, and, for this start, come to the better accuracy. With one question a time
-# (`batch_size=1`) the rule has its chance, and takes three times as long.
+# The points that BALD asks for lie at the rims of the moons, where the networks disagree most. But look at the numbers:
+# 1, 2 and 3 are neighbours, and so are 4, 5 and 6, and the next. Each of the three was wanted most *by itself*, and the
+# second and third said little that the first had not said. Labels drawn at random lie all over the moons, and, from
+# this start, come to the better accuracy. With one question at a time (`batch_size=1`) the rule has its chance, and
+# takes three times as long.
 #
 # ## Digits, half of them rare
 #
