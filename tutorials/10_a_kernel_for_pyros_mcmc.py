@@ -261,8 +261,8 @@ at_half = run(SGNHT(plain, 2e-4, temperature=0.5, **common), x, y)
 check("SGNHT at temperature 0.5 (expect 0.5)", at_half)
 
 # %% [markdown]
-# The thermostat leaves the covariance a few per cent too small, at either temperature, and that is no chance. Kernels
-# of this package draw mini-batches epoch by epoch, without replacement, so that the noise of one step is undone by the
+# The thermostat leaves the covariance some per cent too small, more so at the lower temperature, and that is no chance.
+# Kernels of this package draw mini-batches epoch by epoch, without replacement, so that the noise of one step is undone by the
 # next ones of its epoch. It shakes the momentum and moves the weights little; the thermostat sees the momentum alone,
 # takes this for heat, and cools too much. SGLD has no such opinion. A kernel is not done before such a check.
 #
@@ -282,6 +282,7 @@ for ax, (name, draws) in zip(axes, shown.items(), strict=True):
     ax.plot(*draws[:, :2].T, ".", markersize=2, alpha=0.5)
     ax.plot(*ellipse, color="black", linewidth=1)
     ax.set(title=name, xlabel="$w_0$")
+_ = axes[0].set_ylabel("$w_1$")
 
 # %% [markdown]
 # To add a kernel to this package: the class in a file of its own in `pyro_apd/kernels/`, a line in
