@@ -148,8 +148,8 @@ for name, result in found.items():
 # ### Figures that see it, and figures that do not
 #
 # By accuracy and NLL alone one would ship the collapsed generator, and the memorised draws. The mutual information, the
-# distance between two draws and the share of new draws see the one; only the share of new draws sees the other. The
-# narrow one fails at everything: halfway between two networks there need not be one that works.
+# distance between two draws and the share of new draws see the one; of the rows below, only the share of new draws sees
+# the other. The narrow one loses accuracy first of all: halfway between two networks there need not be one that works.
 
 # %%
 names = ["accuracy", "nll", "mean_mi", "mean_mi[far]", "auroc_mi[far]", "disagreement", "new_draws"]

@@ -261,10 +261,11 @@ at_half = run(SGNHT(plain, 2e-4, temperature=0.5, **common), x, y)
 check("SGNHT at temperature 0.5 (expect 0.5)", at_half)
 
 # %% [markdown]
-# The thermostat leaves the covariance some per cent too small, more so at the lower temperature, and that is no chance.
-# Kernels of this package draw mini-batches epoch by epoch, without replacement, so that the noise of one step is undone by the
-# next ones of its epoch. It shakes the momentum and moves the weights little; the thermostat sees the momentum alone,
-# takes this for heat, and cools too much. SGLD has no such opinion. A kernel is not done before such a check.
+# The thermostat leaves the covariance some per cent too small, more so at the lower temperature, and that is no
+# chance. Kernels of this package draw mini-batches epoch by epoch, without replacement, so that the noise of one step
+# is undone by the next ones of its epoch. It shakes the momentum and moves the weights little; the thermostat sees
+# the momentum alone, takes this for heat, and cools too much. SGLD has no such opinion. A kernel is not done before
+# such a check.
 #
 # In pictures: the first two weights, with the ellipse that should hold 95 % of the draws.
 
