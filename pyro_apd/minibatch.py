@@ -20,10 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
 
 from pyro_apd.arguments import argument_name
 from pyro_apd.errors import DataError
+from pyro_apd.index_stream import Generators, Indices, generator_states, index_stream, set_generator_states
+from pyro_apd.prefetch import Ahead, Sender, Sent, Worker
+
+# What an iterator over an epoch gives when it is over.
+_END: Any = object()
 
 
 @dataclass(frozen=True)
@@ -35,75 +41,17 @@ class Call:
     indices: dict[str, Tensor] = field(default_factory=dict)
 
 
-#: One generator for one chain; a list of C for C chains that advance together.
-Generators = torch.Generator | Sequence[torch.Generator]
-
-
-def generator_states(generators: Generators) -> list[Tensor]:
-    """State of each generator."""
-    listed = [generators] if isinstance(generators, torch.Generator) else generators
-    return [generator.get_state() for generator in listed]
-
-
-def set_generator_states(generators: Generators, states: Sequence[Tensor]) -> None:
-    """Inverse of :func:`generator_states`."""
-    listed = [generators] if isinstance(generators, torch.Generator) else generators
-    for generator, state in zip(listed, states, strict=True):
-        generator.set_state(state)
-
-
-class IndexStream:
-    """Batches of ``batch_size`` distinct indices out of ``num_data``: epochs without replacement.
-
-    A permutation serves ``num_data // batch_size`` batches, so its cost for each is O(batch_size). The remainder of an
-    epoch is dropped; the next epoch is shuffled afresh, so every batch is a uniform random subset.
-
-    :param generators: one generator gives indices ``(B,)``; a list of C, one a chain, gives ``(C, B)``.
-    """
-
-    def __init__(self, num_data: int, batch_size: int, generators: Generators) -> None:
-        self.num_data, self.batch_size = num_data, batch_size
-        self._generators = generators
-        self._position = num_data
-        self._before_epoch = generator_states(generators)
-
-    def __next__(self) -> Tensor:
-        if self._position + self.batch_size > self.num_data:
-            self._shuffle()
-        self._position += self.batch_size
-        return self._epoch[self._position // self.batch_size - 1]
-
-    def _shuffle(self) -> None:
-        self._before_epoch = generator_states(self._generators)
-        if isinstance(self._generators, torch.Generator):
-            self._epoch = self._batches(self._generators)
-        else:  # stacked so that each step's batches are contiguous
-            self._epoch = torch.stack([self._batches(generator) for generator in self._generators], 1)
-        self._position = 0
-
-    def _batches(self, generator: torch.Generator) -> Tensor:
-        order = torch.randperm(self.num_data, generator=generator, device=generator.device)
-        return order[: self.num_data - self.num_data % self.batch_size].view(-1, self.batch_size)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream is."""
-        return {"before_epoch": list(self._before_epoch), "position": self._position}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to where a stream was. The generators are left just behind its present epoch."""
-        if state["position"] + self.batch_size <= self.num_data:  # else the next batch begins an epoch by itself
-            set_generator_states(self._generators, state["before_epoch"])
-            self._shuffle()
-        self._before_epoch, self._position = list(state["before_epoch"]), int(state["position"])
-
-
 class MinibatchSource(ABC):
     """A source of mini-batches.
 
     :ivar num_data: number of data in the full set, ``N``; None where no argument has rows.
+    :ivar int ahead: batches that a source outside memory reads ahead of their use, from the next :meth:`start` on.
+    :ivar device: where it sends them; None leaves them where they are.
     """
 
     num_data: int | None = None
+    ahead: int = 0
+    device: torch.device | None = None
 
     def start(self, generators: Generators) -> None:
         """Begins a chain, or C chains: all randomness comes from ``generators`` from here on.
@@ -111,7 +59,7 @@ class MinibatchSource(ABC):
         With a list of C generators, :meth:`draw` stacks the batches of C chains, each as it would be by itself.
         """
         self._generators = generators
-        self._streams: list[IndexStream] = []
+        self._streams: list[Indices] = []
 
     def _device(self) -> torch.device:
         """Where indices are drawn."""
@@ -128,6 +76,9 @@ class MinibatchSource(ABC):
         for stream, stream_state in zip(self._streams, state["streams"], strict=True):
             stream.load_state_dict(stream_state)
         set_generator_states(self._generators, state["generators"])
+
+    def close(self) -> None:  # noqa: B027 - a source in memory has nothing to end
+        """Ends what runs beside the chain, which draws no more."""
 
     def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
         """Batches that together hold each datum equally often, with weights that add up to 1.
@@ -174,17 +125,24 @@ class PlateSubsample(MinibatchSource):
     Pyro's plate multiplies the likelihood by N/B, so :meth:`scale` is 1.
 
     :param dict plates: ``(size, subsample_size)`` by name of plate.
+    :param bool replacement: see :func:`~pyro_apd.index_stream.index_stream`.
     """
 
-    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], plates: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        plates: Mapping[str, tuple[int, int]],
+        replacement: bool = False,
+    ) -> None:
         self._args, self._kwargs = tuple(args), dict(kwargs)
-        self.plates = dict(plates)
+        self.plates, self.replacement = dict(plates), replacement
         self.num_data = max(size for size, _ in plates.values())
 
     def start(self, generators: Generators) -> None:
         """Begins chains with one stream of indices for each plate."""
         super().start(generators)
-        self._streams = [IndexStream(size, batch, generators) for size, batch in self.plates.values()]
+        self._streams = [index_stream(*plate, generators, self.replacement) for plate in self.plates.values()]
 
     def draw(self) -> tuple[Tensor, ...]:
         """One index tensor ``(B,)`` a plate."""
@@ -212,11 +170,17 @@ class RowSubsample(MinibatchSource):
 
     :param int batch_size: rows a batch.
     :param int num_data: N; by default the leading dimension of the first tensor among the arguments.
+    :param bool replacement: see :func:`~pyro_apd.index_stream.index_stream`.
     :raises ValueError: if no argument has rows, or ``batch_size`` does not fit.
     """
 
     def __init__(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], batch_size: int, num_data: int | None = None
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        batch_size: int,
+        num_data: int | None = None,
+        replacement: bool = False,
     ) -> None:
         leaves, self._spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
         with_rows = [leaf for leaf in leaves if _has_rows(leaf)]
@@ -231,18 +195,14 @@ class RowSubsample(MinibatchSource):
         if not any(self._has_rows):
             shapes = [tuple(leaf.shape) for leaf in with_rows]
             raise ValueError(f"No argument has num_data={num_data} rows; their shapes are {shapes}.")
-        if batch_size > self.num_data:
-            raise ValueError(
-                f"batch_size={batch_size} is more than the {self.num_data} rows of the data; give at most "
-                f"{self.num_data}, or leave batch_size out to use all of them at every step."
-            )
-        self.batch_size = batch_size
+        check_batch_size(batch_size, self.num_data)
+        self.batch_size, self.replacement = batch_size, replacement
 
     def start(self, generators: Generators) -> None:
         """Begins chains with a stream of row indices."""
         assert self.num_data is not None
         super().start(generators)
-        self._streams = [IndexStream(self.num_data, self.batch_size, generators)]
+        self._streams = [index_stream(self.num_data, self.batch_size, generators, self.replacement)]
 
     def draw(self) -> tuple[Tensor, ...]:
         """Row indices ``(B,)``."""
@@ -278,6 +238,10 @@ class LoaderBatches(MinibatchSource):
     batches, also a shorter last one: the mean over an epoch is then exact, and a batch of one row does not count
     N-fold. Others scale by N over the rows of the batch.
 
+    With ``ahead``, a thread reads from the second batch of an epoch on. Who reads there must draw nothing from torch's
+    global generator, which is also the caller's: the first batch of each epoch, where samplers are seeded, is read in
+    the calling thread, and so are all others where the second one is found to draw from it (random crops, say).
+
     :param int num_data: N.
     :raises ValueError: if ``num_data`` is neither given nor known from ``loader.dataset``.
     """
@@ -303,19 +267,28 @@ class LoaderBatches(MinibatchSource):
         self._before_epoch: Tensor | None = None
         self._num_taken = 0
         self._by_chain: list[LoaderBatches] = []
+        self._worker = Worker()  # one for all copies: nobody else reads while it does
+        self._queue: Ahead[Any] = Ahead(self._worker)
+        self._sender = Sender(device)
+        self._is_quiet: bool | None = None
 
     def start(self, generators: Generators) -> None:
         """Begins chains: the loader shuffles by a seed drawn from each generator; the global one is left alone."""
         super().start(generators)
+        self._worker.settle()
         self._by_chain, self._iterator, self._num_taken = [], None, 0
+        self._queue, self._sender = Ahead(self._worker), Sender(self.device)
         if not isinstance(generators, torch.Generator):
             self._by_chain = [copy.copy(self) for _ in generators]
             for source, generator in zip(self._by_chain, generators, strict=True):
-                source.device = self.device
                 source.start(generator)
             return
         seed = torch.randint(2**62, (), generator=generators, device=generators.device)
         self._random_state = torch.Generator().manual_seed(int(seed)).get_state()
+
+    def close(self) -> None:
+        """Ends the thread that reads."""
+        self._worker.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The random state before this epoch, and the number of batches taken from it."""
@@ -329,6 +302,7 @@ class LoaderBatches(MinibatchSource):
         for source, source_state in zip(self._by_chain, state.get("by_chain", ()), strict=True):
             source.load_state_dict(source_state)
         if not self._by_chain:
+            self._queue.drop()
             self._random_state, self._iterator, self._num_taken = state["before_epoch"], None, 0
             for _ in range(int(state["num_taken"])):
                 self._next_batch()
@@ -337,15 +311,39 @@ class LoaderBatches(MinibatchSource):
         """The tensors of the next batch, flattened.
 
         :raises DataError: if the iterable is exhausted or a batch holds no tensors.
+        :raises: what the iterable raises, also where a thread met it.
         """
         if self._by_chain:
             batches = [source.draw() for source in self._by_chain]
             self._spec = self._by_chain[0]._spec
             self._full_rows = self._by_chain[0]._full_rows
             return tuple(torch.stack(leaves) for leaves in zip(*batches, strict=True))
-        return self._tensors(self._next_batch())
+        return self._received(*self._next_sent())
 
-    def _tensors(self, batch: Any) -> tuple[Tensor, ...]:
+    def _next_sent(self) -> tuple[Sent, Any]:
+        if self.ahead and self._is_quiet and self._iterator is not None:
+            while len(self._queue) <= self.ahead:
+                self._queue.ask(self._read, self._iterator)
+            found = self._queue.take()
+            if found is not _END:
+                self._num_taken += 1
+                return found  # type: ignore[no-any-return]
+            self._queue.drop()
+            self._iterator = None
+        before, num_before = self._random_state, self._num_taken
+        batch = self._next_batch()
+        if num_before == 1 and self._num_taken == 2 and self._is_quiet is None:
+            assert before is not None
+            assert self._random_state is not None
+            self._is_quiet = torch.equal(before, self._random_state)
+        return self._sent(batch)
+
+    def _read(self, iterator: Iterator[Any]) -> Any:
+        """In the thread: the next batch, on its way to the device."""
+        batch = next(iterator, _END)
+        return batch if batch is _END else self._sent(batch)
+
+    def _sent(self, batch: Any) -> tuple[Sent, Any]:
         leaves, spec = pytree.tree_flatten(self._as_call(batch))
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         if len(tensors) != len(leaves) or not tensors or tensors[0].dim() == 0:
@@ -353,18 +351,22 @@ class LoaderBatches(MinibatchSource):
                 f"A batch must consist of tensors with rows; got {[type(leaf).__name__ for leaf in leaves]}. Pass what "
                 "does not change as a keyword of mcmc.run(...)."
             )
+        return self._sender.send(tensors), spec
+
+    def _received(self, sent: Sent, spec: Any) -> tuple[Tensor, ...]:
         self._spec = spec
-        self._full_rows = max(self._full_rows, tensors[0].shape[0])
-        return tensors if self.device is None else tuple(t.to(self.device, non_blocking=True) for t in tensors)
+        self._full_rows = max(self._full_rows, sent.tensors[0].shape[0])
+        return sent.received()
 
     def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
         """One epoch of the iterable.
 
         :raises ValueError: if an epoch does not hold each datum once.
         """
+        self._worker.settle()
         random_state = torch.get_rng_state()
         try:
-            batches = [self._tensors(batch) for batch in self._loader]
+            batches = [self._received(*self._sent(batch)) for batch in self._loader]
         finally:
             torch.set_rng_state(random_state)
         rows = sum(batch[0].shape[0] for batch in batches)
@@ -395,6 +397,7 @@ class LoaderBatches(MinibatchSource):
 
     def _next_batch(self) -> Any:
         """The next batch, drawn under our own random state, so that the global one stays as it was."""
+        self._worker.settle()
         before = torch.get_rng_state()
         if self._random_state is not None:
             torch.set_rng_state(self._random_state)
@@ -402,7 +405,7 @@ class LoaderBatches(MinibatchSource):
             for _ in range(2):
                 if self._iterator is None:
                     self._before_epoch, self._num_taken = torch.get_rng_state(), 0
-                    self._iterator = iter(self._loader)
+                    self._iterator = _epoch(self._loader)
                 try:
                     batch = next(self._iterator)
                     self._num_taken += 1
@@ -423,6 +426,33 @@ class LoaderBatches(MinibatchSource):
         if isinstance(batch, Mapping):
             return (), dict(batch)
         return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
+def _epoch(loader: Iterable[Any]) -> Iterator[Any]:
+    """Iterates over a loader. Batches of a plain one over tensors are taken in one go, and are the same tensors."""
+    iterator = iter(loader)
+    if (
+        type(loader) is not DataLoader
+        or type(loader.dataset) is not TensorDataset
+        or type(loader.batch_sampler) is not BatchSampler
+        or type(loader.sampler) not in (RandomSampler, SequentialSampler)
+        or loader.collate_fn is not default_collate
+        or loader.num_workers > 0
+        or loader.pin_memory
+    ):
+        return iterator
+    # The iterator has drawn what it draws when it is made; the sampler begins with the first batch, as in it.
+    tensors = loader.dataset.tensors
+    return ([tensor[torch.as_tensor(rows)] for tensor in tensors] for rows in loader.batch_sampler)
+
+
+def check_batch_size(batch_size: int, num_data: int) -> None:
+    """Raises ValueError if a batch would have more rows than there are."""
+    if batch_size > num_data:
+        raise ValueError(
+            f"batch_size={batch_size} is more than the {num_data} rows of the data; give at most {num_data}, or leave "
+            "batch_size out to use all of them at every step."
+        )
 
 
 def _has_rows(leaf: Any) -> bool:

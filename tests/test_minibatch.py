@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.errors import DataError
+from pyro_apd.index_stream import IndexStream
 from pyro_apd.minibatch import (
     Call,
-    IndexStream,
     LoaderBatches,
     RowSubsample,
     check_finite,
