@@ -5,10 +5,10 @@
 
 MNIST (60,000 rows, from the folder that ``PYRO_APD_DATA`` names), 784-100-10, batches of 100, SGLD, steps compiled, one
 thread for torch. All chains live in one process. In each round every one takes a block of steps, in an order that
-alternates, so that load from elsewhere meets all alike; figures are medians [quartiles] over rounds of the ratio to data
-in memory in the same round. A block ends when as much has been read ahead as when it began. Wall time is what a user
-waits for; by CPU time, what the thread that reads costs is in it wherever it ran. Then once more with one core, where the
-thread can hide nothing.
+alternates, so that load from elsewhere meets all alike; figures are medians [quartiles] over rounds of the ratio to
+data in memory in the same round. A block ends when as much has been read ahead as when it began. Wall time is what a
+user waits for; by CPU time, what the thread that reads costs is in it wherever it ran. Then once more with one core,
+where the thread can hide nothing.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ reproduced the model at points it was not captured at; otherwise the model is tr
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import unwrap
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -341,7 +341,7 @@ def _open_source(
 def _accelerator(model: Callable[..., Any], kwargs: Mapping[str, Any]) -> torch.device | None:
     """Where batches go before a chain says so: the device of fixed arguments or of the model, if it is not the CPU."""
     tensors = [leaf for leaf in pytree.tree_leaves(dict(kwargs)) if isinstance(leaf, Tensor)]
-    module = inspect.unwrap(model)  # out of the messenger that its first run is under
+    module = unwrap(model)  # out of the messenger that its first run is under
     if isinstance(module, torch.nn.Module):
         tensors += [*module.parameters(), *module.buffers()]
     return next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), None)

@@ -22,17 +22,15 @@ from pyro_apd.prefetch import Ahead, Sender, Sent, Worker
 # Rows that stand for stored data where somebody asks what the model is called with.
 _SHOWN_ROWS = 2000
 # They have a length and can be indexed, but not by an array.
-_NO_ARRAYS = (str, bytes, bytearray, memoryview, range, Mapping, torch.nn.Module)
+_NO_ARRAYS = (Tensor, str, bytes, bytearray, memoryview, range, Mapping, torch.nn.Module)
 
 
 def is_stored(leaf: Any) -> bool:
     """Whether an argument holds rows outside of memory, or may do: it is read batch by batch.
 
-    Numpy arrays, memory-mapped or not; tensors that a file is mapped to; and any object with ``__len__`` and a
-    ``__getitem__`` that takes an array of indices.
+    Numpy arrays, memory-mapped or not, and any object with ``__len__`` and a ``__getitem__`` that takes an array of
+    indices. A tensor never: torch does not say whether a file is behind it, but its ``numpy()`` is an array.
     """
-    if isinstance(leaf, Tensor):
-        return leaf.dim() > 0 and leaf.device.type == "cpu" and _file_of(leaf) is not None
     if isinstance(leaf, np.ndarray):
         return leaf.ndim > 0
     return hasattr(leaf, "__len__") and hasattr(leaf, "__getitem__") and not isinstance(leaf, _NO_ARRAYS)
@@ -165,13 +163,6 @@ def shown_arguments(
     count = min(_SHOWN_ROWS, reader.num_data)
     call = reader.bind(reader._read(torch.arange(count) * reader.num_data // count).received())
     return call.args, call.kwargs, count == reader.num_data
-
-
-def _file_of(tensor: Tensor) -> str | None:
-    try:
-        return tensor.untyped_storage().filename
-    except (AttributeError, NotImplementedError, RuntimeError):  # an older torch, or no storage of its own
-        return None
 
 
 def _num_rows(leaf: Any) -> int | None:

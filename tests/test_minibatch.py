@@ -1,14 +1,16 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
+import copy
+import threading
+import time
+
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
+from pyro_apd import minibatch
 from pyro_apd.errors import DataError
-from pyro_apd.index_stream import IndexStream
 from pyro_apd.minibatch import (
     Call,
     LoaderBatches,
@@ -17,6 +19,7 @@ from pyro_apd.minibatch import (
     is_loader,
     model_arguments,
 )
+from pyro_apd.prefetch import THREAD_NAME
 
 X, Y = torch.arange(20.0).reshape(10, 2), torch.arange(10)
 
@@ -24,24 +27,6 @@ X, Y = torch.arange(20.0).reshape(10, 2), torch.arange(10)
 def started(source, seed=0):
     source.start(torch.Generator().manual_seed(seed))
     return source
-
-
-@given(st.integers(1, 50), st.integers(1, 50), st.integers(0, 1000))
-@settings(max_examples=50, deadline=None)
-def test_an_epoch_shows_each_row_at_most_once(num_data, batch_size, seed):
-    batch_size = min(batch_size, num_data)
-    stream = IndexStream(num_data, batch_size, torch.Generator().manual_seed(seed))
-    for _ in range(2):
-        rows = torch.cat([next(stream) for _ in range(num_data // batch_size)])
-        assert len(rows.unique()) == len(rows)
-        assert int(rows.min()) >= 0
-        assert int(rows.max()) < num_data
-
-
-def test_rows_are_drawn_uniformly_also_where_batches_do_not_divide_the_data():
-    stream = IndexStream(7, 3, torch.Generator().manual_seed(0))
-    counts = torch.bincount(torch.cat([next(stream) for _ in range(7000)]), minlength=7)
-    assert (counts / counts.sum() - 1 / 7).abs().max() < 0.005
 
 
 def test_row_subsample_slices_every_tensor_with_n_rows_and_only_those():
@@ -141,3 +126,128 @@ def test_nan_is_named():
         check_finite(Call((X, torch.tensor([1.0, float("nan"), float("inf")])), {}))
     with pytest.raises(DataError, match="'y'"):
         check_finite(Call((X,), {"y": torch.tensor(float("nan"))}))
+
+
+class Noisy(Dataset):
+    """Adds noise of torch's global generator to each item, as augmentations do."""
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, i):
+        return X[i] + torch.randn(2), Y[i]
+
+
+def items():
+    return [(X[i], Y[i]) for i in range(10)]
+
+
+LOADERS = {
+    "tensors": lambda: DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True),
+    "tensors in order": lambda: DataLoader(TensorDataset(X, Y), batch_size=3, drop_last=True),
+    "items": lambda: DataLoader(items(), batch_size=4, shuffle=True),
+    "one batch": lambda: DataLoader(items(), batch_size=10, shuffle=True),
+    "with replacement": lambda: DataLoader(
+        TensorDataset(X, Y), batch_size=4, sampler=RandomSampler(X, replacement=True, num_samples=10)
+    ),
+    "noise": lambda: DataLoader(Noisy(), batch_size=4, shuffle=True),
+    "list": lambda: [(X[:5], Y[:5]), (X[5:], Y[5:])],
+}
+
+
+def opened(name, ahead, num_chains=None):
+    source = LoaderBatches(LOADERS[name](), {}, 10)
+    source.ahead = ahead
+    generators = [torch.Generator().manual_seed(i) for i in range(num_chains or 1)]
+    source.start(generators if num_chains else generators[0])
+    return source
+
+
+def reading_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith(THREAD_NAME)]
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("num_chains", [None, 2])
+def test_reading_ahead_changes_no_batch_and_no_state(name, num_chains):
+    # All chains' batches must have one shape.
+    count = 2 if num_chains else 12
+    plain, early = opened(name, 0, num_chains), opened(name, 3, num_chains)
+    before = torch.get_rng_state()
+    for _ in range(count):
+        for a, b in zip(plain.draw(), early.draw(), strict=True):
+            assert torch.equal(a, b)
+    assert torch.equal(torch.get_rng_state(), before)
+    resumed = opened(name, 3, num_chains)
+    resumed.load_state_dict(early.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(resumed.draw(), plain.draw(), strict=True))
+    for source in (early, resumed):
+        source.close()
+    assert not reading_threads()
+
+
+def test_who_draws_from_the_global_generator_is_read_in_the_calling_thread():
+    for name, is_quiet in (("items", True), ("noise", False)):
+        source = opened(name, 3)
+        for _ in range(6):
+            source.draw()
+        assert source._is_quiet is is_quiet
+        assert len(reading_threads()) == is_quiet
+        source.close()
+
+
+def test_batches_of_a_tensor_dataset_are_those_of_the_loader():
+    """They are taken by another way: the same tensors, in epochs that are shuffled by the same draws."""
+
+    def epochs(loader, iterate):
+        torch.manual_seed(3)
+        return [tensor for _ in range(2) for batch in iterate(loader) for tensor in batch]
+
+    for name in ("tensors", "tensors in order"):
+        loader = LOADERS[name]()
+        plain, ours = epochs(loader, iter), epochs(loader, minibatch._epoch)
+        assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
+        assert not hasattr(minibatch._epoch(loader), "_next_data"), "it is the loader's own iterator"
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_errors_of_a_loader_keep_their_message(ahead):
+    class Broken(Noisy):
+        def __getitem__(self, i):
+            if i == 8:
+                raise OSError("item 8 cannot be read")
+            return X[i], Y[i]
+
+    source = LoaderBatches(DataLoader(Broken(), batch_size=2), {}, None)
+    source.ahead = ahead
+    started(source)
+    for _ in range(4):
+        source.draw()
+    with pytest.raises(OSError, match="item 8 cannot be read"):
+        source.draw()
+    source.close()
+
+
+def test_a_copy_does_not_read_while_its_original_does():
+    """Data sets are rarely safe to be read by two threads at once."""
+    inside = []
+
+    class Watched(Noisy):
+        def __getitem__(self, i):
+            inside.append(i)
+            assert len(inside) == 1
+            time.sleep(0.001)
+            inside.pop()
+            return X[i], Y[i]
+
+    source = LoaderBatches(DataLoader(Watched(), batch_size=2), {}, None)
+    source.ahead = 4
+    started(source)
+    other = copy.copy(source)
+    other.ahead = 0
+    other.start(torch.Generator())
+    for _ in range(8):
+        source.draw()
+        other.draw()
+        next(source.cover())
+    source.close()

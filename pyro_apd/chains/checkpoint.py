@@ -191,7 +191,7 @@ def from_bytes_of(path: Path) -> Checkpoint:
 def fingerprint(values: Any) -> str:
     """A digest of the arguments of a run: tensors by their contents, loaders by what is known of their data.
 
-    Arrays and tensors that may be files larger than memory count by shape, type and rows at even distances.
+    Arrays, which may be files larger than memory, count by shape, type and rows at even distances.
 
     Values without contents that could be read, such as functions, count by their type.
     """
@@ -219,8 +219,6 @@ def describe(value: Any) -> Any:
 
 
 def _add_leaf(digest: Any, leaf: Any) -> None:
-    if isinstance(leaf, Tensor) and is_stored(leaf):
-        leaf = leaf.numpy()
     if isinstance(leaf, Tensor):
         digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
         digest.update(as_bytes(leaf))

@@ -43,9 +43,8 @@ class StochasticGradientKernel(MCMCKernel):
     (i) the model subsamples: ``pyro.plate("data", N, subsample_size=B)`` with ``pyro.subsample`` or the plate's
         indices; give the run the full data, and the kernel draws the indices;
     (ii) ``batch_size=B``: give the run the full tensors and write the model as for full-batch NUTS; every tensor
-        argument with N rows is passed on B rows at a time. What is not a tensor in memory, such as ``numpy.memmap``, a
-        tensor mapped to a file, or any object with a length that gives rows for an array of indices, is read batch by
-        batch (see :mod:`pyro_apd.row_reader`);
+        argument with N rows is passed on B rows at a time. What is not a tensor, such as ``numpy.memmap`` or any object
+        with a length that gives rows for an array of indices, is read batch by batch (see :mod:`pyro_apd.row_reader`);
     (iii) give the run one iterable of batches, such as a :class:`~torch.utils.data.DataLoader` (with ``num_data=N``
         where the iterable has no sized ``dataset``).
 
