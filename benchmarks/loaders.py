@@ -115,16 +115,16 @@ def table(seconds: dict[str, list[tuple[float, float]]]) -> str:
     """In Markdown."""
     rows = []
     for name, pairs in seconds.items():
-        cells = [f"{1e3 * statistics.median(wall for wall, _ in pairs):.3f}"]
+        row = [name.removesuffix(", memmap")]
         for clock in (0, 1):
+            row.append(f"{1e3 * statistics.median(pair[clock] for pair in pairs):.3f}")
             ratios = [pair[clock] / own[clock] for pair, own in zip(pairs, seconds[MEMORY], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
-            cells.append("–" if name == MEMORY else f"{middle:.3f} [{low:.2f}, {high:.2f}]")
-            is_met = clock == 0 and middle <= 1 + TARGET
-            if clock == 0:
-                cells.append("–" if name == MEMORY else "yes" if is_met else "**no**")
-        rows.append([name, *cells])
-    return markdown_table(["data", "ms a step", "ratio", f"within {TARGET:.0%}", "by CPU time"], rows)
+            is_met = "yes" if middle <= 1 + TARGET else "**no**"
+            row += ["–", "–"] if name == MEMORY else [f"{middle:.3f} [{low:.2f}, {high:.2f}]", is_met]
+        rows.append(row)
+    header = ["data", "ms a step", "ratio", f"within {TARGET:.0%}", "CPU ms a step", "ratio", f"within {TARGET:.0%}"]
+    return markdown_table(header, rows)
 
 
 def main() -> None:

@@ -45,12 +45,14 @@ class MinibatchSource(ABC):
     """A source of mini-batches.
 
     :ivar num_data: number of data in the full set, ``N``; None where no argument has rows.
-    :ivar int ahead: batches that a source outside memory reads ahead of their use, from the next :meth:`start` on.
+    :ivar int ahead: batches that a source outside memory reads ahead of their use, and ``at_once`` of them are handed
+        from one thread to the other together; from the next :meth:`start` on.
     :ivar device: where it sends them; None leaves them where they are.
     """
 
     num_data: int | None = None
     ahead: int = 0
+    at_once: int = 1
     device: torch.device | None = None
 
     def start(self, generators: Generators) -> None:
@@ -323,7 +325,7 @@ class LoaderBatches(MinibatchSource):
     def _next_sent(self) -> tuple[Sent, Any]:
         if self.ahead and self._is_quiet and self._iterator is not None:
             while len(self._queue) <= self.ahead:
-                self._queue.ask(self._read, self._iterator)
+                self._queue.ask(self._read, [(self._iterator,)] * self.at_once, [None] * self.at_once)
             found = self._queue.take()
             if found is not _END:
                 self._num_taken += 1
@@ -443,7 +445,8 @@ def _epoch(loader: Iterable[Any]) -> Iterator[Any]:
         return iterator
     # The iterator has drawn what it draws when it is made; the sampler begins with the first batch, as in it.
     tensors = loader.dataset.tensors
-    return ([tensor[torch.as_tensor(rows)] for tensor in tensors] for rows in loader.batch_sampler)
+    batches = (torch.as_tensor(rows) for rows in loader.batch_sampler)
+    return ([tensor.index_select(0, rows.to(tensor.device)) for tensor in tensors] for rows in batches)
 
 
 def check_batch_size(batch_size: int, num_data: int) -> None:

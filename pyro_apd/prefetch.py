@@ -59,36 +59,69 @@ class Ahead(Generic[T]):
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._queue: deque[tuple[Any, Future[T]]] = deque()
+        self._asked: deque[tuple[Sequence[Any], Future[list[_Outcome]]]] = deque()
+        self._done: deque[tuple[Any, _Outcome]] = deque()
+        self._num_asked = 0
 
     def __len__(self) -> int:
-        return len(self._queue)
+        return self._num_asked + len(self._done)
 
     @property
     def note(self) -> Any:
         """The note of the entry that :meth:`take` would take."""
-        return self._queue[0][0]
+        return self._done[0][0] if self._done else self._asked[0][0][0]
 
-    def ask(self, call: Callable[..., T], *args: Any, note: Any = None) -> None:
-        """Asks for ``call(*args)`` as the last entry."""
-        self._queue.append((note, self._worker.submit(call, *args)))
+    def ask(self, call: Callable[..., T], arguments: Sequence[tuple[Any, ...]], notes: Sequence[Any]) -> None:
+        """Asks for ``call`` on each of ``arguments``, as the last entries.
+
+        They are handed over together, which costs as much as handing over one.
+
+        :param notes: one for each.
+        """
+        self._asked.append((notes, self._worker.submit(_outcomes, call, arguments)))
+        self._num_asked += len(notes)
 
     def take(self) -> T:
         """The first entry, once it is there.
 
-        :raises: what the call raised.
+        :raises: what the call raised, or one before it that was asked for together with it.
         """
-        result = self._queue[0][1].result()
-        self._queue.popleft()
+        if not self._done:
+            notes, future = self._asked[0]
+            outcomes = future.result()
+            self._asked.popleft()
+            self._num_asked -= len(notes)
+            self._done.extend(zip(notes, outcomes, strict=True))
+        _, (is_good, value) = self._done.popleft()
+        if not is_good:
+            raise value
+        result: T = value
         return result
 
     def drop(self) -> None:
-        """Forgets all entries, and waits for the one under way."""
-        for _, future in self._queue:
+        """Forgets all entries, and waits for those under way."""
+        for _, future in self._asked:
             future.cancel()
-        if self._queue:
+        if self._asked:
             self._worker.settle()
-        self._queue.clear()
+        self._asked.clear()
+        self._done.clear()
+        self._num_asked = 0
+
+
+#: Whether a call succeeded, and its result or error.
+_Outcome = tuple[bool, Any]
+
+
+def _outcomes(call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[_Outcome]:
+    """In the thread. What comes after a call that failed is not tried."""
+    outcomes: list[_Outcome] = []
+    for values in arguments:
+        try:
+            outcomes.append((True, call(*values)))
+        except Exception as error:
+            return outcomes + [(False, error)] * (len(arguments) - len(outcomes))
+    return outcomes
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,11 @@ class RowReader(MinibatchSource):
             self._worker.settle()
             return self._read(next(self._streams[0])).received()
         while len(self._queue) <= self.ahead:
-            note = super().state_dict()
-            self._queue.ask(self._read, next(self._streams[0]), note=note)
+            notes, rows = [], []
+            for _ in range(self.at_once):
+                notes.append(super().state_dict())
+                rows.append((next(self._streams[0]),))
+            self._queue.ask(self._read, rows, notes)
         return self._queue.take().received()
 
     def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:

@@ -157,7 +157,7 @@ LOADERS = {
 
 def opened(name, ahead, num_chains=None):
     source = LoaderBatches(LOADERS[name](), {}, 10)
-    source.ahead = ahead
+    source.ahead, source.at_once = ahead, 1 + ahead // 3
     generators = [torch.Generator().manual_seed(i) for i in range(num_chains or 1)]
     source.start(generators if num_chains else generators[0])
     return source

@@ -31,11 +31,14 @@ def test_things_are_done_one_by_one_in_order_and_in_one_thread(worker):
         return i * i
 
     queue = Ahead(worker)
-    for i in range(20):
-        queue.ask(do, i, note=i)
+    for i in range(0, 20, 4):
+        queue.ask(do, [(j,) for j in range(i, i + 4)], range(i, i + 4))
     assert len(queue) == 20
     assert queue.note == 0
-    assert [queue.take() for _ in range(20)] == [i * i for i in range(20)]
+    for i in range(20):
+        assert queue.note == i
+        assert queue.take() == i * i
+        assert len(queue) == 19 - i
     assert done == list(range(20))
     assert len(who) == 1
     assert threading.current_thread() not in who
@@ -49,12 +52,13 @@ def test_no_thread_before_it_is_asked(worker):
 
 def test_errors_come_where_their_result_would(worker):
     queue = Ahead(worker)
-    queue.ask(int, "1")
-    queue.ask(int, "one")
-    queue.ask(int, "3")
+    queue.ask(int, [("1",), ("one",), ("3",)], "abc")
+    queue.ask(int, [("4",)], "d")
     assert queue.take() == 1
-    with pytest.raises(ValueError, match=r"invalid literal for int.*'one'"):
-        queue.take()
+    for _ in range(2):  # what was asked for together fails together
+        with pytest.raises(ValueError, match=r"invalid literal for int.*'one'"):
+            queue.take()
+    assert queue.take() == 4
 
 
 def test_what_is_dropped_is_not_done(worker):
@@ -66,13 +70,13 @@ def test_what_is_dropped_is_not_done(worker):
         done.append("first")
 
     queue, other = Ahead(worker), Ahead(worker)
-    queue.ask(first)
-    queue.ask(done.append, "second")
-    other.ask(done.append, "of another")
+    queue.ask(first, [()], [None])
+    queue.ask(done.append, [("second",)], [None])
+    other.ask(done.append, [("of another",)], [None])
     begun.wait()
     threading.Timer(0.05, gate.set).start()
     queue.drop()
-    assert not queue
+    assert len(queue) == 0
     assert done == ["first", "of another"]
 
 
@@ -126,7 +130,7 @@ def test_sending_to_a_gpu(worker):
     sender, queue = Sender(device), Ahead(worker)
     batches = [torch.full((1000, 1000), float(i)) for i in range(20)]
     for batch in batches:
-        queue.ask(sender.send, [batch])
+        queue.ask(sender.send, [([batch],)], [None])
     for batch in batches:
         sent = queue.take()
         assert sent.arrival is not None

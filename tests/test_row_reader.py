@@ -53,20 +53,20 @@ def generators(num_chains):
     return made if num_chains else made[0]
 
 
-def started(source, num_chains=None, ahead=0):
-    source.ahead = ahead
+def started(source, num_chains=None, ahead=0, at_once=1):
+    source.ahead, source.at_once = ahead, at_once
     source.start(generators(num_chains))
     return source
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch", "rows"])
-@pytest.mark.parametrize("ahead", [0, 1, 5])
+@pytest.mark.parametrize(("ahead", "at_once"), [(0, 1), (1, 1), (5, 1), (4, 2)])
 @pytest.mark.parametrize("num_chains", [None, 3])
 @pytest.mark.parametrize("replacement", [False, True])
-def test_batches_are_those_of_tensors_in_memory(mapped, kind, ahead, num_chains, replacement):
+def test_batches_are_those_of_tensors_in_memory(mapped, kind, ahead, at_once, num_chains, replacement):
     prior = torch.ones(3)
     reader = started(
-        RowReader((mapped[kind], prior), {"y": Y, "flag": True}, 6, replacement=replacement), num_chains, ahead
+        RowReader((mapped[kind], prior), {"y": Y, "flag": True}, 6, replacement=replacement), num_chains, ahead, at_once
     )
     memory = started(RowSubsample((X, prior), {"y": Y}, 6, replacement=replacement), num_chains)
     for _ in range(11):
@@ -82,15 +82,15 @@ def test_batches_are_those_of_tensors_in_memory(mapped, kind, ahead, num_chains,
     reader.close()
 
 
-@pytest.mark.parametrize("ahead", [0, 4])
+@pytest.mark.parametrize(("ahead", "at_once"), [(0, 1), (4, 1), (6, 3)])
 @pytest.mark.parametrize("taken", [0, 2, 3, 7])
-def test_a_source_goes_on_where_it_was_and_not_where_it_had_read_ahead_to(ahead, taken):
-    source = started(RowReader((X.numpy(),), {}, 6), ahead=ahead)
+def test_a_source_goes_on_where_it_was_and_not_where_it_had_read_ahead_to(ahead, at_once, taken):
+    source = started(RowReader((X.numpy(),), {}, 6), ahead=ahead, at_once=at_once)
     for _ in range(taken):
         source.draw()
     state = source.state_dict()
     expected = [source.draw()[0] for _ in range(8)]
-    for resumed in (started(RowReader((X.numpy(),), {}, 6), ahead=ahead), source):
+    for resumed in (started(RowReader((X.numpy(),), {}, 6), ahead=ahead, at_once=at_once), source):
         resumed.load_state_dict(state)
         assert all(torch.equal(resumed.draw()[0], rows) for rows in expected)
         resumed.close()

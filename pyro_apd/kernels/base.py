@@ -185,7 +185,7 @@ class StochasticGradientKernel(MCMCKernel):
         known = (warmup_steps + (warmup_steps if num_samples is None else num_samples)) * self.thinning
         num_warmup = warmup_steps * self.thinning
         unroll = _unroll(self.thinning) if theta.numel() <= SMALL else 1
-        potential.source.ahead = self.prefetch * unroll
+        potential.source.ahead, potential.source.at_once = self.prefetch * unroll, unroll
         auto = AutoStep(self.max_inflation, num_warmup, seeds[0]) if self.schedule is None else None
         self._chain = Chain(
             potential,
