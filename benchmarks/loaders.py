@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from benchmarks.common import markdown_table, write_json
 from pyro_apd import BNN, SGLD
 from pyro_apd.datasets import mnist
+from pyro_apd.index_stream import IndexStream, LongIndexStream
 
 BATCH_SIZE, STEP_SIZE, TARGET = 100, 1e-6, 0.15
 MEMORY = "tensors in memory, `batch_size=100`"
@@ -127,16 +128,43 @@ def table(seconds: dict[str, list[tuple[float, float]]]) -> str:
     return markdown_table(header, rows)
 
 
+def epochs_table() -> tuple[str, list[dict[str, Any]]]:
+    """CPU time to know which rows come next: by a shuffled table, and by a permutation without one."""
+    rows, results = [], []
+    for num_data in (60_000, 1_000_000, 30_000_000, 1_000_000_000):
+        for kind, name in ((IndexStream, "table"), (LongIndexStream, "Feistel")):
+            if kind is IndexStream and num_data > 10**8:
+                rows.append([f"{num_data:,}", name, f"{8 * num_data / 1e6:,.0f}", "not run", ""])
+                continue
+            stream = kind(num_data, BATCH_SIZE, torch.Generator().manual_seed(0))
+            began = time.process_time()
+            next(stream)
+            first, began = time.process_time() - began, time.process_time()
+            for _ in range(2000):
+                next(stream)
+            each = (time.process_time() - began) / 2000
+            held = 8 * num_data if kind is IndexStream else stream._ready.nbytes
+            results.append({"num_data": num_data, "kind": name, "bytes": held, "first": first, "each": each})
+            rows.append([f"{num_data:,}", name, f"{held / 1e6:,.2f}", f"{1e3 * first:,.1f}", f"{1e6 * each:.1f}"])
+    header = ["rows", "epoch by", "MB a chain", "first batch of an epoch, CPU ms", "each after, CPU µs"]
+    return markdown_table(header, rows), results
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=500, help="in a block")
     parser.add_argument("--no-compile", action="store_true", help="steps by the captured graph")
+    parser.add_argument("--epochs", action="store_true", help="only what it takes to know which rows come next")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    results = {}
+    text, epochs = epochs_table()
+    print(f"### Epochs\n\n{text}", flush=True)
+    if options.epochs:
+        return
+    results: dict[str, Any] = {"epochs": epochs}
     with tempfile.TemporaryDirectory() as folder:
         named = contestants(Path(folder))
         chains = {name: begun(*given, compile=not options.no_compile) for name, given in named.items()}
