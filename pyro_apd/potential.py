@@ -27,16 +27,8 @@ from torch.utils import _pytree as pytree
 from pyro_apd.arguments import check_one_device
 from pyro_apd.capture import GaussianPriors, UnvalidatedInstances, capture
 from pyro_apd.errors import DataError
-from pyro_apd.minibatch import (
-    Call,
-    FullBatch,
-    LoaderBatches,
-    MinibatchSource,
-    PlateSubsample,
-    RowSubsample,
-    check_finite,
-    is_loader,
-)
+from pyro_apd.loader import LoaderBatches, is_loader
+from pyro_apd.minibatch import Call, FullBatch, MinibatchSource, PlateSubsample, RowSubsample, check_finite
 from pyro_apd.row_reader import RowReader, has_stored_rows
 from pyro_apd.scaling import Anatomy, check_densities, examine, run_model, subsampled_plates
 

@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from pyro_apd.arguments import argument_name
 from pyro_apd.errors import DataError
 from pyro_apd.index_stream import Generators, index_stream
-from pyro_apd.minibatch import Call, MinibatchSource, check_batch_size, is_loader, model_arguments
+from pyro_apd.loader import is_loader, model_arguments
+from pyro_apd.minibatch import Call, MinibatchSource, check_batch_size
 from pyro_apd.prefetch import Ahead, Sender, Sent, Worker
 
 # Rows that stand for stored data where somebody asks what the model is called with.

@@ -26,7 +26,8 @@ from torch.utils import _pytree as pytree
 from pyro_apd.arguments import drawn, explained
 from pyro_apd.errors import DataError, ModelError
 from pyro_apd.layout import Layout, is_subsample
-from pyro_apd.minibatch import Call, LoaderBatches, MinibatchSource, PlateSubsample, RowSubsample
+from pyro_apd.loader import LoaderBatches
+from pyro_apd.minibatch import Call, MinibatchSource, PlateSubsample, RowSubsample
 from pyro_apd.pyro_state import preserved_param_store
 from pyro_apd.row_reader import RowReader
 

@@ -33,6 +33,7 @@ FLOORS = [
     {"arguments", "index_stream"},
     {"layout", "bnn", "container"},
     {"draw_map", "drawing", "minibatch", "capture", "estimates", "networks"},
+    {"loader"},
     {"row_reader"},
     {"scaling", "observed_site"},
     {"summaries"},

@@ -54,7 +54,7 @@ def generators(num_chains):
 
 
 def started(source, num_chains=None, ahead=0, at_once=1):
-    source.ahead, source.at_once = ahead, at_once
+    source.prefetch, source.at_once = ahead // at_once, at_once
     source.start(generators(num_chains))
     return source
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_apd import metrics, predictive, uncertainty
 from pyro_apd.diagnostics.draws import Draws, flat
-from pyro_apd.minibatch import is_loader
+from pyro_apd.loader import is_loader
 from pyro_apd.row_reader import shown_arguments
 
 # Quantiles over weights of the ratio of standard deviations.

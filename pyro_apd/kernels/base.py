@@ -184,8 +184,7 @@ class StochasticGradientKernel(MCMCKernel):
             theta = _checked_start(initial_params, potential.layout, theta)
         known = (warmup_steps + (warmup_steps if num_samples is None else num_samples)) * self.thinning
         num_warmup = warmup_steps * self.thinning
-        unroll = _unroll(self.thinning) if theta.numel() <= SMALL else 1
-        potential.source.ahead, potential.source.at_once = self.prefetch * unroll, unroll
+        potential.source.prefetch = self.prefetch
         auto = AutoStep(self.max_inflation, num_warmup, seeds[0]) if self.schedule is None else None
         self._chain = Chain(
             potential,
@@ -196,7 +195,7 @@ class StochasticGradientKernel(MCMCKernel):
             type(self).__name__,
             compile=self.compile,
             expected_steps=known,
-            unroll=unroll,
+            unroll=_unroll(self.thinning) if theta.numel() <= SMALL else 1,
             keep_draws=keep_draws,
             warmup=WarmUp(num_warmup, self.temperature, self._dynamics, auto, self.warm_start),
             control_variates=self.control_variates,
@@ -271,7 +270,11 @@ class StochasticGradientKernel(MCMCKernel):
         with torch.no_grad():
             if params is not self._last_params:
                 chain.theta = chain.layout.join(params)
-            chain.advance(self.thinning)
+            try:
+                chain.advance(self.thinning)
+            except BaseException:  # Pyro's driver cleans up after a run that ends well only
+                chain.close()
+                raise
             draw = chain.theta
             if is_warm:
                 chain.keep(draw)

@@ -106,12 +106,12 @@ class Chain:
 
     def _start_streams(self, theta: Tensor, seeds: Sequence[int], unroll: int) -> None:
         generators = [torch.Generator(device=theta.device).manual_seed(seed) for seed in seeds]
-        self.potential.source.device = theta.device
+        self.potential.source.device, self.potential.source.at_once = theta.device, unroll
         self.potential.source.start(generators if self.num_chains else generators[0])
         self._noise = Noise(theta, seeds, unroll)
         others = [torch.Generator(device=theta.device).manual_seed(seed ^ 1) for seed in seeds]
         self._thermal_source = copy.copy(self.potential.source)
-        self._thermal_source.ahead = 0  # it is asked rarely
+        self._thermal_source.prefetch = 0  # it is asked rarely
         self._thermal_source.start(others if self.num_chains else others[0])
 
     @property
