@@ -58,6 +58,7 @@ class LoaderBatches(MinibatchSource):
         self._loader, self._kwargs = loader, dict(kwargs)
         self._iterator: Iterator[Any] | None = None
         self._spec: Any = None
+        self._plain: dict[int, Any] = {}  # specs of batches that are tuples of tensors, by length
         self._full_rows = 0
         self._random_state: Tensor | None = None
         self._before_epoch: Tensor | None = None
@@ -142,6 +143,10 @@ class LoaderBatches(MinibatchSource):
         return batch if batch is _END else self._sent(batch)
 
     def _sent(self, batch: Any) -> tuple[Sent, Any]:
+        if type(batch) in (tuple, list) and batch and all(type(leaf) is Tensor and leaf.dim() > 0 for leaf in batch):
+            if len(batch) not in self._plain:  # worked out for each batch, it takes as long as a small one
+                self._plain[len(batch)] = pytree.tree_flatten(self._as_call(batch))[1]
+            return self._sender.send(batch), self._plain[len(batch)]
         leaves, spec = pytree.tree_flatten(self._as_call(batch))
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         if len(tensors) != len(leaves) or not tensors or tensors[0].dim() == 0:

@@ -97,13 +97,15 @@ class RowReader(MinibatchSource):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the batches are that were drawn; those that were only read ahead do not count."""
-        state: dict[str, Any] = self._queue.note if self._queue else super().state_dict()
-        return state
+        before, num_since = self._queue.note if self._queue else (super().state_dict(), 0)
+        return {**before, "num_since": num_since}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to where a source that was started alike stood."""
         self._queue.drop()
         super().load_state_dict(state)
+        for _ in range(int(state["num_since"])):
+            next(self._streams[0])
 
     def draw(self) -> tuple[Tensor, ...]:
         """The rows of each argument that has them, ``(B, ...)``, or ``(C, B, ...)`` for C chains.
@@ -115,11 +117,9 @@ class RowReader(MinibatchSource):
             self._worker.settle()
             return self._read(next(self._streams[0])).received()
         while len(self._queue) <= self.ahead:
-            notes, rows = [], []
-            for _ in range(self.at_once):
-                notes.append(super().state_dict())
-                rows.append((next(self._streams[0]),))
-            self._queue.ask(self._read, rows, notes)
+            before = super().state_dict()
+            rows = [(next(self._streams[0]),) for _ in range(self.at_once)]
+            self._queue.ask(self._read, rows, [(before, i) for i in range(self.at_once)])
         return self._queue.take().received()
 
     def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
@@ -144,9 +144,11 @@ class RowReader(MinibatchSource):
         return self.num_data / inputs[0].shape[0]
 
     def _read(self, rows: Tensor) -> Sent:
-        index = rows.reshape(-1)
+        index = rows if rows.dim() == 1 else rows.reshape(-1)
         tensors = [_rows_of(self._leaves[i], index, self._names[i]) for i in self._rows_at]
-        return self._sender.send([tensor.reshape(*rows.shape, *tensor.shape[1:]) for tensor in tensors])
+        if index is not rows:
+            tensors = [tensor.reshape(*rows.shape, *tensor.shape[1:]) for tensor in tensors]
+        return self._sender.send(tensors)
 
 
 def shown_arguments(
@@ -178,7 +180,7 @@ def _num_rows(leaf: Any) -> int | None:
 def _rows_of(leaf: Any, index: Tensor, name: str) -> Tensor:
     """Rows of one argument at ``index`` ``(n,)``, on the host unless it is a tensor elsewhere."""
     if isinstance(leaf, Tensor):
-        return leaf.index_select(0, index.to(leaf.device))
+        return leaf.index_select(0, index if leaf.device == index.device else index.to(leaf.device))
     if isinstance(leaf, np.ndarray):
         return _as_tensor(np.take(leaf, index.numpy(), axis=0), len(index), name)
     # In order and each once, as HDF5 asks for; and a disk likes it.
