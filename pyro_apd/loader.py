@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -233,7 +234,7 @@ class LoaderBatches(MinibatchSource):
 
 def is_loader(args: Sequence[Any], num_data: int | None) -> bool:
     """Whether the arguments of a run are one iterable of batches, rather than arguments of the model."""
-    if len(args) != 1 or isinstance(args[0], (Tensor, str, bytes, Mapping)):
+    if len(args) != 1 or isinstance(args[0], (Tensor, np.ndarray, str, bytes, Mapping)):
         return False
     is_iterable = isinstance(args[0], Iterable)
     return isinstance(args[0], (DataLoader, Iterator)) or (is_iterable and num_data is not None)

@@ -40,12 +40,14 @@ class MinibatchSource(ABC):
     """A source of mini-batches.
 
     :ivar num_data: number of data in the full set, ``N``; None where no argument has rows.
+    :ivar bool replacement: whether each row of a batch is drawn by itself, rather than in epochs.
     :ivar int prefetch: how many times ``at_once`` batches a source outside memory reads ahead of their use.
     :ivar int at_once: batches that are used together, and read together.
     :ivar device: where it sends them; None leaves them where they are.
     """
 
     num_data: int | None = None
+    replacement: bool = False
     prefetch: int = 0
     at_once: int = 1
     device: torch.device | None = None

@@ -322,7 +322,7 @@ def _open_source(
     source.start(generator)
     call = source.bind(source.draw())
     if comes_in_batches:
-        check_one_device(call.args, call.kwargs)
+        check_one_device(() if isinstance(source, LoaderBatches) else call.args, kwargs)
         check_finite(call)
     with pyro.validation_enabled(True):
         trace = run_model(model, call)

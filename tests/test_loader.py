@@ -79,6 +79,7 @@ def test_what_counts_as_a_loader():
     assert is_loader(([(X,)],), 10)
     assert not is_loader(([(X,)],), None)  # a model may take a list
     assert not is_loader((X,), 10)
+    assert not is_loader((X.numpy(),), 10)
     assert not is_loader((loader, X), None)
 
 

@@ -114,7 +114,7 @@ def epoch_length(source: MinibatchSource) -> int | None:
     """Batches that a source draws without replacement before it begins anew; None where that is not known."""
     if isinstance(source, FullBatch):
         return 1
-    if getattr(source, "replacement", False):
+    if source.replacement:
         return None
     if isinstance(source, (RowSubsample, RowReader)):
         assert source.num_data is not None
