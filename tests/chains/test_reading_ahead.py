@@ -78,22 +78,42 @@ def test_steps_found_by_themselves_with_control_variates_and_momenta():
         assert torch.equal(runs[1], runs[2])
 
 
+class Failing:
+    """Rows of which the thirty-first batch cannot be read."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, rows):
+        self.asked += 1
+        if self.asked > 30:
+            raise OSError("the disk is gone")
+        return X[rows]
+
+
 @pytest.mark.thorough
-def test_an_error_of_reading_reaches_the_user_and_ends_the_thread():
-    class Rows:
-        asked = 0
-
-        def __len__(self):
-            return len(X)
-
-        def __getitem__(self, rows):
-            Rows.asked += 1
-            if Rows.asked > 30:
-                raise OSError("the disk is gone")
-            return X[rows]
-
+@pytest.mark.parametrize("driver", [apd.MCMC, pyro.infer.MCMC])
+def test_an_error_of_reading_reaches_the_user_and_ends_the_thread(driver):
+    mcmc = driver(kernel(), 20, 5, disable_progbar=True)
     with pytest.raises(OSError, match="the disk is gone"):
-        apd.MCMC(kernel(), 20, 5, disable_progbar=True).run(Rows(), Y)
+        mcmc.run(Failing(), Y)
+    assert not reading_threads(), "while the run is still there to be looked at"
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("args", [FILE, (loader(),)], ids=["file", "loader"])
+def test_cleaning_up_ends_the_thread_also_of_a_chain_that_is_kept(args):
+    sampler = kernel(**({"batch_size": None} if len(args) == 1 else {}))
+    chain = sampler.begin(args, {}, warmup_steps=0)
+    with torch.no_grad():
+        chain.advance(10)
+    assert len(reading_threads()) == 1
+    sampler.cleanup()
+    assert not reading_threads()
+    assert chain.step == 10
 
 
 @pytest.mark.thorough
