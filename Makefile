@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo-output
 
-.PHONY: demo test fast coverage tutorials docs lint setup clean
+.PHONY: demo test fast coverage tutorials docs lint wheel setup clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/pyro-apd demo --out $(OUT)
@@ -31,6 +31,15 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Wheel and source distribution into dist/; then the demo, from the wheel, in an environment that has nothing else, away
+# from the sources. PIP_CONSTRAINT also holds where pip builds in isolation.
+wheel: $(VENV)/.installed-dev
+	rm -rf dist build/wheel && mkdir -p build/wheel
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet -c constraints.txt "$$(echo dist/*.whl)[demo]"
+	cd build/wheel && venv/bin/pyro-apd demo --quick --out demo-output
 
 setup: $(VENV)/.installed-test
 

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from benchmarks.distillation_cases import Problem
@@ -167,6 +168,62 @@ def ours(material: Material, networks: float) -> Fitted:
 def ours_int8(material: Material, networks: float) -> Fitted:
     """Ours, kept in int8: four times the coordinates for the same bytes."""
     return distilled(material, networks, rank=max(1, int(4 * (networks - 0.8))), storage_dtype="int8")
+
+
+def aligned(material: Material, networks: float) -> Fitted:
+    """Ours on chains whose hidden units were first put into the order of the first chain's (Ainsworth et al. 2023).
+
+    Weight matching on the means of the chains, layer by layer until nothing changes. A chain is permuted as a whole, so
+    that each network computes what it did. For perceptrons only.
+    """
+    means_CD = material.theta_CTD.mean(1)
+    theirs = [perceptron(material.layout.split(mean_D)) for mean_D in means_CD]
+    chains = []
+    for weights, theta_TD in zip(theirs, material.theta_CTD, strict=True):
+        orders = matched(theirs[0], weights)
+        values = material.layout.split(theta_TD)
+        layers = [permuted(layer, i, orders) for i, layer in enumerate(perceptron(values))]
+        known = dict(zip(perceptron_sites(values), (v for layer in layers for v in layer), strict=True))
+        chains.append(material.layout.join({**values, **known}))
+    return distilled(replace(material, theta_CTD=torch.stack(chains)), networks)
+
+
+def perceptron_sites(values: Mapping[str, Tensor]) -> list[str]:
+    """Names of weights and biases, in the order of the layers."""
+    return [name for name in values if name.endswith(("weight", "bias"))]
+
+
+def perceptron(values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Weights ``(..., out, in)`` and biases ``(..., out)`` of each layer."""
+    parts = [values[name] for name in perceptron_sites(values)]
+    return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def permuted(layer: tuple[Tensor, Tensor], i: int, orders: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Layer ``i`` with hidden units before and behind it in these orders."""
+    weight, bias = layer
+    if i > 0:
+        weight = weight[..., orders[i - 1]]
+    if i < len(orders):
+        weight, bias = weight[..., orders[i], :], bias[..., orders[i]]
+    return weight, bias
+
+
+def matched(reference: Sequence[tuple[Tensor, Tensor]], layers: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """An order for each hidden layer, by which the weights' products with the reference are as large as they get."""
+    orders = [torch.arange(len(bias)) for _, bias in layers[:-1]]
+    for _ in range(20):
+        before = [order.clone() for order in orders]
+        for i in range(len(orders)):
+            # With the order of unit i left out, so that rows are as they come.
+            others = [*orders[:i], torch.arange(len(orders[i])), *orders[i + 1 :]]
+            here, behind = (permuted(layers[j], j, others) for j in (i, i + 1))
+            gain = reference[i][0] @ here[0].T + torch.outer(reference[i][1], here[1])
+            gain = gain + reference[i + 1][0].T @ behind[0]
+            orders[i] = torch.as_tensor(linear_sum_assignment(gain.numpy(), maximize=True)[1])
+        if all(order.equal(old) for order, old in zip(orders, before, strict=True)):
+            break
+    return orders
 
 
 def paper(objective: str, num_steps: int) -> Method:

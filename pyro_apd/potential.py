@@ -20,21 +20,16 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import unwrap
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pyro_apd.arguments import check_one_device
 from pyro_apd.capture import GaussianPriors, UnvalidatedInstances, capture
 from pyro_apd.errors import DataError
-from pyro_apd.minibatch import (
-    Call,
-    FullBatch,
-    LoaderBatches,
-    MinibatchSource,
-    PlateSubsample,
-    RowSubsample,
-    check_finite,
-    is_loader,
-)
+from pyro_apd.loader import LoaderBatches, is_loader
+from pyro_apd.minibatch import Call, FullBatch, MinibatchSource, PlateSubsample, RowSubsample, check_finite
+from pyro_apd.row_reader import RowReader, has_stored_rows
 from pyro_apd.scaling import Anatomy, check_densities, examine, run_model, subsampled_plates
 
 logger = logging.getLogger("pyro_apd")
@@ -251,6 +246,7 @@ def build_potential(
     *,
     batch_size: int | None = None,
     num_data: int | None = None,
+    replacement: bool = False,
     generator: torch.Generator | None = None,
     capture: bool = True,
 ) -> tuple[Potential, dict[str, Tensor]]:
@@ -260,20 +256,26 @@ def build_potential(
     :param kwargs: its keyword arguments.
     :param int batch_size: rows a batch, for a model written for the full data.
     :param int num_data: size of the full data, where ``args`` does not show it.
+    :param bool replacement: draw the rows of a batch independently, rather than in epochs.
     :param generator: source of the first batch.
     :returns: the potential, and one draw of the latents from the prior (constrained), to start from.
     :raises ModelError: if the scaling of a likelihood cannot be established; the message says how to mend the model.
     :raises DataError: if data are NaN or infinite, or outside the likelihood's support.
-    :raises ValueError: if ``batch_size`` does not fit the data.
+    :raises ValueError: if ``batch_size`` does not fit the data, or ``replacement`` the way that batches are drawn.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    source, first_call, trace = _open_source(model, args, kwargs, batch_size, num_data, generator)
+    source, first_call, trace = _open_source(model, args, kwargs, batch_size, num_data, replacement, generator)
     call = first_call
     plates = subsampled_plates(trace)
     if plates and isinstance(source, FullBatch):
-        source = PlateSubsample(args, kwargs, plates)
+        source = PlateSubsample(args, kwargs, plates, replacement)
         source.start(generator)
         call = source.bind(source.draw())
+    if replacement and isinstance(source, FullBatch):
+        raise ValueError(
+            "replacement=True is about mini-batches, and every step here uses all data. Give the kernel batch_size=, "
+            "or the plate subsample_size=."
+        )
     if isinstance(source, FullBatch) and (source.num_data or 0) >= _MANY_ROWS:
         logger.warning(
             "Every step uses all %d rows. For mini-batches give the kernel batch_size=, or the plate subsample_size=.",
@@ -290,6 +292,7 @@ def _open_source(
     kwargs: Mapping[str, Any],
     batch_size: int | None,
     num_data: int | None,
+    replacement: bool,
     generator: torch.Generator,
 ) -> tuple[MinibatchSource, Call, poutine.Trace]:
     """The source of batches, the first call that it makes, and the model's run on it."""
@@ -300,18 +303,37 @@ def _open_source(
                 f"batch_size={batch_size} is for full tensors; this run was given an iterable of batches, which has "
                 "its own. Leave batch_size out."
             )
-        source = LoaderBatches(args[0], kwargs, num_data)
+        if replacement:
+            raise ValueError(
+                "replacement=True is for batch_size= and plates; an iterable of batches draws by itself. Give the "
+                "DataLoader sampler=RandomSampler(dataset, replacement=True)."
+            )
+        source = LoaderBatches(args[0], kwargs, num_data, _accelerator(model, kwargs))
+    elif batch_size is not None and has_stored_rows(args, kwargs):
+        source = RowReader(args, kwargs, batch_size, num_data, replacement, _accelerator(model, kwargs))
     elif batch_size is not None:
-        source = RowSubsample(args, kwargs, batch_size, num_data)
+        source = RowSubsample(args, kwargs, batch_size, num_data, replacement)
     else:
         source = FullBatch(args, kwargs)
-    check_one_device(() if isinstance(source, LoaderBatches) else args, kwargs)
-    check_finite(Call(args if not isinstance(source, LoaderBatches) else (), dict(kwargs)))
+    comes_in_batches = isinstance(source, (LoaderBatches, RowReader))
+    if not comes_in_batches:
+        check_one_device(args, kwargs)
+        check_finite(Call(args, dict(kwargs)))
     source.start(generator)
     call = source.bind(source.draw())
-    if isinstance(source, LoaderBatches):
+    if comes_in_batches:
+        check_one_device(() if isinstance(source, LoaderBatches) else call.args, kwargs)
         check_finite(call)
     with pyro.validation_enabled(True):
         trace = run_model(model, call)
         check_densities(trace)
     return source, call, trace
+
+
+def _accelerator(model: Callable[..., Any], kwargs: Mapping[str, Any]) -> torch.device | None:
+    """Where batches go before a chain says so: the device of fixed arguments or of the model, if it is not the CPU."""
+    tensors = [leaf for leaf in pytree.tree_leaves(dict(kwargs)) if isinstance(leaf, Tensor)]
+    module = unwrap(model)  # out of the messenger that its first run is under
+    if isinstance(module, torch.nn.Module):
+        tensors += [*module.parameters(), *module.buffers()]
+    return next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), None)

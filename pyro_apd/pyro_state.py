@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import pyro
 import torch
 
@@ -37,3 +40,9 @@ def seeded(seed: int | None, device: torch.device | str = "cpu") -> Iterator[Non
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def other_random_states() -> tuple[Any, ...]:
+    """The states of Python's and numpy's global generators, to be compared."""
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - only looked at
+    return random.getstate(), name, np.asarray(keys).tobytes(), tuple(rest)

@@ -26,8 +26,10 @@ from torch.utils import _pytree as pytree
 from pyro_apd.arguments import drawn, explained
 from pyro_apd.errors import DataError, ModelError
 from pyro_apd.layout import Layout, is_subsample
-from pyro_apd.minibatch import Call, LoaderBatches, MinibatchSource, PlateSubsample, RowSubsample
+from pyro_apd.loader import LoaderBatches
+from pyro_apd.minibatch import Call, MinibatchSource, PlateSubsample, RowSubsample
 from pyro_apd.pyro_state import preserved_param_store
+from pyro_apd.row_reader import RowReader
 
 logger = logging.getLogger("pyro_apd")
 
@@ -102,11 +104,13 @@ def examine(model: Callable[..., Any], source: MinibatchSource, call: Call, trac
     if isinstance(source, PlateSubsample):
         _check_plates(model, source, call, start, trace)
         return Anatomy(layout, start)
-    if not isinstance(source, (RowSubsample, LoaderBatches)):
+    if not isinstance(source, (RowSubsample, RowReader, LoaderBatches)):
         return Anatomy(layout, start)
     assert source.num_data is not None
     passing = frozenset(subsampled_plates(trace))
-    scaled = _RowProbe(model, call, source.num_data, start, isinstance(source, RowSubsample)).scaled_sites(source)
+    rows = source.batch_size if isinstance(source, (RowSubsample, RowReader)) else _tensors(call)[0].shape[0]
+    probe = _RowProbe(model, call, source.num_data, start, rows, isinstance(source, RowSubsample))
+    scaled = probe.scaled_sites(source)
     return Anatomy(layout, start, scaled, passing)
 
 
@@ -247,15 +251,21 @@ class _RowProbe:
     """Styles (ii) and (iii): runs a model on batches of ready rows and compares what each observed site answers."""
 
     def __init__(
-        self, model: Callable[..., Any], call: Call, num_data: int, start: Mapping[str, Tensor], is_full_known: bool
+        self,
+        model: Callable[..., Any],
+        call: Call,
+        num_data: int,
+        start: Mapping[str, Tensor],
+        rows: int,
+        is_full_known: bool,
     ) -> None:
         self._model, self._call, self._num_data, self._start = model, call, num_data, start
-        self._is_full_known = is_full_known
+        self._rows, self._is_full_known = rows, is_full_known
 
     def scaled_sites(self, source: MinibatchSource) -> dict[str, bool]:
         """The observed sites that follow the rows, by whether the model scales them by N/B itself."""
-        assert isinstance(source, (RowSubsample, LoaderBatches))
-        runs = self._row_runs(source) if isinstance(source, RowSubsample) else self._loader_runs(source)
+        assert isinstance(source, (RowSubsample, RowReader, LoaderBatches))
+        runs = self._row_runs(source) if isinstance(source, RowSubsample) else self._batch_runs(source)
         if runs is None:
             return self._single_row_sites()
         few, (same, _), more, full_scale = runs
@@ -297,15 +307,19 @@ class _RowProbe:
         full_scale = {name: float(site["scale"]) for name, site in _observed(traces[3]).items()}
         return (traces[0], rows), (traces[1], rows), (traces[2], rows_more), full_scale
 
-    def _loader_runs(self, source: LoaderBatches) -> Any:
-        tensors = _tensors(self._call)
-        rows = tensors[0].shape[0]
+    def _batch_runs(self, source: RowReader | LoaderBatches) -> Any:
+        rows = self._rows
         if rows < 2:
             return None
         half = rows // 2
-        whole = RowSubsample(self._call.args, self._call.kwargs, 1, rows)
         spans = ((0, half), (half, 2 * half), (0, half + 1))
-        traces = [self._run(whole.bind((torch.arange(a, b),)), b - a) for a, b in spans]
+        if isinstance(source, RowReader):
+            batch = source.draw()
+            calls = [source.bind(tuple(tensor[a:b] for tensor in batch)) for a, b in spans]
+        else:
+            whole = RowSubsample(self._call.args, self._call.kwargs, 1, rows)
+            calls = [whole.bind((torch.arange(a, b),)) for a, b in spans]
+        traces = [self._run(call, b - a) for call, (a, b) in zip(calls, spans, strict=True)]
         return (traces[0], half), (traces[1], half), (traces[2], half + 1), None
 
     def _single_row_sites(self) -> dict[str, bool]:
@@ -350,7 +364,7 @@ class _RowProbe:
 
     def _constant_scale(self, name: str, scale: float, factor: float, full_scale: dict[str, float] | None) -> bool:
         # A loader's batches were probed in halves, so a hand-written constant N/B is that of the whole batch.
-        whole = factor if self._is_full_known else self._num_data / _tensors(self._call)[0].shape[0]
+        whole = factor if self._is_full_known else self._num_data / self._rows
         if _close(scale, 1.0):
             return False
         if _close(scale, whole):

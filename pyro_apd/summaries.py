@@ -38,7 +38,9 @@ def function(site: Mapping[str, Any]) -> Tensor:
     fn = plain(site["fn"])
     what = kind(fn)
     if what == "categorical":
-        logits: Tensor = fn.logits  # which the distribution has normalised
+        # The distribution has normalised them, but for logits in the thousands to three digits only: it subtracts the
+        # logarithm of their sum, which is as large. A second time they are near zero, and the sum is one.
+        logits: Tensor = fn.logits.log_softmax(-1)
         return logits
     if what == "bernoulli":
         logits = fn.logits.unsqueeze(-1)

@@ -34,3 +34,14 @@ def _clean_global_state():
     assert torch.get_default_dtype() == dtype, "the default dtype was changed"
     assert torch.get_num_threads() == threads, "the number of threads was changed"
     assert not list(pyro.get_param_store().keys()), "the param store was left with entries"
+
+
+@pytest.fixture(scope="module")
+def benchmark_cache(tmp_path_factory):
+    """One cache for all tests of a file, so that chains and fits are shared as they are between experiments."""
+    from benchmarks import distillation_cases
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(distillation_cases, "CACHE", tmp_path_factory.mktemp("cache"))
+    yield
+    patch.undo()

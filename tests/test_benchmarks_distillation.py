@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from benchmarks import common, distillation, distillation_cases
-from benchmarks.distillation_methods import Fitted, Material, as_int8, herded, thinned
+from benchmarks.distillation_methods import (
+    Fitted,
+    Material,
+    as_int8,
+    herded,
+    matched,
+    permuted,
+    thinned,
+)
 from pyro_apd.layout import Layout
 
 NUM_DRAWS = 20
@@ -178,3 +186,24 @@ def test_results_are_stored_with_a_figure_and_not_run_again(small, monkeypatch, 
     assert again["stored, thinned, 4"] == stored["stored, thinned, 4"]
     assert list(again)[3:] == ["stored in int8, thinned, 4", "mean field"]
     assert "mean field" in capsys.readouterr().out
+
+
+def test_a_planted_permutation_is_found_and_changes_no_function():
+    sizes = [(5, 3), (6, 5), (2, 6)]
+    layers = [(torch.randn(size), torch.randn(size[0])) for size in sizes]
+    planted = [torch.randperm(5), torch.randperm(6)]
+    shuffled = [permuted(layer, i, planted) for i, layer in enumerate(layers)]
+    orders = matched(layers, shuffled)
+    found = [permuted(layer, i, orders) for i, layer in enumerate(shuffled)]
+    for layer, other in zip(layers, found, strict=True):
+        assert layer[0].equal(other[0])
+        assert layer[1].equal(other[1])
+
+    def outputs(layers, x):
+        for weight, bias in layers[:-1]:
+            x = (x @ weight.T + bias).relu()
+        return x @ layers[-1][0].T + layers[-1][1]
+
+    x = torch.randn(7, 3)
+    assert not shuffled[1][0].equal(layers[1][0])
+    torch.testing.assert_close(outputs(shuffled, x), outputs(layers, x))

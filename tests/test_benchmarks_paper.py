@@ -18,15 +18,6 @@ from benchmarks.paper.registry import NAMES, available, find
 from benchmarks.paper.settings import image_setting
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """One cache for all tests, so that chains and fits are shared as they are between experiments."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(distillation_cases, "CACHE", tmp_path_factory.mktemp("cache"))
-    yield
-    patch.undo()
-
-
 def test_every_experiment_is_complete():
     assert {"toy", "classification", "ood", "uci"} <= set(available()) <= set(NAMES)
     for name in available():
@@ -35,7 +26,7 @@ def test_every_experiment_is_complete():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("benchmark_cache")
 @pytest.mark.parametrize(
     ("name", "protocol", "in_table"),
     [

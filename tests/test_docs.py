@@ -4,6 +4,7 @@
 """Every code block of the site and the README runs, with little work in it; links lead somewhere."""
 
 import re
+import runpy
 import warnings
 from functools import partial
 from pathlib import Path
@@ -96,3 +97,9 @@ def test_every_public_name_is_in_the_reference():
     listed = set(re.findall(r"^::: pyro_apd\.(\w+)", text, flags=re.MULTILINE))
     assert set(apd.__all__) - rooms <= listed
     assert {f"plots.{name}" for name in ("trace", "decision_surfaces")} <= set(re.findall(r"(plots\.\w+)", text))
+
+
+def test_pictures_are_those_of_the_tutorials():
+    images = runpy.run_path(str(DOCS / "site" / "images.py"))
+    for name, source in images["PICTURES"].items():
+        assert (DOCS / "images" / f"{name}.png").read_bytes() == images["picture"](*source), "run docs/site/images.py"

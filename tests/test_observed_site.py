@@ -16,6 +16,7 @@ from pyro.nn.module import to_pyro_module_
 from torch import nn
 from torch.testing import assert_close
 
+from pyro_apd import BNN, uncertainty
 from pyro_apd.draw_map import Footprint
 from pyro_apd.errors import ModelError
 from pyro_apd.predictive import FunctionView, function_values, log_likelihood, outputs
@@ -586,3 +587,13 @@ def test_a_site_that_comes_and_goes(evaluation):
     evaluation.one_by_one = True
     with pytest.raises(ModelError, match="did not come to site 'obs'"):
         outputs(model, {"w": torch.tensor([[1.0] * D, [-1.0] * D]), "sd": torch.ones(2)})
+
+
+def test_probabilities_of_logits_in_the_thousands_sum_to_one():
+    """Normalised once, log-probabilities of such logits are off by their last digit, some 1e-4."""
+    model = BNN(nn.Linear(2, 3), likelihood="categorical", prior_scale=1.0)
+    draws = {"net.weight": torch.zeros(50, 3, 2), "net.bias": 5000 + torch.randn(50, 3)}
+    probs_SNK = function_values(model, draws, torch.randn(4, 2)).exp()
+    assert_close(probs_SNK.sum(-1), torch.ones(50, 4))
+    assert_close(probs_SNK[:, 0].double(), draws["net.bias"].double().softmax(-1), atol=1e-6, rtol=1e-5)
+    assert uncertainty.mutual_information(probs_SNK).isfinite().all()

@@ -105,7 +105,9 @@ figure, axes = plt.subplots(2, 3, figsize=(9, 6), sharex=True, sharey=True, layo
 for ax, probs_NK in zip(axes.flat, probs_SNK, strict=True):
     surface = probs_NK[:, 1].reshape(60, 60)
     image = ax.contourf(sides, sides, surface, levels=torch.linspace(0, 1, 11).tolist(), cmap="RdBu", alpha=0.6)
-    ax.scatter(*x.T, c=y, cmap="RdBu", edgecolors="black", s=24)
+    for label, marker, face in ((0, "o", "white"), (1, "s", "black")):
+        ax.scatter(*x[y == label].T, marker=marker, c=face, edgecolors="black", s=24, label=f"class {label}")
+axes[0, 0].legend(loc="lower right", fontsize="small")
 figure.colorbar(image, ax=axes, label="probability of class 1")
 _ = figure.suptitle("Six networks of one posterior")
 
@@ -122,7 +124,8 @@ posterior
 # %% [markdown]
 # It stands wherever Pyro takes a posterior: `get_samples` as after MCMC, or as a guide as after SVI. Below, from each
 # side 300 networks: left the averaged prediction, right how much the networks disagree (the mutual information of
-# label and weights). What the chain knows about its own ignorance, the generator has to know too.
+# label and weights). What the chain knows about its own ignorance, the generator has to know too. The two rows are
+# alike, and not the same: compare them close to the points.
 
 # %%
 generated = posterior.get_samples(300)
@@ -135,7 +138,8 @@ _ = plots.decision_surfaces(model, {"SGLD": thinned, "APD": generated}, x, y, ax
 #
 # The same draws in the plane of their first two principal components. Chains that started at different draws from the
 # prior can settle in different modes; networks have many that are mirror images, with the same predictions. That is
-# why the tables of this package look at functions first, and at weights last.
+# why the tables of this package look at functions first, and at weights last. Here the clouds do not quite lie on each
+# other, although the surfaces above are alike.
 
 
 # %%
@@ -149,8 +153,9 @@ _ = plots.principal_pair(flat(draws), flat(posterior.get_samples(len(draws["net.
 # %% [markdown]
 # ## What was lost
 #
-# `compare` puts draws of both side by side, with the verdict on top. *Resolution* is the difference that chance alone
-# would make. [Tutorial 3](03_is_it_any_good.ipynb) reads such tables.
+# `compare` puts draws of both side by side, with the verdict on top, which rests on functions. *Resolution* is the
+# difference that chance alone would make. [Tutorial 3](03_is_it_any_good.ipynb) reads such tables. Of networks this
+# small, as many draws fit in the file's bytes as the third column has; they are hard to beat.
 
 # %%
 x_new = 8 * torch.rand(200, 2, generator=generator) - 4

@@ -141,7 +141,8 @@ print(mcmc.diagnostics()["temperatures"]["chain 0"][0])
 # ### Has it mixed?
 #
 # R-hat and effective sizes of all weights at once, and the potential of every draw. For a network, look at function
-# values as well: weights have mirror images that no chain visits, and predictions do not.
+# values as well: weights have mirror images that no chain visits, and predictions do not. An R-hat near 1 would mean
+# that the chains agree.
 
 # %%
 found = apd.diagnostics.convergence(mcmc)
@@ -158,6 +159,11 @@ figure, ax = plt.subplots(figsize=(7, 3), layout="constrained")
 _ = plots.trace(torch.stack([by_chain[f"chain {i}"] for i in range(4)]), ax)
 
 # %% [markdown]
+# The potential is level, and yet R-hat says that the chains have *not* mixed, in predictions less badly than in
+# weights. They are kept short here, to be done in a minute; for anything that matters, let them run until R-hat of the
+# predictions is close to 1. A generator is as good as what it was made of, and `compare` below says in its last lines
+# how much the chains differ among themselves.
+#
 # ## Distilling, and what was lost
 #
 # The figures of the chain are of draws that `distill` held back. The column of stored draws says what as many bytes

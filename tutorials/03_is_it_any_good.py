@@ -99,7 +99,9 @@ fidelity.loc[fidelity["status"] != "indistinguishable", ["label", "chain", "gene
 #
 # `far` lies up to four units from any datum. A generator is trained to agree with the chain at inputs near the data
 # and on variations of them, so that this is where it is worst. If you will look there, say so: `probe_inputs` are the
-# model's arguments at whose rows the two are to agree, here points all over the plane (other ones than in `far`).
+# model's arguments at whose rows the two are to agree, here points all over the plane (other ones than in `far`). Both
+# figures of `far` come nearer to the chain's with them; the table above says how little of that this chain can
+# resolve.
 
 # %%
 plane = torch.rand(400, 2, generator=torch.Generator().manual_seed(5)) * 10 - 3
@@ -115,7 +117,7 @@ for name in ("mean_mi", "mean_mi[far]", "auroc_entropy[far]"):
 # `compare` takes a dict of draws for a posterior as well, so faults are easily planted:
 #
 # * **collapsed**: always the same network, with a little noise;
-# * **narrow**: every weight at half its spread around one of the draws;
+# * **narrow**: every weight halfway between the draws and one of them;
 # * **memorised**: twenty draws of the chain, again and again.
 
 # %%
@@ -128,7 +130,7 @@ last = {name: value[-1] for name, value in chain.items()}
 
 
 def narrowed(name, share):
-    """Draws pulled towards the last draw of the chain, so that the average is still a network that works."""
+    """Draws pulled towards the last draw of the chain."""
     return last[name] + share * (chain[name][index] - last[name])
 
 
@@ -145,8 +147,9 @@ for name, result in found.items():
 # %% [markdown]
 # ### Figures that see it, and figures that do not
 #
-# Accuracy hardly tells the candidates apart. The mutual information, the distance between two draws and the share of
-# new draws do.
+# By accuracy and NLL alone one would ship the collapsed generator, and the memorised draws. The mutual information, the
+# distance between two draws and the share of new draws see the one; of the rows below, only the share of new draws sees
+# the other. The narrow one loses accuracy first of all: halfway between two networks there need not be one that works.
 
 # %%
 names = ["accuracy", "nll", "mean_mi", "mean_mi[far]", "auroc_mi[far]", "disagreement", "new_draws"]
@@ -159,8 +162,8 @@ for name in names:
 print("\n* differs from the chain by more than the resolution")
 
 # %% [markdown]
-# And to see: the uncertainty of the model over the plane. The collapsed generator knows the border between the moons
-# and has no doubts about any place at all.
+# And to see: the uncertainty of the model over the plane. The collapsed generator has a border between the moons, that
+# of its one network, and no doubts about any place at all.
 
 # %%
 shown = {"SGLD": {name: value[index] for name, value in chain.items()}, "APD": posterior.get_samples(count, seed=0)}
@@ -169,7 +172,9 @@ figure, axes = plt.subplots(3, 2, figsize=(9, 10.5), layout="constrained")
 _ = plots.decision_surfaces(model, shown, x, y, axes=list(axes.flat))
 
 # %% [markdown]
-# Input by input: on the diagonal the two agree, on the floor one has collapsed.
+# Input by input: on the diagonal the two agree, on the floor one has collapsed. The one distilled lies along the
+# diagonal, a little above it: it is somewhat less sure than the chain. The mutual information of the narrow one is
+# right on average, and has little to do with the chain's.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
@@ -182,7 +187,8 @@ for ax, name in zip(axes, ("distilled", "collapsed", "narrow"), strict=True):
 # ## When the chain is at fault
 #
 # A generator can be no better than its chain. Here a step size far too small and no warm-up: the chains have hardly
-# left where they started, and sampling ends with a warning. Whatever the generator does, `compare` does not pass it.
+# left where they started. Sampling may notice by itself, and would then warn; here it does not, and no warning is
+# printed below. Whatever the generator does, `compare` does not pass it.
 
 # %%
 kernel = apd.SGLD(model, step_size=2e-5, thinning=size(20, 2), seed=0)
@@ -196,7 +202,7 @@ fitted = apd.distill(unmixed, num_steps=size(100, 5), seed=0, progress=False)
 print(apd.diagnostics.compare(unmixed, fitted, model, x_test, y_test, seed=0).verdict)
 
 # %% [markdown]
-# The trace of the potential shows why: the good chain is level, this one is still on its way.
+# The trace of the potential shows why: the good chains are level and overlap, these wander, each in a place of its own.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained")

@@ -77,7 +77,8 @@ model = apd.BNN(net, likelihood="gaussian", prior_scale="fan_in", noise_prior="h
 # ## Sampling without choosing a step size
 #
 # `step_size="auto"` measures curvature and the noise of the mini-batches during warm-up and keeps the step for which
-# the draws come out at most 10 % too wide; `warm_start` optimises each chain first.
+# the draws come out at most 10 % too wide; `warm_start` optimises each chain first. The *temperatures* say how wide
+# they did come out; of a chain that has not yet been everywhere they are off, or have large errors, or both.
 
 # %%
 kernel = apd.SGLD(model, step_size="auto", batch_size=100, thinning=size(20, 4), warm_start=size(500, 20), seed=0)
@@ -92,7 +93,8 @@ for reading in mcmc.diagnostics()["temperatures"]["chain 0"]:
 # ## Distilling
 #
 # The noise scale stays positive in every draw: the generator works in the unconstrained space, and the site's own
-# transform brings it back.
+# transform brings it back. Where the histogram has more than one hump, chains have settled in different places; the
+# generator has the same humps, since it is made of what the chains gave it.
 
 # %%
 posterior = apd.distill(mcmc, num_steps=size(400, 10), seed=0, progress=False)
@@ -138,6 +140,7 @@ for label, draws in (("SGLD", chain), ("APD", generated)):
 # %% [markdown]
 # One split of the data, so figures of a hundred test rows: no more than a check. On twenty standard splits of the
 # concrete data the published test RMSE of like networks lies between 4.8 and 6.0 MPa (Lakshminarayanan et al. 2017).
+# Where intervals cover more than they say, they are too wide.
 #
 # Where the model is unsure, it should be wrong more often. Each test row with its interval of ±2 sd:
 
@@ -167,6 +170,10 @@ _ = plots.score_scatter(
 
 # %% [markdown]
 # ## What was lost
+#
+# Read the first line before the table. If it says that the chain is too poorly mixed to tell, the generator may agree
+# with it in every row, and that is worth no more than the chain: a network of this kind on these data needs longer
+# chains than a tutorial has time for. How much the chains differ among themselves stands in the last lines.
 
 # %%
 print(fidelity)

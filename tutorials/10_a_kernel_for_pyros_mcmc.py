@@ -213,7 +213,10 @@ check("a hundredth of the noise", cold_draws(settings["num_samples"] + 100))
 # unconstrained space, seeds, divergence, vectorised chains, a potential that is captured once. A sampler is one
 # method. Here is the multivariate stochastic gradient Nosé-Hoover thermostat (Ding et al. 2014, Gan et al. 2015),
 # which `apd` does not have: momentum with friction that is not fixed but rises where weights move too fast. It takes
-# up noise of the mini-batches that nobody measured.
+# up noise of the mini-batches that nobody measured. Two things below are not in the papers' one-line formula, and the
+# check against the truth is what asked for them: a factor for steps of finite size (at friction ξ, momentum comes out
+# 1/(1 − ξ/2) as large as it should), and a rate, since a thermostat that turns slowly has not arrived when a chain as
+# short as this one ends.
 
 
 # %%
@@ -221,12 +224,12 @@ class SGNHT(StochasticGradientKernel):
     r"""With $\eta = \epsilon / 2$, for each weight
 
     $v \leftarrow (1 - \xi) v - \eta \nabla U(\theta) + \mathcal N(0, 2 a \eta T)$,
-    $\theta \leftarrow \theta + v$, $\xi \leftarrow \xi + v^2 - \eta T$.
+    $\theta \leftarrow \theta + v$, $\xi \leftarrow \xi + r ((1 - \xi / 2) v^2 - \eta T)$.
     """
 
-    def __init__(self, model, step_size, *, friction=0.05, **settings):
+    def __init__(self, model, step_size, *, friction=0.05, rate=10.0, **settings):
         super().__init__(model, step_size, **settings)
-        self.friction = friction
+        self.friction, self.rate = friction, rate
 
     def _start_chain(self, chain):
         chain.auxiliary["momentum"] = chain.zeros()
@@ -239,23 +242,31 @@ class SGNHT(StochasticGradientKernel):
         for theta, (momentum, thermostat), gradient, noise in states:
             momentum.mul_(1 - thermostat).addcmul_(gradient, step.size, value=-0.5).addcmul_(noise, scale)
             theta.add_(momentum)
-            thermostat.add_(momentum.square() - 0.5 * self.temperature * step.size)
+            heat = (1 - 0.5 * thermostat) * momentum.square()
+            thermostat.add_(heat - 0.5 * self.temperature * step.size, alpha=self.rate)
 
 
 def run(kernel, *arguments):
-    mcmc = apd.MCMC(kernel, num_chains=8, **(settings | {"num_samples": size(400, 30)}))
+    mcmc = apd.MCMC(kernel, num_chains=8, **(settings | {"num_samples": size(400, 30), "warmup_steps": size(200, 5)}))
     mcmc.run(*arguments)
     return mcmc.get_samples()["w"]
 
 
 common = {"batch_size": 50, "thinning": 5, "seed": 0}
 check("apd.SGLD, 8 chains", run(apd.SGLD(plain, 8e-4, **common), x, y))
+common["warm_start"] = size(1000, 20)  # from a mode: a fall from afar would leave the thermostat far too high
 thermostatted = run(SGNHT(plain, 2e-4, **common), x, y)
 check("SGNHT, 8 chains", thermostatted)
 at_half = run(SGNHT(plain, 2e-4, temperature=0.5, **common), x, y)
 check("SGNHT at temperature 0.5 (expect 0.5)", at_half)
 
 # %% [markdown]
+# The thermostat leaves the covariance some per cent too small, more so at the lower temperature, and that is no
+# chance. Kernels of this package draw mini-batches epoch by epoch, without replacement, so that the noise of one step
+# is undone by the next ones of its epoch. It shakes the momentum and moves the weights little; the thermostat sees
+# the momentum alone, takes this for heat, and cools too much. SGLD has no such opinion. A kernel is not done before
+# such a check.
+#
 # In pictures: the first two weights, with the ellipse that should hold 95 % of the draws.
 
 # %%
@@ -272,6 +283,7 @@ for ax, (name, draws) in zip(axes, shown.items(), strict=True):
     ax.plot(*draws[:, :2].T, ".", markersize=2, alpha=0.5)
     ax.plot(*ellipse, color="black", linewidth=1)
     ax.set(title=name, xlabel="$w_0$")
+_ = axes[0].set_ylabel("$w_1$")
 
 # %% [markdown]
 # To add a kernel to this package: the class in a file of its own in `pyro_apd/kernels/`, a line in

@@ -116,9 +116,11 @@ class Results:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"protocol": self.options.protocol, "budget": self.options.budget, "figures": self.figures}
+        head = f'"protocol": {json.dumps(self.options.protocol)}, "budget": {json.dumps(self.options.budget)}'
+        # A line for each key: whole surfaces are among the figures, and a line for each number fills screens.
+        lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in self.figures.items())
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.write_text(f'{{{head}, "figures": {{\n{lines}\n}}}}\n')
         os.replace(part, self.path)  # an interrupt leaves the old file or the new one
 
 

@@ -107,7 +107,7 @@ def swag(material: Material) -> Any:
 
 def distilled(material: Material) -> Any:
     """Ours."""
-    return _distil(material, num_steps=material.setting.options.by_budget(5, 1000, 1500))
+    return _distil(material, num_steps=material.setting.options.by_budget(5, None, None))
 
 
 def distilled_as_published(material: Material) -> Any:
@@ -125,7 +125,7 @@ def distilled_online(material: Material) -> Any:
         num_samples=chains.num_draws // num_chains,
         warmup_steps=chains.warmup,
         num_chains=num_chains,
-        num_steps=options.by_budget(5, 1000, 1500),
+        num_steps=options.by_budget(5, None, None),
         seed=material.seed,
         progress=False,
     )

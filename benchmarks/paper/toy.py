@@ -138,7 +138,7 @@ class Fits:
 
     def ours(self) -> Any:
         """Ours."""
-        return self._distilled(num_steps=self.options.by_budget(5, 500, 1500))
+        return self._distilled(num_steps=self.options.by_budget(5, None, None))
 
     def nuts(self) -> dict[str, Tensor]:
         """What is taken for exact."""
@@ -169,7 +169,7 @@ def fitted(problem: Problem, fit: Callable[[], Any], options: Options) -> dict[s
     seconds = time.monotonic() - start
     is_draws = isinstance(posterior, Mapping)
     num_bytes = sum(v.numel() * 4 for v in posterior.values()) if is_draws else posterior.num_bytes
-    values = [round(p, 5) for p in surface(problem, posterior, options).tolist()]
+    values = [round(p, 3) for p in surface(problem, posterior, options).tolist()]
     return {"fit_seconds": round(seconds, 1), "bytes": num_bytes, "notes": notes, "surface": values}
 
 

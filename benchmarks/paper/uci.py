@@ -78,7 +78,7 @@ def one_split(name: str, split: int, options: Options) -> dict[str, Any]:
     with warnings_noted() as notes:
         draws = sampled(problem, split, options)
         sampled_at = time.monotonic()
-        settings = {"num_steps": options.by_budget(5, 600, 1500), "seed": split, "group_by_chain": True}
+        settings = {"num_steps": options.by_budget(5, None, None), "seed": split, "group_by_chain": True}
         posterior = apd.distill(draws, problem.model, data=problem.train, progress=False, **settings)
     finished = time.monotonic()
     pooled = {site: value.flatten(0, 1) for site, value in draws.items()}

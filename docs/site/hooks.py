@@ -20,8 +20,11 @@ _ELSEWHERE = {
 
 
 def on_files(files, config):
-    """Adds a page for each tutorial, and for the results."""
-    files.append(File.generated(config, "results.md", content=(ROOT / "benchmarks" / "RESULTS.md").read_text()))
+    """Adds a page for each tutorial, and for the results with the pictures that they show."""
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    files.append(File.generated(config, "results.md", content=results))
+    for name in sorted(set(re.findall(r"\]\((results/\w+\.png)\)", results))):
+        files.append(File.generated(config, name, content=(ROOT / "benchmarks" / name).read_bytes()))
     lines = ["# Tutorials", "", "Each takes less than three minutes on two cores.", ""]
     for path in sorted((ROOT / "tutorials").glob("[0-9]*.py")):
         page, pictures = _page(path)

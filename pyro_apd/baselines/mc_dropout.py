@@ -23,8 +23,9 @@ from torch import Tensor
 from pyro_apd.baselines.descent import Descent, Start, check_counts, descend, init_to_layers
 from pyro_apd.errors import ModelError
 from pyro_apd.generators.dropout import DropoutGenerator
+from pyro_apd.index_stream import Generators
 from pyro_apd.layout import Layout
-from pyro_apd.minibatch import Call, Generators, RowSubsample
+from pyro_apd.minibatch import Call, RowSubsample
 from pyro_apd.posterior import DistilledPosterior
 from pyro_apd.potential import Potential
 from pyro_apd.pyro_state import preserved_param_store, seeded

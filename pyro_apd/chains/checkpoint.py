@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -27,9 +28,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.chains.store import as_bytes
+from pyro_apd.row_reader import is_stored
 
 FORMAT_VERSION = 1
 _KEY, _TENSOR = "pyro_apd_checkpoint", "__tensor__"
+# Rows of a file of data that count for the digest of a run's arguments.
+_LOOKED_AT = 1000
 
 
 class CheckpointError(ValueError):
@@ -187,6 +191,8 @@ def from_bytes_of(path: Path) -> Checkpoint:
 def fingerprint(values: Any) -> str:
     """A digest of the arguments of a run: tensors by their contents, loaders by what is known of their data.
 
+    Arrays, which may be files larger than memory, count by shape, type and rows at even distances.
+
     Values without contents that could be read, such as functions, count by their type.
     """
     digest = hashlib.sha256()
@@ -223,10 +229,17 @@ def _add_leaf(digest: Any, leaf: Any) -> None:
         if isinstance(leaf.dataset, TensorDataset):
             for tensor in leaf.dataset.tensors:
                 _add_leaf(digest, tensor)
+    elif isinstance(leaf, np.ndarray):
+        digest.update(f"{leaf.dtype.str}{leaf.shape}".encode())
+        if leaf.size and not leaf.dtype.hasobject:
+            rows = leaf if leaf.ndim == 0 else leaf[:: max(1, len(leaf) // _LOOKED_AT)]
+            digest.update(rows.tobytes())
     elif leaf is None or isinstance(leaf, (bool, int, float, str, bytes)):
         digest.update(repr(leaf).encode())
     else:
         digest.update(type(leaf).__qualname__.encode())
+        if is_stored(leaf):
+            digest.update(str(len(leaf)).encode())
 
 
 def _encoded(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -321,7 +321,7 @@ def _constructor_settings(kernel: Any) -> dict[str, Any]:
     for base in type(kernel).__mro__:
         if "__init__" in vars(base):
             names.update(inspect.signature(vars(base)["__init__"]).parameters)
-    names -= {"self", "seed", "layout"}
+    names -= {"self", "seed", "layout", "prefetch"}  # how far is read ahead changes no draw
     return {name: value for name, value in sorted(vars(kernel).items()) if name in names}
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pyro_apd import metrics, predictive, uncertainty
 from pyro_apd.diagnostics.draws import Draws, flat
-from pyro_apd.minibatch import is_loader
+from pyro_apd.loader import is_loader
+from pyro_apd.row_reader import shown_arguments
 
 # Quantiles over weights of the ratio of standard deviations.
 _SD_QUANTILES = (5, 50, 95)
@@ -182,7 +183,10 @@ def find_inputs(
         sets = {name: without_targets(value) for name, value in (ood or {}).items()}
         return Inputs(without_targets(x), {}, labelled, y, sets), []
     run_args, run_kwargs = getattr(mcmc, "_args", None), getattr(mcmc, "_kwargs", None)
-    if model is None or run_args is None or is_loader(run_args, getattr(mcmc.kernel, "num_data", None)):
+    num_data, has_all_data = getattr(getattr(mcmc, "kernel", None), "num_data", None), False
+    if model is not None and run_args is not None and not is_loader(run_args, num_data):
+        run_args, run_kwargs, has_all_data = shown_arguments(run_args, run_kwargs or {}, num_data)
+    if run_args is None or not has_all_data:
         return None, ["Weights alone were compared, which are unidentified: pass `x` (and a model) for predictions."]
     note = "Compared on the data that the chain was conditioned on; held-out inputs say more."
     return Inputs(run_args, dict(run_kwargs or {}), run_args, None, {}), [note]

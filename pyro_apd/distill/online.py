@@ -31,9 +31,9 @@ from pyro_apd.distill.offline import Wishes, distill_draws, function_space, repo
 from pyro_apd.distill.source import MIN_DRAWS, Source
 from pyro_apd.distill.training import Training
 from pyro_apd.layout import Layout
-from pyro_apd.minibatch import is_loader, model_arguments
 from pyro_apd.posterior import DistilledPosterior
 from pyro_apd.pyro_state import preserved_param_store, seeded
+from pyro_apd.row_reader import shown_arguments
 
 logger = logging.getLogger("pyro_apd")
 
@@ -199,8 +199,7 @@ class _Rounds:
 
     def _source(self, theta_CSD: Tensor, layout: Layout) -> Source:
         num_data = getattr(self.kernel, "num_data", None)
-        args, kwargs = model_arguments(self.args, self.kwargs, num_data)
-        has_all = not is_loader(self.args, num_data)
+        args, kwargs, has_all = shown_arguments(self.args, self.kwargs, num_data)
         return Source(theta_CSD, layout, self.kernel.model, args, kwargs, has_all)
 
 

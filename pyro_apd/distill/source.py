@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pyro_apd.chains.store import DrawStore, all_finite
 from pyro_apd.layout import Layout
-from pyro_apd.minibatch import is_loader, model_arguments
 from pyro_apd.pyro_state import preserved_param_store
+from pyro_apd.row_reader import shown_arguments
 
 logger = logging.getLogger("pyro_apd")
 
@@ -36,7 +36,7 @@ class Source:
     :ivar model: the Pyro model, or None.
     :ivar args: arguments that the model can be called with, or None where they are not known.
     :ivar kwargs: keyword arguments likewise.
-    :ivar bool has_all_data: whether the arguments hold all data, rather than one batch of a loader.
+    :ivar bool has_all_data: whether the arguments hold all data, rather than some that a loader or a file gave.
     """
 
     theta_CSD: Tensor
@@ -75,8 +75,8 @@ def read_source(
         model = getattr(kernel, "model", None) if model is None else model
         if args is None and getattr(source, "_args", None) is not None:
             num_data = getattr(kernel, "num_data", None)
-            has_all_data = not is_loader(source._args, num_data)
-            args, kwargs = model_arguments(source._args, getattr(source, "_kwargs", None) or {}, num_data)
+            run_kwargs = getattr(source, "_kwargs", None) or {}
+            args, kwargs, has_all_data = shown_arguments(source._args, run_kwargs, num_data)
     store = source if isinstance(source, DrawStore) else getattr(source, "store", None)
     if isinstance(store, DrawStore):
         theta_CSD = store.unconstrained()

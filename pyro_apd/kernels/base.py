@@ -43,7 +43,8 @@ class StochasticGradientKernel(MCMCKernel):
     (i) the model subsamples: ``pyro.plate("data", N, subsample_size=B)`` with ``pyro.subsample`` or the plate's
         indices; give the run the full data, and the kernel draws the indices;
     (ii) ``batch_size=B``: give the run the full tensors and write the model as for full-batch NUTS; every tensor
-        argument with N rows is passed on B rows at a time;
+        argument with N rows is passed on B rows at a time. What is not a tensor, such as ``numpy.memmap`` or any object
+        with a length that gives rows for an array of indices, is read batch by batch (see :mod:`pyro_apd.row_reader`);
     (iii) give the run one iterable of batches, such as a :class:`~torch.utils.data.DataLoader` (with ``num_data=N``
         where the iterable has no sized ``dataset``).
 
@@ -55,6 +56,11 @@ class StochasticGradientKernel(MCMCKernel):
     :param int warm_start: optimise each chain for so many steps of Adam before it warms up; None for none.
     :param int batch_size: rows a mini-batch, style (ii); None uses whatever the model and the arguments say.
     :param int num_data: N, where it is not the leading dimension of the first tensor, or the loader does not tell.
+    :param bool replacement: draw the rows of batches independently; by default they come in epochs, in which no row
+        comes twice. For styles (i) and (ii): a loader draws by itself.
+    :param int prefetch: how far a thread reads ahead where batches come from a loader or from a file: so many batches,
+        or of a small network so many times the steps (up to five) that are compiled into one program. They are sent to
+        the chain's device meanwhile. Draws do not depend on it; 0 reads each batch when it is due.
     :param int thinning: Langevin steps a draw; ``num_samples`` and ``warmup_steps`` of the driver count draws.
     :param float temperature: T of the target exp(-U/T); 1 is the posterior.
     :param init_strategy: where chains start, as for Pyro's HMC; by default a draw from the prior.
@@ -81,6 +87,8 @@ class StochasticGradientKernel(MCMCKernel):
         *,
         batch_size: int | None = None,
         num_data: int | None = None,
+        replacement: bool = False,
+        prefetch: int = 2,
         thinning: int = 1,
         temperature: float = 1.0,
         max_inflation: float = MAX_INFLATION,
@@ -100,6 +108,10 @@ class StochasticGradientKernel(MCMCKernel):
                 raise ValueError(f"{name}={value!r} must be a positive integer.")
         if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"temperature={temperature!r} must be a finite number >= 0; 1 is the posterior.")
+        if not isinstance(replacement, bool):
+            raise ValueError(f"replacement={replacement!r} must be True or False.")
+        if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
+            raise ValueError(f"prefetch={prefetch!r} must be an integer >= 0; 0 reads each batch when it is due.")
         if not (isinstance(compile, bool) or compile == "auto"):
             raise ValueError(f"compile={compile!r} must be True, False or 'auto'.")
         self.model = model
@@ -109,6 +121,7 @@ class StochasticGradientKernel(MCMCKernel):
         #: What ``step_size="auto"`` chose for the last chain, and why.
         self.tuning: dict[str, Any] = {}
         self.batch_size, self.num_data = batch_size, num_data
+        self.replacement, self.prefetch = replacement, prefetch
         self.thinning, self.temperature = thinning, float(temperature)
         self.init_strategy, self.seed = init_strategy, seed
         self.control_variates = control_variates
@@ -171,6 +184,7 @@ class StochasticGradientKernel(MCMCKernel):
             theta = _checked_start(initial_params, potential.layout, theta)
         known = (warmup_steps + (warmup_steps if num_samples is None else num_samples)) * self.thinning
         num_warmup = warmup_steps * self.thinning
+        potential.source.prefetch = self.prefetch
         auto = AutoStep(self.max_inflation, num_warmup, seeds[0]) if self.schedule is None else None
         self._chain = Chain(
             potential,
@@ -222,6 +236,7 @@ class StochasticGradientKernel(MCMCKernel):
                         kwargs,
                         batch_size=self.batch_size,
                         num_data=self.num_data,
+                        replacement=self.replacement,
                         capture=self.capture,
                     )
                 else:
@@ -255,7 +270,11 @@ class StochasticGradientKernel(MCMCKernel):
         with torch.no_grad():
             if params is not self._last_params:
                 chain.theta = chain.layout.join(params)
-            chain.advance(self.thinning)
+            try:
+                chain.advance(self.thinning)
+            except BaseException:  # Pyro's driver cleans up after a run that ends well only
+                chain.close()
+                raise
             draw = chain.theta
             if is_warm:
                 chain.keep(draw)
@@ -301,6 +320,8 @@ class StochasticGradientKernel(MCMCKernel):
 
     def cleanup(self) -> None:
         """Lets go of the data and the chain's buffers. Safe to call twice; ``layout`` and ``transforms`` stay."""
+        if self._chain is not None:
+            self._chain.close()
         self._initial_params = None
         self._chain = None
         self._last_params = None

@@ -23,7 +23,7 @@ from pyro_apd.kernels.schedules import Schedule
 from pyro_apd.kernels.step import Measures, Step, Stepper
 from pyro_apd.kernels.temperature import READ_EVERY, Temperature, Thermometer
 from pyro_apd.kernels.warmup import WarmUp
-from pyro_apd.minibatch import LoaderBatches, check_finite
+from pyro_apd.minibatch import check_finite
 from pyro_apd.potential import Inputs, Pieces, Potential
 
 # Steps between looks at the state for divergence. Each look waits for the device, so not at every step.
@@ -106,12 +106,12 @@ class Chain:
 
     def _start_streams(self, theta: Tensor, seeds: Sequence[int], unroll: int) -> None:
         generators = [torch.Generator(device=theta.device).manual_seed(seed) for seed in seeds]
-        if isinstance(self.potential.source, LoaderBatches):
-            self.potential.source.device = theta.device
+        self.potential.source.device, self.potential.source.at_once = theta.device, unroll
         self.potential.source.start(generators if self.num_chains else generators[0])
         self._noise = Noise(theta, seeds, unroll)
         others = [torch.Generator(device=theta.device).manual_seed(seed ^ 1) for seed in seeds]
         self._thermal_source = copy.copy(self.potential.source)
+        self._thermal_source.prefetch = 0  # it is asked rarely
         self._thermal_source.start(others if self.num_chains else others[0])
 
     @property
@@ -209,6 +209,10 @@ class Chain:
     def temperatures(self, target: float) -> list[Temperature]:
         """What the thermometers read over the kept draws, beside the ``target``."""
         return [reading for t in self.thermometers for reading in t.readings(self.layout.names, target)]
+
+    def close(self) -> None:
+        """Ends what reads batches beside the chain, which takes no further steps."""
+        self.potential.source.close()
 
     def end_warmup(self) -> None:
         """Says that what follows is kept."""

@@ -35,6 +35,7 @@ from torch import Tensor
 from pyro_apd.kernels.curvature import dense_hessian, hessian_product, lanczos
 from pyro_apd.kernels.dynamics import Dynamics
 from pyro_apd.minibatch import FullBatch, MinibatchSource, PlateSubsample, RowSubsample
+from pyro_apd.row_reader import RowReader
 
 logger = logging.getLogger("pyro_apd")
 
@@ -113,7 +114,9 @@ def epoch_length(source: MinibatchSource) -> int | None:
     """Batches that a source draws without replacement before it begins anew; None where that is not known."""
     if isinstance(source, FullBatch):
         return 1
-    if isinstance(source, RowSubsample):
+    if source.replacement:
+        return None
+    if isinstance(source, (RowSubsample, RowReader)):
         assert source.num_data is not None
         return source.num_data // source.batch_size
     if isinstance(source, PlateSubsample) and len(source.plates) == 1:

@@ -34,6 +34,9 @@ CASES = {
     "full batch": lambda: (SGLD(PROBLEM.full, 1e-3, seed=1), (PROBLEM.x, PROBLEM.y)),
     "plate": lambda: (SGLD(PROBLEM.subsampling, 1e-3, seed=1), (PROBLEM.x, PROBLEM.y)),
     "loader": lambda: (SGLD(PROBLEM.full, 1e-3, seed=1), (loader(),)),
+    "loader, as it is due": lambda: (SGLD(PROBLEM.full, 1e-3, seed=1, prefetch=0), (loader(),)),
+    "file": lambda: (SGLD(PROBLEM.full, 1e-3, seed=1, batch_size=50), (PROBLEM.x.numpy(), PROBLEM.y)),
+    "with replacement": lambda: network(SGLD, replacement=True),
     "constrained": lambda: (SGLD(constrained, 1e-3, seed=1), (torch.linspace(-1, 1, 20),)),
     "traced": lambda: (SGLD(PROBLEM.full, 1e-3, seed=1, capture=False), (PROBLEM.x, PROBLEM.y)),
 }

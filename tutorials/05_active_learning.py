@@ -1,0 +1,217 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 5. Active learning
+#
+# Labels cost money. A model that knows what it does not know can say which datum it would like to have labelled next,
+# and disagreement between the networks of a posterior is the natural measure of it (BALD, Houlsby et al. 2011). This
+# tutorial watches it choose in the plane, then lets it label digits from a pool in which half of the classes are
+# rare, and looks at why a whole batch of questions should not be chosen one by one. It does not always win here, and
+# that is part of the lesson.
+
+# %%
+import os
+import warnings
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import make_moons
+from torch import nn
+
+import pyro_apd as apd
+from pyro_apd import active_learning as al
+
+QUICK = os.environ.get("PYRO_APD_TUTORIAL_QUICK") == "1"  # a smoke test: everything runs, and little of it means much
+torch.set_num_threads(1)  # for matrices this small, threads cost more than they give
+warnings.filterwarnings("ignore", message=".*warm-up.*")  # chains this short are a compromise; see the end
+
+
+def size(full, quick):
+    return quick if QUICK else full
+
+
+# %% [markdown]
+# ## In the plane
+#
+# Two half moons, of which four points are labelled; three more are asked for at a time. `al.run` is the loop: fit a
+# posterior, state its accuracy on test data, choose what to have labelled next, and again from scratch. `posterior`
+# says what to fit; `al.Chain` is SGLD on what is labelled so far. U grows with the number of labels, so that the step
+# size may be a function of it.
+
+
+# %%
+def chain(rate, **settings):
+    """A short chain, whose steps become smaller as labels become more."""
+    return al.Chain(step_size=lambda n: min(0.02, rate / n), num_chains=2, options={"compile": False}, **settings)
+
+
+x_moons, y_moons = (torch.as_tensor(part) for part in make_moons(300, noise=0.15, random_state=0))
+x_moons = x_moons.float()
+plane = apd.BNN(nn.Sequential(nn.Linear(2, 20), nn.ReLU(), nn.Linear(20, 2)), prior_scale=1.0)
+in_plane = chain(0.4, num_samples=size(30, 5), warmup_steps=size(30, 5), thinning=size(10, 2))
+pool, test = (x_moons[:200], y_moons[:200]), (x_moons[200:], y_moons[200:])
+protocol = {"initial": 4, "batch_size": 3, "num_rounds": size(5, 2), "seed": 0, "progress": False}
+runs = {
+    rule: al.run(plane, *pool, *test, posterior=in_plane, acquisition=rule, **protocol) for rule in ("random", "bald")
+}
+print(runs["bald"])
+
+# %% [markdown]
+# The colour below is how far the networks disagree once all of these are labelled; the numbers say in which order the
+# points were asked for.
+
+# %%
+sides = torch.linspace(-1.8, 2.8, 50), torch.linspace(-1.4, 1.9, 50)
+grid = torch.stack(torch.meshgrid(*sides, indexing="xy"), -1).flatten(0, 1)
+figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True, sharey=True, layout="constrained")
+for ax, (rule, history) in zip(axes, runs.items(), strict=True):
+    index = torch.tensor(history.labelled)
+    draws = in_plane(plane, x_moons[index], y_moons[index], 0, None)
+    score = apd.uncertainty.mutual_information(apd.outputs(plane, draws, grid).probs_SNK)
+    image = ax.pcolormesh(*sides, score.reshape(50, 50), cmap="cividis", vmin=0, vmax=0.4, shading="gouraud")
+    ax.scatter(*x_moons[:200].T, s=8, color="white", alpha=0.5, linewidths=0)
+    for label, marker, colour in ((0, "o", "#CC79A7"), (1, "s", "#56B4E9")):
+        of_class = index[y_moons[index] == label]
+        ax.scatter(*x_moons[of_class].T, s=60, marker=marker, c=colour, edgecolors="black", label=f"class {label}")
+    for order, n in enumerate(history.labelled[4:], start=1):
+        ax.annotate(str(order), x_moons[n], xytext=(6, 4), textcoords="offset points", color="white", fontsize=9)
+    ax.set_title(f"{rule}: {history.num_labels[-1]} labels, accuracy {history.accuracy[-1]:.2f}")
+axes[0].legend(loc="lower left", fontsize="small")
+_ = figure.colorbar(image, ax=axes, label="mutual information (nats)")
+
+# %% [markdown]
+# The points that BALD asks for lie at the rims of the moons, where the networks disagree most. But look at the numbers:
+# 1, 2 and 3 are neighbours, and so are 4, 5 and 6, and the next. Each of the three was wanted most *by itself*, and the
+# second and third said little that the first had not said. Labels drawn at random lie all over the moons, and, from
+# this start, come to the better accuracy. With one question at a time (`batch_size=1`) the rule has its chance, and
+# takes three times as long.
+#
+# ## Digits, half of them rare
+#
+# A pool as it might come from the field: of the digits 0 to 4 all that there are, of 5 to 9 one in eight. The test
+# data have all alike. Whoever labels at random sees little of the rare ones. The first twenty labels are two of each
+# digit; from there on, 25 a round. Four ways to choose them, one without a posterior among them:
+
+# %%
+data = apd.datasets.digits(seed=0)
+is_kept = data.y_train < 5
+is_kept |= torch.arange(len(is_kept)) % 8 == 0
+x_pool, y_pool = data.x_train[is_kept], data.y_train[is_kept]
+print(f"{len(y_pool)} images, {(y_pool >= 5).float().mean():.0%} of them of rare digits")
+
+model = apd.BNN(nn.Sequential(nn.Linear(64, 30), nn.ReLU(), nn.Linear(30, 10)), "categorical", prior_scale=0.4)
+digits = chain(0.22, num_samples=size(25, 5), warmup_steps=size(25, 5), thinning=size(10, 2))
+one = al.Baseline(apd.baselines.map_estimate, {"num_steps": size(300, 5), "momentum": 0.9, "decay": True})
+methods = {
+    "SGLD, random": ("random", digits),
+    "SGLD, BALD": ("bald", digits),
+    "APD, BALD": ("bald", al.Distilled(digits, num_steps=size(20, 3), options={"rank": 20})),
+    "one network, entropy": ("max_entropy", one),
+}
+protocol = {"initial": 20, "batch_size": 25, "num_rounds": size(5, 2), "progress": False}
+histories = {
+    name: [
+        al.run(
+            model,
+            x_pool,
+            y_pool,
+            data.x_test,
+            data.y_test,
+            posterior=posterior,
+            acquisition=rule,
+            seed=seed,
+            **protocol,
+        )
+        for seed in range(size(1 if name.startswith("APD") else 2, 1))
+    ]
+    for name, (rule, posterior) in methods.items()
+}
+
+# %% [markdown]
+# Thin lines are runs, which differ in the first twenty labels and in the chains; thick ones are their means. The
+# generator is distilled anew in each round, which takes longest, so it has one run only: read it as an example.
+
+# %%
+styles = {"SGLD, random": ("#767676", "o"), "SGLD, BALD": ("#0072B2", "s"), "APD, BALD": ("#D55E00", "^"),
+          "one network, entropy": ("#000000", "x")}  # fmt: skip
+figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+for name, several in histories.items():
+    colour, marker = styles[name]
+    labels = several[0].num_labels
+    shares = [[(y_pool[h.labelled[:n]] >= 5).float().mean() for n in labels] for h in several]
+    for ax, values in zip(axes, ([h.accuracy for h in several], shares), strict=True):
+        values = torch.tensor(values)
+        ax.plot(labels, values.T, color=colour, alpha=0.3, linewidth=0.8)
+        ax.plot(labels, values.mean(0), marker=marker, color=colour, label=name)
+axes[0].set(title="what it knows", xlabel="labels", ylabel="test accuracy of the average")
+axes[1].set(title="what it asked for", xlabel="labels", ylabel="share of rare digits among labels")
+for ax in axes:
+    ax.grid(alpha=0.3)
+_ = axes[0].legend(fontsize="small")
+
+# %% [markdown]
+# The right picture has the mechanism. Labels drawn at random come ever closer to the pool's share of rare digits; those
+# who ask keep more of them, and in the end have the better accuracy. (That all fall at first is no mistake: after a
+# start with equal shares come many labels of common digits, and the test has all alike.)
+#
+# It also has a result that does not flatter: one network, trained as usual, which asks for what its own entropy is
+# highest on, does best here, at a fraction of the cost. With a hundred labels and chains this short the posterior is
+# wide and its average careful, and the disagreement that BALD ranks by is a noisy number of few draws.
+
+# %%
+for name, several in histories.items():
+    last = torch.tensor([h.accuracy[-1] for h in several])
+    mean = torch.tensor([h.mean_accuracy for h in several])
+    print(f"{name:22s} last accuracy {last.mean():.3f}, mean over rounds {mean.mean():.3f}, of {len(several)} runs")
+
+# %% [markdown]
+# Two runs are two runs: thin lines of different colours cross, and a fair comparison takes many more of them.
+#
+# ## A batch at a time
+#
+# In the plane, three questions of a round were neighbours. *BatchBALD* (Kirsch et al. 2019) takes the information that
+# the labels of a batch have *together*, so that a second image like the first adds little. From the chain on the
+# first labels, what either would ask next:
+
+# %%
+index = torch.tensor(histories["SGLD, BALD"][0].labelled[:45])
+draws = digits(model, x_pool[index], y_pool[index], 0, None)
+free = torch.tensor(sorted(set(range(len(y_pool))) - set(index.tolist())))[::3]
+probs_SNK = apd.outputs(model, draws, x_pool[free]).probs_SNK
+together, information = al.batch_bald(probs_SNK, 10, max_configurations=size(500, 50), seed=0)
+alone = al.select("bald", probs_SNK, 10)
+figure, axes = plt.subplots(2, 10, figsize=(11, 2.7), layout="constrained")
+for row, (name, chosen) in zip(axes, {"BALD": alone, "BatchBALD": together}.items(), strict=True):
+    for ax, n in zip(row, free[chosen].tolist(), strict=True):
+        ax.imshow(x_pool[n].reshape(8, 8), cmap="gray_r")
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(f"{y_pool[n]}", fontsize=9)
+    row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+_ = figure.suptitle("Ten questions, the most wanted first, with the true digit")
+
+# %% [markdown]
+# BALD asks about the same few digits again and again; BatchBALD has more kinds among its ten, although it repeats
+# itself, too: two images of one digit can be a question of their own each. It costs more, and looks at a third of the
+# pool here; in the loop it is `acquisition="batch_bald"`, with `pool_subset` for that.
+#
+# ## What to remember
+#
+# * Compare with random labels, and with the entropy of a single network. Either may be as good, and both are cheap.
+# * Several seeds, or no claim: the start decides much of what follows.
+# * Ask for few labels at a time, or use `"batch_bald"`.
+# * The posterior needs not be perfect to choose well, but chains as short as these are a compromise with a tutorial's
+#   time: where their warm-up is too short, the library warns; the warnings are switched off above.
+# * A run is kept on disk with `history_path=`, and goes on from there after an interruption.
+#
+# Next: [adversarial examples, and why weak attacks flatter you](06_adversarial_examples.ipynb).
