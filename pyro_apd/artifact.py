@@ -150,11 +150,15 @@ def read_table(path: str | os.PathLike[str]) -> dict[str, Entry]:
 
 
 def _decoded_table(table: Mapping[str, Entry], dtype: str, path: Path) -> dict[str, Entry]:
-    """The table without scales, which belong to matrices of integers that stand for floating-point numbers."""
+    """The table without scales of rows, which belong to matrices of integers that stand for floating-point numbers."""
     if dtype != "int8":
         return dict(table)
     decoded = {}
     for name, entry in table.items():
+        scale = table.get(name.removesuffix(precision.SCALE_SUFFIX) + precision.SCALE_SUFFIX)
+        if scale is not None and precision.is_of_chunks(scale.shape):
+            decoded[name] = entry
+            continue
         scale = table.get(name + precision.SCALE_SUFFIX)
         if scale is not None:
             if (entry.code, len(entry.shape), scale.code, scale.shape) != ("I8", 2, "F32", entry.shape[:1]):

@@ -25,6 +25,7 @@ from torch.distributions.constraints import Constraint
 from torch.nn.parameter import UninitializedParameter
 
 from pyro_apd.errors import DataError, ModelError
+from pyro_apd.normalisation import BATCH_NORMS, with_group_norm
 
 #: Standard deviation, distribution, or rule for the prior of one parameter.
 Prior = float | str | Distribution
@@ -33,13 +34,13 @@ PriorSpec = Prior | Mapping[str, Prior] | Callable[[str, Tensor], Prior]
 
 _LOG = logging.getLogger("pyro_apd")
 
+_BATCH_NORM = ("constant", "group")
 _LIKELIHOODS = ("categorical", "gaussian", "bernoulli")
 _NOISE_PRIORS: dict[str, Callable[[Tensor], Distribution]] = {
     "half_cauchy": dist.HalfCauchy,
     "half_normal": dist.HalfNormal,
 }
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class BNN(PyroModule):
@@ -49,8 +50,8 @@ class BNN(PyroModule):
     ``noise_scale`` where the noise of a regression is learned; the observed site is ``obs`` in plate ``data``.
 
     The network given is copied, and the copy stays in evaluation mode: given weights, a Bayesian network is a
-    function. Dropout is inactive then and batch normalisation uses its running statistics; a warning says where.
-    Parameters that do not require gradients keep their values.
+    function. Dropout is inactive then; a warning says where. Batch normalisation makes a prediction depend on its
+    neighbours, and ``batch_norm`` says what becomes of it. Parameters that do not require gradients keep their values.
 
     :param torch.nn.Module net: from inputs ``(N, ...)`` to outputs ``(N, K)``, or ``(N,)`` and ``(N, 1)`` where the
         likelihood has one output for each datum.
@@ -66,6 +67,9 @@ class BNN(PyroModule):
     :param float noise_prior_scale: scale of a noise prior given by name.
     :param int subsample_size: rows of ``x`` and ``y`` that the model itself draws at each run; leave it out where the
         kernel draws mini-batches. Predictions, without ``y``, are for all rows.
+    :param str batch_norm: ``"constant"`` keeps batch normalisation with its running statistics as constants, which
+        suits a trained network; a warning says where. ``"group"`` puts group normalisation in its place (Wu & He,
+        2018), with the same parameters, which suits a network sampled from its prior.
     :raises ValueError: if an argument is none of the above.
     :raises ModelError: if the network has nothing to put a prior on, or cannot be a function of its weights.
 
@@ -84,15 +88,18 @@ class BNN(PyroModule):
         noise_prior: str | Distribution = "half_cauchy",
         noise_prior_scale: float = 1.0,
         subsample_size: int | None = None,
+        batch_norm: str = "constant",
     ) -> None:
         super().__init__()
         if likelihood not in _LIKELIHOODS:
             raise ValueError(f"`likelihood` must be one of {list(_LIKELIHOODS)}; got {likelihood!r}.")
         if subsample_size is not None and (not isinstance(subsample_size, int) or subsample_size < 1):
             raise ValueError(f"`subsample_size` must be a positive int or None; got {subsample_size!r}.")
+        if batch_norm not in _BATCH_NORM:
+            raise ValueError(f"`batch_norm` must be one of {list(_BATCH_NORM)}; got {batch_norm!r}.")
         self.likelihood = likelihood
         self.subsample_size = subsample_size
-        net = _checked_copy(net)
+        net = _checked_copy(net, batch_norm)
         names = _names(net)
         priors = _priors(net, names, prior_scale)
         #: Prior by latent site.
@@ -210,7 +217,7 @@ class BNN(PyroModule):
         return y
 
 
-def _checked_copy(net: nn.Module) -> nn.Module:
+def _checked_copy(net: nn.Module, batch_norm: str) -> nn.Module:
     if not isinstance(net, nn.Module):
         raise ValueError(f"`net` must be a torch.nn.Module; got {type(net).__name__}.")
     if any(isinstance(module, PyroModule) for module in net.modules()):
@@ -222,18 +229,34 @@ def _checked_copy(net: nn.Module) -> nn.Module:
     if not any(parameter.requires_grad for parameter in net.parameters()):
         raise ModelError("`net` has no parameter that requires gradients: there is nothing to put a prior on.")
     inactive = [name for name, module in net.named_modules() if isinstance(module, _DROPOUT)]
-    normalising = {name: module for name, module in net.named_modules() if isinstance(module, _BATCH_NORM)}
-    batchwise = [name for name, module in normalising.items() if module.running_mean is None]
+    if inactive:
+        _LOG.warning("Dropout layers %s do nothing in a Bayesian network: its weights are the randomness.", inactive)
+    net = copy.deepcopy(net).eval()
+    if batch_norm == "group":
+        return with_group_norm(net)
+    _check_batch_norm({name: module for name, module in net.named_modules() if isinstance(module, BATCH_NORMS)})
+    return net
+
+
+def _check_batch_norm(layers: Mapping[str, Any]) -> None:
+    """Refuses layers without running statistics; of others, says what they do."""
+    batchwise = [name for name, layer in layers.items() if layer.running_mean is None]
     if batchwise:
         raise ModelError(
             f"Layers {batchwise} normalise by the batch at hand (track_running_stats=False), so that a prediction "
-            "would depend on its neighbours. Use GroupNorm or LayerNorm."
+            "would depend on its neighbours. Pass batch_norm='group', or use GroupNorm or LayerNorm."
         )
-    if inactive:
-        _LOG.warning("Dropout layers %s do nothing in a Bayesian network: its weights are the randomness.", inactive)
-    if normalising:
-        _LOG.warning("Batch normalisation layers %s use their running statistics as constants.", list(normalising))
-    return copy.deepcopy(net).eval()
+    fresh = [name for name, layer in layers.items() if not int(layer.num_batches_tracked or 0)]
+    if fresh:
+        _LOG.warning(
+            "Batch normalisation layers %s use their running statistics as constants, and have seen no data yet: they "
+            "do nothing but scale and shift. Pass batch_norm='group' to normalise each datum by itself, or train the "
+            "network first.",
+            fresh,
+        )
+    trained = [name for name in layers if name not in fresh]
+    if trained:
+        _LOG.warning("Batch normalisation layers %s use their running statistics as constants.", trained)
 
 
 def _names(net: nn.Module) -> dict[str, str]:

@@ -8,7 +8,7 @@ Every encoding is idempotent: what was decoded is encoded into the same bits aga
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from torch import Tensor
 #: Precisions by name. ``float32`` keeps every tensor at its own dtype, whatever that is.
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 
-#: Appended to the name of a tensor kept in ``int8``: the tensor of its scales, one a row.
+#: Appended to the name of a tensor kept in ``int8``: the tensor of its scales, one a row; or, where the generator
+#: itself computes with integers, one for each row and chunk, and both are then kept as they are.
 SCALE_SUFFIX = "#scale"
 
 # A matrix below this many entries, or with rows this short, gains no bytes worth the digits that int8 takes from it.
@@ -50,10 +51,10 @@ def encode(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
         return dict(tensors)
     stored: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        if not value.is_floating_point():
+        if not value.is_floating_point() or is_scale(name, tensors):
             stored[name] = value
         elif dtype == "int8" and is_large(value):
-            stored[name], stored[name + SCALE_SUFFIX] = _to_int8(value)
+            stored[name], stored[name + SCALE_SUFFIX] = to_int8(value)
         else:
             stored[name] = _narrow(value, torch.bfloat16 if dtype == "bfloat16" else torch.float16)
     return stored
@@ -70,7 +71,10 @@ def decode(stored: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
         return dict(stored)
     tensors = {}
     for name, value in stored.items():
-        if name + SCALE_SUFFIX in stored:
+        scale = stored.get(name.removesuffix(SCALE_SUFFIX) + SCALE_SUFFIX)
+        if scale is not None and is_of_chunks(scale.shape):
+            tensors[name] = value
+        elif name + SCALE_SUFFIX in stored:
             tensors[name] = value.float() * stored[name + SCALE_SUFFIX].float().unsqueeze(-1)
         elif not is_scale(name, stored):
             tensors[name] = value.float() if value.is_floating_point() else value
@@ -87,7 +91,12 @@ def is_scale(name: str, stored: Mapping[str, object]) -> bool:
     return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in stored
 
 
-def _to_int8(value_RD: Tensor) -> tuple[Tensor, Tensor]:
+def is_of_chunks(shape: Sequence[int]) -> bool:
+    """Whether scales of this shape are ``(R, K)``, those of a generator that computes with integers."""
+    return len(shape) == 2
+
+
+def to_int8(value_RD: Tensor) -> tuple[Tensor, Tensor]:
     """Integers ``(R, D)`` and scales ``(R,)``, of which ``integers * scale`` is exact in ``float32``.
 
     Scales have 16 significant bits, rounded up: their multiples up to 127 are then exact, and so is the way back.

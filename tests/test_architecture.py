@@ -20,6 +20,7 @@ FLOORS = [
     {
         "errors",
         "metrics",
+        "normalisation",
         "uncertainty",
         "datasets",
         "pyro_state",

@@ -285,6 +285,36 @@ def test_layers_that_behave_otherwise_in_training_are_named(batch_norm, caplog):
     assert ("Batch normalisation layers ['1']" if batch_norm else "Dropout layers ['1']") in caplog.text
 
 
+def test_batch_normalisation_that_saw_no_data_is_told_from_one_that_did(caplog):
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    net[1](torch.randn(8, 3))
+    with caplog.at_level(logging.WARNING, logger="pyro_apd"):
+        BNN(net)
+    fresh, trained = (record.getMessage() for record in caplog.records)
+    assert fresh.startswith("Batch normalisation layers ['3']")
+    assert "have seen no data yet" in fresh
+    assert "batch_norm='group'" in fresh
+    assert trained == "Batch normalisation layers ['1'] use their running statistics as constants."
+
+
+def test_group_normalisation_in_place_of_batch_normalisation(caplog):
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
+    x = torch.randn(N, 1, 5, 5)
+    with caplog.at_level(logging.WARNING, logger="pyro_apd"):
+        model = BNN(net, batch_norm="group")
+    assert not caplog.records
+    assert set(model.priors) == {f"net.{name}" for name, _ in net.named_parameters()}
+    assert isinstance(net[1], nn.BatchNorm2d), "the network given was changed"
+    values = draw(model, x)
+    conditioned = poutine.condition(model, values)
+    assert_close(conditioned(x)[:2], conditioned(x[:2]))  # no datum depends on its neighbours
+
+
+def test_batch_norm_must_be_known():
+    with pytest.raises(ValueError, match=r"`batch_norm` must be one of \['constant', 'group'\]; got 'batch'"):
+        BNN(nn.Linear(2, 2), batch_norm="batch")
+
+
 # Pyro's tools
 
 

@@ -25,6 +25,8 @@ from pyro_apd.uncertainty import mutual_information
 #: From a number of draws to as many draws of the generator, ``(S, D)``.
 Generate = Callable[[int], Tensor]
 
+# Bytes of intermediate results that the draws of a part have together, of filters often far more than of weights.
+_RESULTS_BYTES = 64 * 2**20
 # Spread, relative to the average over probes, below which a probe no longer gains weight.
 _SPREAD_FLOOR = 0.05
 
@@ -150,6 +152,7 @@ class FunctionObjective(Objective):
     :param theta_SD: draws of the chain, as a tensor or in blocks.
     :param int batch_size: draws of either a step.
     :param int num_probes: inputs a step.
+    :param int result_bytes: what is computed on the way from a draw to its function values, all inputs together.
     """
 
     def __init__(
@@ -159,9 +162,10 @@ class FunctionObjective(Objective):
         theta_SD: Tensor | DrawBlocks,
         batch_size: int = 64,
         num_probes: int = 96,
+        result_bytes: int = 0,
     ) -> None:
         self._space, self._probes, self._theta_SD = space, probes, theta_SD
-        self._batch_size, self._num_probes = batch_size, num_probes
+        self._batch_size, self._num_probes, self._result_bytes = batch_size, num_probes, result_bytes
 
     def backward(self, generate: Generate) -> Tensor:
         """See :class:`Objective`.
@@ -169,11 +173,7 @@ class FunctionObjective(Objective):
         Draws of a large network are made a part at a time, and again for the gradient, so that a step takes the memory
         of a part.
         """
-        inputs = self._probes.draw(self._num_probes)
-        spans = _spans(self._batch_size, self._theta_SD)
-        with torch.no_grad():
-            row_S = even_rows(self._theta_SD, self._batch_size)
-            real = _joined(self._space.views(self._theta_SD[row_S[span]], inputs) for span in spans)
+        inputs, spans, real = self._batch()
         if len(spans) == 1:
             loss = self._space.distance(self._space.views(generate(self._batch_size), inputs), real)
             loss.backward()
@@ -192,10 +192,28 @@ class FunctionObjective(Objective):
             torch.autograd.backward(views(i), [gradient[:, span] for gradient in gradients])
         return loss.detach()
 
+    @torch.no_grad()
+    def value(self, generate: Generate) -> Tensor:
+        """The loss on fresh draws, without its gradient."""
+        inputs, spans, real = self._batch()
+        fake = _joined(self._space.views(generate(span.stop - span.start), inputs) for span in spans)
+        return self._space.distance(fake, real)
 
-def _spans(count: int, theta_SD: Tensor | DrawBlocks) -> list[slice]:
+    @torch.no_grad()
+    def _batch(self) -> tuple[tuple[Tensor, ...], list[slice], list[Tensor]]:
+        """Fresh inputs, parts of a batch, and the views of a batch of the chain's draws."""
+        inputs, spans = (
+            self._probes.draw(self._num_probes),
+            _spans(self._batch_size, self._theta_SD, self._result_bytes),
+        )
+        row_S = even_rows(self._theta_SD, self._batch_size)
+        return inputs, spans, _joined(self._space.views(self._theta_SD[row_S[span]], inputs) for span in spans)
+
+
+def _spans(count: int, theta_SD: Tensor | DrawBlocks, result_bytes: int) -> list[slice]:
     """Parts of so many draws."""
     length = together(theta_SD.shape[-1] * theta_SD.dtype.itemsize)
+    length = max(1, min(length, _RESULTS_BYTES // max(1, result_bytes)))
     return [slice(start, min(start + length, count)) for start in range(0, count, length)]
 
 

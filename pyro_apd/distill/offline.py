@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_apd.bnn import BNN
 from pyro_apd.distill.critic import GAMES
+from pyro_apd.distill.effort import MAX_CHUNKED_RANK, Effort, Work, choose_generator
 from pyro_apd.distill.failure import DistillationError, DistillationWarning, find_failures
 from pyro_apd.distill.objective import (
     AdversarialObjective,
@@ -30,7 +31,8 @@ from pyro_apd.distill.probes import Probes, RowArguments
 from pyro_apd.distill.source import HELD_OUT, Source, read_source, split_held_out
 from pyro_apd.distill.training import Schedule, Training, train
 from pyro_apd.fingerprint import fingerprint
-from pyro_apd.generators import GENERATORS, CoordinateGenerator, Generator, PaperGenerator
+from pyro_apd.generators import GENERATORS, ChunkedGenerator, CoordinateGenerator, Generator, PaperGenerator
+from pyro_apd.generators.chunked import CoordinatesAlone
 from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.generators.residual import Block
 from pyro_apd.layout import Layout
@@ -43,16 +45,14 @@ logger = logging.getLogger("pyro_apd")
 
 # A model that insists on its data as they are is still compared in function space, up to this many rows.
 _MAX_WHOLE_ROWS = 512
-_MAX_JUDGED = 200
-_NUM_PROBES = 96
 # Adam's for both players of the paper's games.
 _PAPER_RATE = 1e-4
 # Principal coordinates: of one chain, more for every other, and at most.
 _RANK, _RANK_PER_CHAIN, _MAX_RANK = 40, 4, 64
-#: Generator steps, where nothing is said.
-NUM_STEPS = 500
 # Successive draws that make a mode.
 _STRETCH = 12
+# Noise is turned down by so much at a time, and so often at most.
+_QUIETER, _MAX_QUIETER = 0.7, 10
 # Directions a matrix of weights in which noise is damped, up to half of its columns; narrow matrices have no noise, and
 # nor have those so wide that their directions would be dear to find.
 _NOISE_RANK = 32
@@ -66,7 +66,7 @@ def distill(
     data: Sequence[Any] | None = None,
     num_steps: int | None = None,
     seed: int | None = None,
-    generator: str = "coordinates",
+    generator: str | None = None,
     objective: str | None = None,
     rank: int | None = None,
     storage_dtype: str | None = None,
@@ -82,6 +82,9 @@ def distill(
     to make the energy distance between generator and chain small in function space, at inputs near the data and far
     from them. Where they are not, the logger ``pyro_apd`` says so, and stretches are trained against a learned critic
     (WGAN-GP), without noise.
+    ``generator="chunked"`` is the same for large networks: the basis of the coordinates is held in ``int8``, with a
+    scale a layer, and decoded a part at a time, and a latent does not grow with the network. Draws are read in parts in
+    either case; memory is that of the basis and of a few networks, however many draws there are.
     ``generator="paper"`` is offline APD as published (Wang et al., ICML 2018): a perceptron to raw weights, trained by
     WGAN-GP; the paper takes 100,000 steps.
 
@@ -91,16 +94,19 @@ def distill(
     :param source: an ``MCMC`` after ``run``; or draws by site, ``(S, ...)``, with ``group_by_chain`` ``(C, S, ...)``.
     :param callable model: the Pyro model; by default that of the ``MCMC``'s kernel.
     :param tuple data: arguments of the model, with or without targets; by default those of the run.
-    :param int num_steps: generator steps; by default 500, for ``"paper"`` 2,000. 0 gives the start.
+    :param int num_steps: generator steps; by default 500, for ``"paper"`` 2,000. Networks of more than a million
+        weights, or of as many products an input, get fewer, down to 50. 0 gives the start.
     :param int seed: makes the posterior, and its file, reproducible; the global generator stays as it was.
-    :param str generator: ``"coordinates"`` or ``"paper"``.
+    :param str generator: ``"coordinates"``, ``"chunked"`` or ``"paper"``; by default the first, and the second for a
+        million weights and more, unless draws or ``storage_dtype`` have more digits than it keeps.
     :param str objective: with ``generator="paper"``, the game that it is trained by: ``"wgan-gp"`` (default),
         ``"wgan"``, ``"lsgan"`` or ``"non-saturating"``, each as published.
     :param int rank: principal coordinates, each of which costs as much as a network at ``storage_dtype``. By default 40
-        for one chain and 4 more for each other, up to 64 and a quarter of the draws.
+        for one chain and 4 more for each other, up to 64 (``"chunked"``: 44) and a quarter of the draws.
     :param str storage_dtype: precision of the posterior, and of the file that
         :meth:`~pyro_apd.DistilledPosterior.save` writes; by default ``"int8"``, a quarter of the bytes of a network in
-        ``float32`` a coordinate; for ``"paper"``, and for draws of more digits, as the draws are.
+        ``float32`` a coordinate; for ``"paper"``, and for draws of more digits, as the draws are. A chunked basis is
+        in ``int8`` whatever it says.
     :param tuple probe_inputs: arguments of the model at whose rows functions are compared, instead of variations on
         ``data``.
     :param bool group_by_chain: whether a dict has a leading dimension for chains.
@@ -143,23 +149,27 @@ def _remember(posterior: DistilledPosterior, draws: Source) -> None:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What :func:`distill` was asked for; None for the defaults.
+    """What :func:`distill` was asked for; None for the defaults. A round of several takes a share of the steps.
 
     :raises ValueError: naming what is out of range or has no meaning.
     """
 
-    generator: str = "coordinates"
+    generator: str | None = None
     objective: str | None = None
     num_steps: int | None = None
     rank: int | None = None
     storage_dtype: str | None = None
     seed: int | None = None
+    share_of_steps: int = 1
 
     def __post_init__(self) -> None:
         if self.storage_dtype is not None:
             check_dtype(self.storage_dtype, "storage_dtype")
-        if self.generator not in GENERATORS:
-            raise ValueError(f"generator={self.generator!r} is not known; choose one of {sorted(GENERATORS)}.")
+        if self.generator is not None and self.generator not in GENERATORS:
+            raise ValueError(
+                f"generator={self.generator!r} is not known; choose one of {sorted(GENERATORS)}, or None, which "
+                "chooses by size."
+            )
         for name, value, smallest in (("num_steps", self.num_steps, 0), ("seed", self.seed, 0), ("rank", self.rank, 1)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
                 raise ValueError(
@@ -171,19 +181,26 @@ class Wishes:
             )
         if self.objective is not None and (self.generator != "paper" or self.objective not in GAMES):
             raise ValueError(
-                f"objective={self.objective!r} with generator={self.generator!r}: accepted are {sorted(GAMES)} with "
-                "generator='paper'; the other generator's objective follows from what is known of the model."
+                f"objective={self.objective!r} with generator={self.generator or 'coordinates'!r}: accepted are "
+                f"{sorted(GAMES)} with generator='paper'; the other generators' objective follows from what is known "
+                "of the model."
             )
+
+    def steps(self, default: int) -> int:
+        """Generator steps to take, where ``default`` is what nobody asked otherwise for."""
+        return (default if self.num_steps is None else self.num_steps) // self.share_of_steps
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What a generator is fitted to and judged by."""
+    """What a generator is fitted to and judged by, and how much."""
 
     layout: Layout
     draws: DrawBlocks
     held_out: Iterator[Tensor]
     functions: tuple[FunctionSpace, Probes] | None
+    effort: Effort
+    work: Work
 
 
 def _distil(
@@ -195,16 +212,17 @@ def _distil(
     train_draws = DrawBlocks(draws.theta_CSD, train_index)
     held_out = DrawBlocks(draws.theta_CSD, held_out_index)
     functions = function_space(draws, probe_inputs)
-    task = _Task(draws.layout, train_draws, _thinned(held_out, _MAX_JUDGED), functions)
+    work = _work(draws, functions)
+    effort = Effort.of(draws.layout.size, work.num_products)
+    task = _Task(draws.layout, train_draws, _thinned(held_out, effort.num_judged), functions, effort, work)
     prepared = _prepare_paper(task, wishes) if wishes.generator == "paper" else _prepare_coordinates(task, wishes)
     training = train(
-        prepared.generator,
+        prepared.trained or prepared.generator,
         prepared.objective,
         prepared.judge,
         prepared.schedule,
         progress=progress,
     )
-    prepared.finish()
     metadata = {
         "num_chains": num_chains,
         "num_draws": num_draws,
@@ -220,34 +238,45 @@ def _distil(
 
 @dataclass
 class _Prepared:
-    """A generator with everything that training it takes."""
+    """A generator with everything that training it takes; ``trained`` is what shares its parameters in its place."""
 
     generator: Generator
     objective: Objective
     judge: Judge
     schedule: Schedule
-    finish: Callable[[], None] = lambda: None
+    trained: Generator | None = None
 
 
 def _prepare_coordinates(task: _Task, wishes: Wishes) -> _Prepared:
-    """Starts at the Gaussian fit; trains coordinates, basis and noise where functions are known, else coordinates."""
-    rank = wishes.rank
-    if rank is None:
-        num_chains, num_draws, _ = task.draws.shape
-        rank = min(_MAX_RANK, _RANK + _RANK_PER_CHAIN * (num_chains - 1), max(1, num_chains * num_draws // 4))
-    noise = () if task.functions is None else _noise_blocks(task.layout)
-    num_steps = NUM_STEPS if wishes.num_steps is None else wishes.num_steps
-    generator = CoordinateGenerator.fit(task.draws, rank, _STRETCH, noise)
-    generator.fold()
+    """Starts at the Gaussian fit; trains coordinates and noise where functions are known, else coordinates."""
+    effort = task.effort
+    generator = _fit(task, wishes)
     # Steps by a batch of draws cannot better what all draws say of so many numbers; they would only add noise to them.
-    generator.basis.requires_grad_(False)
-    generator.location.requires_grad_(False)
+    for name, parameter in generator.named_parameters():
+        parameter.requires_grad_(name not in ("basis", "location"))
+    num_steps = wishes.steps(effort.num_steps)
     if task.functions is not None:
+        result_bytes = effort.num_probes * task.work.num_bytes
+        objective = FunctionObjective(
+            *task.functions, task.draws, effort.batch_size, effort.num_probes, result_bytes=result_bytes
+        )
+        if isinstance(generator, ChunkedGenerator) and num_steps:
+            _quieten(generator, objective)
         return _Prepared(
             generator,
-            FunctionObjective(*task.functions, task.draws, num_probes=_NUM_PROBES),
-            FunctionJudge(*task.functions, task.held_out, _NUM_PROBES),
-            Schedule(num_steps, 3e-3, coherent=0.6),
+            objective,
+            FunctionJudge(*task.functions, task.held_out, effort.num_probes),
+            _schedule(effort, num_steps, 3e-3, coherent=0.6),
+        )
+    if isinstance(generator, ChunkedGenerator):
+        # Draws without noise are their coordinates: nothing as long as a draw is made.
+        held_out = [generator.projected(part_ND) for part_ND in task.held_out]
+        return _Prepared(
+            generator,
+            AdversarialObjective(_identity, task.draws.map(generator.projected), 1e-3),
+            WeightJudge(_identity, held_out),
+            _schedule(effort, num_steps, 1e-3),
+            trained=CoordinatesAlone(generator),
         )
     location_D, dual_DR = generator.location.detach(), torch.linalg.pinv(generator.basis.detach())
 
@@ -259,7 +288,56 @@ def _prepare_coordinates(task: _Task, wishes: Wishes) -> _Prepared:
         generator,
         AdversarialObjective(coordinates, task.draws.map(coordinates), 1e-3),
         WeightJudge(coordinates, task.held_out),
-        Schedule(num_steps, 1e-3),
+        _schedule(effort, num_steps, 1e-3),
+    )
+
+
+def _fit(task: _Task, wishes: Wishes) -> CoordinateGenerator | ChunkedGenerator:
+    """The start of the generator asked for, or of that which suits the size of the network."""
+    num_chains, num_draws, size = task.draws.shape
+    kind = wishes.generator or choose_generator(size, task.draws.dtype, wishes.storage_dtype)
+    rank = wishes.rank
+    if rank is None:
+        most = MAX_CHUNKED_RANK if kind == "chunked" else _MAX_RANK
+        rank = min(most, _RANK + _RANK_PER_CHAIN * (num_chains - 1), max(1, num_chains * num_draws // 4))
+    noise = () if task.functions is None else _noise_blocks(task.layout)
+    if kind == "chunked":
+        sizes = [site.size for site in task.layout if site.size]
+        return ChunkedGenerator.fit(task.draws, rank, _STRETCH, noise, sizes=sizes)
+    generator = CoordinateGenerator.fit(task.draws, rank, _STRETCH, noise)
+    generator.fold()
+    return generator
+
+
+@torch.no_grad()
+def _quieten(generator: ChunkedGenerator, objective: FunctionObjective) -> None:
+    """Turns the noise down while that brings draws nearer to the chain's, as functions.
+
+    Of few draws, few coordinates are kept, and what they leave out moves together; as noise of every weight by itself
+    it comes out too loud. The few steps that a large network is given are too short to undo that.
+    """
+    like = generator.location.new_zeros(())
+    seed = int(torch.randint(2**31, ()))
+
+    def value() -> float:
+        with seeded(seed, like.device):
+            return float(objective.value(lambda count: generator(generator.latents(count, like))))
+
+    smallest = value()
+    for _ in range(_MAX_QUIETER):
+        generator.scale_noise(_QUIETER)
+        quieter = value()
+        if not quieter < smallest:
+            generator.scale_noise(1 / _QUIETER)
+            break
+        smallest = quieter
+
+
+def _schedule(effort: Effort, num_steps: int, learning_rate: float, **options: Any) -> Schedule:
+    return replace(
+        Schedule(num_steps, learning_rate, **options),
+        num_evaluations=effort.num_evaluations,
+        num_judged=effort.num_judged,
     )
 
 
@@ -269,14 +347,15 @@ def _prepare_paper(task: _Task, wishes: Wishes) -> _Prepared:
     judge: Judge = (
         WeightJudge(_identity, task.held_out)
         if task.functions is None
-        else FunctionJudge(*task.functions, task.held_out, _NUM_PROBES)
+        else FunctionJudge(*task.functions, task.held_out, task.effort.num_probes)
     )
     return _Prepared(
         PaperGenerator(task.draws.shape[2]).to(task.draws.device, task.draws.dtype),
         AdversarialObjective(_identity, task.draws, _PAPER_RATE, game),
         judge,
-        Schedule(
-            2000 if wishes.num_steps is None else wishes.num_steps,
+        _schedule(
+            task.effort,
+            wishes.steps(2000),
             game.learning_rate or _PAPER_RATE,
             is_annealed=False,
         ),
@@ -295,6 +374,17 @@ def _noise_blocks(layout: Layout) -> list[Block]:
     return blocks
 
 
+def _work(draws: Source, functions: tuple[FunctionSpace, Probes] | None) -> Work:
+    """What a prediction for one input takes, where functions are known."""
+    if functions is None:
+        return Work()
+    space, probes = functions
+    example_SD = draws.theta_CSD[0, :1]
+    with seeded(0, example_SD.device):  # an aside, which leaves the random numbers of the training alone
+        inputs = probes.draw(1)
+    return Work.of(lambda: space.views(example_SD, inputs))
+
+
 def function_space(source: Source, probe_inputs: Sequence[Any] | None) -> tuple[FunctionSpace, Probes] | None:
     """How to see draws as functions; None, with the reason in the log, where that cannot be.
 
@@ -311,7 +401,7 @@ def function_space(source: Source, probe_inputs: Sequence[Any] | None) -> tuple[
     try:
         rows = RowArguments(source.model, args, source.kwargs if probe_inputs is None else {})
         probes = Probes(rows.rows, as_they_are=probe_inputs is not None)
-        return _viewed(rows, source, probes.draw(_NUM_PROBES), example_SD), probes
+        return _viewed(rows, source, probes.draw(Effort.num_probes), example_SD), probes
     except Exception as error:
         logger.info("The model cannot be run on a choice of rows (%s).", error)
         reason = error

@@ -27,7 +27,7 @@ from pyro_apd.chains.group import Group, Plan, rebuilt_error
 from pyro_apd.chains.run import Run, Settings
 from pyro_apd.chains.store import DrawStore, all_finite
 from pyro_apd.distill.failure import DistillationWarning
-from pyro_apd.distill.offline import NUM_STEPS, Wishes, distill_draws, function_space, report
+from pyro_apd.distill.offline import Wishes, distill_draws, function_space, report
 from pyro_apd.distill.source import MIN_DRAWS, Source
 from pyro_apd.distill.training import Training
 from pyro_apd.layout import Layout
@@ -176,8 +176,7 @@ class _Rounds:
             )
         wishes = self.wishes
         if not is_last:
-            steps = NUM_STEPS if wishes.num_steps is None else wishes.num_steps
-            wishes = replace(wishes, num_steps=steps // _SHARE_OF_STEPS)
+            wishes = replace(wishes, share_of_steps=_SHARE_OF_STEPS)
         source = self._source(store.unconstrained(), store.layout)
         posterior, training = self.last = distill_draws(source, wishes, self.probe_inputs, self.progress)
         self.log.append({"draws": num_draws, **posterior.metadata["figures"]})

@@ -19,9 +19,6 @@ from pyro_apd.generators import Generator
 from pyro_apd.generators.draw_blocks import together
 from pyro_apd.pyro_state import seeded
 
-_NUM_EVALUATIONS = 20
-_MAX_JUDGED = 200
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -32,12 +29,16 @@ class Schedule:
     :ivar float coherent: how far a step may move what a parameter's entries add up to, relative to its size; None for
         no bound.
     :ivar bool is_annealed: let the rate fall to zero, and judge and keep a moving average of the generator.
+    :ivar int num_evaluations: how many states are judged.
+    :ivar int num_judged: draws that a state is judged by.
     """
 
     num_steps: int
     learning_rate: float
     is_annealed: bool = True
     coherent: float | None = None
+    num_evaluations: int = 20
+    num_judged: int = 200
 
     def rates(self, generator: Generator, trained: list[nn.Parameter]) -> list[float]:
         """Adam's rate for each parameter.
@@ -97,14 +98,14 @@ def train(
 
     average = _copy(generator) if schedule.is_annealed else generator
     result = Training()
-    watch = _Watch(judge, average, latents, like, result)
+    watch = _Watch(judge, average, latents, like, result, schedule.num_judged)
     step = 0
     with tqdm(total=schedule.num_steps, desc="Distil", disable=not progress, leave=True) as bar:
         try:
             is_finite = watch.look(0, None)
             for step, loss in enumerate(_steps(generator, average, latents, objective, schedule), start=1):
                 bar.update()
-                if step % max(1, schedule.num_steps // _NUM_EVALUATIONS) == 0 or step == schedule.num_steps:
+                if step % max(1, schedule.num_steps // schedule.num_evaluations) == 0 or step == schedule.num_steps:
                     is_finite = watch.look(step, loss)
                     bar.set_postfix(loss=f"{float(loss):.3f}", **{k: f"{v:.3f}" for k, v in _last(result.log).items()})
                 if not is_finite:
@@ -121,12 +122,18 @@ class _Watch:
     """Judges states as training goes, and keeps the best."""
 
     def __init__(
-        self, judge: Judge, average: Generator, latents: Callable[[int], Tensor], like: Tensor, result: Training
+        self,
+        judge: Judge,
+        average: Generator,
+        latents: Callable[[int], Tensor],
+        like: Tensor,
+        result: Training,
+        num_judged: int,
     ) -> None:
         self._judge, self._average, self._latents, self._device = judge, average, latents, like.device
         # Some at a time: so many draws of a large network are more than a step of training holds. Always the same.
         part = together(average.output_size * like.element_size())
-        self._counts = [min(part, _MAX_JUDGED - start) for start in range(0, _MAX_JUDGED, part)]
+        self._counts = [min(part, num_judged - start) for start in range(0, num_judged, part)]
         self._seed = int(torch.randint(2**31, ()))
         self._result, self._best, self._smallest = result, _trained_state(average), math.inf
 
@@ -186,7 +193,8 @@ def _steps(
 
 def _copy(generator: Generator) -> Generator:
     """A copy that shares what is not trained, which is most of it."""
-    shared = {id(parameter): parameter for parameter in generator.parameters() if not parameter.requires_grad}
+    tensors = [*generator.parameters(), *generator.buffers()]
+    shared = {id(tensor): tensor for tensor in tensors if not tensor.requires_grad}
     return copy.deepcopy(generator, shared)
 
 

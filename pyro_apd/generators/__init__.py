@@ -8,19 +8,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pyro_apd.generators.chunked import ChunkedGenerator
 from pyro_apd.generators.dropout import DropoutGenerator
 from pyro_apd.generators.low_rank import LowRankGenerator
 from pyro_apd.generators.network import CoordinateGenerator, Generator
 from pyro_apd.generators.paper import PaperGenerator
 
 #: Generators by the name that ``distill(generator=...)`` and files use.
-GENERATORS: dict[str, type[Generator]] = {"coordinates": CoordinateGenerator, "paper": PaperGenerator}
+GENERATORS: dict[str, type[Generator]] = {
+    "chunked": ChunkedGenerator,
+    "coordinates": CoordinateGenerator,
+    "paper": PaperGenerator,
+}
 #: Those that files hold besides: what :mod:`pyro_apd.baselines` fits.
 BASELINES: dict[str, type[Generator]] = {"dropout": DropoutGenerator, "low-rank": LowRankGenerator}
 
 __all__ = [
     "BASELINES",
     "GENERATORS",
+    "ChunkedGenerator",
     "CoordinateGenerator",
     "DropoutGenerator",
     "Generator",

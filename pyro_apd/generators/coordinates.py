@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,20 +20,39 @@ class PrincipalCoordinates:
     """A basis of weight space in which draws have mean zero and unit covariance.
 
     :ivar Tensor location_D: mean of the draws.
-    :ivar Tensor basis_RD: directions, each as long as the draws' standard deviation along it.
     :ivar Tensor coordinates_SR: the draws in that basis.
+    :ivar DrawBlocks draws: the draws, read again whenever the basis is made.
+    :ivar Tensor left_SR: eigenvectors of their Gram matrix.
     """
 
     location_D: Tensor
-    basis_RD: Tensor
     coordinates_SR: Tensor
+    draws: DrawBlocks
+    left_SR: Tensor
+
+    @cached_property
+    def basis_RD(self) -> Tensor:
+        """Directions, each as long as the draws' standard deviation along it."""
+        basis_RD = self.location_D.new_empty(self.left_SR.shape[1], len(self.location_D))
+        for span, part_RW in self.basis_parts():
+            basis_RD[:, span] = part_RW
+        return basis_RD
+
+    def basis_parts(self, spans: Sequence[slice] | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """The same some columns ``(R, W)`` at a time, for a basis that is not to be in memory whole.
+
+        :param spans: the parts, as in :meth:`DrawBlocks.columns`.
+        """
+        left_RS = self.left_SR.to(self.location_D).mT
+        for span, part_SW in self.draws.columns(spans):
+            yield span, left_RS @ part_SW.sub_(self.location_D[span]) / len(self.draws) ** 0.5
 
 
 def principal_coordinates(theta_SD: Tensor | DrawBlocks, rank: int) -> PrincipalCoordinates:
     """The ``rank`` directions of largest variance, from the ``S x S`` Gram matrix: nothing is ever ``D x D``.
 
     Directions without variance are left out, so that the rank found may be smaller than asked for. The draws are read
-    twice, some columns at a time.
+    some columns at a time, and once more for the basis.
 
     :param theta_SD: draws, as a tensor or in blocks.
     :param int rank: largest number of directions.
@@ -47,11 +68,7 @@ def principal_coordinates(theta_SD: Tensor | DrawBlocks, rank: int) -> Principal
         centred_SW = part_SW.sub_(location_D[span])
         gram_SS += centred_SW @ centred_SW.mT
     left_SR = _leading(gram_SS.div_(num_draws), rank, num_draws * torch.finfo(draws.dtype).eps)
-    del gram_SS
-    basis_RD = location_D.new_empty(left_SR.shape[1], size)
-    for span, part_SW in draws.columns():
-        basis_RD[:, span] = left_SR.to(location_D).mT @ part_SW.sub_(location_D[span]) / num_draws**0.5
-    return PrincipalCoordinates(location_D, basis_RD, (num_draws**0.5 * left_SR).to(location_D))
+    return PrincipalCoordinates(location_D, (num_draws**0.5 * left_SR).to(location_D), draws, left_SR)
 
 
 def _leading(gram_SS: Tensor, rank: int, resolution: float) -> Tensor:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,8 +45,12 @@ class DrawBlocks:
         return self.shape[0] * self.shape[1]
 
     def __getitem__(self, row_N: Tensor) -> Tensor:
+        return self.part(row_N, slice(None))
+
+    def part(self, row_N: Tensor, span: slice) -> Tensor:
+        """Some columns ``(N, W)`` of rows by number; no others are read."""
         chain_N = row_N.div(self.shape[1], rounding_mode="floor")
-        return self._standardise(self._theta_CSD[chain_N, self._index_T[row_N % self.shape[1]]], slice(None))
+        return self._standardise(self._theta_CSD[:, :, span][chain_N, self._index_T[row_N % self.shape[1]]], span)
 
     def rows(self, step: int = 1) -> Iterator[Tensor]:
         """Every row, or one in ``step``, in order, some ``(N, D)`` at a time."""
@@ -54,17 +58,25 @@ class DrawBlocks:
         for row_N in row_S.split(part_length(self.shape[2] * self.dtype.itemsize, self._num_bytes)):
             yield self[row_N]
 
-    def columns(self) -> Iterator[tuple[slice, Tensor]]:
-        """All columns in order, some ``(S, W)`` at a time with where they stand.
+    @property
+    def width(self) -> int:
+        """Columns of all rows that are worked on at a time."""
+        return min(self.shape[2], part_length(len(self) * self.dtype.itemsize, self._num_bytes))
+
+    def columns(self, spans: Sequence[slice] | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Columns in order, some ``(S, W)`` at a time with where they stand.
 
         A part may be changed in place, and lasts until the next is asked for: all share the same memory.
+
+        :param spans: the parts; by default all columns, :attr:`width` at a time.
         """
         num_chains, num_draws, size = self.shape
-        width = min(size, part_length(len(self) * self.dtype.itemsize, self._num_bytes))
-        buffer = torch.empty(len(self) * width, dtype=self.dtype, device=self.device)
-        for start in range(0, size, width):
-            span = slice(start, min(start + width, size))
-            part_CTW = buffer[: len(self) * (span.stop - start)].view(num_chains, num_draws, -1)
+        if spans is None:
+            spans = [slice(start, min(start + self.width, size)) for start in range(0, size, max(1, self.width))]
+        widest = max((span.stop - span.start for span in spans), default=0)
+        buffer = torch.empty(len(self) * widest, dtype=self.dtype, device=self.device)
+        for span in spans:
+            part_CTW = buffer[: len(self) * (span.stop - span.start)].view(num_chains, num_draws, -1)
             torch.index_select(self._theta_CSD[:, :, span], 1, self._index_T, out=part_CTW)
             yield span, self._standardise(part_CTW.flatten(0, 1), span)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyro_apd.generators.coordinates import principal_coordinates
+from pyro_apd.generators.coordinates import PrincipalCoordinates, principal_coordinates
 from pyro_apd.generators.draw_blocks import DrawBlocks, together
 from pyro_apd.generators.residual import Block, MatrixNoise
 
@@ -55,108 +56,37 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"Generator setting {name}={size!r} must be a positive integer.")
 
 
-class CoordinateGenerator(Generator):
-    """A mixture of Gaussians along chains in principal coordinates, plus structured noise on matrices of weights.
+class MixtureGenerator(Generator):
+    """A mixture of Gaussians along chains in principal coordinates; what takes these to weights is a subclass's.
 
     The first latent entry, cut into quantiles, chooses the mode, so that the choice is part of the latent. The next
     ``rank`` are coloured by a covariance that neighbouring modes share, moved to the mode's mean, and bent by a
-    perceptron that starts at zero. The others are noise. A chain of a network drifts, and its draws lie along a path,
-    which no Gaussian in many coordinates resembles: a mode is a stretch of a chain. Cost: about ``rank + 1`` networks.
+    perceptron that starts at zero. A chain of a network drifts, and its draws lie along a path, which no Gaussian in
+    many coordinates resembles: a mode is a stretch of a chain.
 
-    :param int output_size: D, numbers of a draw.
-    :param int rank: R, number of principal coordinates.
-    :param int num_modes: M.
-    :param int num_scales: covariances, each of as many successive modes; by default one a mode.
-    :param int bend: hidden units of the perceptron; 0 for none.
-    :param int width: those of a perceptron of latents and mode, which older files have in its place; 0 for none.
-    :param noise: blocks with noise of their own, ``(start, rows, columns, rank)`` each.
+    Parameters as of :class:`CoordinateGenerator`.
     """
 
-    def __init__(
-        self,
-        output_size: int,
-        rank: int,
-        num_modes: int = 1,
-        width: int = 0,
-        noise: Sequence[Sequence[int]] = (),
-        num_scales: int | None = None,
-        bend: int = 0,
-    ) -> None:
+    def __init__(self, output_size: int, rank: int, num_modes: int, num_scales: int | None, bend: int) -> None:
         super().__init__()
         num_scales = num_modes if num_scales is None else num_scales
         check_sizes(output_size=output_size, rank=rank, num_modes=num_modes, num_scales=num_scales)
-        check_sizes(**{name: size for name, size in (("width", width), ("bend", bend)) if size})
-        blocks = [Block.checked(entry, output_size) for entry in noise]
+        check_sizes(**({"bend": bend} if bend else {}))
         self.output_size, self.rank, self.num_modes = output_size, rank, num_modes
-        self._widths = {"width": width, "bend": bend}
         self.location = nn.Parameter(torch.zeros(output_size))
-        self.basis = nn.Parameter(torch.zeros(rank, output_size))
         self.mode_location = nn.Parameter(torch.zeros(num_modes, rank))
         self.mode_scale = nn.Parameter(torch.zeros(num_scales, rank, rank))
-        self.residual = _perceptron(1 + rank + num_modes, width, rank) if width else None
         self.bend = _perceptron(rank, bend, rank) if bend else None
-        self.noise = nn.ModuleList(MatrixNoise(block) for block in blocks)
-        self.latent_size = 1 + rank + sum(block.latent_size for block in blocks)
-        self._unit_D: Tensor | None = None
-
-    @classmethod
-    def fit(
-        cls,
-        theta_CSD: Tensor | DrawBlocks,
-        rank: int,
-        stretch: int | None = None,
-        noise: Sequence[Block] = (),
-        bend: int = 32,
-    ) -> CoordinateGenerator:
-        """The generator that draws from the Gaussian fit of each stretch of each chain, in coordinates common to all.
-
-        Directions are principal in units of each weight's standard deviation, and so are location and basis until
-        :meth:`fold`: one learning rate then fits all weights. Mean and covariance of the draws in the span of the basis
-        are those of all draws together; the noise has what the draws leave outside of that span.
-
-        :param theta_CSD: draws by chain, as a tensor or in blocks.
-        :param int rank: largest number of coordinates; fewer where the draws vary in fewer directions.
-        :param int stretch: successive draws that make a mode; by default a whole chain is one. The covariance is
-            that of the draws of a chain around the means of their stretches.
-        :param noise: matrices of weights that are to have noise.
-        :raises ValueError: if all draws are the same.
-        """
-        draws = theta_CSD if isinstance(theta_CSD, DrawBlocks) else DrawBlocks(theta_CSD)
-        num_chains, num_draws, size = draws.shape
-        num_stretches = 1 if stretch is None else max(1, num_draws // stretch)
-        shift_D, scale_D = draws.moments()
-        divisor_D = scale_D.where(scale_D > 0, torch.ones_like(scale_D))
-        principal = principal_coordinates(draws.standardised(shift_D, divisor_D), rank)
-        coordinates_CSR = principal.coordinates_SR.unflatten(0, (num_chains, num_draws))
-        means_CMR, around_CSR = _stretches(coordinates_CSR, num_stretches)
-        generator = cls(
-            size,
-            coordinates_CSR.shape[-1],
-            num_chains * num_stretches,
-            noise=[block.entry for block in noise],
-            num_scales=num_chains,
-            bend=bend,
-        ).to(principal.basis_RD)
-        with torch.no_grad():
-            generator.location.copy_(principal.location_D + shift_D / divisor_D)
-            generator.basis = nn.Parameter(principal.basis_RD)
-            generator.mode_location.copy_(means_CMR.flatten(0, 1))
-            generator.mode_scale.copy_(_square_root(around_CSR.mT @ around_CSR / num_draws))
-            generator._unit_D = divisor_D
-            generator._fit_noise(draws, principal.coordinates_SR)
-        return generator
+        self.noise = nn.ModuleList()
 
     @property
-    def config(self) -> dict[str, Any]:
-        """See :class:`Generator`."""
+    def _mixture_config(self) -> dict[str, Any]:
         noise = [list(module.block.entry) for module in self._noise_modules()]
         return {
-            "kind": "coordinates",
             "output_size": self.output_size,
             "rank": self.rank,
             "num_modes": self.num_modes,
             "num_scales": len(self.mode_scale),
-            **self._widths,
             **({"noise": noise} if noise else {}),
         }
 
@@ -187,16 +117,136 @@ class CoordinateGenerator(Generator):
         coordinates_SR = self.mode_location[mode_S] + gaussian_SKR.gather(1, index_S1R).squeeze(1)
         if self.bend is not None:
             coordinates_SR = coordinates_SR + self.bend(coordinates_SR)
+        return coordinates_SR
+
+    @abstractmethod
+    def expanded(self, coordinates_SR: Tensor, span: slice) -> Tensor:
+        """Entries ``span`` of draws without their noise, ``(S, W)``."""
+
+    @torch.no_grad()
+    def _fit_modes(self, fit: GaussianFit) -> None:
+        self.mode_location.copy_(fit.means_CMR.flatten(0, 1))
+        self.mode_scale.copy_(_square_root(fit.around_CSR.mT @ fit.around_CSR / fit.around_CSR.shape[1]))
+
+    @torch.no_grad()
+    def _fit_noise(self, draws: DrawBlocks, coordinates_SR: Tensor) -> None:
+        if not self.noise:
+            return
+        length = together(self.output_size * draws.dtype.itemsize)
+        for module in self._noise_modules():
+            span = module.block.span
+            step = max(1, len(draws) // self._num_residuals(module.block))
+            row_N = torch.arange(0, len(draws), step, device=draws.device)
+
+            def residuals(span: slice = span, row_N: Tensor = row_N) -> Iterator[Tensor]:
+                for part_N in row_N.split(length):
+                    yield draws.part(part_N, span) - self.expanded(coordinates_SR[part_N], span)
+
+            module.fit(residuals)
+
+    def _num_residuals(self, block: Block) -> int:
+        """Draws whose residuals the noise of a block is fitted to."""
+        return _NUM_RESIDUALS
+
+    def _noise_modules(self) -> list[MatrixNoise]:
+        return [module for module in self.noise if isinstance(module, MatrixNoise)]
+
+
+class CoordinateGenerator(MixtureGenerator):
+    """A mixture of Gaussians along chains in principal coordinates, plus structured noise on matrices of weights.
+
+    Latents are those of the mixture (see :class:`MixtureGenerator`), then standard normal noise. Cost: about
+    ``rank + 1`` networks.
+
+    :param int output_size: D, numbers of a draw.
+    :param int rank: R, number of principal coordinates.
+    :param int num_modes: M.
+    :param int num_scales: covariances, each of as many successive modes; by default one a mode.
+    :param int bend: hidden units of the perceptron; 0 for none.
+    :param int width: those of a perceptron of latents and mode, which older files have in its place; 0 for none.
+    :param noise: blocks with noise of their own, ``(start, rows, columns, rank)`` each.
+    """
+
+    def __init__(
+        self,
+        output_size: int,
+        rank: int,
+        num_modes: int = 1,
+        width: int = 0,
+        noise: Sequence[Sequence[int]] = (),
+        num_scales: int | None = None,
+        bend: int = 0,
+    ) -> None:
+        super().__init__(output_size, rank, num_modes, num_scales, bend)
+        check_sizes(**({"width": width} if width else {}))
+        blocks = [Block.checked(entry, output_size) for entry in noise]
+        self._widths = {"width": width, "bend": bend}
+        self.basis = nn.Parameter(torch.zeros(rank, output_size))
+        self.residual = _perceptron(1 + rank + num_modes, width, rank) if width else None
+        self.noise.extend(MatrixNoise(block) for block in blocks)
+        self.latent_size = 1 + rank + sum(block.latent_size for block in blocks)
+        self._unit_D: Tensor | None = None
+
+    @classmethod
+    def fit(
+        cls,
+        theta_CSD: Tensor | DrawBlocks,
+        rank: int,
+        stretch: int | None = None,
+        noise: Sequence[Block] = (),
+        bend: int = 32,
+    ) -> CoordinateGenerator:
+        """The generator that draws from the Gaussian fit of each stretch of each chain, in coordinates common to all.
+
+        Directions are principal in units of each weight's standard deviation, and so are location and basis until
+        :meth:`fold`: one learning rate then fits all weights. Mean and covariance of the draws in the span of the basis
+        are those of all draws together; the noise has what the draws leave outside of that span.
+
+        :param theta_CSD: draws by chain, as a tensor or in blocks.
+        :param int rank: largest number of coordinates; fewer where the draws vary in fewer directions.
+        :param int stretch: successive draws that make a mode; by default a whole chain is one. The covariance is
+            that of the draws of a chain around the means of their stretches.
+        :param noise: matrices of weights that are to have noise.
+        :raises ValueError: if all draws are the same.
+        """
+        draws = theta_CSD if isinstance(theta_CSD, DrawBlocks) else DrawBlocks(theta_CSD)
+        fit = GaussianFit.of(draws, rank, stretch)
+        basis_RD = fit.principal.basis_RD
+        num_chains, num_stretches, rank = fit.means_CMR.shape
+        entries = [block.entry for block in noise]
+        generator = cls(
+            draws.shape[2], rank, num_chains * num_stretches, noise=entries, num_scales=num_chains, bend=bend
+        ).to(basis_RD)
+        with torch.no_grad():
+            generator.location.copy_(fit.principal.location_D + fit.shift_D / fit.divisor_D)
+            generator.basis = nn.Parameter(basis_RD)
+            generator._unit_D = fit.divisor_D
+            generator._fit_modes(fit)
+            generator._fit_noise(draws, fit.principal.coordinates_SR)
+        return generator
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """See :class:`Generator`."""
+        return {"kind": "coordinates", **self._mixture_config, **self._widths}
+
+    def coordinates(self, latent_SL: Tensor) -> Tensor:
+        """See :class:`MixtureGenerator`."""
+        coordinates_SR = super().coordinates(latent_SL)
         if self.residual is not None:
-            one_hot_SC = functional.one_hot(mode_S, self.num_modes).to(latent_SL)
+            latent_SL = latent_SL[:, : 1 + self.rank]
+            one_hot_SC = functional.one_hot(self.mode(latent_SL), self.num_modes).to(latent_SL)
             coordinates_SR = coordinates_SR + self.residual(torch.cat([latent_SL, one_hot_SC], dim=-1))
         return coordinates_SR
 
+    def expanded(self, coordinates_SR: Tensor, span: slice) -> Tensor:
+        """See :class:`MixtureGenerator`."""
+        part_SW = torch.addmm(self.location[span], coordinates_SR, self.basis[:, span])
+        return part_SW if self._unit_D is None else part_SW * self._unit_D[span]
+
     def forward(self, latent_SL: Tensor) -> Tensor:
         """See :class:`Generator`."""
-        theta_SD = torch.addmm(self.location, self.coordinates(latent_SL), self.basis)
-        if self._unit_D is not None:
-            theta_SD = theta_SD * self._unit_D
+        theta_SD = self.expanded(self.coordinates(latent_SL), slice(None))
         start = 1 + self.rank
         for module in self._noise_modules():
             stop = start + module.block.latent_size
@@ -214,23 +264,33 @@ class CoordinateGenerator(Generator):
         for module in self._noise_modules():
             module.fold()
 
-    def _fit_noise(self, draws: DrawBlocks, coordinates_SR: Tensor) -> None:
-        if not self.noise or self._unit_D is None:
-            return
-        row_N = torch.arange(0, len(draws), max(1, len(draws) // _NUM_RESIDUALS), device=draws.device)
-        length = together(self.output_size * draws.dtype.itemsize)
-        for module in self._noise_modules():
-            span = module.block.span
 
-            def residuals(span: slice = span) -> Iterator[Tensor]:
-                for part_N in row_N.split(length):
-                    fitted_NB = self.location[span] + coordinates_SR[part_N] @ self.basis[:, span]
-                    yield draws[part_N][:, span] - fitted_NB * self._unit_D[span]  # type: ignore[index]
+@dataclass(frozen=True)
+class GaussianFit:
+    """Draws in principal coordinates, in units of each weight's standard deviation, and their stretches.
 
-            module.fit(residuals)
+    :ivar PrincipalCoordinates principal: of the draws less ``shift_D``, divided by ``divisor_D``.
+    :ivar Tensor means_CMR: means of the stretches of each chain.
+    :ivar Tensor around_CSR: draws less the means of their stretches.
+    """
 
-    def _noise_modules(self) -> list[MatrixNoise]:
-        return [module for module in self.noise if isinstance(module, MatrixNoise)]
+    principal: PrincipalCoordinates
+    shift_D: Tensor
+    divisor_D: Tensor
+    means_CMR: Tensor
+    around_CSR: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, draws: DrawBlocks, rank: int, stretch: int | None) -> GaussianFit:
+        """Parameters and errors as of :meth:`CoordinateGenerator.fit`."""
+        num_chains, num_draws, _ = draws.shape
+        num_stretches = 1 if stretch is None else max(1, num_draws // stretch)
+        shift_D, scale_D = draws.moments()
+        divisor_D = scale_D.where(scale_D > 0, torch.ones_like(scale_D))
+        principal = principal_coordinates(draws.standardised(shift_D, divisor_D), rank)
+        coordinates_CSR = principal.coordinates_SR.unflatten(0, (num_chains, num_draws))
+        return cls(principal, shift_D, divisor_D, *_stretches(coordinates_CSR, num_stretches))
 
 
 def _perceptron(num_inputs: int, width: int, num_outputs: int) -> nn.Sequential:

@@ -19,6 +19,7 @@ from pyro_apd.chains import store as chains_store
 from pyro_apd.chains.disk_store import DiskStore, open_store
 from pyro_apd.chains.store import STATISTICS
 from pyro_apd.distill import DistillationError, DistillationWarning, distill
+from pyro_apd.distill.effort import Effort
 from pyro_apd.fingerprint import fingerprint
 from pyro_apd.generators import draw_blocks
 from pyro_apd.layout import Layout
@@ -247,8 +248,8 @@ def test_probe_inputs_of_the_user_are_what_the_model_sees():
     distill(
         chains(), Watched(), data=(X,), probe_inputs=(probes,), num_steps=3, seed=0, progress=False, group_by_chain=True
     )
-    assert all((x > 50).all() for x in seen if len(x) == offline._NUM_PROBES)
-    assert any(len(x) == offline._NUM_PROBES for x in seen)
+    assert all((x > 50).all() for x in seen if len(x) == Effort.num_probes)
+    assert any(len(x) == Effort.num_probes for x in seen)
 
 
 def test_probe_inputs_that_the_model_cannot_take():
@@ -321,7 +322,10 @@ def test_state_is_restored_after_an_error(monkeypatch):
         ({"num_steps": True}, "num_steps=True"),
         ({"seed": -3}, "seed=-3"),
         ({"rank": 0}, "rank=0"),
-        ({"generator": "diffusion"}, r"generator='diffusion' is not known; choose one of \['coordinates', 'paper'\]"),
+        (
+            {"generator": "diffusion"},
+            r"generator='diffusion' is not known; choose one of \['chunked', 'coordinates', 'paper'\], or None",
+        ),
         ({"generator": "paper", "rank": 4}, "rank=4 has no meaning"),
         ({"generator": "paper", "objective": "gan"}, "objective='gan' with generator='paper': accepted are"),
         ({"storage_dtype": "int4"}, "`storage_dtype` must be one of"),
@@ -391,7 +395,7 @@ def test_draws_on_disk_are_never_copied_whole(tmp_path, monkeypatch, space):
     store.close()
     set_part_bytes(monkeypatch, 2**18)
     # The judge's distances between draws, one matrix a probe, are small only beside larger networks.
-    monkeypatch.setattr(offline, "_NUM_PROBES", 8)
+    monkeypatch.setattr(Effort, "of", classmethod(lambda cls, *args: cls(num_probes=8)))
     store = open_store(tmp_path / "draws")
     known = {"model": model, "data": (torch.randn(50, 1000), torch.arange(50) % 4)} if space == "functions" else {}
     with warnings.catch_warnings(), Largest(store.theta_CSD) as largest:

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_apd import SGLD, DistillationError, DistillationWarning, DivergenceError, distill_online
 from pyro_apd.chains.checkpoint import CheckpointError
 from pyro_apd.chains.driver import MCMC
-from pyro_apd.distill import offline, online, training
+from pyro_apd.distill import online, training
+from pyro_apd.distill.effort import Effort
 from pyro_apd.posterior import DistilledPosterior
 from tests.distill.test_offline import Largest
 from tests.models import Conjugate
@@ -26,8 +27,7 @@ X, Y = MODEL.x, MODEL.y
 @pytest.fixture(autouse=True)
 def _few_probes(monkeypatch):
     """What is tested here does not hang on how finely generators are compared, and that is most of the time."""
-    monkeypatch.setattr(offline, "_NUM_PROBES", 8)
-    monkeypatch.setattr(training, "_MAX_JUDGED", 40)
+    monkeypatch.setattr(Effort, "of", classmethod(lambda cls, *args: cls(num_probes=8, num_judged=40)))
 
 
 def kernel(model=MODEL.full, step_size=5e-3, **options):
@@ -246,7 +246,7 @@ def test_ctrl_c_while_the_last_round_begins_gives_the_one_before(monkeypatch):
     make = online.distill_draws
 
     def stopped(source, wishes, *args):
-        if wishes.num_steps == 8:
+        if wishes.share_of_steps == 1:
             raise KeyboardInterrupt
         return make(source, wishes, *args)
 

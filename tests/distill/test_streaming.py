@@ -13,7 +13,7 @@ from pyro.infer.mcmc import StreamingMCMC
 from pyro.ops.streaming import CountStats
 
 from pyro_apd import MCMC, SGLD, OnlineDistillation, distill
-from pyro_apd.distill import offline, training
+from pyro_apd.distill.effort import Effort
 from tests.models import Conjugate, constrained
 
 MODEL = Conjugate(num_data=30)
@@ -24,8 +24,7 @@ OPTIONS = {"num_steps": 0, "seed": 0, "progress": False}
 @pytest.fixture(autouse=True)
 def _few_probes(monkeypatch):
     """What is tested here does not hang on how finely generators are compared, and that is most of the time."""
-    monkeypatch.setattr(offline, "_NUM_PROBES", 8)
-    monkeypatch.setattr(training, "_MAX_JUDGED", 40)
+    monkeypatch.setattr(Effort, "of", classmethod(lambda cls, *args: cls(num_probes=8, num_judged=40)))
 
 
 def online(model=MODEL.full, data=DATA, **options):

@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-from pyro_apd.distill import training as training_module
 from pyro_apd.distill.failure import find_failures
 from pyro_apd.distill.objective import Judge, Objective
 from pyro_apd.distill.training import Schedule, train
@@ -113,9 +112,8 @@ def test_judging_leaves_the_random_numbers_of_training_alone():
     for num_evaluations in (1, 20):
         torch.manual_seed(3)
         generator = PaperGenerator(3, latent_size=2, width=4)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training_module, "_NUM_EVALUATIONS", num_evaluations)
-            train(generator, Shift(), Told(range(30, 0, -1), 0.0), Schedule(20, 1e-2, False), progress=False)
+        schedule = Schedule(20, 1e-2, False, num_evaluations=num_evaluations)
+        train(generator, Shift(), Told(range(30, 0, -1), 0.0), schedule, progress=False)
         states.append(generator.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 

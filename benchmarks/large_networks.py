@@ -1,0 +1,148 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Networks and data of :mod:`benchmarks.large`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import pyro_apd as apd
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions around which the input is carried past, without parameters (He et al. 2016, option A)."""
+
+    def __init__(self, num_in: int, num_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(num_in, num_out, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(num_out)
+        self.conv2 = nn.Conv2d(num_out, num_out, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(num_out)
+        self.stride, self.surplus = stride, num_out - num_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From ``(N, I, H, W)`` to ``(N, O, H / stride, W / stride)``."""
+        carried = functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.surplus))
+        inner = self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(x)))))
+        return functional.relu(inner + carried)
+
+
+def resnet(num_blocks: int = 3, width: int = 16, num_channels: int = 1, num_classes: int = 10) -> nn.Sequential:
+    """The residual network of 6 n + 2 layers for 32 x 32 images (He et al. 2016, section 4.2): n = 3 is ResNet-20."""
+    layers: list[nn.Module] = [nn.Conv2d(num_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
+    layers.append(nn.ReLU())
+    num_in = width
+    for stage in range(3):
+        for block in range(num_blocks):
+            num_out = width * 2**stage
+            layers.append(BasicBlock(num_in, num_out, 2 if stage and not block else 1))
+            num_in = num_out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(num_in, num_classes))
+
+
+def paper_conv_net(width: int = 48, num_classes: int = 10) -> nn.Sequential:
+    """The convolutional network of Wang et al. (2018) for active learning on 28 x 28 images, without its dropout."""
+
+    def conv(num_in: int, num_out: int, size: int, padding: int = 0) -> list[nn.Module]:
+        layers = [nn.Conv2d(num_in, num_out, size, padding=padding), nn.BatchNorm2d(num_out), nn.LeakyReLU(0.2)]
+        return list(layers)
+
+    wide = 2 * width
+    return nn.Sequential(
+        *conv(1, width, 3, 1), *conv(width, width, 3, 1), *conv(width, width, 3, 1),
+        nn.MaxPool2d(2), nn.BatchNorm2d(width),
+        *conv(width, wide, 3, 1), *conv(wide, wide, 3, 1), *conv(wide, wide, 3, 1),
+        nn.MaxPool2d(2), nn.BatchNorm2d(wide),
+        *conv(wide, wide, 3), *conv(wide, wide, 1), *conv(wide, num_classes, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+
+
+def mlp(width: int) -> nn.Sequential:
+    """784-h-h-10."""
+    hidden = nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
+    return nn.Sequential(*hidden, nn.Linear(width, 10))
+
+
+Data = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def synthetic(shape: Sequence[int], num_train: int = 1000, num_test: int = 200) -> Data:
+    """Ten noisy prototypes."""
+    generator = torch.Generator().manual_seed(0)
+    label_N = torch.arange(num_train + num_test) % 10
+    prototypes = torch.randn(10, *shape, generator=generator)
+    x = 0.5 * prototypes[label_N] + torch.randn(num_train + num_test, *shape, generator=generator)
+    return x[:num_train], label_N[:num_train], x[num_train:], label_N[num_train:]
+
+
+def photographs() -> Data:
+    """2,000 photographs of CIFAR-10 in shades of grey, 32 x 32, four fifths of them to train with; else synthetic."""
+    path = Path(os.environ.get(apd.datasets.DATA_VARIABLE, "")) / "cifar10_gray" / "cifar10_test2000.npz"
+    if not path.is_file():
+        return synthetic((1, 32, 32), 1600, 400)
+    with np.load(path, allow_pickle=False) as archive:
+        images, labels = archive["images"].astype(np.float32), archive["labels"].astype(np.int64)
+    gray = torch.as_tensor(images @ np.array([0.299, 0.587, 0.114], np.float32)).unsqueeze(1) / 127.5 - 1
+    order = torch.randperm(len(gray), generator=torch.Generator().manual_seed(0))
+    gray, y = gray[order], torch.as_tensor(labels).flatten()[order]
+    return gray[:1600], y[:1600], gray[1600:], y[1600:]
+
+
+def handwriting() -> Data:
+    """2,000 and 500 images of MNIST, 28 x 28; else synthetic."""
+    try:
+        data = apd.datasets.mnist()
+    except FileNotFoundError:
+        return synthetic((1, 28, 28), 2000, 500)
+    x_train, x_test = data.x_train[:2000].view(-1, 1, 28, 28), data.x_test[:500].view(-1, 1, 28, 28)
+    return x_train, data.y_train[:2000], x_test, data.y_test[:500]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to sample and distil, and for how long.
+
+    :ivar net: makes the network.
+    :ivar data: makes its data.
+    :ivar str prior: of :class:`pyro_apd.BNN`.
+    :ivar int warm_start: steps of Adam before sampling.
+    :ivar int num_draws: draws to distil from, ``thinning`` steps each.
+    :ivar int num_steps: of the generator; None for the default.
+    """
+
+    net: Callable[[], nn.Module]
+    data: Callable[[], Data]
+    step_size: float
+    batch_size: int
+    warm_start: int
+    num_draws: int
+    thinning: int
+    num_steps: int | None = None
+
+    def model(self) -> apd.BNN:
+        """The Bayesian network, with group normalisation in place of batch normalisation."""
+        torch.manual_seed(0)
+        return apd.BNN(self.net(), prior_scale="fan_in", batch_norm="group")
+
+
+CASES = {
+    "mlp-1M": Case(lambda: mlp(670), lambda: synthetic((784,)), 1e-5, 100, 20, 40, 2, 5),
+    "mlp-10M": Case(lambda: mlp(2790), lambda: synthetic((784,)), 1e-5, 100, 5, 30, 1, 1),
+    "conv": Case(paper_conv_net, handwriting, 1e-5, 32, 60, 40, 2, 3),
+    "resnet20": Case(resnet, photographs, 1e-5, 32, 60, 40, 2, 3),
+}
+QUICK = {
+    "conv": Case(lambda: paper_conv_net(4), lambda: synthetic((1, 28, 28), 100, 20), 1e-5, 16, 3, 12, 1, 1),
+    "resnet20": Case(lambda: resnet(1, 4), lambda: synthetic((1, 32, 32), 100, 20), 1e-5, 16, 3, 12, 1, 1),
+    "mlp": Case(lambda: mlp(64), lambda: synthetic((784,), 100, 20), 1e-5, 16, 3, 12, 1, 1),
+}

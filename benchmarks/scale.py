@@ -1,0 +1,184 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Cost of an SGLD step against weights and against chains: ``python -m benchmarks.scale [--quick]``.
+
+Networks 64-h-h-10 of 10^3 to 10^7 weights, one chain; and 1 to 256 vectorised chains of 64-50-10 (3,760 weights).
+Batches of 100, one thread, steps as captured, not compiled. Each point is a fresh process. Time is the processor's, so
+that other work on the machine hardly counts. Memory is the peak of what is not from files while steps are taken, above
+that of the smallest case (of two chains), which is the interpreter's and the libraries'. Exponents are slopes of
+least-squares lines in log-log: of all points, and of those where arithmetic outweighs calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import pyro_apd as apd
+from benchmarks.common import RESULTS, markdown_table, write_json
+from benchmarks.memory import anonymous
+
+NUM_INPUTS, NUM_CLASSES, BATCH_SIZE = 64, 10, 100
+WEIGHTS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
+CHAINS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+#: From here on points count for the second exponent.
+LARGE_WEIGHTS, MANY_CHAINS = 100_000, 8
+QUICK_WEIGHTS, QUICK_CHAINS = (1_000, 10_000, 100_000), (1, 4, 16)
+
+
+def width(num_weights: int) -> int:
+    """Hidden units h with which 64-h-h-10 comes nearest to so many weights."""
+    linear = NUM_INPUTS + NUM_CLASSES + 2
+    return max(1, round((math.sqrt(linear**2 + 4 * (num_weights - NUM_CLASSES)) - linear) / 2))
+
+
+def network(num_weights: int | None) -> nn.Sequential:
+    """64-h-h-10, or 64-50-10."""
+    if num_weights is None:
+        return nn.Sequential(nn.Linear(NUM_INPUTS, 50), nn.ReLU(), nn.Linear(50, NUM_CLASSES))
+    h = width(num_weights)
+    hidden = nn.Linear(NUM_INPUTS, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU()
+    return nn.Sequential(*hidden, nn.Linear(h, NUM_CLASSES))
+
+
+def child(num_weights: int | None, num_chains: int | None) -> None:
+    """Prints processor seconds a step and the peak memory of this process's steps."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    x, y = torch.randn(1000, NUM_INPUTS), torch.arange(1000) % NUM_CLASSES
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous())
+
+    kernel = apd.SGLD(
+        apd.BNN(network(num_weights), prior_scale="fan_in"), 1e-6, batch_size=BATCH_SIZE, seed=0, compile=False
+    )
+    chain = kernel.begin((x, y), {}, warmup_steps=1, num_chains=num_chains)
+    size = chain.layout.size
+    chain.advance(2)  # captures the model
+    count = max(3, min(200, 20_000_000 // (size * (num_chains or 1))))
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()
+        chain.advance(count)
+        seconds.append((time.process_time() - began) / count)
+    done.set()
+    watcher.join()
+    found = {"weights": size, "chains": num_chains or 1, "seconds": sorted(seconds)[1], "bytes": peak[0]}
+    print(json.dumps(found))
+
+
+def measure(num_weights: int | None, num_chains: int | None) -> dict[str, Any]:
+    """The same of a fresh process."""
+    code = f"import benchmarks.scale as s; s.child({num_weights}, {num_chains})"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    print(found, file=sys.stderr, flush=True)
+    return found
+
+
+def above_the_smallest(points: list[dict[str, Any]], smallest: int = 0) -> list[dict[str, Any]]:
+    """Points whose memory is what they have more than the smallest; where that is within 4 MB, it is not known."""
+    grown = [{**point, "bytes": point["bytes"] - points[smallest]["bytes"]} for point in points]
+    return [{**point, "bytes": point["bytes"] if point["bytes"] > 4e6 else math.nan} for point in grown]
+
+
+def exponent(points: list[dict[str, Any]], by: str, of: str, least: int = 0) -> float:
+    """Slope in log-log of ``of`` against ``by``, over points of at least ``least``."""
+    kept = [point for point in points if point[by] >= least and not math.isnan(point[of])]
+    if len(kept) < 2:
+        return math.nan
+    return float(np.polyfit(np.log([p[by] for p in kept]), np.log([p[of] for p in kept]), 1)[0])
+
+
+def exponents(points: list[dict[str, Any]], by: str, least: int) -> dict[str, float]:
+    """Of time and memory, over all points and over the large ones."""
+    return {
+        f"{name}, {which}": exponent(points, by, of, start)
+        for name, of in (("time", "seconds"), ("memory", "bytes"))
+        for which, start in (("all", 0), (f"from {least:,}", least))
+    }
+
+
+def summed_up(by_weights: list[dict[str, Any]], by_chains: list[dict[str, Any]]) -> dict[str, Any]:
+    """Both series, and their exponents."""
+    # What vectorising itself loads comes with the second chain.
+    weights, chains = above_the_smallest(by_weights), above_the_smallest(by_chains, 1)
+    found = {
+        "weights": exponents(weights, "weights", LARGE_WEIGHTS),
+        "chains": exponents(chains, "chains", MANY_CHAINS),
+    }
+    return {"weights": weights, "chains": chains, "exponents": found}
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """The figure: time and memory, against weights and against chains."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(8.5, 6.2), layout="constrained")
+    sides = (("weights", "weights, one chain", LARGE_WEIGHTS), ("chains", "chains of 3,760 weights", MANY_CHAINS))
+    rows = (("seconds", "processor s a step", 1.0), ("bytes", "memory above the smallest, MB", 1e6))
+    for column, (by, label, least) in enumerate(sides):
+        points = results[by]
+        size = np.array([point[by] for point in points], float)
+        for row, (of, name, unit) in enumerate(rows):
+            value, axis = np.array([point[of] for point in points]) / unit, axes[row, column]
+            axis.loglog(size, value, "o-", color="C0", markersize=4, label="measured")
+            line = value[-1] * size / size[-1]
+            kept = line > 0.3 * np.nanmin(value)
+            axis.loglog(size[kept], line[kept], ":", color="0.5", label="proportional")
+            slope = exponent(points, by, of, least)
+            axis.set_title(f"exponent {slope:.2f} from {least:,} {by}", fontsize=9)
+            axis.set(xlabel=label, ylabel=name)
+            axis.grid(True, which="major", color="0.9")
+            axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _megabytes(num_bytes: float) -> str:
+    return "" if math.isnan(num_bytes) else f"{num_bytes / 1e6:.0f}"
+
+
+def main() -> None:
+    """The tables, the figure and the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few small sizes: whether it runs")
+    quick = parser.parse_args().quick
+    sizes, counts = (QUICK_WEIGHTS, QUICK_CHAINS) if quick else (WEIGHTS, CHAINS)
+    results: dict[str, Any] = summed_up([measure(n, None) for n in sizes], [measure(None, n) for n in counts])
+    for by in ("weights", "chains"):
+        rows = [[f"{p[by]:,}", f"{1e3 * p['seconds']:.3g}", _megabytes(p["bytes"])] for p in results[by]]
+        print(markdown_table([by, "processor ms a step", "memory, MB"], rows))
+        slopes = [f"{name} {value:.2f}" for name, value in results["exponents"][by].items()]
+        print("\nExponents:", ", ".join(slopes), "\n")
+    if not quick:
+        draw(results, RESULTS / "scale.png")
+        for by in ("weights", "chains"):
+            results[by] = [{**p, "bytes": None if math.isnan(p["bytes"]) else p["bytes"]} for p in results[by]]
+        path = write_json("scale", results)
+        print(f"Written to {path} and {RESULTS / 'scale.png'}")
+
+
+if __name__ == "__main__":
+    main()
