@@ -27,6 +27,7 @@ FLOORS = [
         "draw_linear",
         "row_cut",
         "fingerprint",
+        "ranks",
     },
     {"arguments"},
     {"layout", "bnn", "container"},

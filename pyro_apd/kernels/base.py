@@ -147,6 +147,7 @@ class StochasticGradientKernel(MCMCKernel):
         first_chain: int | None = None,
         initial_params: Mapping[str, Tensor] | None = None,
         keep_draws: bool = True,
+        of_chains: int | None = None,
     ) -> Chain:
         """A chain, or several that advance together, ready to be driven.
 
@@ -158,8 +159,16 @@ class StochasticGradientKernel(MCMCKernel):
             counts the chains that this kernel began.
         :param initial_params: unconstrained values by site; for C chains with a leading dimension of C.
         :param bool keep_draws: keep the draws for the error of a chain that diverges.
+        :param int of_chains: chains of the whole run, where others of it are in other processes.
+        :raises ValueError: with ``of_chains`` and ``step_size="auto"``, which would differ from process to process.
         :raises: as :meth:`setup`.
         """
+        if of_chains is not None and self.schedule is None:
+            raise ValueError(
+                "step_size='auto' is found by chains that advance together, and would not be the same in every process "
+                "of chain_method='distributed'. Find it in a short run of one process, which says it in "
+                "diagnostics()['tuning'], and give that number."
+            )
         self._started_at, self._logged_at, self._log = time.monotonic(), 0.0, OrderedDict()
         first = self._num_chains_begun if first_chain is None else first_chain
         seeds = [self._seed_of(first + i, is_numbered=first_chain is not None) for i in range(num_chains or 1)]
@@ -181,11 +190,12 @@ class StochasticGradientKernel(MCMCKernel):
             type(self).__name__,
             compile=self.compile,
             expected_steps=known,
-            unroll=_unroll(self.thinning) if theta.numel() <= SMALL else 1,
+            unroll=_unroll(self.thinning) if potential.layout.size * (of_chains or num_chains or 1) <= SMALL else 1,
             keep_draws=keep_draws,
             warmup=WarmUp(num_warmup, self.temperature, self._dynamics, auto, self.warm_start),
             control_variates=self.control_variates,
             kinetic=self._kinetic,
+            of_chains=of_chains,
         )
         self._start_chain(self._chain)
         return self._chain

@@ -50,6 +50,8 @@ class Chain:
     :param WarmUp warmup: what the chain does for itself; None for nothing.
     :param bool control_variates: take gradients with control variates about the state before the first step.
     :param kinetic: sums of the momenta's thermal motion by site, given the auxiliary state and the step size.
+    :param int of_chains: chains of the whole run, where others of it are elsewhere. Each chain is then the same
+        whichever others are here, and where all that are here ran away, they stay and do not raise.
     :ivar dict auxiliary: what a sampler keeps beside theta, by site, such as momenta.
     :ivar divergences: errors of the chains that diverged, with the chain's index as ``chain``.
     :ivar int step: Langevin steps taken.
@@ -71,9 +73,12 @@ class Chain:
         warmup: WarmUp | None = None,
         control_variates: bool = False,
         kinetic: Callable[[Mapping[str, Pieces], float], Tensor] | None = None,
+        of_chains: int | None = None,
     ) -> None:
         self.potential, self.layout, self.name = potential, potential.layout, name
         self.num_chains = len(theta) if theta.dim() > 1 else None
+        self._has_fellows = of_chains is not None and of_chains > (self.num_chains or 1)
+        self._num_counted = of_chains or self.num_chains or 1  # chains whose steps count for compiling
         self._theta: Pieces = tuple(piece.clone() for piece in potential.pieces(theta))
         self.auxiliary: dict[str, Pieces] = {}
         self.step, self.step_size = 0, float("nan")
@@ -88,9 +93,9 @@ class Chain:
         self._is_cpu = theta.device.type == "cpu"
         self._sizes = theta.new_empty((1, len(theta), 1) if self.num_chains else (1,))
         self._values: list[float] = []
-        self._start_streams(theta, seeds, unroll)
+        self._start_streams(theta, seeds, unroll, of_chains is not None)
         sizes = [site.size for site in self.layout]
-        known = expected_steps * (self.num_chains or 1)
+        known = expected_steps * self._num_counted
         self._stepper = Stepper(potential, sizes, update, self._noise, compile, known, unroll)
         self._read_step = 0
         self.thermometers = [Thermometer("configurational", sizes)]
@@ -104,12 +109,12 @@ class Chain:
         self._last_good, self._hopeful = (tuple(piece.clone() for piece in self._theta) for _ in range(2))
         self._checked_step = self._num_good = 0
 
-    def _start_streams(self, theta: Tensor, seeds: Sequence[int], unroll: int) -> None:
+    def _start_streams(self, theta: Tensor, seeds: Sequence[int], unroll: int, per_chain: bool) -> None:
         generators = [torch.Generator(device=theta.device).manual_seed(seed) for seed in seeds]
         if isinstance(self.potential.source, LoaderBatches):
             self.potential.source.device = theta.device
         self.potential.source.start(generators if self.num_chains else generators[0])
-        self._noise = Noise(theta, seeds, unroll)
+        self._noise = Noise(theta, seeds, unroll, per_chain)
         others = [torch.Generator(device=theta.device).manual_seed(seed ^ 1) for seed in seeds]
         self._thermal_source = copy.copy(self.potential.source)
         self._thermal_source.start(others if self.num_chains else others[0])
@@ -155,7 +160,7 @@ class Chain:
                 self.warmup.before_step(self)
             if self._wants_control:
                 self.use_control_variates()
-            taken = self.step * (self.num_chains or 1)
+            taken = self.step * self._num_counted
             num = self._stepper.num_at_once(num_steps, self.step, taken)
             num_steps -= num
             inputs = [self.potential.source.draw() for _ in range(num)]
@@ -305,7 +310,7 @@ class Chain:
             raise errors[0]
         self.divergences += errors
         self._is_frozen[list(chains)] = True
-        if bool(self._is_frozen.all()):
+        if bool(self._is_frozen.all()) and not self._has_fellows:
             raise errors[0]
         self._put_back(chains)
 
