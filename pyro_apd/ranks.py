@@ -25,14 +25,7 @@ _dist = torch.distributed
 
 
 class RankError(RuntimeError):
-    """Another process of the job is gone, or did not answer in time.
-
-    :ivar int rank: the process that noticed.
-    """
-
-    def __init__(self, message: str, rank: int) -> None:
-        super().__init__(message)
-        self.rank = rank
+    """Another process of the job is gone, or did not answer in time."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +123,9 @@ class Ranks:
         except RuntimeError as error:  # what torch raises differs by backend
             raise RankError(
                 f"Rank {self.rank} of {self.size} found another process of the job gone, or had no answer within the "
-                f"process group's timeout ({str(error).splitlines()[0]}). What went wrong is said by the process that "
+                f"process group's timeout ({str(error).split('. ')[0]}). What went wrong is said by the process that "
                 "ended first. With checkpoint= the same call resumes from the last one, also by itself under "
-                "torchrun --max-restarts=1.",
-                self.rank,
+                "torchrun --max-restarts=1."
             ) from error
 
 
