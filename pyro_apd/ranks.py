@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 # Looked up when they are used: a build of torch may lack them.
 _dist = torch.distributed
+# What is in torch's messages when a process is gone.
+_LOST = ("gloo", "nccl", "connection", "peer", "timed out", "timeout")
 
 
 class RankError(RuntimeError):
@@ -57,7 +59,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with self._listening():
+        with self.listening():
             _dist.all_gather_object(values, value)
         return values
 
@@ -94,7 +96,7 @@ class Ranks:
             return
         staged = values.contiguous().to(self._device())
         as_bytes = staged.view(-1).view(torch.uint8)  # any dtype, by any backend
-        with self._listening():
+        with self.listening():
             if to_all:
                 _dist.broadcast(as_bytes, source)
             elif self.rank == source:
@@ -111,16 +113,29 @@ class Ranks:
         """
         self.gathered(None)
 
+    def averaging(self, module: nn.Module) -> nn.Module:
+        """A module whose gradients are averaged over all processes, which begin with the first one's parameters."""
+        if self.size == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
+            return module
+        with self.listening():
+            return nn.parallel.DistributedDataParallel(module)
+
     def _device(self) -> torch.device:
         """Where a tensor has to be to be passed on."""
         is_gpu_only = _dist.get_backend() == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if is_gpu_only else torch.device("cpu")
 
     @contextmanager
-    def _listening(self) -> Iterator[None]:
+    def listening(self) -> Iterator[None]:
+        """Says what it means where torch has lost another process.
+
+        :raises RankError: if that is so; other errors pass.
+        """
         try:
             yield
         except RuntimeError as error:  # what torch raises differs by backend
+            if self.size == 1 or not any(word in str(error).lower() for word in _LOST):
+                raise
             raise RankError(
                 f"Rank {self.rank} of {self.size} found another process of the job gone, or had no answer within the "
                 f"process group's timeout ({str(error).split('. ')[0]}). What went wrong is said by the process that "

@@ -36,6 +36,8 @@ class RankRun(Run):
     A store on disk is one for all, in which each writes the rows of its chains; unless nothing is gathered, when each
     has its own, as it has in memory.
 
+    With another ``chain_method`` than ``"distributed"`` it is a :class:`~pyro_apd.chains.run.Run`.
+
     :param Ranks ranks: this process among all.
     :raises ValueError: if there are more processes than chains.
     """
@@ -49,8 +51,12 @@ class RankRun(Run):
         stack: ExitStack,
         ranks: Ranks,
     ) -> None:
-        super().__init__(kernel, _of_rank(settings, ranks), args, kwargs, stack)
-        self.ranks, num_chains = ranks, self.plan.num_chains
+        self._is_part = settings.chain_method == "distributed"
+        super().__init__(kernel, _of_rank(settings, ranks) if self._is_part else settings, args, kwargs, stack)
+        num_chains = self.plan.num_chains
+        self.ranks, self.own, self._is_shared, self._is_exchanged = ranks, self.chains, False, False
+        if not self._is_part:
+            return
         if num_chains < ranks.size:
             raise ValueError(
                 f"num_chains={num_chains} leaves some of {ranks.size} processes without a chain: ask for at least "
@@ -62,7 +68,6 @@ class RankRun(Run):
         row = self.own.start if self._is_shared else 0
         self.groups = [Group(self.own.start, len(self.own), row, num_chains)]
         self.progress = {self.own.start: Progress()}
-        self._is_exchanged = False
 
     def sample(self) -> None:
         """This process's chains; then all processes tell each other what became of theirs.
@@ -95,11 +100,21 @@ class RankRun(Run):
                 return MemoryStore.adopting(self.store)
             self.chains = self.own
             return MemoryStore.adopting(self.store, self.own)
-        store = super().settled_store()
-        return self._gathered(store) if self._is_exchanged else store
+        own = super().settled_store()
+        if not self._is_exchanged:
+            return own
+        whole = self.gathered(own)
+        if whole is None:
+            return own
+        self.chains = range(self.plan.num_chains)
+        return whole
 
-    def _gathered(self, own: DrawStore) -> DrawStore:
-        """The draws of all processes, on those that are to have them; elsewhere those of this one."""
+    def gathered(self, own: DrawStore) -> DrawStore | None:
+        """The draws of all processes, on those that are to have them; None elsewhere.
+
+        :param own: draws of this process's chains.
+        :raises RankError: if another process is gone.
+        """
         to_all, num_chains = self.settings.gather == "all", self.plan.num_chains
         if self.ranks.size == 1:
             return own
@@ -111,10 +126,8 @@ class RankRun(Run):
                 self._pass_on(own, whole, chain, counts[chain], source, to_all)
         self.ranks.meet()
         if not is_taking:
-            return own
-        for chain, count in enumerate(counts):
-            whole.counts[chain] = count
-        self.chains = range(num_chains)
+            return None
+        whole.counts[:] = counts
         return whole
 
     def _pass_on(self, own: DrawStore, whole: MemoryStore, chain: int, count: int, source: int, to_all: bool) -> None:
@@ -135,15 +148,15 @@ class RankRun(Run):
 
     def _read(self) -> Checkpoint | None:
         """The checkpoint to go on from, if all processes have one of the same run."""
-        self._check_agreement()
+        self.ranks.check_same(self._asked())
         saved = super()._read()
         if self._path is None:
             return None
         names = self.ranks.gathered(saved and saved.notes.get("run"))
-        starts = self.ranks.gathered(saved is None or all(p.num_done == 0 for p in saved.chains.values()))
+        has_begun = self.ranks.gathered(saved is not None and self._has_begun(saved))
         if len(set(names)) == 1:
             return saved
-        if all(starts):  # ended while it began
+        if not any(has_begun):
             return None
         raise CheckpointError(
             f"Checkpoints of {self.ranks.size} processes, '{self._path}' and its like, are of different runs "
@@ -151,25 +164,27 @@ class RankRun(Run):
             "files to start over."
         )
 
-    def _check_agreement(self) -> None:
-        """:raises ValueError: if processes were not asked for the same."""
+    def _has_begun(self, saved: Checkpoint) -> bool:
+        """Whether it can be lost what this checkpoint is of; others may not have written theirs."""
+        return any(progress.num_done > 0 for progress in saved.chains.values())
+
+    def _asked(self) -> dict[str, Any]:
+        """What all processes have to be asked alike, by name."""
         plan = self.plan
         leaves = pytree.tree_leaves((self.args, self.kwargs))
         settings = {name: describe(value) for name, value in constructor_settings(self.kernel).items()}
-        self.ranks.check_same(
-            {
-                "kernel": type(self.kernel).__name__,
-                **settings,
-                "seed": self.kernel.seed,
-                "num_samples": plan.num_samples,
-                "warmup_steps": plan.warmup_steps,
-                "num_chains": plan.num_chains,
-                "gather": self.settings.gather,
-                "store": self.settings.store_path is not None,
-                "checkpoint": self._path is not None,
-                "the shapes of the data": [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)],
-            }
-        )
+        return {
+            "kernel": type(self.kernel).__name__,
+            **settings,
+            "seed": self.kernel.seed,
+            "num_samples": plan.num_samples,
+            "warmup_steps": plan.warmup_steps,
+            "num_chains": plan.num_chains,
+            "gather": self.settings.gather,
+            "store": self.settings.store_path is not None,
+            "checkpoint": self._path is not None,
+            "the shapes of the data": [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)],
+        }
 
     def _seed(self, saved: Checkpoint | None) -> int | None:
         known = super()._seed(saved)
@@ -191,7 +206,8 @@ class RankRun(Run):
         return store
 
     def _describe(self, layout: Layout, theta: Tensor) -> dict[str, Any]:
-        return {**super()._describe(layout, theta), "rank and number of processes": [self.ranks.rank, self.ranks.size]}
+        place = {"rank and number of processes": [self.ranks.rank, self.ranks.size]} if self._is_part else {}
+        return {**super()._describe(layout, theta), **place}
 
 
 def _of_rank(settings: Settings, ranks: Ranks) -> Settings:

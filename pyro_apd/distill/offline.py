@@ -38,6 +38,7 @@ from pyro_apd.posterior import DistilledPosterior
 from pyro_apd.precision import check_dtype
 from pyro_apd.predictive import FunctionView, outputs
 from pyro_apd.pyro_state import preserved_param_store, seeded
+from pyro_apd.ranks import Ranks
 
 logger = logging.getLogger("pyro_apd")
 
@@ -45,6 +46,8 @@ logger = logging.getLogger("pyro_apd")
 _MAX_WHOLE_ROWS = 512
 _MAX_JUDGED = 200
 _NUM_PROBES = 96
+# Draws that a critic compares a step.
+_BATCH = 100
 # Adam's for both players of the paper's games.
 _PAPER_RATE = 1e-4
 # Principal coordinates: of one chain, more for every other, and at most.
@@ -118,12 +121,15 @@ def distill(
 
 
 def distill_draws(
-    draws: Source, wishes: Wishes, probe_inputs: Sequence[Any] | None, progress: bool
+    draws: Source, wishes: Wishes, probe_inputs: Sequence[Any] | None, progress: bool, ranks: Ranks | None = None
 ) -> tuple[DistilledPosterior, Training]:
-    """:func:`distill` once the draws are read, with parameters as there; :func:`report` is the caller's to call."""
+    """:func:`distill` once the draws are read, with parameters as there; :func:`report` is the caller's to call.
+
+    :param Ranks ranks: processes that train together, with the same draws and seed; each gets the same posterior.
+    """
     seed = int(torch.randint(2**31, ())) if wishes.seed is None else wishes.seed
     with seeded(seed, draws.theta_CSD.device), preserved_param_store():
-        posterior, training = _distil(draws, wishes, probe_inputs, progress)
+        posterior, training = _distil(draws, wishes, probe_inputs, progress, ranks or Ranks())
     posterior.metadata["seed"] = seed
     # What is at hand draws what a file of it will.
     is_narrow = wishes.generator != "paper" and draws.theta_CSD.dtype == torch.float32
@@ -184,10 +190,15 @@ class _Task:
     draws: DrawBlocks
     held_out: Iterator[Tensor]
     functions: tuple[FunctionSpace, Probes] | None
+    ranks: Ranks
+
+    def share(self, count: int) -> int:
+        """What each process takes of a step's work."""
+        return -(-count // self.ranks.size)
 
 
 def _distil(
-    draws: Source, wishes: Wishes, probe_inputs: Sequence[Any] | None, progress: bool
+    draws: Source, wishes: Wishes, probe_inputs: Sequence[Any] | None, progress: bool, ranks: Ranks
 ) -> tuple[DistilledPosterior, Training]:
     """:func:`distill` once its arguments are in order, by torch's global random numbers."""
     num_chains, num_draws, _ = draws.theta_CSD.shape
@@ -195,7 +206,7 @@ def _distil(
     train_draws = DrawBlocks(draws.theta_CSD, train_index)
     held_out = DrawBlocks(draws.theta_CSD, held_out_index)
     functions = function_space(draws, probe_inputs)
-    task = _Task(draws.layout, train_draws, _thinned(held_out, _MAX_JUDGED), functions)
+    task = _Task(draws.layout, train_draws, _thinned(held_out, _MAX_JUDGED), functions, ranks)
     prepared = _prepare_paper(task, wishes) if wishes.generator == "paper" else _prepare_coordinates(task, wishes)
     training = train(
         prepared.generator,
@@ -203,6 +214,7 @@ def _distil(
         prepared.judge,
         prepared.schedule,
         progress=progress,
+        ranks=ranks,
     )
     prepared.finish()
     metadata = {
@@ -245,7 +257,7 @@ def _prepare_coordinates(task: _Task, wishes: Wishes) -> _Prepared:
     if task.functions is not None:
         return _Prepared(
             generator,
-            FunctionObjective(*task.functions, task.draws, num_probes=_NUM_PROBES),
+            FunctionObjective(*task.functions, task.draws, num_probes=task.share(_NUM_PROBES)),
             FunctionJudge(*task.functions, task.held_out, _NUM_PROBES),
             Schedule(num_steps, 3e-3, coherent=0.6),
         )
@@ -257,7 +269,9 @@ def _prepare_coordinates(task: _Task, wishes: Wishes) -> _Prepared:
 
     return _Prepared(
         generator,
-        AdversarialObjective(coordinates, task.draws.map(coordinates), 1e-3),
+        AdversarialObjective(
+            coordinates, task.draws.map(coordinates), 1e-3, batch_size=task.share(_BATCH), ranks=task.ranks
+        ),
         WeightJudge(coordinates, task.held_out),
         Schedule(num_steps, 1e-3),
     )
@@ -273,7 +287,7 @@ def _prepare_paper(task: _Task, wishes: Wishes) -> _Prepared:
     )
     return _Prepared(
         PaperGenerator(task.draws.shape[2]).to(task.draws.device, task.draws.dtype),
-        AdversarialObjective(_identity, task.draws, _PAPER_RATE, game),
+        AdversarialObjective(_identity, task.draws, _PAPER_RATE, game, task.share(_BATCH), task.ranks),
         judge,
         Schedule(
             2000 if wishes.num_steps is None else wishes.num_steps,
