@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 # Looked up when they are used: a build of torch may lack them.
 _dist = torch.distributed
+# Seconds that processes wait for each other to start.
+_PATIENCE = 600
 # What is in torch's messages when a process is gone.
 _LOST = ("gloo", "nccl", "connection", "peer", "timed out", "timeout")
 
@@ -106,6 +109,15 @@ class Ranks:
         if self.rank != source:
             values.copy_(staged)
 
+    def add_up(self, values: Tensor) -> None:
+        """Puts the sum over all processes in place of ``values``, the same in each to the last bit.
+
+        :raises RankError: if one is gone.
+        """
+        if self.size > 1:
+            with self.listening():
+                _dist.all_reduce(values)
+
     def meet(self) -> None:
         """Waits until all are here.
 
@@ -156,9 +168,49 @@ def joined() -> Ranks:
         if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return Ranks()
         is_on_gpu = torch.cuda.is_available() and _dist.is_nccl_available()
-        _dist.init_process_group("cpu:gloo,cuda:nccl" if is_on_gpu else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if is_on_gpu else "gloo"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store, rank, size = next(_dist.rendezvous("env://"))  # type: ignore[attr-defined]
+            _dist.init_process_group(backend, store=_fresh(store, rank, size), rank=rank, world_size=size)
+        else:
+            _dist.init_process_group(backend)
         atexit.register(_leave)
     return Ranks(_dist.get_rank(), _dist.get_world_size())
+
+
+def _fresh(store: Any, rank: int, size: int) -> Any:
+    """A part of ``torchrun``'s store in which no earlier attempt at the job wrote.
+
+    The store outlives a restart, and with it the addresses of processes that are gone, where those that come early
+    would look for the others (seen with torch 2.13; see also pytorch issue 135712). So the first process makes a name
+    for this attempt, which counts for another once either has seen the other answer with a number that is new.
+
+    :raises RankError: if a process does not come.
+    """
+    mine, deadline = os.urandom(8).hex(), time.monotonic() + _PATIENCE
+    waited_for = set(range(1, size)) if rank == 0 else {0}
+    if rank == 0:
+        store.set("pyro_apd/offer", mine)
+    while waited_for:
+        for other in list(waited_for):
+            if rank == 0:
+                echo = _read(store, f"pyro_apd/echo{other}")
+                if echo.startswith(mine):
+                    store.set(f"pyro_apd/go{other}", echo)
+                    waited_for.discard(other)
+                continue
+            offer = _read(store, "pyro_apd/offer")
+            store.set(f"pyro_apd/echo{rank}", f"{offer}/{mine}")
+            if _read(store, f"pyro_apd/go{rank}") == f"{offer}/{mine}":
+                return _dist.PrefixStore(offer, store)  # type: ignore[attr-defined]
+        if time.monotonic() > deadline:
+            raise RankError(f"Rank {rank} of {size} waited {_PATIENCE} s for rank {min(waited_for)} to start.")
+        time.sleep(0.02)
+    return _dist.PrefixStore(mine, store)  # type: ignore[attr-defined]
+
+
+def _read(store: Any, name: str) -> str:
+    return str(store.get(name).decode()) if store.check([name]) else ""
 
 
 def _leave() -> None:

@@ -4,6 +4,8 @@
 """Chains over the processes of a job: each runs its own, vectorised, and what they drew comes together at the end.
 
 While chains run, processes say nothing to each other. All that a chain does follows from its number in the whole run.
+
+Or each process has some of the data, and all run all chains in step (:mod:`pyro_apd.kernels.split_data`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pyro_apd.chains.checkpoint import Checkpoint, CheckpointError, Progress, describe
+from pyro_apd.chains.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Progress,
+    describe,
+    from_bytes_of,
+    previous_path,
+)
 from pyro_apd.chains.disk_store import DiskStore, open_store
 from pyro_apd.chains.group import Group
 from pyro_apd.chains.run import Run, Settings, constructor_settings
@@ -26,8 +35,8 @@ from pyro_apd.chains.store import DrawStore, MemoryStore
 from pyro_apd.layout import Layout
 from pyro_apd.ranks import Ranks
 
-#: Who gets the draws of all chains.
-GATHERS = ("rank0", "all", "none")
+#: Who gets the draws of all chains, and what is split over processes.
+GATHERS, SPLITS = ("rank0", "all", "none"), ("chains", "data")
 
 
 class RankRun(Run):
@@ -55,7 +64,11 @@ class RankRun(Run):
         super().__init__(kernel, _of_rank(settings, ranks) if self._is_part else settings, args, kwargs, stack)
         num_chains = self.plan.num_chains
         self.ranks, self.own, self._is_shared, self._is_exchanged = ranks, self.chains, False, False
-        if not self._is_part:
+        #: Whether processes meet before each checkpoint, so that there always is one that all have.
+        self.is_in_step = self._is_part and self.settings.split == "data"
+        if self.is_in_step:
+            self.groups, self.progress = [Group(0, num_chains, ranks=ranks)], {0: Progress()}
+        if self.is_in_step or not self._is_part:
             return
         if num_chains < ranks.size:
             raise ValueError(
@@ -77,7 +90,7 @@ class RankRun(Run):
         super().sample()
         assert self.store is not None
         self.store.flush()
-        if self.settings.gather == "none":
+        if self.settings.gather == "none" or self.settings.split == "data":
             return
         mine = {first: dataclasses.replace(progress, state=None) for first, progress in self.progress.items()}
         for theirs in self.ranks.gathered(mine):
@@ -155,7 +168,7 @@ class RankRun(Run):
         names = self.ranks.gathered(saved and saved.notes.get("run"))
         has_begun = self.ranks.gathered(saved is not None and self._has_begun(saved))
         if len(set(names)) == 1:
-            return saved
+            return saved if saved is None or not self.is_in_step else self._common(saved)
         if not any(has_begun):
             return None
         raise CheckpointError(
@@ -165,12 +178,43 @@ class RankRun(Run):
         )
 
     def _has_begun(self, saved: Checkpoint) -> bool:
-        """Whether it can be lost what this checkpoint is of; others may not have written theirs."""
+        """Whether others must have a checkpoint, too, where there is this."""
+        if self.is_in_step:
+            return bool(saved.notes.get("written", 0) > 1)
         return any(progress.num_done > 0 for progress in saved.chains.values())
+
+    def _common(self, saved: Checkpoint) -> Checkpoint:
+        """The last checkpoint that all processes have."""
+        common = min(self.ranks.gathered(saved.notes.get("written", 0)))
+        if saved.notes.get("written", 0) == common:
+            return saved
+        assert self._path is not None
+        earlier = from_bytes_of(previous_path(self._path))
+        if (earlier.notes.get("run"), earlier.notes.get("written", 0)) != (saved.notes["run"], common):
+            raise CheckpointError(
+                f"'{self._path}' and the checkpoint before it are ahead of those of other processes. Delete the files "
+                "of all to start over."
+            )
+        return earlier
+
+    def checkpoint(self, group: Group, progress: Progress) -> None:
+        """Writes it, where processes go in step once all are here."""
+        self.meet_before_writing()
+        super().checkpoint(group, progress)
+
+    def meet_before_writing(self) -> None:
+        """Then of what processes have written none is more than one checkpoint ahead.
+
+        :raises RankError: if another process is gone.
+        """
+        if self.is_in_step:
+            self.ranks.meet()
+            self._notes["written"] = self._notes.get("written", 0) + 1
 
     def _asked(self) -> dict[str, Any]:
         """What all processes have to be asked alike, by name."""
         plan = self.plan
+        skipped = 1 if self.settings.split == "data" else 0  # numbers of rows may differ then
         leaves = pytree.tree_leaves((self.args, self.kwargs))
         settings = {name: describe(value) for name, value in constructor_settings(self.kernel).items()}
         return {
@@ -183,7 +227,8 @@ class RankRun(Run):
             "gather": self.settings.gather,
             "store": self.settings.store_path is not None,
             "checkpoint": self._path is not None,
-            "the shapes of the data": [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)],
+            "split": self.settings.split,
+            "the shapes of the data": [tuple(leaf.shape)[skipped:] for leaf in leaves if isinstance(leaf, Tensor)],
         }
 
     def _seed(self, saved: Checkpoint | None) -> int | None:
@@ -215,7 +260,7 @@ def _of_rank(settings: Settings, ranks: Ranks) -> Settings:
     checkpoint, store = settings.checkpoint_path, settings.store_path
     if checkpoint is not None:
         checkpoint = path_of_rank(checkpoint, ranks.rank)
-    if store is not None and settings.gather == "none":
+    if store is not None and (settings.gather == "none" or (settings.split == "data" and ranks.rank > 0)):
         store = path_of_rank(store, ranks.rank)
     is_quiet = settings.disable_progbar or ranks.rank > 0
     return dataclasses.replace(settings, checkpoint_path=checkpoint, store_path=store, disable_progbar=is_quiet)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_apd.chains.disk_store import open_store
-from pyro_apd.chains.distributed import GATHERS, RankRun
+from pyro_apd.chains.distributed import GATHERS, SPLITS, RankRun
 from pyro_apd.chains.group import Hook, Plan, rebuilt_error
 from pyro_apd.chains.run import Run, Settings, draws_path
 from pyro_apd.chains.store import DrawStore
@@ -76,6 +76,8 @@ class MCMC(pyro.infer.MCMC):
     :param int checkpoint_every: draws between checkpoints, warm-up included; default twenty a run.
     :param str gather: with ``"distributed"``, who has the draws of all chains after the run: ``"rank0"`` (default),
         ``"all"``, or ``"none"``. Others have those of their own chains; :attr:`chains` says which.
+    :param str split: with ``"distributed"``, what processes share: ``"chains"`` (default), or ``"data"``; see
+        :meth:`run`.
     :raises ValueError: if settings are out of range or do not go together.
     """
 
@@ -98,6 +100,7 @@ class MCMC(pyro.infer.MCMC):
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
         gather: str | None = None,
+        split: str | None = None,
     ) -> None:
         _check_numbers(num_samples=num_samples, num_chains=num_chains)
         if warmup_steps is not None:
@@ -105,7 +108,7 @@ class MCMC(pyro.infer.MCMC):
         if chain_method is not None and chain_method not in METHODS:
             raise ValueError(f"chain_method={chain_method!r} must be one of {', '.join(map(repr, METHODS))}.")
         self._is_ours = callable(getattr(kernel, "begin", None))
-        _check_gather(gather, chain_method)
+        _check_sharing(chain_method, gather, split)
         #: Numbers of the chains whose draws are here: all, or of a distributed run, those of this process.
         self.chains = range(num_chains)
         #: The draws of the last run, all of them, and their statistics.
@@ -140,7 +143,15 @@ class MCMC(pyro.infer.MCMC):
         plan = Plan(self.num_samples, self.warmup_steps, num_chains, starts, hook_fn, interval)
         names = None if save_params is None else list(save_params)
         self._settings = Settings(
-            plan, self.chain_method, names, folder, checkpoint_path, mp_context, disable_progbar, gather or "rank0"
+            plan,
+            self.chain_method,
+            names,
+            folder,
+            checkpoint_path,
+            mp_context,
+            disable_progbar,
+            gather or "rank0",
+            split or "chains",
         )
 
     def _init_as_pyro(self, kernel: Any, num_samples: int, warmup_steps: int | None, initial_params: Any,
@@ -183,6 +194,13 @@ class MCMC(pyro.infer.MCMC):
         ``CHECKPOINT.rank0`` and so on, and resumes with as many processes as there were. Under ``torchrun`` a
         process group is made (gloo, and NCCL for what is on GPUs); one that was initialised is used, and its timeout is
         how long processes wait for the slowest.
+
+        With ``split="data"`` as well, each process gives some of the rows, and all run all chains, by gradients that
+        are added up at every step. That is exact: the potential is that of all rows, N of all processes, with the prior
+        counted once (what is observed counts as data). ``batch_size`` is rows of a process a step; batches differ with
+        the number of processes, so that draws agree in distribution, and without mini-batches up to rounding. Steps are
+        not compiled. All processes have all draws, of which a ``store="disk"`` is written by each, the first at
+        ``STORE_PATH``.
 
         :param args: the model's arguments, in one of the kernel's three styles.
         :raises DivergenceError: if all chains diverged.
@@ -315,11 +333,14 @@ def _check_numbers(least: int = 1, **values: Any) -> None:
             raise ValueError(f"{name}={value!r} must be an integer, at least {least}.")
 
 
-def _check_gather(gather: str | None, chain_method: str | None) -> None:
-    if gather is not None and chain_method != "distributed":
-        raise ValueError(f"gather={gather!r} goes with chain_method='distributed'; got chain_method={chain_method!r}.")
-    if gather is not None and gather not in GATHERS:
-        raise ValueError(f"gather={gather!r} must be one of {', '.join(map(repr, GATHERS))}.")
+def _check_sharing(chain_method: str | None, gather: str | None, split: str | None) -> None:
+    for name, value, accepted in (("gather", gather, GATHERS), ("split", split, SPLITS)):
+        if value is not None and chain_method != "distributed":
+            raise ValueError(f"{name}={value!r} goes with chain_method='distributed'; got {chain_method!r}.")
+        if value is not None and value not in accepted:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, accepted))}.")
+    if split == "data" and gather is not None:
+        raise ValueError(f"gather={gather!r} goes with split='chains'; with split='data' all have all draws.")
 
 
 def _checked_checkpoint(path: str | os.PathLike[str] | None, every: int | None) -> Path | None:

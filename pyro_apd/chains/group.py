@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_apd.chains.checkpoint import Progress
 from pyro_apd.chains.store import STATISTICS, DrawStore, kept_columns
 from pyro_apd.errors import DivergenceError
+from pyro_apd.ranks import Ranks
 
 Hook = Callable[[Any, dict[str, Tensor], str, int], None]
 
@@ -52,12 +53,14 @@ class Group:
     :ivar width: how many, vectorised; None for one chain by itself.
     :ivar row: where in the store the first one's draws go; None for its number.
     :ivar of: chains of the whole run, where others of it are in other processes; else None.
+    :ivar ranks: processes that run these same chains, each with some of the data; else None.
     """
 
     first: int
     width: int | None = None
     row: int | None = None
     of: int | None = None
+    ranks: Ranks | None = None
 
     @property
     def chains(self) -> range:
@@ -88,7 +91,8 @@ def begin(kernel: Any, plan: Plan, group: Group, args: tuple[Any, ...], kwargs: 
     if start is not None:
         rows = group.first if group.width is None else slice(group.first, group.first + group.width)
         start = {name: value[rows] for name, value in start.items()}
-    elsewhere = {} if group.of is None else {"of_chains": group.of}
+    shared = {"of_chains": group.of, "ranks": group.ranks}
+    elsewhere = {name: value for name, value in shared.items() if value is not None}
     return kernel.begin(
         args,
         kwargs,

@@ -53,6 +53,7 @@ class Settings:
     :ivar store_path: a folder for the draws; None keeps them in memory, or beside the checkpoint.
     :ivar checkpoint_path: a file; None for no checkpoints.
     :ivar gather: of chains in several processes, who gets their draws.
+    :ivar split: what several processes share among themselves, ``"chains"`` or ``"data"``.
     """
 
     plan: Plan
@@ -63,6 +64,7 @@ class Settings:
     mp_context: str | None = None
     disable_progbar: bool = False
     gather: str = "rank0"
+    split: str = "chains"
 
 
 class Run:

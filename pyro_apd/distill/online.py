@@ -22,13 +22,10 @@ from torch import Tensor
 
 from pyro_apd.chains.checkpoint import (
     Checkpoint,
-    CheckpointError,
     Progress,
     check_identity,
     describe,
     fingerprint,
-    from_bytes_of,
-    previous_path,
 )
 from pyro_apd.chains.distributed import RankRun
 from pyro_apd.chains.driver import checked_initial_params
@@ -236,8 +233,7 @@ class _Rounds:
 class _OnlineRun(RankRun):
     """Chains of the driver, with a buffer in place of a store, and rounds in between.
 
-    Processes meet before each checkpoint, so that of what they have written one is at most one checkpoint ahead, and
-    in rounds.
+    Processes go in step: they meet before each checkpoint and in rounds.
     """
 
     def __init__(
@@ -245,6 +241,7 @@ class _OnlineRun(RankRun):
     ) -> None:
         super().__init__(rounds.kernel, settings, rounds.args, rounds.kwargs, stack, rounds.ranks)
         self._rounds, self._capacity, self._schedule, self._restart = rounds, capacity, schedule, restart
+        self.is_in_step = self.ranks.size > 1
         self._chain: Any = None
         self._num_done = 0
 
@@ -314,8 +311,8 @@ class _OnlineRun(RankRun):
 
     def checkpoint(self, group: Group, progress: Progress) -> None:
         """Writes chains, buffer and what rounds there were."""
-        self.ranks.meet()
-        self._notes |= {"rounds": list(self._rounds.log), "written": self._notes["written"] + 1}
+        self.meet_before_writing()
+        self._notes["rounds"] = list(self._rounds.log)
         self._save({group.first: progress, _BUFFER: Progress(state=self.buffer.state_dict())})
 
     def _open(self, chain: Any, saved: Checkpoint | None) -> DrawStore:
@@ -334,36 +331,17 @@ class _OnlineRun(RankRun):
         trained = [describe(given), fingerprint(self._rounds.probe_inputs)] if self._restart else None
         online = {"online": [self._capacity, self._schedule], "restart": trained}
         self._identity = {**self._describe(chain.layout, chain.theta), **online}
-        self._notes = {"seed": self.kernel.seed, "training_seed": self._rounds.wishes.seed, "written": 0}
+        self._notes = {"seed": self.kernel.seed, "training_seed": self._rounds.wishes.seed}
         if saved is None:
             self._notes["run"] = self._name()
         if saved is not None:
             check_identity(self._path, saved.identity, self._identity)
             buffer.load_state_dict(saved.chains[_BUFFER].state or {})
             self.progress = {first: saved.chains[first] for first in self.progress}
-            self._notes, self._saved = {"written": 0, **saved.notes}, dict(saved.chains)
+            self._notes, self._saved = dict(saved.notes), dict(saved.chains)
             self._rounds.log[:] = saved.notes.get("rounds", [])
             self._num_done = self.progress[self.own.start].num_done
         return buffer
-
-    def _read(self) -> Checkpoint | None:
-        """The last checkpoint that all processes have."""
-        saved = super()._read()
-        if saved is None or self._path is None:
-            return saved
-        common = min(self.ranks.gathered(saved.notes.get("written", 0)))
-        if saved.notes.get("written", 0) == common:
-            return saved
-        earlier = from_bytes_of(previous_path(self._path))
-        if (earlier.notes.get("run"), earlier.notes["written"]) != (saved.notes["run"], common):
-            raise CheckpointError(
-                f"'{self._path}' and the checkpoint before it are ahead of those of other processes. Delete the files "
-                "of all to start over."
-            )
-        return earlier
-
-    def _has_begun(self, saved: Checkpoint) -> bool:
-        return bool(saved.notes.get("written", 0) > 1)
 
     def _asked(self) -> dict[str, Any]:
         wishes = vars(self._rounds.wishes).items()

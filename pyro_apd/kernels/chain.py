@@ -30,6 +30,8 @@ from pyro_apd.potential import Inputs, Pieces, Potential
 _CHECK_EVERY = 50
 # A potential that rose by this many times its scale at the start is on its way to infinity.
 _RUNAWAY = 1e3
+# From the seed of a stream of mini-batches to that of the next.
+_STREAM = 6_700_417
 
 
 class Chain:
@@ -52,6 +54,7 @@ class Chain:
     :param kinetic: sums of the momenta's thermal motion by site, given the auxiliary state and the step size.
     :param int of_chains: chains of the whole run, where others of it are elsewhere. Each chain is then the same
         whichever others are here, and where all that are here ran away, they stay and do not raise.
+    :param int data_stream: which of the independent streams of mini-batches that go with the seeds.
     :ivar dict auxiliary: what a sampler keeps beside theta, by site, such as momenta.
     :ivar divergences: errors of the chains that diverged, with the chain's index as ``chain``.
     :ivar int step: Langevin steps taken.
@@ -74,6 +77,7 @@ class Chain:
         control_variates: bool = False,
         kinetic: Callable[[Mapping[str, Pieces], float], Tensor] | None = None,
         of_chains: int | None = None,
+        data_stream: int = 0,
     ) -> None:
         self.potential, self.layout, self.name = potential, potential.layout, name
         self.num_chains = len(theta) if theta.dim() > 1 else None
@@ -93,7 +97,8 @@ class Chain:
         self._is_cpu = theta.device.type == "cpu"
         self._sizes = theta.new_empty((1, len(theta), 1) if self.num_chains else (1,))
         self._values: list[float] = []
-        self._start_streams(theta, seeds, unroll, of_chains is not None)
+        self._noise = Noise(theta, seeds, unroll, per_chain=of_chains is not None)
+        self._start_streams(theta, [(seed + data_stream * _STREAM) % 2**62 for seed in seeds])
         sizes = [site.size for site in self.layout]
         known = expected_steps * self._num_counted
         self._stepper = Stepper(potential, sizes, update, self._noise, compile, known, unroll)
@@ -109,12 +114,11 @@ class Chain:
         self._last_good, self._hopeful = (tuple(piece.clone() for piece in self._theta) for _ in range(2))
         self._checked_step = self._num_good = 0
 
-    def _start_streams(self, theta: Tensor, seeds: Sequence[int], unroll: int, per_chain: bool) -> None:
+    def _start_streams(self, theta: Tensor, seeds: Sequence[int]) -> None:
         generators = [torch.Generator(device=theta.device).manual_seed(seed) for seed in seeds]
         if isinstance(self.potential.source, LoaderBatches):
             self.potential.source.device = theta.device
         self.potential.source.start(generators if self.num_chains else generators[0])
-        self._noise = Noise(theta, seeds, unroll, per_chain)
         others = [torch.Generator(device=theta.device).manual_seed(seed ^ 1) for seed in seeds]
         self._thermal_source = copy.copy(self.potential.source)
         self._thermal_source.start(others if self.num_chains else others[0])
@@ -288,7 +292,7 @@ class Chain:
             return
         if self._energy_start is None:
             self._energy_start = self.energy.clone()
-        scale = self._energy_start.abs() + self.layout.size + (self.potential.source.num_data or 0)
+        scale = self._energy_start.abs() + self.layout.size + (self.potential.num_data or 0)
         is_good = torch.isfinite(self.energy) & (self.energy - self._energy_start < _RUNAWAY * scale)
         for piece in self._theta:
             is_good &= torch.isfinite(piece).all(-1)

@@ -55,6 +55,7 @@ class WarmUp:
         if self.auto is not None and self.auto.is_due(chain.step):
             with torch.no_grad():
                 self.auto.measure(self._target(chain))
+            self.auto.step_size = chain.potential.agreed(self.auto.step_size)
 
     def backs_off(self, chain: Chain) -> bool:
         """Whether a chain that ran away is to go on from its last good state, with a smaller step.
@@ -119,7 +120,7 @@ class WarmUp:
             chain.theta,
             self._dynamics(chain),
             self.temperature,
-            epoch_length(source),
+            chain.potential.agreed(epoch_length(source)),
             is_active,
         )
 

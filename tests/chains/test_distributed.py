@@ -13,7 +13,7 @@ import torch
 from pyro.infer import NUTS
 
 from pyro_apd.chains.checkpoint import CheckpointError
-from pyro_apd.chains.distributed import path_of_rank
+from pyro_apd.chains.distributed import RankRun, path_of_rank
 from pyro_apd.chains.driver import MCMC, open_store
 from pyro_apd.errors import DivergenceError
 from pyro_apd.kernels import SGHMC, SGLD
@@ -187,10 +187,14 @@ def test_more_processes_than_chains(tmp_path):
 
 
 def test_settings_that_do_not_go_together():
-    with pytest.raises(ValueError, match="gather='all' goes with chain_method='distributed'; got chain_method=None"):
+    with pytest.raises(ValueError, match="gather='all' goes with chain_method='distributed'; got None"):
         MCMC(Walk(), 5, gather="all")
     with pytest.raises(ValueError, match="gather='some' must be one of 'rank0', 'all', 'none'"):
         driver(gather="some")
+    with pytest.raises(ValueError, match="gather='all' goes with split='chains'"):
+        driver(gather="all", split="data")
+    with pytest.raises(ValueError, match="split='data' goes with chain_method='distributed'; got 'parallel'"):
+        driver(method="parallel", split="data")
     with pytest.raises(ValueError, match="chain_method='distributed' is for this package's kernels"):
         driver(NUTS(MODEL.full))
     with pytest.raises(ValueError, match="step_size='auto' is found by chains that advance together"):
@@ -243,3 +247,55 @@ def test_resuming_with_another_number_of_processes_is_refused(tmp_path):
         assert "Start as many processes as there were" in str(error)
     with pytest.raises(CheckpointError, match=r"rank and number of processes was \[0, 2\], now \[0, 1\]"):
         run(checkpoint=path)
+
+
+# -- data over processes ----------------------------------------------------------------------------------------------
+
+
+def on_rows(rank, **settings):
+    """All chains on some of the rows; alone, on all."""
+    rows = slice(None) if rank is None else slice(rank, None, 2)
+    kernel = SGLD(MODEL.full, 1e-3, thinning=2, seed=1)
+    return run(kernel, (MODEL.x[rows], MODEL.y[rows]), split="data", **settings)
+
+
+@pytest.mark.parametrize("store", ["memory", "disk"])
+def test_processes_with_some_of_the_data_each_run_all_chains(store, tmp_path):
+    settings = {"store": store, "store_path": tmp_path / "draws"} if store == "disk" else {}
+    first, second = on_ranks(lambda rank: summary(on_rows(rank, **settings)), 2, tmp_path)
+    assert_same(first, second)
+    assert first["chains"] == [0, 1, 2]
+    torch.testing.assert_close(first["draws"], summary(on_rows(None))["draws"])
+    if store == "disk":
+        assert torch.equal(open_store(tmp_path / "draws").samples()["w"], first["draws"]["w"])
+
+
+@pytest.mark.parametrize("is_torn", [False, True])
+def test_processes_with_some_of_the_data_resume_together(is_torn, tmp_path, monkeypatch):
+    """Killed between two checkpoints, or when one process had written and the other had not."""
+    path, fuse = tmp_path / "run.ckpt", tmp_path / "fuse"
+    save = RankRun._save
+
+    def mortal(self, saved):
+        if is_torn and self.ranks.rank == 1 and self._notes.get("written") == 3 and fuse.exists():
+            fuse.unlink()
+            os._exit(9)
+        save(self, saved)
+
+    monkeypatch.setattr(RankRun, "_save", mortal)
+
+    def hook(kernel, params, stage, i):
+        if not is_torn and os.environ["RANK"] == "1" and stage == "Sample" and i == 5 and fuse.exists():
+            fuse.unlink()
+            os._exit(9)
+
+    def on_rank(rank):
+        return summary(on_rows(rank, checkpoint=path, checkpoint_every=2, hook_fn=hook))
+
+    fuse.touch()
+    error, code = on_ranks(on_rank, 2, tmp_path)
+    assert (type(error), code) == (RankError, 9)
+    first, second = on_ranks(on_rank, 2, tmp_path)
+    assert_same(first, second)
+    expected, _ = on_ranks(lambda rank: summary(on_rows(rank)), 2, tmp_path)
+    assert_same(first, expected)
