@@ -103,12 +103,9 @@ class MCMC(pyro.infer.MCMC):
         split: str | None = None,
     ) -> None:
         _check_numbers(num_samples=num_samples, num_chains=num_chains)
-        if warmup_steps is not None:
-            _check_numbers(0, warmup_steps=warmup_steps)
-        if chain_method is not None and chain_method not in METHODS:
-            raise ValueError(f"chain_method={chain_method!r} must be one of {', '.join(map(repr, METHODS))}.")
+        _check_numbers(0, warmup_steps=0 if warmup_steps is None else warmup_steps)
+        _check_method(chain_method, gather, split)
         self._is_ours = callable(getattr(kernel, "begin", None))
-        _check_sharing(chain_method, gather, split)
         #: Numbers of the chains whose draws are here: all, or of a distributed run, those of this process.
         self.chains = range(num_chains)
         #: The draws of the last run, all of them, and their statistics.
@@ -118,10 +115,7 @@ class MCMC(pyro.infer.MCMC):
         checkpoint_path = _checked_checkpoint(checkpoint, checkpoint_every)
         folder = _checked_store(store, store_path, checkpoint_path)
         if not self._is_ours:
-            if folder is not None or checkpoint is not None:
-                raise ValueError(
-                    f"store='disk' and checkpoint= are for this package's kernels; {type(kernel).__name__} has neither."
-                )
+            _refuse_files(kernel, folder or checkpoint)
             self._init_as_pyro(
                 kernel, num_samples, warmup_steps, initial_params, num_chains, hook_fn, mp_context, disable_progbar,
                 disable_validation, transforms, save_params, chain_method,
@@ -143,16 +137,9 @@ class MCMC(pyro.infer.MCMC):
         plan = Plan(self.num_samples, self.warmup_steps, num_chains, starts, hook_fn, interval)
         names = None if save_params is None else list(save_params)
         self._settings = Settings(
-            plan,
-            self.chain_method,
-            names,
-            folder,
-            checkpoint_path,
-            mp_context,
-            disable_progbar,
-            gather or "rank0",
+            plan, self.chain_method, names, folder, checkpoint_path, mp_context, disable_progbar, gather or "rank0",
             split or "chains",
-        )
+        )  # fmt: skip
 
     def _init_as_pyro(self, kernel: Any, num_samples: int, warmup_steps: int | None, initial_params: Any,
                       num_chains: int, hook_fn: Hook | None, mp_context: str | None, disable_progbar: bool,
@@ -333,7 +320,16 @@ def _check_numbers(least: int = 1, **values: Any) -> None:
             raise ValueError(f"{name}={value!r} must be an integer, at least {least}.")
 
 
-def _check_sharing(chain_method: str | None, gather: str | None, split: str | None) -> None:
+def _refuse_files(kernel: Any, path: Any) -> None:
+    if path is not None:
+        raise ValueError(
+            f"store='disk' and checkpoint= are for this package's kernels; {type(kernel).__name__} has neither."
+        )
+
+
+def _check_method(chain_method: str | None, gather: str | None, split: str | None) -> None:
+    if chain_method is not None and chain_method not in METHODS:
+        raise ValueError(f"chain_method={chain_method!r} must be one of {', '.join(map(repr, METHODS))}.")
     for name, value, accepted in (("gather", gather, GATHERS), ("split", split, SPLITS)):
         if value is not None and chain_method != "distributed":
             raise ValueError(f"{name}={value!r} goes with chain_method='distributed'; got {chain_method!r}.")

@@ -128,17 +128,10 @@ def distill_online(
     :raises RankError: if another process is gone.
     :raises DistillationError: with ``strict=True``, where a warning would have been issued.
     """
-    _check_method(chain_method)
-    _check(
-        kernel,
-        num_samples,
-        0 if warmup_steps is None else warmup_steps,
-        num_chains,
-        buffer_size,
-        rounds,
-        checkpoint,
-        checkpoint_every,
-    )
+    warmup = 0 if warmup_steps is None else warmup_steps
+    _check(kernel, num_samples, warmup, num_chains, buffer_size, rounds, checkpoint, checkpoint_every)
+    if chain_method not in ("vectorized", "distributed"):
+        raise ValueError(f"chain_method={chain_method!r} must be 'vectorized' or 'distributed'.")
     if restart:
         warnings.warn(
             "restart=True: chains go on from what the generator drew, so that its errors come back as draws. Figures "
@@ -360,11 +353,6 @@ def _has_enough(store: DrawStore) -> bool:
     """Whether there are draws enough for a round, and no chain ran away without having been looked at."""
     chains, num_draws = store.complete_part()
     return len(chains) * num_draws >= MIN_DRAWS and all_finite(store.unconstrained())
-
-
-def _check_method(chain_method: str) -> None:
-    if chain_method not in ("vectorized", "distributed"):
-        raise ValueError(f"chain_method={chain_method!r} must be 'vectorized' or 'distributed'.")
 
 
 def _check(
