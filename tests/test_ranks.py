@@ -1,11 +1,16 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
+import datetime
+import threading
+import time
+
 import pytest
 import torch
 import torch.distributed
 
-from pyro_apd.ranks import Ranks, joined
+from pyro_apd import ranks as ranks_module
+from pyro_apd.ranks import RankError, Ranks, joined
 from tests.processes import on_ranks
 
 
@@ -65,3 +70,58 @@ def test_a_group_of_the_users_is_used_and_kept(tmp_path):
 
     found = on_ranks(on_rank, 2, tmp_path, is_grouped=False)
     assert found == [[Ranks(rank, 2), [0, 1], True] for rank in range(2)]
+
+
+@pytest.mark.thorough
+def test_who_does_not_answer_in_time_counts_as_gone(tmp_path):
+    """Alive, but elsewhere; and an error that is none of the others' stays what it is."""
+
+    def on_rank(rank):
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
+        limit = datetime.timedelta(seconds=1)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
+        ranks = joined()
+        with pytest.raises(RuntimeError, match="out of memory"), ranks.listening():
+            raise RuntimeError("out of memory")
+        if rank == 1:
+            time.sleep(3)
+            return "late"
+        return ranks.gathered(rank)
+
+    error, late = on_ranks(on_rank, 2, tmp_path, is_grouped=False)
+    assert isinstance(error, RankError)
+    assert "had no answer within the process group's timeout" in str(error)
+    assert "resumes from the last one" in str(error)
+    assert late == "late"
+
+
+@pytest.mark.parametrize("is_first_late", [True, False])
+def test_what_an_earlier_attempt_left_in_the_store_is_not_taken_for_new(is_first_late):
+    """As after a restart by torchrun, whose store stays."""
+    store, found = torch.distributed.HashStore(), {}
+
+    def attempt(number):
+        def join(rank):
+            time.sleep(0.2 * ((rank == 0) == is_first_late))
+            part = ranks_module._fresh(store, rank, 3)
+            part.set(f"at{rank}", f"{number}")
+            found[rank] = [part.get(f"at{other}").decode() for other in range(3)]
+
+        threads = [threading.Thread(target=join, args=(rank,)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    for number in range(3):
+        found.clear()
+        attempt(number)
+        assert found == {rank: [f"{number}"] * 3 for rank in range(3)}
+
+
+def test_who_never_comes_is_named(monkeypatch):
+    monkeypatch.setattr(ranks_module, "_PATIENCE", 0.1)
+    with pytest.raises(RankError, match=r"Rank 0 of 2 waited 0.1 s for rank 1 to start"):
+        ranks_module._fresh(torch.distributed.HashStore(), 0, 2)
+    with pytest.raises(RankError, match=r"Rank 1 of 2 waited 0.1 s for rank 0 to start"):
+        ranks_module._fresh(torch.distributed.HashStore(), 1, 2)
