@@ -206,6 +206,7 @@ class StochasticGradientKernel(MCMCKernel):
             control_variates=self.control_variates,
             kinetic=self._kinetic,
             of_chains=of_chains,
+            first_number=first if of_chains is not None else 0,
             data_stream=0 if ranks is None else ranks.rank,
         )
         self._start_chain(self._chain)

@@ -54,6 +54,7 @@ class Chain:
     :param kinetic: sums of the momenta's thermal motion by site, given the auxiliary state and the step size.
     :param int of_chains: chains of the whole run, where others of it are elsewhere. Each chain is then the same
         whichever others are here, and where all that are here ran away, they stay and do not raise.
+    :param int first_number: number in the run of the first chain here, for messages.
     :param int data_stream: which of the independent streams of mini-batches that go with the seeds.
     :ivar dict auxiliary: what a sampler keeps beside theta, by site, such as momenta.
     :ivar divergences: errors of the chains that diverged, with the chain's index as ``chain``.
@@ -77,11 +78,13 @@ class Chain:
         control_variates: bool = False,
         kinetic: Callable[[Mapping[str, Pieces], float], Tensor] | None = None,
         of_chains: int | None = None,
+        first_number: int = 0,
         data_stream: int = 0,
     ) -> None:
         self.potential, self.layout, self.name = potential, potential.layout, name
         self.num_chains = len(theta) if theta.dim() > 1 else None
         self._has_fellows = of_chains is not None and of_chains > (self.num_chains or 1)
+        self.first_number = first_number
         self._num_counted = of_chains or self.num_chains or 1  # chains whose steps count for compiling
         self._theta: Pieces = tuple(piece.clone() for piece in potential.pieces(theta))
         self.auxiliary: dict[str, Pieces] = {}
@@ -369,7 +372,7 @@ class Chain:
         curvature, suggested = self._stable_step_size(self._of_chain(self._last_good, chain), inputs)
         draws = self.draws[: self._num_good] if self.num_chains is None else []
         kept = torch.stack(draws) if draws else self._like.new_empty(0, self.layout.size)
-        which = "" if self.num_chains is None else f" in chain {chain}"
+        which = "" if self.num_chains is None else f" in chain {self.first_number + chain}"
         return DivergenceError(
             f"{self.name} diverged{which} by Langevin step {self.step}: potential {energy:.3g}, at the start "
             f"{start:.3g}; site '{site}' at |value| {furthest:.3g}, with step_size={self.step_size:.3g}. The largest "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,6 +89,8 @@ class WarmUp:
         if drifts:
             sds = prior_sds(chain)
             needed = {site: self._steps_to_forget(chain, site, sd) for site, sd in sds.items()}
+            if chain.num_chains is not None:
+                drifts = [replace(drift, chain=(drift.chain or 0) + chain.first_number) for drift in drifts]
             warnings.warn(too_short(drifts, self._step_of_keeping or 0, chain.step_size, sds, needed), WarmupWarning)
 
     def state_dict(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def summary(mcmc):
         "draws": {name: value.clone() for name, value in mcmc.get_samples(group_by_chain=True).items()},
         "divergences": diagnostics["divergences"],
         "potential": {name: value.clone() for name, value in diagnostics["potential"].items()},
-        "diverged": [error.chain for error in mcmc.diverged],
+        "diverged": [(error.chain, str(error).split(";")[0]) for error in mcmc.diverged],
     }
 
 
@@ -114,16 +114,17 @@ def test_initial_params_go_by_number(tmp_path):
     assert_same(first, summary(run(**settings)))
 
 
-def test_without_a_seed_the_first_process_has_it(tmp_path):
+def test_without_a_seed_that_of_the_first_process_goes_for_all(tmp_path):
     def on_rank(rank):
         torch.manual_seed(5 + rank)
-        model = Conjugate(num_data=20)
-        kernel = SGLD(model.full, 1e-3)
-        return [run(kernel, (model.x, model.y), num_chains=2, gather="all").get_samples()["w"].clone(), kernel.seed]
+        kernel = SGLD(MODEL.full, 1e-3, capture=False)
+        draws = run(kernel, (MODEL.x, MODEL.y), num_chains=2, gather="all").get_samples()["w"].clone()
+        assert kernel.seed is None
+        return draws
 
-    (first, seed), (second, _) = on_ranks(on_rank, 2, tmp_path)
-    assert seed is None
+    first, second = on_ranks(on_rank, 2, tmp_path)
     assert torch.equal(first, second)
+    assert torch.equal(first, on_rank(0))
     assert len(first.unique(dim=0)) == 16
 
 
@@ -150,7 +151,7 @@ def test_chains_that_diverge(diverging, store, tmp_path):
     with pytest.warns(RuntimeWarning, match="diverged and stopped"):
         expected = summary(run(Walk(diverges_after=diverging)))
     assert_same(first, expected)
-    assert second["diverged"] == list(diverging)
+    assert second["diverged"] == expected["diverged"]
 
 
 def test_one_process_diverging_altogether_goes_on_with_its_fellows(tmp_path):
@@ -169,7 +170,9 @@ def test_one_process_diverging_altogether_goes_on_with_its_fellows(tmp_path):
             return summary(run(kernel, (torch.tensor(1.0),), num_chains=4, initial_params=start))
 
     first, second = on_ranks(on_rank, 2, tmp_path)
-    assert first["diverged"] == second["diverged"] == [2, 3]
+    assert first["diverged"] == second["diverged"]
+    assert [chain for chain, _ in first["diverged"]] == [2, 3]
+    assert "diverged in chain 2" in first["diverged"][0][1]
     assert_same(first, on_rank(0))
 
 
