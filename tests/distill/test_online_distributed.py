@@ -152,9 +152,9 @@ def dying(monkeypatch, fuse, at):
     monkeypatch.setattr(online._OnlineRun, "drew", mortal)
 
 
-@pytest.mark.parametrize("at", [3, 12, 30, 33, 50])
+@pytest.mark.parametrize("at", [3, 30, 33])
 def test_a_process_that_dies_is_noticed_and_the_run_resumes(at, tmp_path, monkeypatch):
-    """Before the first checkpoint, at the second, in a round, between, and at the end."""
+    """Before the first checkpoint, in a round, and between."""
     fuse, path = tmp_path / "fuse", tmp_path / "run.ckpt"
     dying(monkeypatch, fuse, at)
 

@@ -75,7 +75,7 @@ def test_the_prior_alone_of_constrained_sites_and_networks():
         (constrained, (torch.randn(5),), (torch.randn(9),)),
         (Classifier(), (torch.randn(5, 4), torch.randint(3, (5,))), (torch.randn(9, 4), torch.randint(3, (9,)))),
     ):
-        first, second = (build_potential(model, args, {})[0] for args in (one, two))
+        first, second = (build_potential(model, args, {}, capture=False)[0] for args in (one, two))
         theta = torch.randn(first.layout.size)
         found, again = (p.prior_alone().gradient(theta, ()) for p in (first, second))
         torch.testing.assert_close(found, again)
