@@ -18,6 +18,7 @@ from pyro_apd.fingerprint import fingerprint
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD, WarmupWarning, schedules
 from pyro_apd.posterior import DistilledPosterior
 from pyro_apd.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs
+from pyro_apd.ranks import RankError
 from pyro_apd.reductions import reduce_outputs
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "ModelError",
     "OnlineDistillation",
     "Predictive",
+    "RankError",
     "WarmupWarning",
     "WorkerError",
     "active_learning",

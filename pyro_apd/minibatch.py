@@ -114,6 +114,13 @@ class FullBatch(MinibatchSource):
         with_rows = [leaf for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))) if _has_rows(leaf)]
         self.num_data = with_rows[0].shape[0] if with_rows else None
 
+    @classmethod
+    def calling(cls, call: Call) -> FullBatch:
+        """The same call at every step."""
+        source = cls(call.args, call.kwargs)
+        source._call = call
+        return source
+
     def draw(self) -> tuple[Tensor, ...]:
         """Nothing changes between steps."""
         return ()

@@ -54,6 +54,7 @@ class Potential:
     :param Anatomy anatomy: what :func:`~pyro_apd.scaling.examine` established about the model.
     :param Call example: a call of the model.
     :param bool capture: whether to try the captured graph; otherwise the model is traced at every step.
+    :param bool latents_only: leave out what is observed.
     :ivar str path: ``"captured"`` or ``"traced"``, once a gradient was asked for.
     """
 
@@ -65,10 +66,11 @@ class Potential:
         example: Call,
         *,
         capture: bool = True,
+        latents_only: bool = False,
     ) -> None:
         self.model, self.source, self.layout = model, source, anatomy.layout
         self._anatomy, self._example = anatomy, example
-        self._is_capturing = capture
+        self._is_capturing, self._latents_only = capture, latents_only
         self._graphs: dict[tuple[Any, ...], GradientFunction] = {}
         self._priors: GaussianPriors | None = None
         self.path = "traced"
@@ -77,6 +79,23 @@ class Potential:
         """Another draw of the latents from the prior, or from whatever the model's init strategy is; constrained."""
         trace = run_model(self.model, self._example)
         return {name: trace.nodes[name]["value"].detach() for name in self.layout.names}
+
+    @property
+    def num_data(self) -> int | None:
+        """N; None where there are no rows."""
+        return self.source.num_data
+
+    def agreed(self, value: Any) -> Any:
+        """What all processes that share this potential have: ``value``, as there are no others."""
+        return value
+
+    def prior_alone(self) -> Potential:
+        """The part of U that does not depend on data; on no batches."""
+        call = self._call(self.source.draw())
+        anatomy = Anatomy(self.layout, self._anatomy.start)
+        source = FullBatch.calling(call)
+        source.start(torch.Generator().manual_seed(0))
+        return Potential(self.model, source, anatomy, call, capture=self._is_capturing, latents_only=True)
 
     def value(self, theta: Tensor, inputs: Inputs) -> Tensor:
         """U at ``theta`` ``(D,)``, by running the model; a scalar."""
@@ -141,14 +160,13 @@ class Potential:
     def _by_trace(
         self, model: Callable[..., Any], unconstrained: Mapping[str, Tensor], inputs: Inputs, skipped: frozenset[str]
     ) -> Tensor:
-        call = self.source.bind(inputs)
-        if self._anatomy.pass_through:
-            rows = inputs[0].shape[0]
-            indices = {name: torch.arange(rows) for name in self._anatomy.pass_through}
-            call = Call(call.args, call.kwargs, {**call.indices, **indices})
-        trace = run_model(model, call, self.layout.constrain_sites(unconstrained))
-        scaled = self._anatomy.scaled
-        log_joint = trace.log_prob_sum(lambda name, site: name not in scaled and name not in skipped)
+        trace = run_model(model, self._call(inputs), self.layout.constrain_sites(unconstrained))
+        scaled, latents = self._anatomy.scaled, frozenset(self.layout.names)
+
+        def is_as_it_is(name: str, site: Any) -> bool:
+            return name not in scaled and name not in skipped and (name in latents or not self._latents_only)
+
+        log_joint = trace.log_prob_sum(is_as_it_is)
         if scaled:
             by_kernel, by_model = self.source.scale(inputs), 1.0
             if any(scaled.values()):
@@ -165,6 +183,14 @@ class Potential:
             log_joint = log_joint + 0.0 * sum(value.sum() for value in unconstrained.values())
         potential: Tensor = -log_joint
         return potential
+
+    def _call(self, inputs: Inputs) -> Call:
+        """What the model is called with on a batch."""
+        call = self.source.bind(inputs)
+        if not self._anatomy.pass_through:
+            return call
+        indices = {name: torch.arange(inputs[0].shape[0]) for name in self._anatomy.pass_through}
+        return Call(call.args, call.kwargs, {**call.indices, **indices})
 
     def _prepare(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
         """The captured graph for inputs of these shapes, or the traced path with the reason logged."""

@@ -30,6 +30,7 @@ FLOORS = [
         "fingerprint",
         "permutation",
         "prefetch",
+        "ranks",
     },
     {"arguments", "index_stream"},
     {"layout", "bnn", "container"},

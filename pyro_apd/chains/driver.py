@@ -17,19 +17,22 @@ import pyro.infer
 import torch
 from pyro import poutine
 from pyro.infer.mcmc.api import AbstractMCMC, StreamingMCMC
+from pyro.infer.mcmc.util import diagnostics as diagnostics_by_site
 from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_apd.chains.disk_store import open_store
+from pyro_apd.chains.distributed import GATHERS, SPLITS, RankRun
 from pyro_apd.chains.group import Hook, Plan, rebuilt_error
 from pyro_apd.chains.run import Run, Settings, draws_path
 from pyro_apd.chains.store import DrawStore
 from pyro_apd.errors import DivergenceError
 from pyro_apd.pyro_state import preserved_param_store
+from pyro_apd.ranks import joined
 
 __all__ = ["MCMC", "open_store"]
 
-METHODS = ("vectorized", "sequential", "parallel")
+METHODS = ("vectorized", "sequential", "parallel", "distributed")
 # Checkpoints a run, where nothing is said.
 _NUM_CHECKPOINTS = 20
 
@@ -62,6 +65,8 @@ class MCMC(pyro.infer.MCMC):
     :param save_params: sites to keep; default all.
     :param str chain_method: ``"vectorized"`` (default): all chains in one process as one batched computation;
         ``"sequential"``: one after the other; ``"parallel"``: a process each. Chain i is the same in the last two.
+        ``"distributed"``: over the processes of ``torchrun``, or of the process group that there is; see
+        :meth:`run`.
     :param str store: ``"memory"``: draws on the device of the chains; ``"disk"``: in files at ``store_path``, in
         constant memory, and read through a mapping (see :func:`open_store`).
     :param store_path: a folder for ``store="disk"``; default ``CHECKPOINT.draws``. A store that was there is replaced.
@@ -69,6 +74,10 @@ class MCMC(pyro.infer.MCMC):
         finds it complete returns its draws; delete it, and ``CHECKPOINT.previous``, to start over. Draws made so far
         are kept beside it, in ``CHECKPOINT.draws``.
     :param int checkpoint_every: draws between checkpoints, warm-up included; default twenty a run.
+    :param str gather: with ``"distributed"``, who has the draws of all chains after the run: ``"rank0"`` (default),
+        ``"all"``, or ``"none"``. Others have those of their own chains; :attr:`chains` says which.
+    :param str split: with ``"distributed"``, what processes share: ``"chains"`` (default), or ``"data"``; see
+        :meth:`run`.
     :raises ValueError: if settings are out of range or do not go together.
     """
 
@@ -90,13 +99,15 @@ class MCMC(pyro.infer.MCMC):
         store_path: str | os.PathLike[str] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
+        gather: str | None = None,
+        split: str | None = None,
     ) -> None:
         _check_numbers(num_samples=num_samples, num_chains=num_chains)
-        if warmup_steps is not None:
-            _check_numbers(0, warmup_steps=warmup_steps)
-        if chain_method is not None and chain_method not in METHODS:
-            raise ValueError(f"chain_method={chain_method!r} must be one of {', '.join(map(repr, METHODS))}.")
+        _check_numbers(0, warmup_steps=0 if warmup_steps is None else warmup_steps)
+        _check_method(chain_method, gather, split)
         self._is_ours = callable(getattr(kernel, "begin", None))
+        #: Numbers of the chains whose draws are here: all, or of a distributed run, those of this process.
+        self.chains = range(num_chains)
         #: The draws of the last run, all of them, and their statistics.
         self.store: DrawStore | None = None
         #: What :class:`~pyro_apd.errors.DivergenceError` said of each chain that diverged.
@@ -104,10 +115,7 @@ class MCMC(pyro.infer.MCMC):
         checkpoint_path = _checked_checkpoint(checkpoint, checkpoint_every)
         folder = _checked_store(store, store_path, checkpoint_path)
         if not self._is_ours:
-            if folder is not None or checkpoint is not None:
-                raise ValueError(
-                    f"store='disk' and checkpoint= are for this package's kernels; {type(kernel).__name__} has neither."
-                )
+            _refuse_files(kernel, folder or checkpoint)
             self._init_as_pyro(
                 kernel, num_samples, warmup_steps, initial_params, num_chains, hook_fn, mp_context, disable_progbar,
                 disable_validation, transforms, save_params, chain_method,
@@ -128,7 +136,10 @@ class MCMC(pyro.infer.MCMC):
         interval = None if checkpoint is None else every
         plan = Plan(self.num_samples, self.warmup_steps, num_chains, starts, hook_fn, interval)
         names = None if save_params is None else list(save_params)
-        self._settings = Settings(plan, self.chain_method, names, folder, checkpoint_path, mp_context, disable_progbar)
+        self._settings = Settings(
+            plan, self.chain_method, names, folder, checkpoint_path, mp_context, disable_progbar, gather or "rank0",
+            split or "chains",
+        )  # fmt: skip
 
     def _init_as_pyro(self, kernel: Any, num_samples: int, warmup_steps: int | None, initial_params: Any,
                       num_chains: int, hook_fn: Hook | None, mp_context: str | None, disable_progbar: bool,
@@ -136,9 +147,9 @@ class MCMC(pyro.infer.MCMC):
                       chain_method: str | None) -> None:  # fmt: skip
         """A kernel of Pyro's or of others: as Pyro runs it."""
         name = type(kernel).__name__
-        if chain_method == "vectorized":
+        if chain_method in ("vectorized", "distributed"):
             raise ValueError(
-                f"chain_method='vectorized' is for this package's kernels; {name} runs 'sequential' or 'parallel'."
+                f"chain_method={chain_method!r} is for this package's kernels; {name} runs 'sequential' or 'parallel'."
             )
         common = {
             "warmup_steps": warmup_steps, "initial_params": initial_params, "hook_fn": hook_fn,
@@ -160,22 +171,42 @@ class MCMC(pyro.infer.MCMC):
     def run(self, *args: Any, **kwargs: Any) -> None:
         """Runs all chains; a second call starts over, or from the checkpoint.
 
+        With ``chain_method="distributed"`` every process makes the same call, with all the data, on its own device.
+        Each runs its part of the chains, vectorised: of C chains over R processes C/R, or one more. What chain c draws
+        follows from the seed and c alone: it does not depend on R. (On a CPU, steps that are not compiled give the same
+        draws bit for bit; compiled ones, and those on a GPU, up to the rounding of sums that are taken in another order
+        for another number of chains.) What the kernel says at the end (``temperatures``, ``path``) is said of the
+        chains of one process together. A ``store="disk"`` is one for all, on a file system that all see, or with
+        ``gather="none"`` one for each, at ``STORE_PATH.rank0`` and so on; each process has its checkpoint, at
+        ``CHECKPOINT.rank0`` and so on, and resumes with as many processes as there were. Under ``torchrun`` a
+        process group is made (gloo, and NCCL for what is on GPUs); one that was initialised is used, and its timeout is
+        how long processes wait for the slowest.
+
+        With ``split="data"`` as well, each process gives some of the rows, and all run all chains, by gradients that
+        are added up at every step. That is exact: the potential is that of all rows, N of all processes, with the prior
+        counted once (what is observed counts as data). ``batch_size`` is rows of a process a step; batches differ with
+        the number of processes, so that draws agree in distribution, and without mini-batches up to rounding. Steps are
+        not compiled. All processes have all draws, of which a ``store="disk"`` is written by each, the first at
+        ``STORE_PATH``.
+
         :param args: the model's arguments, in one of the kernel's three styles.
         :raises DivergenceError: if all chains diverged.
         :raises WorkerError: if a process of a parallel run died.
         :raises CheckpointError: if no checkpoint can be read, or it belongs to another run.
+        :raises RankError: if another process of a distributed run is gone.
         """
         if not self._is_ours:
             super().run(*args, **kwargs)
             return
         self._args, self._kwargs = args, kwargs
         self._samples, self.store, self.diverged = None, None, []
-        self._diagnostics = [{"divergences": []} for _ in range(self.num_chains)]
+        self.chains = range(self.num_chains)
+        self._diagnostics = [{"divergences": []} for _ in self.chains]
         # Gradients of a run do not reach into the data.
         args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         validation = nullcontext() if self.disable_validation is None else _validation(not self.disable_validation)
         with validation, preserved_param_store(), ExitStack() as stack:
-            run = Run(self.kernel, self._settings, args, kwargs, stack)
+            run = self._begin(args, kwargs, stack)
             try:
                 run.sample()
             except KeyboardInterrupt:
@@ -199,25 +230,34 @@ class MCMC(pyro.infer.MCMC):
             self._collect(run)
         self._report_divergences(run)
 
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], stack: ExitStack) -> Run:
+        if self.chain_method != "distributed":
+            return Run(self.kernel, self._settings, args, kwargs, stack)
+        return RankRun(self.kernel, self._settings, args, kwargs, stack, joined())
+
     def _collect(self, run: Run) -> int:
         """Makes what the store holds the driver's draws; the number of them that there are a chain."""
         if run.store is None:
             return 0
         run.store.flush()
         noted = run.divergences()
-        if len(noted) == self.num_chains:
+        self._num_followed = run.num_followed
+        if len(noted) == run.num_followed:
             # Nobody is left, and what is frozen is no draw.
             for note in noted:
-                run.store.truncate(note["chain"], note["first_draw"])
+                if note["chain"] in run.chains:
+                    run.store.truncate(run.chains.index(note["chain"]), note["first_draw"])
         self.store = run.settled_store()
+        self.chains = run.chains
         self.transforms = self.kernel.transforms if self._given_transforms is None else self._given_transforms
         self._samples = self.store.samples(self._given_transforms)
         self.diverged = [rebuilt_error(note) for note in noted]
         first = {note["chain"]: note["first_draw"] for note in noted}
-        for chain, count in enumerate(self.store.counts):
-            figures = {name: values[chain, :count].cpu().clone() for name, values in self.store.statistics.items()}
+        self._diagnostics = []
+        for row, (chain, count) in enumerate(zip(self.chains, self.store.counts, strict=True)):
+            figures = {name: values[row, :count].cpu().clone() for name, values in self.store.statistics.items()}
             divergences = list(range(first.get(chain, count), count))
-            self._diagnostics[chain] = {"divergences": divergences, **figures, **run.report(chain)}
+            self._diagnostics.append({"divergences": divergences, **figures, **run.report(chain)})
         return self.store.complete_part()[1]
 
     def _report_divergences(self, run: Run) -> None:
@@ -225,7 +265,7 @@ class MCMC(pyro.infer.MCMC):
         if not self.diverged:
             return
         names = sorted(error.chain for error in self.diverged)
-        if len(names) < self.num_chains:
+        if len(names) < self._num_followed:
             warnings.warn(
                 f"Chains {names} of {self.num_chains} diverged and stopped; their draws from there on repeat their "
                 f"last good state, and diagnostics()['divergences'] lists them. The first said: {self.diverged[0]}",
@@ -233,14 +273,14 @@ class MCMC(pyro.infer.MCMC):
             )
             return
         error = self.diverged[0]
-        parts = [self._samples_of(chain) for chain in range(self.num_chains)]
+        parts = [self._samples_of(row) for row in range(len(self.chains))]
         error.draws = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         raise error
 
-    def _samples_of(self, chain: int) -> dict[str, Tensor]:
+    def _samples_of(self, row: int) -> dict[str, Tensor]:
         """All draws of one chain, constrained."""
         assert self.store is not None
-        return self.store.layout.constrain(self.store.theta_CSD[chain, : self.store.counts[chain]])
+        return self.store.layout.constrain(self.store.theta_CSD[row, : self.store.counts[row]])
 
     def diagnostics(self) -> dict[str, Any]:
         """As Pyro's: effective sizes and R-hat by site, and what the kernel recorded, by chain.
@@ -249,10 +289,14 @@ class MCMC(pyro.infer.MCMC):
         chain that came to its end also ``path``, ``temperatures`` and ``tuning``, as in the kernel's own diagnostics.
         A run that ended with fewer than four draws has only these.
         """
-        if not self._is_ours or self.store is None or self.store.complete_part()[1] >= 4:
+        if not self._is_ours:
             return dict(super().diagnostics())
-        names = self._diagnostics[0]
-        return {name: {f"chain {i}": chain[name] for i, chain in enumerate(self._diagnostics)} for name in names}
+        is_long = self.store is None or self.store.complete_part()[1] >= 4
+        by_site = dict(diagnostics_by_site(self._samples)) if is_long else {}
+        by_chain = list(zip(self.chains, self._diagnostics, strict=True))
+        return by_site | {
+            name: {f"chain {number}": chain[name] for number, chain in by_chain} for name in self._diagnostics[0]
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         # Samples are views of one buffer, each of which would be pickled with all of it.
@@ -274,6 +318,25 @@ def _check_numbers(least: int = 1, **values: Any) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r} must be an integer, at least {least}.")
+
+
+def _refuse_files(kernel: Any, path: Any) -> None:
+    if path is not None:
+        raise ValueError(
+            f"store='disk' and checkpoint= are for this package's kernels; {type(kernel).__name__} has neither."
+        )
+
+
+def _check_method(chain_method: str | None, gather: str | None, split: str | None) -> None:
+    if chain_method is not None and chain_method not in METHODS:
+        raise ValueError(f"chain_method={chain_method!r} must be one of {', '.join(map(repr, METHODS))}.")
+    for name, value, accepted in (("gather", gather, GATHERS), ("split", split, SPLITS)):
+        if value is not None and chain_method != "distributed":
+            raise ValueError(f"{name}={value!r} goes with chain_method='distributed'; got {chain_method!r}.")
+        if value is not None and value not in accepted:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, accepted))}.")
+    if split == "data" and gather is not None:
+        raise ValueError(f"gather={gather!r} goes with split='chains'; with split='data' all have all draws.")
 
 
 def _checked_checkpoint(path: str | os.PathLike[str] | None, every: int | None) -> Path | None:

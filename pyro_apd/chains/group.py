@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_apd.chains.checkpoint import Progress
 from pyro_apd.chains.store import STATISTICS, DrawStore, kept_columns
 from pyro_apd.errors import DivergenceError
+from pyro_apd.ranks import Ranks
 
 Hook = Callable[[Any, dict[str, Tensor], str, int], None]
 
@@ -50,15 +51,25 @@ class Group:
 
     :ivar int first: the first one's number.
     :ivar width: how many, vectorised; None for one chain by itself.
+    :ivar row: where in the store the first one's draws go; None for its number.
+    :ivar of: chains of the whole run, where others of it are in other processes; else None.
+    :ivar ranks: processes that run these same chains, each with some of the data; else None.
     """
 
     first: int
     width: int | None = None
+    row: int | None = None
+    of: int | None = None
+    ranks: Ranks | None = None
 
     @property
     def chains(self) -> range:
         """Their numbers."""
         return range(self.first, self.first + (self.width or 1))
+
+    def row_of(self, chain: int) -> int:
+        """Where in the store a chain's draws go."""
+        return chain if self.row is None else chain - self.first + self.row
 
 
 class Listener(Protocol):
@@ -80,6 +91,8 @@ def begin(kernel: Any, plan: Plan, group: Group, args: tuple[Any, ...], kwargs: 
     if start is not None:
         rows = group.first if group.width is None else slice(group.first, group.first + group.width)
         start = {name: value[rows] for name, value in start.items()}
+    shared = {"of_chains": group.of, "ranks": group.ranks}
+    elsewhere = {name: value for name, value in shared.items() if value is not None}
     return kernel.begin(
         args,
         kwargs,
@@ -88,6 +101,7 @@ def begin(kernel: Any, plan: Plan, group: Group, args: tuple[Any, ...], kwargs: 
         num_chains=group.width,
         first_chain=group.first,
         initial_params=start,
+        **elsewhere,
     )
 
 
@@ -153,7 +167,7 @@ class GroupRun:
             return False
         if index >= 0:
             theta_CD = kept_columns(chain.layout, self.store.layout, self._theta_CD)
-            self.store.write(self.group.first, index, theta_CD, chain.statistics())
+            self.store.write(self.group.row_of(self.group.first), index, theta_CD, chain.statistics())
             chain.observe()
         self._note_new(max(index + 1, 0))
         return True
@@ -169,17 +183,18 @@ class GroupRun:
         if number in self._known:
             return
         self._known.add(number)
+        place = self.group.row_of(number)
         first = min(max(error.last_good_step // self.kernel.thinning - self.plan.warmup_steps, 0), num_kept)
         self.progress.divergences.append({**error.to_json(), "chain": number, "first_draw": first})
         if self.plan.num_chains == 1:
-            self.store.truncate(number, first)
+            self.store.truncate(place, first)
             return
         stop = self.plan.num_samples if self._is_single else num_kept
         if first == 0 and stop > 0:
             theta_CD = self.chain.state_dict()["last_good"].reshape(-1, self.chain.layout.size)[row : row + 1]
             figures = dict.fromkeys(STATISTICS, torch.nan) | {"step_size": error.step_size}
-            self.store.write(number, 0, kept_columns(self.chain.layout, self.store.layout, theta_CD), figures)
-        self.store.freeze(number, max(first, 1), stop)
+            self.store.write(place, 0, kept_columns(self.chain.layout, self.store.layout, theta_CD), figures)
+        self.store.freeze(place, max(first, 1), stop)
 
     def _params(self) -> dict[str, Tensor]:
         """The present state by site, in tensors that later steps do not change."""

@@ -52,6 +52,8 @@ class Settings:
 
     :ivar store_path: a folder for the draws; None keeps them in memory, or beside the checkpoint.
     :ivar checkpoint_path: a file; None for no checkpoints.
+    :ivar gather: of chains in several processes, who gets their draws.
+    :ivar split: what several processes share among themselves, ``"chains"`` or ``"data"``.
     """
 
     plan: Plan
@@ -61,12 +63,15 @@ class Settings:
     checkpoint_path: Path | None = None
     mp_context: str | None = None
     disable_progbar: bool = False
+    gather: str = "rank0"
+    split: str = "chains"
 
 
 class Run:
     """One call of :meth:`pyro_apd.chains.MCMC.run`.
 
     :param stack: closed when the run is over, however it ends.
+    :ivar range chains: numbers of the chains that the store has, in order of its rows.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Run:
         self._is_parallel = settings.chain_method == "parallel" and self.plan.num_chains > 1
         is_one = settings.chain_method == "vectorized" or self.plan.num_chains == 1
         width = self.plan.num_chains if self.plan.num_chains > 1 else None
+        self.chains = range(self.plan.num_chains)
         self.groups = [Group(0, width)] if is_one else [Group(i) for i in range(self.plan.num_chains)]
         self.progress = {group.first: Progress() for group in self.groups}
         self._identity: dict[str, Any] = {}
@@ -86,9 +92,9 @@ class Run:
 
     def sample(self) -> None:
         """All chains, from where a checkpoint left them."""
-        saved = None if self._path is None else read_checkpoint(self._path)
+        saved = self._read()
         self._stack.callback(self.kernel.cleanup)
-        self._stack.enter_context(_seeded_kernel(self.kernel, saved.notes.get("seed") if saved else None))
+        self._stack.enter_context(_seeded_kernel(self.kernel, self._seed(saved)))
         done = {first: progress.num_done for first, progress in saved.chains.items()} if saved else {}
         pending = [group for group in self.groups if done.get(group.first, 0) < self.plan.total]
         # The first chain tells the layout; where it is not to run here, it is only asked.
@@ -109,6 +115,11 @@ class Run:
                 run = GroupRun(self.kernel, chain, self.plan, group, store, self.progress[group.first])
                 run.run(self)
             chain = None
+
+    @property
+    def num_followed(self) -> int:
+        """Chains of which it is known what became of them."""
+        return len(self.chains)
 
     def report(self, chain: int) -> dict[str, Any]:
         """What the kernel said at the end of a chain, or of the group that it was in."""
@@ -154,6 +165,21 @@ class Run:
 
     # -- internals ----------------------------------------------------------------------------------------------------
 
+    def _read(self) -> Checkpoint | None:
+        """The checkpoint to go on from."""
+        return None if self._path is None else read_checkpoint(self._path)
+
+    def _seed(self, saved: Checkpoint | None) -> int | None:
+        """The run's seed, where the kernel has none and it is known."""
+        return saved.notes.get("seed") if saved else None
+
+    def _name(self) -> str:
+        """What tells this run's draws from those of others."""
+        return os.urandom(8).hex()
+
+    def _create(self, path: Path, kept: Layout, dtype: torch.dtype, info: Mapping[str, Any]) -> DiskStore:
+        return DiskStore.create(path, kept, len(self.chains), self.plan.num_samples, dtype, info)
+
     def _save(self, saved: Mapping[int, Progress]) -> None:
         assert self._path is not None
         self._saved.update(saved)
@@ -176,11 +202,10 @@ class Run:
             path = _shared_folder(self.plan.num_chains * self.plan.num_samples * kept.size * dtype.itemsize)
             self._stack.callback(_remove_folder, path)
         if path is None:
-            self.store = MemoryStore(kept, self.plan.num_chains, self.plan.num_samples, chain.theta)
+            self.store = MemoryStore(kept, len(self.chains), self.plan.num_samples, chain.theta)
             return self.store
-        self._notes = {"run": os.urandom(8).hex(), "seed": self.kernel.seed, "versions": {"torch": torch.__version__}}
-        info = {"run": self._notes["run"]}
-        store = DiskStore.create(path, kept, self.plan.num_chains, self.plan.num_samples, dtype, info)
+        self._notes = {"run": self._name(), "seed": self.kernel.seed, "versions": {"torch": torch.__version__}}
+        store = self._create(path, kept, dtype, {"run": self._notes["run"]})
         self._stack.callback(store.close)
         self.store, self._saved = store, {first: Progress() for first in self.progress}
         if self._path is not None:
@@ -209,13 +234,14 @@ class Run:
             for number in group.chains:
                 expected = min(max(progress.num_done - self.plan.warmup_steps, 0), self.plan.num_samples)
                 is_ended = any(note["chain"] == number for note in progress.divergences)
-                if counts[number] < expected and not is_ended:
+                row = group.row_of(number)
+                if counts[row] < expected and not is_ended:
                     raise CheckpointError(
                         f"The draws at '{path}' lack some that the checkpoint '{self._path}' counts: chain {number} "
-                        f"has {counts[number]} of {expected}. Delete the checkpoint to start over."
+                        f"has {counts[row]} of {expected}. Delete the checkpoint to start over."
                     )
                 if not is_ended:
-                    store.truncate(number, expected)
+                    store.truncate(row, expected)
         self.progress, self._notes = saved.chains, saved.notes
         self._saved = dict(saved.chains)
         done = {first: progress.num_done for first, progress in saved.chains.items()}
@@ -224,7 +250,7 @@ class Run:
 
     def _describe(self, layout: Layout, theta: Tensor) -> dict[str, Any]:
         """What tells this run from others, by the name of what would differ."""
-        settings = {name: describe(value) for name, value in _constructor_settings(self.kernel).items()}
+        settings = {name: describe(value) for name, value in constructor_settings(self.kernel).items()}
         start = self.plan.initial_params
         return {
             "kernel": type(self.kernel).__name__,
@@ -315,7 +341,7 @@ def _seeded_kernel(kernel: Any, saved: int | None) -> Iterator[None]:
         kernel.seed = given
 
 
-def _constructor_settings(kernel: Any) -> dict[str, Any]:
+def constructor_settings(kernel: Any) -> dict[str, Any]:
     """What a kernel was made with, as far as it shows it; what it found out since is no setting."""
     names = {"schedule"}  # what ``step_size`` became
     for base in type(kernel).__mro__:

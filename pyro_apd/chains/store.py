@@ -173,11 +173,13 @@ class MemoryStore(DrawStore):
         return copy
 
     @classmethod
-    def adopting(cls, store: DrawStore) -> MemoryStore:
-        """The very tensors of another store, which may be given up afterwards."""
-        adopted = cls(store.layout, store.num_chains, 0, store.theta_CSD.new_empty(0))
-        adopted.num_draws, adopted._counts = store.num_draws, list(store.counts)
-        adopted._theta_CSD, adopted._statistics = store.theta_CSD, store.statistics
+    def adopting(cls, store: DrawStore, rows: range | None = None) -> MemoryStore:
+        """The very tensors of another store, or of some of its chains, which may be given up afterwards."""
+        part = slice(None) if rows is None else slice(rows.start, rows.stop)
+        theta_CSD, counts = store.theta_CSD[part], list(store.counts)[part]
+        adopted = cls(store.layout, len(counts), 0, theta_CSD.new_empty(0))
+        adopted.num_draws, adopted._counts, adopted._theta_CSD = store.num_draws, counts, theta_CSD
+        adopted._statistics = {name: values[part] for name, values in store.statistics.items()}
         return adopted
 
     @property

@@ -20,6 +20,7 @@ from pyro_apd.generators.draw_blocks import DrawBlocks, together
 from pyro_apd.layout import Layout
 from pyro_apd.predictive import FunctionView
 from pyro_apd.pyro_state import seeded
+from pyro_apd.ranks import Ranks
 from pyro_apd.uncertainty import mutual_information
 
 #: From a number of draws to as many draws of the generator, ``(S, D)``.
@@ -230,6 +231,7 @@ class AdversarialObjective(Objective):
     :param float learning_rate: of the critic, where the game has none of its own.
     :param Game game: what either makes small.
     :param int batch_size: draws of either a step; each step of the critic sees fresh draws.
+    :param Ranks ranks: the processes that train together.
     """
 
     def __init__(
@@ -239,9 +241,11 @@ class AdversarialObjective(Objective):
         learning_rate: float,
         game: Game = GAMES["wgan-gp"],
         batch_size: int = 100,
+        ranks: Ranks | None = None,
     ) -> None:
         self._features, self._real_SF, self._game, self._batch_size = features, real_SF, game, batch_size
         self._critic: nn.Sequential = build_critic(real_SF.shape[-1]).to(real_SF.device, real_SF.dtype)
+        self._averaging = (ranks or Ranks()).averaging(self._critic)
         self._optimiser = game.optimiser(self._critic.parameters(), learning_rate)
 
     def backward(self, generate: Generate) -> Tensor:
@@ -249,13 +253,15 @@ class AdversarialObjective(Objective):
         for _ in range(self._game.critic_steps):
             with torch.no_grad():
                 fake_SF = self._features(generate(self._batch_size))
-            loss = self._game.of_critic(self._critic, pick(self._real_SF, self._batch_size), fake_SF)
+            loss = self._game.of_critic(self._averaging, pick(self._real_SF, self._batch_size), fake_SF)
             self._optimiser.zero_grad()
             loss.backward()
             self._optimiser.step()
             self._game.constrain(self._critic)
+        self._critic.requires_grad_(False)  # its gradient is nobody's here
         loss = self._game.of_generator(self._critic(self._features(generate(self._batch_size))))
         loss.backward()
+        self._critic.requires_grad_(True)
         return loss.detach()
 
 

@@ -40,11 +40,14 @@ from pyro_apd.posterior import DistilledPosterior
 from pyro_apd.precision import check_dtype
 from pyro_apd.predictive import FunctionView, outputs
 from pyro_apd.pyro_state import preserved_param_store, seeded
+from pyro_apd.ranks import Ranks
 
 logger = logging.getLogger("pyro_apd")
 
 # A model that insists on its data as they are is still compared in function space, up to this many rows.
 _MAX_WHOLE_ROWS = 512
+# Draws that a critic compares a step.
+_BATCH = 100
 # Adam's for both players of the paper's games.
 _PAPER_RATE = 1e-4
 # Principal coordinates: of one chain, more for every other, and at most.
@@ -124,12 +127,15 @@ def distill(
 
 
 def distill_draws(
-    draws: Source, wishes: Wishes, probe_inputs: Sequence[Any] | None, progress: bool
+    draws: Source, wishes: Wishes, probe_inputs: Sequence[Any] | None, progress: bool, ranks: Ranks | None = None
 ) -> tuple[DistilledPosterior, Training]:
-    """:func:`distill` once the draws are read, with parameters as there; :func:`report` is the caller's to call."""
+    """:func:`distill` once the draws are read, with parameters as there; :func:`report` is the caller's to call.
+
+    :param Ranks ranks: processes that train together, with the same draws and seed; each gets the same posterior.
+    """
     seed = int(torch.randint(2**31, ())) if wishes.seed is None else wishes.seed
     with seeded(seed, draws.theta_CSD.device), preserved_param_store():
-        posterior, training = _distil(draws, wishes, probe_inputs, progress)
+        posterior, training = _distil(draws, wishes, probe_inputs, progress, ranks or Ranks())
     posterior.metadata["seed"] = seed
     # What is at hand draws what a file of it will.
     is_narrow = wishes.generator != "paper" and draws.theta_CSD.dtype == torch.float32
@@ -201,10 +207,15 @@ class _Task:
     functions: tuple[FunctionSpace, Probes] | None
     effort: Effort
     work: Work
+    ranks: Ranks
+
+    def share(self, count: int) -> int:
+        """What each process takes of a step's work."""
+        return -(-count // self.ranks.size)
 
 
 def _distil(
-    draws: Source, wishes: Wishes, probe_inputs: Sequence[Any] | None, progress: bool
+    draws: Source, wishes: Wishes, probe_inputs: Sequence[Any] | None, progress: bool, ranks: Ranks
 ) -> tuple[DistilledPosterior, Training]:
     """:func:`distill` once its arguments are in order, by torch's global random numbers."""
     num_chains, num_draws, _ = draws.theta_CSD.shape
@@ -214,7 +225,7 @@ def _distil(
     functions = function_space(draws, probe_inputs)
     work = _work(draws, functions)
     effort = Effort.of(draws.layout.size, work.num_products)
-    task = _Task(draws.layout, train_draws, _thinned(held_out, effort.num_judged), functions, effort, work)
+    task = _Task(draws.layout, train_draws, _thinned(held_out, effort.num_judged), functions, effort, work, ranks)
     prepared = _prepare_paper(task, wishes) if wishes.generator == "paper" else _prepare_coordinates(task, wishes)
     training = train(
         prepared.trained or prepared.generator,
@@ -222,6 +233,7 @@ def _distil(
         prepared.judge,
         prepared.schedule,
         progress=progress,
+        ranks=ranks,
     )
     metadata = {
         "num_chains": num_chains,
@@ -256,9 +268,13 @@ def _prepare_coordinates(task: _Task, wishes: Wishes) -> _Prepared:
         parameter.requires_grad_(name not in ("basis", "location"))
     num_steps = wishes.steps(effort.num_steps)
     if task.functions is not None:
-        result_bytes = effort.num_probes * task.work.num_bytes
+        num_probes = task.share(effort.num_probes)
         objective = FunctionObjective(
-            *task.functions, task.draws, effort.batch_size, effort.num_probes, result_bytes=result_bytes
+            *task.functions,
+            task.draws,
+            effort.batch_size,
+            num_probes,
+            result_bytes=num_probes * task.work.num_bytes,
         )
         if isinstance(generator, ChunkedGenerator) and num_steps:
             _quieten(generator, objective)
@@ -273,7 +289,13 @@ def _prepare_coordinates(task: _Task, wishes: Wishes) -> _Prepared:
         held_out = [generator.projected(part_ND) for part_ND in task.held_out]
         return _Prepared(
             generator,
-            AdversarialObjective(_identity, task.draws.map(generator.projected), 1e-3),
+            AdversarialObjective(
+                _identity,
+                task.draws.map(generator.projected),
+                1e-3,
+                batch_size=task.share(_BATCH),
+                ranks=task.ranks,
+            ),
             WeightJudge(_identity, held_out),
             _schedule(effort, num_steps, 1e-3),
             trained=CoordinatesAlone(generator),
@@ -286,7 +308,9 @@ def _prepare_coordinates(task: _Task, wishes: Wishes) -> _Prepared:
 
     return _Prepared(
         generator,
-        AdversarialObjective(coordinates, task.draws.map(coordinates), 1e-3),
+        AdversarialObjective(
+            coordinates, task.draws.map(coordinates), 1e-3, batch_size=task.share(_BATCH), ranks=task.ranks
+        ),
         WeightJudge(coordinates, task.held_out),
         _schedule(effort, num_steps, 1e-3),
     )
@@ -351,7 +375,7 @@ def _prepare_paper(task: _Task, wishes: Wishes) -> _Prepared:
     )
     return _Prepared(
         PaperGenerator(task.draws.shape[2]).to(task.draws.device, task.draws.dtype),
-        AdversarialObjective(_identity, task.draws, _PAPER_RATE, game),
+        AdversarialObjective(_identity, task.draws, _PAPER_RATE, game, task.share(_BATCH), task.ranks),
         judge,
         _schedule(
             task.effort,

@@ -20,11 +20,18 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_apd.chains.checkpoint import Checkpoint, Progress, check_identity, describe, fingerprint
+from pyro_apd.chains.checkpoint import (
+    Checkpoint,
+    Progress,
+    check_identity,
+    describe,
+    fingerprint,
+)
+from pyro_apd.chains.distributed import RankRun
 from pyro_apd.chains.driver import checked_initial_params
 from pyro_apd.chains.even_store import EvenStore
 from pyro_apd.chains.group import Group, Plan, rebuilt_error
-from pyro_apd.chains.run import Run, Settings
+from pyro_apd.chains.run import Settings
 from pyro_apd.chains.store import DrawStore, all_finite
 from pyro_apd.distill.failure import DistillationWarning
 from pyro_apd.distill.offline import Wishes, distill_draws, function_space, report
@@ -33,6 +40,7 @@ from pyro_apd.distill.training import Training
 from pyro_apd.layout import Layout
 from pyro_apd.posterior import DistilledPosterior
 from pyro_apd.pyro_state import preserved_param_store, seeded
+from pyro_apd.ranks import Ranks, joined
 from pyro_apd.row_reader import shown_arguments
 
 logger = logging.getLogger("pyro_apd")
@@ -66,6 +74,7 @@ def distill_online(
     model_kwargs: Mapping[str, Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
+    chain_method: str = "vectorized",
     strict: bool = False,
     progress: bool = True,
 ) -> DistilledPosterior:
@@ -75,6 +84,14 @@ def distill_online(
     that were made so far: when it is full, every second goes. When a half, a quarter, ... of the draws are made, a
     generator is fitted to the buffer and trained briefly; the last round, at the end, is as long as that of
     :func:`~pyro_apd.distill`. ``metadata["rounds"]`` has the figures of each round on held-out draws.
+
+    With ``chain_method="distributed"`` every process of ``torchrun``, or of the process group that there is, makes the
+    same call with all the data. Each runs its part of the chains and holds its part of the buffer; in a round all get
+    the whole of it, and train one generator by averaged gradients, each on draws of its own and on its share of the
+    probe inputs. All return the same posterior. Chains and buffer do not depend on the number of processes; what the
+    generator's random steps come to does. A process that is gone ends the others with a :class:`~pyro_apd.RankError`;
+    each has its checkpoint, ``CHECKPOINT.rank0`` and so on, and the same call of as many processes goes on from the
+    last that all wrote, as under ``torchrun --max-restarts=1``.
 
     A generator that collapsed, diverged or came of an interrupted run is returned with a
     :class:`~pyro_apd.DistillationWarning`. Ctrl-C gives the last round's, or, before the first, the start.
@@ -95,29 +112,26 @@ def distill_online(
         "infinite chains"). It spreads chains over what the generator has of others, but what it lacks is lost to the
         chains as well, and they sample from the posterior again only after another warm-up: expect a bias, and a
         warning that says so.
-    :param callable on_round: called with the posterior so far and the number of draws.
+    :param callable on_round: called with the posterior so far and the number of draws; of several processes, in the
+        first.
     :param dict initial_params: unconstrained values by site to start from, as for :class:`~pyro_apd.MCMC`.
     :param dict model_kwargs: keyword arguments of the model.
     :param checkpoint: a file. A run that finds its own checkpoint there continues from it, bit for bit.
     :param int checkpoint_every: draws between checkpoints, warm-up included; by default twenty a run.
+    :param str chain_method: ``"vectorized"`` or ``"distributed"``.
     :param bool strict: raise instead of warn if the generator is no good.
     :param bool progress: show progress bars.
     :raises TypeError: if the kernel is not one of this package.
     :raises ValueError: if a number is out of range.
     :raises DivergenceError: if all chains diverged.
     :raises CheckpointError: if no checkpoint can be read, or it belongs to another run.
+    :raises RankError: if another process is gone.
     :raises DistillationError: with ``strict=True``, where a warning would have been issued.
     """
-    _check(
-        kernel,
-        num_samples,
-        0 if warmup_steps is None else warmup_steps,
-        num_chains,
-        buffer_size,
-        rounds,
-        checkpoint,
-        checkpoint_every,
-    )
+    warmup = 0 if warmup_steps is None else warmup_steps
+    _check(kernel, num_samples, warmup, num_chains, buffer_size, rounds, checkpoint, checkpoint_every)
+    if chain_method not in ("vectorized", "distributed"):
+        raise ValueError(f"chain_method={chain_method!r} must be 'vectorized' or 'distributed'.")
     if restart:
         warnings.warn(
             "restart=True: chains go on from what the generator drew, so that its errors come back as draws. Figures "
@@ -131,17 +145,18 @@ def distill_online(
     start = checked_initial_params(initial_params, num_chains)
     plan = Plan(num_samples, warmup_steps, num_chains, start, None, None if checkpoint is None else every)
     path = None if checkpoint is None else Path(checkpoint).absolute()
-    settings = Settings(plan, "vectorized", checkpoint_path=path, disable_progbar=not progress)
+    settings = Settings(plan, chain_method, checkpoint_path=path, disable_progbar=not progress, gather="all")
+    ranks = joined() if chain_method == "distributed" else Ranks()
     args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
     schedule = [num_samples // 2**k for k in range(rounds - 1, 0, -1) if num_samples // 2**k]
     # As in a run of the driver: checks of distributions would be repeated in every step.
     with poutine.block(), pyro.validation_enabled(False), preserved_param_store(), ExitStack() as stack:
-        makes = _Rounds(kernel, args, dict(model_kwargs or {}), wishes, probe_inputs, on_round, progress)
+        makes = _Rounds(kernel, args, dict(model_kwargs or {}), wishes, probe_inputs, on_round, progress, ranks)
         run = _OnlineRun(makes, settings, stack, buffer_size // num_chains, schedule, restart)
         try:
             run.sample()
             run.check_chains()
-            posterior, training = makes.make(run.buffer, num_samples, is_last=True)
+            posterior, training = makes.make(run.whole_buffer(), num_samples, is_last=True)
         except KeyboardInterrupt:
             posterior, training = run.interrupted()
     report(training, strict)
@@ -159,6 +174,7 @@ class _Rounds:
     probe_inputs: Sequence[Any] | None
     on_round: OnRound | None
     progress: bool
+    ranks: Ranks
     log: list[dict[str, float]] = field(default_factory=list)
     last: tuple[DistilledPosterior, Training] | None = None
 
@@ -178,11 +194,13 @@ class _Rounds:
         if not is_last:
             wishes = replace(wishes, share_of_steps=_SHARE_OF_STEPS)
         source = self._source(store.unconstrained(), store.layout)
-        posterior, training = self.last = distill_draws(source, wishes, self.probe_inputs, self.progress)
+        posterior, training = self.last = distill_draws(
+            source, wishes, self.probe_inputs, self.progress and self.ranks.rank == 0, self.ranks
+        )
         self.log.append({"draws": num_draws, **posterior.metadata["figures"]})
         posterior.metadata |= {"online": True, "draws_seen": num_draws, "rounds": list(self.log)}
         logger.info("Distilled after %d draws a chain: %s.", num_draws, posterior.metadata["figures"])
-        if self.on_round is not None:
+        if self.on_round is not None and self.ranks.rank == 0:
             self.on_round(posterior, num_draws)
         if training.is_interrupted and not is_last:
             raise KeyboardInterrupt
@@ -203,31 +221,44 @@ class _Rounds:
         return Source(theta_CSD, layout, self.kernel.model, args, kwargs, has_all)
 
 
-class _OnlineRun(Run):
-    """Chains of the driver, with a buffer in place of a store, and rounds in between."""
+class _OnlineRun(RankRun):
+    """Chains of the driver, with a buffer in place of a store, and rounds in between.
+
+    Processes go in step: they meet before each checkpoint and in rounds.
+    """
 
     def __init__(
         self, rounds: _Rounds, settings: Settings, stack: ExitStack, capacity: int, schedule: list[int], restart: bool
     ) -> None:
-        super().__init__(rounds.kernel, settings, rounds.args, rounds.kwargs, stack)
+        super().__init__(rounds.kernel, settings, rounds.args, rounds.kwargs, stack, rounds.ranks)
         self._rounds, self._capacity, self._schedule, self._restart = rounds, capacity, schedule, restart
+        self.is_in_step = self.ranks.size > 1
         self._chain: Any = None
         self._num_done = 0
 
     @property
     def buffer(self) -> EvenStore:
-        """What is kept of the draws."""
+        """What is kept of the draws of this process's chains."""
         assert isinstance(self.store, EvenStore)
         return self.store
+
+    def whole_buffer(self) -> DrawStore:
+        """What is kept of the draws of all."""
+        whole = self.gathered(self.buffer)
+        assert whole is not None
+        return whole
 
     def drew(self, group: Group, num_done: int, num_diverged: int) -> None:
         """Tells the progress bar, and makes a round where one is due."""
         super().drew(group, num_done, num_diverged)
         self._num_done = num_done
         num_kept = num_done - self.plan.warmup_steps
-        if num_kept not in self._schedule or not self._has_enough():
+        if num_kept not in self._schedule:
             return
-        posterior, _ = self._rounds.make(self.buffer, num_kept)
+        buffer = self.whole_buffer()
+        if not _has_enough(buffer):
+            return
+        posterior, _ = self._rounds.make(buffer, num_kept)
         if self._restart:
             self._put_chains_at(posterior, num_kept)
 
@@ -238,9 +269,10 @@ class _OnlineRun(Run):
         """
         num_kept = max(self._num_done - self.plan.warmup_steps, 0)
         if self._rounds.last is None:
-            if not self._has_enough():
+            if self.store is None or not _has_enough(self.store):
                 raise KeyboardInterrupt
-            self._rounds.wishes = replace(self._rounds.wishes, num_steps=0)
+            # Others may not have been interrupted: of what is here.
+            self._rounds.wishes, self._rounds.ranks = replace(self._rounds.wishes, num_steps=0), Ranks()
             self._rounds.make(self.buffer, num_kept)
         assert self._rounds.last is not None
         posterior, training = self._rounds.last
@@ -249,13 +281,6 @@ class _OnlineRun(Run):
             f"{posterior.metadata['draws_seen']}"
         )
         return posterior, replace(training, stopped=what)
-
-    def _has_enough(self) -> bool:
-        """Whether the buffer has draws enough for a round, and no chain ran away without having been looked at."""
-        if self.store is None:
-            return False
-        chains, num_draws = self.store.complete_part()
-        return len(chains) * num_draws >= MIN_DRAWS and all_finite(self.store.unconstrained())
 
     def check_chains(self) -> None:
         """A warning where chains diverged, whose draws from there on are not in the buffer.
@@ -267,7 +292,8 @@ class _OnlineRun(Run):
             return
         error = rebuilt_error(noted[0])
         if len(noted) == self.plan.num_chains:
-            error.draws = {name: value.flatten(0, 1) for name, value in self.buffer.samples().items()}
+            samples = self.whole_buffer().samples()
+            error.draws = {name: value.flatten(0, 1) for name, value in samples.items()}
             raise error
         names = [note["chain"] for note in noted]
         warnings.warn(
@@ -276,6 +302,7 @@ class _OnlineRun(Run):
 
     def checkpoint(self, group: Group, progress: Progress) -> None:
         """Writes chains, buffer and what rounds there were."""
+        self.meet_before_writing()
         self._notes["rounds"] = list(self._rounds.log)
         self._save({group.first: progress, _BUFFER: Progress(state=self.buffer.state_dict())})
 
@@ -283,10 +310,10 @@ class _OnlineRun(Run):
         self._chain, self._device = chain, chain.theta.device
         given = self._rounds.wishes
         if given.seed is None:
-            seed = int(torch.randint(2**31, ())) if saved is None else saved.notes["training_seed"]
+            seed = self.ranks.agreed(int(torch.randint(2**31, ()))) if saved is None else saved.notes["training_seed"]
             self._rounds.wishes = replace(given, seed=seed)
         self._rounds.check_probes(chain.layout, chain.theta)
-        buffer = EvenStore(chain.layout, self.plan.num_chains, self._capacity, chain.theta)
+        buffer = EvenStore(chain.layout, len(self.chains), self._capacity, chain.theta)
         self.store, self._saved = buffer, {}
         if self._path is None:
             return buffer
@@ -296,19 +323,34 @@ class _OnlineRun(Run):
         online = {"online": [self._capacity, self._schedule], "restart": trained}
         self._identity = {**self._describe(chain.layout, chain.theta), **online}
         self._notes = {"seed": self.kernel.seed, "training_seed": self._rounds.wishes.seed}
+        if saved is None:
+            self._notes["run"] = self._name()
         if saved is not None:
             check_identity(self._path, saved.identity, self._identity)
             buffer.load_state_dict(saved.chains[_BUFFER].state or {})
             self.progress = {first: saved.chains[first] for first in self.progress}
-            self._notes, self._saved = saved.notes, dict(saved.chains)
+            self._notes, self._saved = dict(saved.notes), dict(saved.chains)
             self._rounds.log[:] = saved.notes.get("rounds", [])
-            self._num_done = self.progress[0].num_done
+            self._num_done = self.progress[self.own.start].num_done
         return buffer
+
+    def _asked(self) -> dict[str, Any]:
+        wishes = vars(self._rounds.wishes).items()
+        training = {f"{name} of the training" if name == "seed" else name: value for name, value in wishes}
+        buffer = {"buffer_size": self._capacity, "rounds": self._schedule, "restart": self._restart}
+        return {**super()._asked(), **training, **buffer}
 
     def _put_chains_at(self, posterior: DistilledPosterior, draws: int) -> None:
         seed = None if self.kernel.seed is None else self.kernel.seed + draws
         theta_CD = posterior.layout.unconstrain(posterior.get_samples(self.plan.num_chains, seed=seed))
+        theta_CD = theta_CD[self.own.start : self.own.stop]
         self._chain.theta = theta_CD.to(self._chain.theta).reshape(self._chain.theta.shape)
+
+
+def _has_enough(store: DrawStore) -> bool:
+    """Whether there are draws enough for a round, and no chain ran away without having been looked at."""
+    chains, num_draws = store.complete_part()
+    return len(chains) * num_draws >= MIN_DRAWS and all_finite(store.unconstrained())
 
 
 def _check(

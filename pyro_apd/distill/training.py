@@ -18,6 +18,7 @@ from pyro_apd.distill.objective import Judge, Objective
 from pyro_apd.generators import Generator
 from pyro_apd.generators.draw_blocks import together
 from pyro_apd.pyro_state import seeded
+from pyro_apd.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,12 @@ def train(
     schedule: Schedule,
     *,
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> Training:
     """Trains a generator in place, by torch's global random numbers.
+
+    Over several processes each takes the steps on draws of its own, by averaged gradients
+    (:class:`~torch.nn.parallel.DistributedDataParallel`), and the first judges for all.
 
     Ctrl-C and numbers that are not finite end it early, with the best state so far.
 
@@ -90,7 +95,10 @@ def train(
     :param Judge judge: chooses the checkpoint.
     :param Schedule schedule: length and rate.
     :param bool progress: show a bar.
+    :param Ranks ranks: the processes that train together; each has the same generator and draws.
+    :raises RankError: if one of them is gone.
     """
+    ranks = ranks or Ranks()
     like = generator(torch.zeros(1, generator.latent_size).to(next(generator.parameters())))
 
     def latents(count: int) -> Tensor:
@@ -98,12 +106,12 @@ def train(
 
     average = _copy(generator) if schedule.is_annealed else generator
     result = Training()
-    watch = _Watch(judge, average, latents, like, result, schedule.num_judged)
+    watch = _Watch(judge, average, latents, like, result, schedule.num_judged, ranks)
     step = 0
     with tqdm(total=schedule.num_steps, desc="Distil", disable=not progress, leave=True) as bar:
         try:
             is_finite = watch.look(0, None)
-            for step, loss in enumerate(_steps(generator, average, latents, objective, schedule), start=1):
+            for step, loss in enumerate(_steps(generator, average, latents, objective, schedule, ranks), start=1):
                 bar.update()
                 if step % max(1, schedule.num_steps // schedule.num_evaluations) == 0 or step == schedule.num_steps:
                     is_finite = watch.look(step, loss)
@@ -129,20 +137,24 @@ class _Watch:
         like: Tensor,
         result: Training,
         num_judged: int,
+        ranks: Ranks,
     ) -> None:
         self._judge, self._average, self._latents, self._device = judge, average, latents, like.device
         # Some at a time: so many draws of a large network are more than a step of training holds. Always the same.
         part = together(average.output_size * like.element_size())
         self._counts = [min(part, num_judged - start) for start in range(0, num_judged, part)]
-        self._seed = int(torch.randint(2**31, ()))
+        self._seed, self._ranks = int(torch.randint(2**31, ())), ranks
         self._result, self._best, self._smallest = result, _trained_state(average), math.inf
 
     @torch.no_grad()
     def look(self, step: int, loss: Tensor | None) -> bool:
         """Logs a state and keeps it if it is the best, or as good as; whether its figures are finite."""
-        figures = self._judge.figures(self._draws())
+        seen = None
+        if self._ranks.rank == 0:
+            seen = self._judge.figures(self._draws()), None if loss is None else float(loss)
+        figures, loss_seen = self._ranks.agreed(seen)
         is_finite = all(math.isfinite(value) for value in figures.values())
-        _append(self._result.log, step, figures, loss)
+        _append(self._result.log, step, figures, loss_seen)
         if is_finite and figures["distance"] < self._smallest + self._judge.tolerance:
             self._smallest = min(self._smallest, figures["distance"])
             self._result.figures, self._result.best_step = figures, step
@@ -155,6 +167,7 @@ class _Watch:
         for name, parameter in generator.named_parameters():
             if name in self._best:
                 parameter.copy_(self._best[name])
+                self._ranks.pass_on(parameter.data, 0, to_all=True)
 
     def _draws(self) -> Iterator[Tensor]:
         with seeded(self._seed, self._device):
@@ -168,8 +181,12 @@ def _steps(
     latents: Callable[[int], Tensor],
     objective: Objective,
     schedule: Schedule,
+    ranks: Ranks,
 ) -> Iterator[Tensor]:
     """Takes the steps one by one, and yields the loss of each."""
+    module = ranks.averaging(generator)
+    if ranks.size > 1:
+        torch.manual_seed(int(torch.randint(2**31, ())) + ranks.rank)
     trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
     rates = schedule.rates(generator, trained)
     groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(trained, rates, strict=True)]
@@ -181,7 +198,8 @@ def _steps(
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * (1.0 - step / schedule.num_steps)
         optimiser.zero_grad()
-        loss = objective.backward(lambda count: generator(latents(count)))
+        with ranks.listening():
+            loss = objective.backward(lambda count: module(latents(count)))
         optimiser.step()
         if average is not generator:
             with torch.no_grad():
@@ -202,9 +220,9 @@ def _trained_state(generator: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in generator.named_parameters() if p.requires_grad}
 
 
-def _append(log: dict[str, list[float]], step: int, figures: dict[str, float], loss: Tensor | None) -> None:
+def _append(log: dict[str, list[float]], step: int, figures: dict[str, float], loss: float | None) -> None:
     """Four digits a number: the log travels in the file."""
-    entries = {"step": float(step), "loss": math.nan if loss is None else float(loss), **figures}
+    entries = {"step": float(step), "loss": math.nan if loss is None else loss, **figures}
     for name in log.keys() | entries.keys():
         value = entries.get(name, math.nan)
         log.setdefault(name, []).append(float(f"{value:.4g}"))

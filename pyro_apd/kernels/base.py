@@ -25,6 +25,7 @@ from torch import Tensor
 from pyro_apd.kernels.chain import Chain
 from pyro_apd.kernels.dynamics import Dynamics
 from pyro_apd.kernels.schedules import Schedule, as_schedule
+from pyro_apd.kernels.split_data import SplitPotential
 from pyro_apd.kernels.step import SMALL, Step
 from pyro_apd.kernels.temperature import Temperature
 from pyro_apd.kernels.tuning import MAX_INFLATION, AutoStep, checked_max_inflation
@@ -33,6 +34,7 @@ from pyro_apd.kernels.warmup import WarmUp
 from pyro_apd.layout import Layout
 from pyro_apd.potential import Pieces, Potential, build_potential
 from pyro_apd.pyro_state import seeded
+from pyro_apd.ranks import Ranks
 
 
 class StochasticGradientKernel(MCMCKernel):
@@ -160,6 +162,8 @@ class StochasticGradientKernel(MCMCKernel):
         first_chain: int | None = None,
         initial_params: Mapping[str, Tensor] | None = None,
         keep_draws: bool = True,
+        of_chains: int | None = None,
+        ranks: Ranks | None = None,
     ) -> Chain:
         """A chain, or several that advance together, ready to be driven.
 
@@ -171,17 +175,32 @@ class StochasticGradientKernel(MCMCKernel):
             counts the chains that this kernel began.
         :param initial_params: unconstrained values by site; for C chains with a leading dimension of C.
         :param bool keep_draws: keep the draws for the error of a chain that diverges.
+        :param int of_chains: chains of the whole run, where others of it are in other processes.
+        :param Ranks ranks: processes that each have some of the data and run the same chains.
+        :raises ValueError: with ``of_chains`` and ``step_size="auto"``, which would differ from process to process.
         :raises: as :meth:`setup`.
         """
+        if of_chains is not None and self.schedule is None:
+            raise ValueError(
+                "step_size='auto' is found by chains that advance together, and would not be the same in every process "
+                "of chain_method='distributed'. Find it in a short run of one process, which says it in "
+                "diagnostics()['tuning'], and give that number."
+            )
         self._started_at, self._logged_at, self._log = time.monotonic(), 0.0, OrderedDict()
         first = self._num_chains_begun if first_chain is None else first_chain
         seeds = [self._seed_of(first + i, is_numbered=first_chain is not None) for i in range(num_chains or 1)]
         self._num_chains_begun += num_chains or 1
         potential, starts = self._open(args, kwargs, seeds)
+        if ranks is not None:
+            if self.control_variates:
+                raise ValueError("control_variates=True does not go with split='data'; leave one of them out.")
+            potential = SplitPotential(potential, ranks)
         self.layout, self.transforms = potential.layout, potential.layout.transforms
         theta = torch.stack(starts) if num_chains else starts[0]
         if initial_params is not None:
             theta = _checked_start(initial_params, potential.layout, theta)
+        if ranks is not None:
+            ranks.pass_on(theta, 0, to_all=True)
         known = (warmup_steps + (warmup_steps if num_samples is None else num_samples)) * self.thinning
         num_warmup = warmup_steps * self.thinning
         potential.source.prefetch = self.prefetch
@@ -193,13 +212,16 @@ class StochasticGradientKernel(MCMCKernel):
             self._update,
             seeds,
             type(self).__name__,
-            compile=self.compile,
+            compile=self.compile if ranks is None else False,
             expected_steps=known,
-            unroll=_unroll(self.thinning) if theta.numel() <= SMALL else 1,
+            unroll=_unroll(self.thinning) if potential.layout.size * (of_chains or num_chains or 1) <= SMALL else 1,
             keep_draws=keep_draws,
             warmup=WarmUp(num_warmup, self.temperature, self._dynamics, auto, self.warm_start),
             control_variates=self.control_variates,
             kinetic=self._kinetic,
+            of_chains=of_chains,
+            first_number=first if of_chains is not None else 0,
+            data_stream=0 if ranks is None else ranks.rank,
         )
         self._start_chain(self._chain)
         return self._chain

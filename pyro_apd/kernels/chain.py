@@ -30,6 +30,8 @@ from pyro_apd.potential import Inputs, Pieces, Potential
 _CHECK_EVERY = 50
 # A potential that rose by this many times its scale at the start is on its way to infinity.
 _RUNAWAY = 1e3
+# From the seed of a stream of mini-batches to that of the next.
+_STREAM = 6_700_417
 
 
 class Chain:
@@ -50,6 +52,10 @@ class Chain:
     :param WarmUp warmup: what the chain does for itself; None for nothing.
     :param bool control_variates: take gradients with control variates about the state before the first step.
     :param kinetic: sums of the momenta's thermal motion by site, given the auxiliary state and the step size.
+    :param int of_chains: chains of the whole run, where others of it are elsewhere. Each chain is then the same
+        whichever others are here, and where all that are here ran away, they stay and do not raise.
+    :param int first_number: number in the run of the first chain here, for messages.
+    :param int data_stream: which of the independent streams of mini-batches that go with the seeds.
     :ivar dict auxiliary: what a sampler keeps beside theta, by site, such as momenta.
     :ivar divergences: errors of the chains that diverged, with the chain's index as ``chain``.
     :ivar int step: Langevin steps taken.
@@ -71,9 +77,15 @@ class Chain:
         warmup: WarmUp | None = None,
         control_variates: bool = False,
         kinetic: Callable[[Mapping[str, Pieces], float], Tensor] | None = None,
+        of_chains: int | None = None,
+        first_number: int = 0,
+        data_stream: int = 0,
     ) -> None:
         self.potential, self.layout, self.name = potential, potential.layout, name
         self.num_chains = len(theta) if theta.dim() > 1 else None
+        self._has_fellows = of_chains is not None and of_chains > (self.num_chains or 1)
+        self.first_number = first_number
+        self._num_counted = of_chains or self.num_chains or 1  # chains whose steps count for compiling
         self._theta: Pieces = tuple(piece.clone() for piece in potential.pieces(theta))
         self.auxiliary: dict[str, Pieces] = {}
         self.step, self.step_size = 0, float("nan")
@@ -88,9 +100,10 @@ class Chain:
         self._is_cpu = theta.device.type == "cpu"
         self._sizes = theta.new_empty((1, len(theta), 1) if self.num_chains else (1,))
         self._values: list[float] = []
-        self._start_streams(theta, seeds, unroll)
+        self._noise = Noise(theta, seeds, unroll, per_chain=of_chains is not None)
+        self._start_streams(theta, [(seed + data_stream * _STREAM) % 2**62 for seed in seeds], unroll)
         sizes = [site.size for site in self.layout]
-        known = expected_steps * (self.num_chains or 1)
+        known = expected_steps * self._num_counted
         self._stepper = Stepper(potential, sizes, update, self._noise, compile, known, unroll)
         self._read_step = 0
         self.thermometers = [Thermometer("configurational", sizes)]
@@ -108,7 +121,6 @@ class Chain:
         generators = [torch.Generator(device=theta.device).manual_seed(seed) for seed in seeds]
         self.potential.source.device, self.potential.source.at_once = theta.device, unroll
         self.potential.source.start(generators if self.num_chains else generators[0])
-        self._noise = Noise(theta, seeds, unroll)
         others = [torch.Generator(device=theta.device).manual_seed(seed ^ 1) for seed in seeds]
         self._thermal_source = copy.copy(self.potential.source)
         self._thermal_source.prefetch = 0  # it is asked rarely
@@ -155,7 +167,7 @@ class Chain:
                 self.warmup.before_step(self)
             if self._wants_control:
                 self.use_control_variates()
-            taken = self.step * (self.num_chains or 1)
+            taken = self.step * self._num_counted
             num = self._stepper.num_at_once(num_steps, self.step, taken)
             num_steps -= num
             inputs = [self.potential.source.draw() for _ in range(num)]
@@ -287,7 +299,7 @@ class Chain:
             return
         if self._energy_start is None:
             self._energy_start = self.energy.clone()
-        scale = self._energy_start.abs() + self.layout.size + (self.potential.source.num_data or 0)
+        scale = self._energy_start.abs() + self.layout.size + (self.potential.num_data or 0)
         is_good = torch.isfinite(self.energy) & (self.energy - self._energy_start < _RUNAWAY * scale)
         for piece in self._theta:
             is_good &= torch.isfinite(piece).all(-1)
@@ -309,7 +321,7 @@ class Chain:
             raise errors[0]
         self.divergences += errors
         self._is_frozen[list(chains)] = True
-        if bool(self._is_frozen.all()):
+        if bool(self._is_frozen.all()) and not self._has_fellows:
             raise errors[0]
         self._put_back(chains)
 
@@ -364,7 +376,7 @@ class Chain:
         curvature, suggested = self._stable_step_size(self._of_chain(self._last_good, chain), inputs)
         draws = self.draws[: self._num_good] if self.num_chains is None else []
         kept = torch.stack(draws) if draws else self._like.new_empty(0, self.layout.size)
-        which = "" if self.num_chains is None else f" in chain {chain}"
+        which = "" if self.num_chains is None else f" in chain {self.first_number + chain}"
         return DivergenceError(
             f"{self.name} diverged{which} by Langevin step {self.step}: potential {energy:.3g}, at the start "
             f"{start:.3g}; site '{site}' at |value| {furthest:.3g}, with step_size={self.step_size:.3g}. The largest "

@@ -37,6 +37,11 @@ class ControlVariates:
         self.path = potential.path
         self.centre, self.gradient, self.energy = tuple(centre), tuple(gradient), energy
 
+    @property
+    def num_data(self) -> int | None:
+        """N."""
+        return self._potential.num_data
+
     @classmethod
     def about(cls, potential: Potential, theta: Pieces) -> ControlVariates:
         """With m at ``theta``, from one pass over the data.

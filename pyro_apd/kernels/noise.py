@@ -5,8 +5,8 @@
 
 Half of that cost is PyTorch's Mersenne twister. For float32 on a CPU, raw bits come from NumPy's SFC64, a third of the
 price, and the Box-Muller transform is left to whoever uses them: in a compiled step it melts into the update. Each
-chain has a generator of its own, so that a chain's noise is the same whether it runs alone or beside others. Elsewhere
-the device's own generator serves all chains at once.
+chain has a generator of its own, so that a chain's noise is the same whether it runs alone or beside others. On an
+accelerator, where each generator is a call of its own, one serves all chains at once, unless they are told apart.
 """
 
 from __future__ import annotations
@@ -31,16 +31,20 @@ class Noise:
     :param Tensor like: a state ``(D,)`` or ``(C, D)``, whose shape, dtype and device noise has.
     :param seeds: one a chain.
     :param int at_once: steps for which :meth:`raw` is usually asked, so that they lie together.
+    :param bool per_chain: give each chain a generator of its own also on an accelerator.
     """
 
-    def __init__(self, like: Tensor, seeds: Sequence[int], at_once: int = 1) -> None:
+    def __init__(self, like: Tensor, seeds: Sequence[int], at_once: int = 1, per_chain: bool = False) -> None:
         self._shape, self._size = like.shape, like.shape[-1]
-        self._is_raw = like.device.type == "cpu" and like.dtype == torch.float32
+        is_cpu = like.device.type == "cpu"
+        self._is_raw = is_cpu and like.dtype == torch.float32
+        self._is_shared = not (is_cpu or per_chain)
         self._buffer = like.new_empty((1, *like.shape))
-        self._device_generator = torch.Generator(device=like.device).manual_seed(seeds[0])
+        self._device_generators = [torch.Generator(device=like.device).manual_seed(seed) for seed in seeds]
         self._generators = [np.random.SFC64(seed) for seed in seeds]
         self._half = (self._size + 1) // 2
-        self._steps = at_once * max(1, _BLOCK // max(self._half * at_once, 1))
+        self._width = 2 * self._half if self._is_raw else self._size  # numbers a step of one chain
+        self._steps = at_once * max(1, _BLOCK // max((self._width + 1) // 2 * at_once, 1))
         self._raw_KCB = torch.empty(0)
         self._normal_KCD: Tensor | None = None
         self._position = 0  # steps taken from the present block; 0 where there is none yet
@@ -48,8 +52,8 @@ class Noise:
 
     def raw(self, num_steps: int) -> Tensor:
         """The next steps' noise ``(K, ...)``, in the form that :meth:`to_normal` takes; valid until the next call."""
-        if not self._is_raw:
-            return self._buffers(num_steps).normal_(generator=self._device_generator)
+        if self._is_shared:
+            return self._buffers(num_steps).normal_(generator=self._device_generators[0])
         left = self._steps - self._position % self._steps  # of this block, or of the next where this is used up
         if num_steps <= left:
             self._advance()
@@ -57,13 +61,13 @@ class Noise:
             self._position += num_steps - 1
         else:
             taken = torch.stack([self._next_raw() for _ in range(num_steps)])
-        return taken.view(num_steps, *self._shape[:-1], 2 * self._half)
+        return taken.view(num_steps, *self._shape[:-1], self._width)
 
     def raw_like(self, num_steps: int) -> Tensor:
         """A tensor of zeros such as :meth:`raw` gives."""
         if not self._is_raw:
-            return torch.zeros_like(self._buffers(num_steps))
-        return torch.zeros((num_steps, *self._shape[:-1], 2 * self._half), dtype=torch.int32)
+            return self._buffer.new_zeros((num_steps, *self._shape))
+        return torch.zeros((num_steps, *self._shape[:-1], self._width), dtype=torch.int32)
 
     def to_normal(self, raw: Tensor) -> Tensor:
         """Noise ``(K, ...)`` of the state's shape from what :meth:`raw` gave: a function of tensors alone."""
@@ -71,27 +75,31 @@ class Noise:
 
     def normal(self) -> Tensor:
         """The next step's noise; valid until the next call."""
-        if not self._is_raw:
+        if self._is_shared:
             return self.raw(1)[0]
         self._advance()
         if self._normal_KCD is None:
-            self._normal_KCD = box_muller(self._raw_KCB)[..., : self._size]
+            self._normal_KCD = self.to_normal(self._raw_KCB)
         return self._normal_KCD[self._position - 1].view(self._shape)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is."""
-        before = self._before_block if self._is_raw else self._generator_states()
+        before = self._generator_states() if self._is_shared else self._before_block
         return {"before_block": before, "position": self._position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to where a stream of the same shape was."""
-        if not self._is_raw:
-            self._device_generator.set_state(state["before_block"]["device"])
+        if self._is_shared:
+            self._device_generators[0].set_state(state["before_block"]["device"])
             return
-        for generator, words in zip(self._generators, state["before_block"]["sfc64"], strict=True):
-            template = generator.state
-            template["state"]["state"] = words.numpy().view(np.uint64).copy()
-            generator.state = {**template, "has_uint32": 0, "uinteger": 0}
+        if self._is_raw:
+            for generator, words in zip(self._generators, state["before_block"]["sfc64"], strict=True):
+                template = generator.state
+                template["state"]["state"] = words.numpy().view(np.uint64).copy()
+                generator.state = {**template, "has_uint32": 0, "uinteger": 0}
+        else:
+            for device_generator, words in zip(self._device_generators, state["before_block"]["torch"], strict=True):
+                device_generator.set_state(words)
         self._position = 0
         if state["position"]:
             self._advance()
@@ -109,18 +117,25 @@ class Noise:
     def _advance(self) -> None:
         if self._position in (0, self._steps):
             self._before_block, self._position = self._generator_states(), 0
-            per_chain = self._steps * self._half
-            blocks = [
-                torch.from_numpy(generator.random_raw(per_chain).view(np.int32)).view(self._steps, 2 * self._half)
-                for generator in self._generators
-            ]
+            blocks = self._blocks()
             self._raw_KCB = blocks[0].unsqueeze(1) if len(blocks) == 1 else torch.stack(blocks, 1)
             self._normal_KCD = None
         self._position += 1
 
-    def _generator_states(self) -> dict[str, Any]:
+    def _blocks(self) -> list[Tensor]:
+        """The next numbers of each chain, ``(K, B)``."""
         if not self._is_raw:
-            return {"device": self._device_generator.get_state()}
+            empty = [self._buffer.new_empty((self._steps, self._width)) for _ in self._device_generators]
+            return [block.normal_(generator=g) for block, g in zip(empty, self._device_generators, strict=True)]
+        count = self._steps * self._half
+        raw = [torch.from_numpy(generator.random_raw(count).view(np.int32)) for generator in self._generators]
+        return [numbers.view(self._steps, self._width) for numbers in raw]
+
+    def _generator_states(self) -> dict[str, Any]:
+        if self._is_shared:
+            return {"device": self._device_generators[0].get_state()}
+        if not self._is_raw:
+            return {"torch": [generator.get_state() for generator in self._device_generators]}
         return {"sfc64": [torch.from_numpy(g.state["state"]["state"].view(np.int64).copy()) for g in self._generators]}
 
 

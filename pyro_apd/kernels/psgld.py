@@ -67,11 +67,11 @@ class PSGLD(StochasticGradientKernel):
 
     def _dynamics(self, chain: Chain) -> Dynamics:
         """As of SGLD with the present preconditioner, held fixed: what its fluctuations add is not in it."""
-        source = chain.potential.source
+        potential = chain.potential
         second = torch.cat(chain.auxiliary["second_moment"], -1)
         if chain.step == 0:
-            gradient = chain.potential.gradient(chain.theta, source.draw())[0]
-            second = (gradient / (source.num_data or 1)).square()
+            gradient = potential.gradient(chain.theta, potential.source.draw())[0]
+            second = (gradient / (potential.num_data or 1)).square()
         return Dynamics(metric=(second.sqrt() + self.stability).reciprocal())
 
     def _update(self, step: Step) -> None:

@@ -74,6 +74,10 @@ class Gradients(Protocol):
     path: str
     source: MinibatchSource
 
+    @property
+    def num_data(self) -> int | None:
+        """N."""
+
     def gradient_function(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
         """As :meth:`pyro_apd.potential.Potential.gradient_function`."""
 
@@ -151,7 +155,7 @@ class Stepper:
         if is_measured:
             measures = (energy, torch.stack([(g * g).sum(-1) for g in gradient]).sum(0))
         pieces = tuple(noise.split(self._sizes, -1))
-        num_data = self.potential.source.num_data or 1
+        num_data = self.potential.num_data or 1
         self._update(Step(theta, auxiliary, gradient, pieces, size, lambda at: gradients(at, inputs)[0], num_data))
         return measures
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +56,7 @@ class WarmUp:
         if self.auto is not None and self.auto.is_due(chain.step):
             with torch.no_grad():
                 self.auto.measure(self._target(chain))
+            self.auto.step_size = chain.potential.agreed(self.auto.step_size)
 
     def backs_off(self, chain: Chain) -> bool:
         """Whether a chain that ran away is to go on from its last good state, with a smaller step.
@@ -87,6 +89,8 @@ class WarmUp:
         if drifts:
             sds = prior_sds(chain)
             needed = {site: self._steps_to_forget(chain, site, sd) for site, sd in sds.items()}
+            if chain.num_chains is not None:
+                drifts = [replace(drift, chain=(drift.chain or 0) + chain.first_number) for drift in drifts]
             warnings.warn(too_short(drifts, self._step_of_keeping or 0, chain.step_size, sds, needed), WarmupWarning)
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,7 +123,7 @@ class WarmUp:
             chain.theta,
             self._dynamics(chain),
             self.temperature,
-            epoch_length(source),
+            chain.potential.agreed(epoch_length(source)),
             is_active,
         )
 

@@ -17,7 +17,7 @@ LAYOUT = Layout({"w": (3,), "scale": (), "b": (2, 2)}, {"scale": constraints.pos
 class WalkChain:
     """One chain, or several vectorised; chain i is the same in both."""
 
-    def __init__(self, kernel, num_chains, first, start):
+    def __init__(self, kernel, num_chains, first, start, of_chains=None):
         self.kernel, self.layout, self.first = kernel, kernel.layout, first
         self._is_single, count = num_chains is None, num_chains or 1
         self._generators = [torch.Generator().manual_seed(1000 * kernel.seed + first + i) for i in range(count)]
@@ -26,6 +26,7 @@ class WalkChain:
             self._theta = self.layout.join(start).reshape(count, -1).clone()
         self.step, self.is_warm, self.divergences = 0, False, []
         self.num_observed = 0
+        self._has_fellows = of_chains is not None and of_chains > count
 
     @property
     def theta(self):
@@ -58,7 +59,7 @@ class WalkChain:
         )
         self._theta[i] = -7.0  # the last good state
         self.divergences.append(error)
-        if len(self.divergences) == len(self._generators):
+        if len(self.divergences) == len(self._generators) and not self._has_fellows:
             raise error
 
     def end_warmup(self):
@@ -99,8 +100,11 @@ class Walk:
         self.noticed_after = {chain: step + 2 for chain, step in self.diverges_after.items()}
         self._num_ended, self.look_every = 0, look_every
 
-    def begin(self, args, kwargs, *, warmup_steps, num_samples, num_chains=None, first_chain=0, initial_params=None):
-        return WalkChain(self, num_chains, first_chain, initial_params)
+    def begin(
+        self, args, kwargs, *, warmup_steps, num_samples, num_chains=None, first_chain=0, initial_params=None,
+        of_chains=None,
+    ):  # fmt: skip
+        return WalkChain(self, num_chains, first_chain, initial_params, of_chains)
 
     def end(self, chain):
         self._num_ended += 1

@@ -1,0 +1,304 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Chains over processes: the same as in one, whatever becomes of some of them."""
+
+import os
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import NUTS
+
+from pyro_apd.chains.checkpoint import CheckpointError
+from pyro_apd.chains.distributed import RankRun, path_of_rank
+from pyro_apd.chains.driver import MCMC, open_store
+from pyro_apd.errors import DivergenceError
+from pyro_apd.kernels import SGHMC, SGLD
+from pyro_apd.ranks import RankError
+from tests.chains.walk import Walk
+from tests.models import Classifier, Conjugate
+from tests.processes import on_ranks
+
+pytestmark = pytest.mark.thorough
+
+DATA = (torch.ones(4, 2),)
+MODEL = Conjugate(num_data=40, dtype=torch.float64)
+
+
+def driver(kernel=None, num_chains=3, method="distributed", **settings):
+    settings = {"num_samples": 8, "warmup_steps": 3, "disable_progbar": True, **settings}
+    return MCMC(Walk() if kernel is None else kernel, num_chains=num_chains, chain_method=method, **settings)
+
+
+def run(kernel=None, data=DATA, **settings):
+    mcmc = driver(kernel, **settings)
+    mcmc.run(*data)
+    return mcmc
+
+
+def summary(mcmc):
+    """What of a run can be compared, and comes over to another process."""
+    diagnostics = mcmc.diagnostics()
+    return {
+        "chains": list(mcmc.chains),
+        "draws": {name: value.clone() for name, value in mcmc.get_samples(group_by_chain=True).items()},
+        "divergences": diagnostics["divergences"],
+        "potential": {name: value.clone() for name, value in diagnostics["potential"].items()},
+        "diverged": [(error.chain, str(error).split(";")[0]) for error in mcmc.diverged],
+    }
+
+
+def assert_same(found, expected):
+    assert found["chains"] == expected["chains"]
+    assert found["divergences"] == expected["divergences"]
+    assert found["diverged"] == expected["diverged"]
+    for part in ("draws", "potential"):
+        assert list(found[part]) == list(expected[part])
+        for name, value in expected[part].items():
+            assert torch.equal(found[part][name], value), (part, name)
+
+
+def kernels():
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(60, 4, generator=generator), torch.randint(3, (60,), generator=generator)
+    options = {"thinning": 3, "seed": 7}
+    return {
+        "SGHMC": (SGHMC(Classifier(), 1e-3, batch_size=10, warm_start=5, **options), (x, y)),
+        "float64": (SGLD(MODEL.full, 1e-3, batch_size=10, **options), (MODEL.x, MODEL.y)),
+    }
+
+
+def test_draws_do_not_depend_on_the_number_of_processes(tmp_path):
+    def on_rank(rank):
+        return {name: summary(run(kernel, data)) for name, (kernel, data) in kernels().items()}
+
+    first, second = on_ranks(on_rank, 2, tmp_path)
+    for name, (kernel, data) in kernels().items():
+        assert_same(first[name], summary(run(kernel, data)))  # alone
+        assert second[name]["chains"] == [2]
+        for site, value in second[name]["draws"].items():
+            assert torch.equal(value[0], first[name]["draws"][site][2])
+
+
+@pytest.mark.parametrize("gather", ["rank0", "all", "none"])
+@pytest.mark.parametrize("store", ["memory", "disk"])
+def test_who_gets_what(gather, store, tmp_path):
+    settings = {"store": store, "store_path": tmp_path / "draws"} if store == "disk" else {}
+    found = on_ranks(lambda rank: summary(run(gather=gather, **settings)), 2, tmp_path)
+    expected = summary(run())
+    own = [[0, 1], [2]]
+    for rank, part in enumerate(found):
+        is_whole = gather == "all" or (gather == "rank0" and rank == 0)
+        assert part["chains"] == ([0, 1, 2] if is_whole else own[rank])
+        for site, value in expected["draws"].items():
+            assert torch.equal(part["draws"][site], value[part["chains"]])
+        assert set(part["potential"]) == {f"chain {c}" for c in part["chains"]}
+    if store == "disk":
+        paths = [path_of_rank(tmp_path / "draws", r) for r in (0, 1)] if gather == "none" else [tmp_path / "draws"]
+        draws = torch.cat([open_store(path).unconstrained() for path in paths])
+        assert torch.equal(draws, run().store.unconstrained())
+
+
+def test_sites_that_are_not_kept(tmp_path):
+    first, _ = on_ranks(lambda rank: summary(run(save_params=["b"])), 2, tmp_path)
+    assert torch.equal(first["draws"]["b"], run().get_samples(group_by_chain=True)["b"])
+
+
+def test_initial_params_go_by_number(tmp_path):
+    start = {"w": torch.arange(9.0).view(3, 3) * 100, "scale": torch.zeros(3), "b": torch.zeros(3, 2, 2)}
+    settings = {"initial_params": start, "num_samples": 4, "warmup_steps": 0}
+    first, _ = on_ranks(lambda rank: summary(run(**settings)), 2, tmp_path)
+    assert_same(first, summary(run(**settings)))
+
+
+def test_without_a_seed_that_of_the_first_process_goes_for_all(tmp_path):
+    def on_rank(rank):
+        torch.manual_seed(5 + rank)
+        kernel = SGLD(MODEL.full, 1e-3, capture=False)
+        draws = run(kernel, (MODEL.x, MODEL.y), num_chains=2, gather="all").get_samples()["w"].clone()
+        assert kernel.seed is None
+        return draws
+
+    first, second = on_ranks(on_rank, 2, tmp_path)
+    assert torch.equal(first, second)
+    assert torch.equal(first, on_rank(0))
+    assert len(first.unique(dim=0)) == 16
+
+
+# -- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("store", ["memory", "disk"])
+@pytest.mark.parametrize("diverging", [{2: 6}, {0: 5, 1: 7}, {0: 4, 1: 9, 2: 6}])
+def test_chains_that_diverge(diverging, store, tmp_path):
+    settings = {"store": store, "store_path": tmp_path / "draws"} if store == "disk" else {}
+
+    def on_rank(rank):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return summary(run(Walk(diverges_after=diverging), **settings))
+
+    first, second = on_ranks(on_rank, 2, tmp_path)
+    if len(diverging) == 3:
+        for error, chains in ((first, [0, 1, 2]), (second, [2])):
+            assert isinstance(error, DivergenceError)
+            counts = [max(diverging[chain] - 3, 0) for chain in chains]
+            assert len(error.draws["w"]) == sum(counts)
+        return
+    with pytest.warns(RuntimeWarning, match="diverged and stopped"):
+        expected = summary(run(Walk(diverges_after=diverging)))
+    assert_same(first, expected)
+    assert second["diverged"] == expected["diverged"]
+
+
+def test_one_process_diverging_altogether_goes_on_with_its_fellows(tmp_path):
+    """On a real kernel: all chains of rank 1 run away, those of rank 0 do not."""
+
+    def quartic(y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+        pyro.sample("obs", dist.Normal(w.square().sum(), 1.0), obs=y)
+
+    start = {"w": torch.tensor([[0.5, 0.5], [-0.5, 0.5], [60.0, 60.0], [70.0, 60.0]])}
+
+    def on_rank(rank):
+        kernel = SGLD(quartic, 1e-2, thinning=5, seed=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return summary(run(kernel, (torch.tensor(1.0),), num_chains=4, initial_params=start))
+
+    first, second = on_ranks(on_rank, 2, tmp_path)
+    assert first["diverged"] == second["diverged"]
+    assert [chain for chain, _ in first["diverged"]] == [2, 3]
+    assert "diverged in chain 2" in first["diverged"][0][1]
+    assert_same(first, on_rank(0))
+
+
+def test_processes_that_were_asked_for_different_things(tmp_path):
+    for error in on_ranks(lambda rank: run(Walk(seed=rank)), 2, tmp_path):
+        assert isinstance(error, ValueError)
+        assert "Processes disagree about seed: rank 0 has 0, rank 1 1." in str(error)
+    for error in on_ranks(lambda rank: run(data=(torch.ones(4 + rank, 2),)), 2, tmp_path):
+        assert "disagree about the shapes of the data" in str(error)
+
+
+def test_more_processes_than_chains(tmp_path):
+    for error in on_ranks(lambda rank: run(num_chains=1), 2, tmp_path):
+        assert "num_chains=1 leaves some of 2 processes without a chain" in str(error)
+
+
+def test_settings_that_do_not_go_together():
+    with pytest.raises(ValueError, match="gather='all' goes with chain_method='distributed'; got None"):
+        MCMC(Walk(), 5, gather="all")
+    with pytest.raises(ValueError, match="gather='some' must be one of 'rank0', 'all', 'none'"):
+        driver(gather="some")
+    with pytest.raises(ValueError, match="gather='all' goes with split='chains'"):
+        driver(gather="all", split="data")
+    with pytest.raises(ValueError, match="split='data' goes with chain_method='distributed'; got 'parallel'"):
+        driver(method="parallel", split="data")
+    with pytest.raises(ValueError, match="chain_method='distributed' is for this package's kernels"):
+        driver(NUTS(MODEL.full))
+    with pytest.raises(ValueError, match="step_size='auto' is found by chains that advance together"):
+        run(SGLD(MODEL.full, "auto", seed=0), (MODEL.x, MODEL.y))
+
+
+class Dying(Walk):
+    """Ends its process at a draw, on one rank, as long as a file is there."""
+
+    def __init__(self, rank, fuse):
+        super().__init__()
+        self._rank, self._fuse = rank, fuse
+
+    def logging(self):
+        return {}
+
+    def die(self, kernel, params, stage, i):
+        if stage == "Sample" and i == 5 and self._rank == 1 and self._fuse.exists():
+            self._fuse.unlink()
+            os._exit(9)
+
+
+@pytest.mark.parametrize("settings", [{}, {"store": "disk"}, {"gather": "none"}], ids=str)
+def test_a_process_that_dies_is_noticed_and_the_run_resumes(settings, tmp_path):
+    path, fuse = tmp_path / "run.ckpt", tmp_path / "fuse"
+
+    def on_rank(rank):
+        kernel = Dying(rank, fuse)
+        return summary(run(kernel, checkpoint=path, checkpoint_every=2, hook_fn=kernel.die, **settings))
+
+    fuse.touch()
+    first, code = on_ranks(on_rank, 2, tmp_path)
+    assert code == 9
+    if settings != {"gather": "none"}:  # who gathers nothing does not need the other
+        assert isinstance(first, RankError)
+        assert "Rank 0 of 2 found another process of the job gone" in str(first)
+    first, second = on_ranks(on_rank, 2, tmp_path)
+    expected = summary(run())
+    if settings != {"gather": "none"}:
+        assert_same(first, expected)
+    for part in (first, second):
+        assert torch.equal(part["draws"]["w"], expected["draws"]["w"][part["chains"]])
+
+
+def test_resuming_with_another_number_of_processes_is_refused(tmp_path):
+    path = tmp_path / "run.ckpt"
+    on_ranks(lambda rank: summary(run(checkpoint=path)), 2, tmp_path)
+    for error in on_ranks(lambda rank: run(checkpoint=path), 3, tmp_path):
+        assert isinstance(error, CheckpointError)
+        assert "Start as many processes as there were" in str(error)
+    with pytest.raises(CheckpointError, match=r"rank and number of processes was \[0, 2\], now \[0, 1\]"):
+        run(checkpoint=path)
+
+
+# -- data over processes ----------------------------------------------------------------------------------------------
+
+
+def on_rows(rank, **settings):
+    """All chains on some of the rows; alone, on all."""
+    rows = slice(None) if rank is None else slice(rank, None, 2)
+    kernel = SGLD(MODEL.full, 1e-3, thinning=2, seed=1)
+    return run(kernel, (MODEL.x[rows], MODEL.y[rows]), split="data", **settings)
+
+
+@pytest.mark.parametrize("store", ["memory", "disk"])
+def test_processes_with_some_of_the_data_each_run_all_chains(store, tmp_path):
+    settings = {"store": store, "store_path": tmp_path / "draws"} if store == "disk" else {}
+    first, second = on_ranks(lambda rank: summary(on_rows(rank, **settings)), 2, tmp_path)
+    assert_same(first, second)
+    assert first["chains"] == [0, 1, 2]
+    torch.testing.assert_close(first["draws"], summary(on_rows(None))["draws"])
+    if store == "disk":
+        assert torch.equal(open_store(tmp_path / "draws").samples()["w"], first["draws"]["w"])
+
+
+@pytest.mark.parametrize("is_torn", [False, True])
+def test_processes_with_some_of_the_data_resume_together(is_torn, tmp_path, monkeypatch):
+    """Killed between two checkpoints, or when one process had written and the other had not."""
+    path, fuse = tmp_path / "run.ckpt", tmp_path / "fuse"
+    save = RankRun._save
+
+    def mortal(self, saved):
+        if is_torn and self.ranks.rank == 1 and self._notes.get("written") == 3 and fuse.exists():
+            fuse.unlink()
+            os._exit(9)
+        save(self, saved)
+
+    monkeypatch.setattr(RankRun, "_save", mortal)
+
+    def hook(kernel, params, stage, i):
+        if not is_torn and os.environ["RANK"] == "1" and stage == "Sample" and i == 5 and fuse.exists():
+            fuse.unlink()
+            os._exit(9)
+
+    def on_rank(rank):
+        return summary(on_rows(rank, checkpoint=path, checkpoint_every=2, hook_fn=hook))
+
+    fuse.touch()
+    error, code = on_ranks(on_rank, 2, tmp_path)
+    assert (type(error), code) == (RankError, 9)
+    first, second = on_ranks(on_rank, 2, tmp_path)
+    assert_same(first, second)
+    expected, _ = on_ranks(lambda rank: summary(on_rows(rank)), 2, tmp_path)
+    assert_same(first, expected)
