@@ -18,6 +18,7 @@ from pyro_apd import SGLD, DivergenceError, distill_online
 from pyro_apd.chains.checkpoint import CheckpointError, from_bytes_of
 from pyro_apd.chains.distributed import path_of_rank
 from pyro_apd.distill import offline, online, training
+from pyro_apd.distill.effort import Effort
 from pyro_apd.distill.objective import AdversarialObjective
 from pyro_apd.posterior import DistilledPosterior
 from pyro_apd.ranks import RankError, joined
@@ -33,8 +34,8 @@ X, Y = MODEL.x, MODEL.y
 @pytest.fixture(autouse=True)
 def _few_probes(monkeypatch):
     """As for one process."""
-    monkeypatch.setattr(offline, "_NUM_PROBES", 8)
-    monkeypatch.setattr(training, "_MAX_JUDGED", 40)
+    few = Effort(num_probes=8, num_judged=40)
+    monkeypatch.setattr(Effort, "of", staticmethod(lambda num_weights, num_products=0: few))
 
 
 def run(step_size=5e-3, **options):
