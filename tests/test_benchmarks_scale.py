@@ -13,6 +13,8 @@ from benchmarks.scale import WEIGHTS, draw, exponent, network, summed_up
 from pyro_apd import SGLD
 from pyro_apd.bnn import BNN
 
+pytestmark = pytest.mark.thorough
+
 
 def size(net):
     return sum(parameter.numel() for parameter in net.parameters())

@@ -14,6 +14,8 @@ from pyro_apd.active_learning import History, balanced
 from pyro_apd.errors import ModelError
 from tests.models import Classifier
 
+pytestmark = pytest.mark.thorough
+
 NUM_CLASSES = 3
 
 

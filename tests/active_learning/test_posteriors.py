@@ -11,6 +11,8 @@ from pyro_apd import DistilledPosterior
 from pyro_apd.active_learning import Baseline, Chain, Distilled
 from tests.models import Classifier
 
+pytestmark = pytest.mark.thorough
+
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 3
 

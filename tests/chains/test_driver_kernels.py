@@ -19,6 +19,8 @@ from pyro_apd.kernels import PSGLD, SGHMC, SGLD
 from tests.chains.test_driver import METHODS, forked, theta, wait_until
 from tests.models import Classifier, Conjugate, constrained, null
 
+pytestmark = pytest.mark.thorough
+
 KERNELS = [SGLD, PSGLD, SGHMC]
 PROBLEM = Conjugate()
 DATA = (PROBLEM.x, PROBLEM.y)

@@ -19,6 +19,8 @@ from pyro_apd.generators import ChunkedGenerator, CoordinateGenerator, draw_bloc
 from pyro_apd.layout import Layout
 from pyro_apd.posterior import DistilledPosterior
 
+pytestmark = pytest.mark.thorough
+
 SIZES = (20, 16, 3)
 
 

@@ -20,6 +20,8 @@ from pyro_apd.posterior import DistilledPosterior
 from tests.distill.test_offline import Largest
 from tests.models import Conjugate
 
+pytestmark = pytest.mark.thorough
+
 MODEL = Conjugate(num_data=40)
 X, Y = MODEL.x, MODEL.y
 

@@ -16,6 +16,8 @@ from pyro_apd import MCMC, SGLD, OnlineDistillation, distill
 from pyro_apd.distill.effort import Effort
 from tests.models import Conjugate, constrained
 
+pytestmark = pytest.mark.thorough
+
 MODEL = Conjugate(num_data=30)
 DATA = (MODEL.x, MODEL.y)
 OPTIONS = {"num_steps": 0, "seed": 0, "progress": False}

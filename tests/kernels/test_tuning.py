@@ -19,6 +19,8 @@ from pyro_apd.kernels.tuning import AutoStep, Target, choose, epoch_length, larg
 from pyro_apd.minibatch import FullBatch, RowSubsample
 from tests.models import Classifier, Conjugate
 
+pytestmark = pytest.mark.thorough
+
 PROBLEM = Conjugate()
 DATA = (PROBLEM.x, PROBLEM.y)
 KERNELS = [SGLD, PSGLD, SGHMC]
