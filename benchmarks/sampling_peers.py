@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -55,7 +56,7 @@ class Job:
         return [(0.1 * generator.standard_normal(shape)).astype(np.float32) for shape in shapes]
 
 
-class Contestant:
+class Contestant(ABC):
     """Something that takes SGLD steps.
 
     :cvar int unit: steps are taken in multiples of it.
@@ -68,13 +69,13 @@ class Contestant:
     def __init__(self, job: Job) -> None:
         self.job = job
 
+    @abstractmethod
     def advance(self, num_steps: int) -> None:
         """Takes steps; returns once they are done, or queued on a device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def theta(self) -> np.ndarray:
         """The state ``(D,)`` or ``(C, D)``, in the order of :meth:`Job.start`."""
-        raise NotImplementedError
 
     def one_step(self) -> np.ndarray:
         """The state after the first step."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,9 +73,9 @@ class Work:
 
     @classmethod
     def of(cls, function: Callable[[], object]) -> Work:
-        """By calling it once; nothing where an operation has no rule to be counted by."""
+        """By calling it once; nothing where an operation has no rule to be counted by, or torch no way to look on."""
         try:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter, _Results() as results:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter, _counted_results() as results:
                 function()
         except Exception as error:
             logger.debug("The work of a prediction is not known: %s.", error)
@@ -84,20 +83,25 @@ class Work:
         return cls(int(counter.get_total_flops()) // 2, results.num_bytes)
 
 
-class _Results(TorchDispatchMode):
-    """Adds up the sizes of what operations give, views of what they were given left out."""
+def _counted_results() -> Any:
+    """A mode that adds up the sizes of what operations give, views of what they were given left out.
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.num_bytes = 0
+    :raises ImportError: if torch has no dispatch modes where they are today, which is not its public interface.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_place(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
-        results = func(*args, **(kwargs or {}))
-        for value in tree_leaves(results):
-            if isinstance(value, Tensor) and _place(value) not in given:
-                self.num_bytes += value.numel() * value.element_size()
-        return results
+    class Results(TorchDispatchMode):
+        num_bytes = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = {_place(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+            results = func(*args, **(kwargs or {}))
+            for value in tree_leaves(results):
+                if isinstance(value, Tensor) and _place(value) not in given:
+                    self.num_bytes += value.numel() * value.element_size()
+            return results
+
+    return Results()  # type: ignore[no-untyped-call]
 
 
 def _place(value: Tensor) -> int:

@@ -3,6 +3,7 @@
 
 """Large networks: the generator and the work that suit them, and what of the draws is read at a time."""
 
+import sys
 import warnings
 
 import pytest
@@ -18,6 +19,7 @@ from pyro_apd.distill.effort import CHUNKED_FROM, MAX_CHUNKED_RANK, Effort, Work
 from pyro_apd.generators import ChunkedGenerator, CoordinateGenerator, draw_blocks
 from pyro_apd.layout import Layout
 from pyro_apd.posterior import DistilledPosterior
+from tests.storages import Largest
 
 pytestmark = pytest.mark.thorough
 
@@ -76,6 +78,13 @@ def test_products_of_an_input():
     assert Work.of(lambda: layer(x).relu()) == Work(600, 2 * 20 * 4)
     assert Work.of(lambda: filters(images).flatten(1)) == Work(8 * 8 * 4 * 9, 8 * 8 * 4 * 4)
     assert Work.of(lambda: 1 / 0) == Work()
+
+
+def test_without_torchs_dispatch_modes_nothing_is_known_of_the_work(monkeypatch):
+    """They are no public interface of torch; the test above notices if they change."""
+    layer, x = nn.Linear(30, 20), torch.ones(1, 30)
+    monkeypatch.setitem(sys.modules, "torch.utils._python_dispatch", None)
+    assert Work.of(lambda: layer(x)) == Work()
 
 
 def test_the_generator_follows_from_the_size():
@@ -144,21 +153,6 @@ def test_the_same_seed_gives_the_same_file(few, tmp_path):
     for name in "ab":
         of("chunked").save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the largest storage made by any operation; that of ``mapped`` does not count."""
-
-    def __init__(self, mapped):
-        super().__init__()
-        self._mapped, self.num_bytes = mapped.untyped_storage().data_ptr(), 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() != self._mapped:
-                self.num_bytes = max(self.num_bytes, value.untyped_storage().nbytes())
-        return out
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["functions", "weights"])

@@ -12,7 +12,6 @@ import pytest
 import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer import Predictive as PyroPredictive
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_apd.bnn import BNN
 from pyro_apd.chains import store as chains_store
@@ -25,6 +24,7 @@ from pyro_apd.generators import draw_blocks
 from pyro_apd.layout import Layout
 from pyro_apd.posterior import DistilledPosterior
 from tests.models import Classifier, Conjugate, constrained
+from tests.storages import Largest
 
 offline = importlib.import_module("pyro_apd.distill.offline")
 
@@ -368,21 +368,6 @@ def test_parts_change_a_result_by_rounding_alone(monkeypatch, options):
     parts = of_classifier(num_steps=0, **options)
     torch.testing.assert_close(parts.get_samples(20, seed=0), whole.get_samples(20, seed=0), rtol=1e-3, atol=1e-4)
     assert parts.metadata["figures"] == pytest.approx(whole.metadata["figures"], rel=1e-2, abs=2e-2)
-
-
-class Largest(TorchDispatchMode):
-    """Notes the largest storage of any result that does not lie in ``mapped``."""
-
-    def __init__(self, mapped):
-        super().__init__()
-        self._mapped, self.num_bytes = mapped.untyped_storage().data_ptr(), 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() != self._mapped:
-                self.num_bytes = max(self.num_bytes, value.untyped_storage().nbytes())
-        return out
 
 
 @pytest.mark.parametrize("space", ["functions", "weights"])
