@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import distillation_cases
 from benchmarks.paper import __main__ as command
-from benchmarks.paper import methods, toy
+from benchmarks.paper import classification, methods, ood, toy, uci
 from benchmarks.paper.common import Options, Results, mean_and_sd, plus_minus, write_table
 from benchmarks.paper.ood import presented, published
 from benchmarks.paper.registry import NAMES, available, find
@@ -54,11 +54,9 @@ def test_smoke(name, protocol, in_table, tmp_path, capsys, monkeypatch):
     def again(*args, **kwargs):
         raise AssertionError("what was stored is run again")
 
-    monkeypatch.setattr(methods, "fitted", again)
-    monkeypatch.setattr(toy, "fitted", again)
-    monkeypatch.setattr("benchmarks.paper.classification.fitted", again)
-    monkeypatch.setattr("benchmarks.paper.ood.fitted", again)
-    monkeypatch.setattr("benchmarks.paper.uci.one_split", again)
+    for module in (methods, toy, classification, ood):
+        monkeypatch.setattr(module, "fitted", again)
+    monkeypatch.setattr(uci, "one_split", again)
     command.main(arguments)
     assert in_table in capsys.readouterr().out
 
