@@ -85,8 +85,9 @@ def test_seeds_repeat_and_differ(kernel_class, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["vectorized", "sequential"])
-@pytest.mark.parametrize("kernel_class", [SGLD, SGHMC])
+@pytest.mark.parametrize(
+    ("kernel_class", "method"), [(SGLD, "vectorized"), (SGLD, "sequential"), (SGHMC, "vectorized")]
+)
 def test_chains_agree_with_the_exact_posterior(kernel_class, method):
     """4 chains of 1,500 draws each; the standard error of a variance is some 3 %."""
     own = {SGLD: {"step_size": 8e-4}, SGHMC: {"step_size": 4e-4}}
