@@ -29,4 +29,7 @@ def test_layers_at_any_depth_are_replaced_and_keep_their_parameters():
 
 
 def test_a_layer_by_itself():
-    assert isinstance(with_group_norm(nn.BatchNorm1d(12)), nn.GroupNorm)
+    norm = with_group_norm(nn.BatchNorm1d(12, eps=0.5).eval())
+    assert isinstance(norm, nn.GroupNorm)
+    assert norm.eps == 0.5
+    assert not norm.training

@@ -243,6 +243,7 @@ def _lengths(sizes: Sequence[int], longest: int) -> list[int]:
 
 def _seeds(latent_SN: Tensor) -> list[int]:
     """A seed for each draw, from the bits of two numbers of its latent."""
+    # Seeds are the host's business: a copy of two numbers a draw, and one wait on a GPU for each call.
     bits_SN = latent_SN.detach().to("cpu", torch.float32).contiguous().view(torch.int32).to(torch.int64)
     # Mixed, since torch's generator looks at the lower half of a seed.
     mixed_S = (bits_SN[:, 0] * 0x9E3779B1 + bits_SN[:, 1] * 0x85EBCA6B) & 0x7FFFFFFFFFFFFFFF

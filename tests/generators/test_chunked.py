@@ -102,6 +102,28 @@ def test_one_latent_is_one_network_and_noise_differs_between_latents():
     assert float((correlation_SS - torch.eye(400)).abs().max()) < 0.6
 
 
+@pytest.mark.parametrize("entry", [-2, -1])
+def test_each_of_the_two_latents_of_noise_counts(entry):
+    _, parts = pair()
+    latent_SL = parts.latents(1, torch.zeros(())).repeat(2, 1)
+    latent_SL[1, entry] += 1.0
+    with torch.no_grad():
+        theta_SD = parts(latent_SL)
+    assert torch.equal(theta_SD[0, :6], theta_SD[1, :6])
+    assert not torch.equal(theta_SD[0, 6:126], theta_SD[1, 6:126])
+
+
+def test_noise_is_scaled():
+    _, parts = pair()
+    latent_SL = parts.latents(1, torch.zeros(())).repeat(3, 1)
+    latent_SL[:, -2:] = torch.randn(3, 2)
+    with torch.no_grad():
+        before_SD = parts(latent_SL)
+        parts.scale_noise(3.0)
+        after_SD = parts(latent_SL)
+    torch.testing.assert_close(after_SD.diff(dim=0), 3 * before_SD.diff(dim=0), rtol=1e-4, atol=1e-5)
+
+
 def test_draws_without_gradients_are_those_with(monkeypatch):
     _, parts = pair()
     latent_SL = parts.latents(9, torch.zeros(()))
