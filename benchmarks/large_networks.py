@@ -139,7 +139,7 @@ CASES = {
     "mlp-1M": Case(lambda: mlp(670), lambda: synthetic((784,)), 1e-5, 100, 20, 40, 2, 5),
     "mlp-10M": Case(lambda: mlp(2790), lambda: synthetic((784,)), 1e-5, 100, 5, 30, 1, 1),
     "conv": Case(paper_conv_net, handwriting, 1e-5, 32, 60, 40, 2, 3),
-    "resnet20": Case(resnet, photographs, 1e-5, 32, 60, 40, 2, 3),
+    "resnet20": Case(resnet, photographs, 1e-5, 32, 600, 100, 4),
 }
 QUICK = {
     "conv": Case(lambda: paper_conv_net(4), lambda: synthetic((1, 28, 28), 100, 20), 1e-5, 16, 3, 12, 1, 1),
