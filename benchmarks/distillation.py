@@ -275,14 +275,15 @@ def figure(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> None:
     page = Figure(figsize=(4 * len(names), 3.6), layout="constrained")
     axes = page.subplots(1, len(names), squeeze=False)[0]
     for ax, name in zip(axes, names, strict=True):
-        for i, method in enumerate(METHODS):
+        curves = {method: [f"{method}, {k:g}" for k in case.networks] for method in METHODS}
+        for (method, labels), marker in zip({**curves, "default": ["default"]}.items(), "os^vD*PXh", strict=False):
             points = []
-            for k in case.networks:
-                runs = [s for s in by_seed.values() if f"{method}, {k:g}" in s]
-                sizes = [100 * (s[f"{method}, {k:g}"][name] / s["held-out SGLD"][name] - 1) for s in runs]
+            for label in labels:
+                runs = [(s[label], s["held-out SGLD"]) for s in by_seed.values() if label in s]
+                sizes = [100 * (found[name] / held_out[name] - 1) for found, held_out in runs]
                 if runs:
-                    points.append((runs[0][f"{method}, {k:g}"]["networks"], sum(sizes) / len(sizes)))
-            ax.plot(*zip(*points, strict=True), marker="os^vD*PX"[i], label=method) if points else None
+                    points.append((runs[0][0]["networks"], sum(sizes) / len(sizes)))
+            ax.plot(*zip(*points, strict=True), marker=marker, label=method) if points else None
         ax.axhline(0, color="black", lw=0.8)
         ax.set(xscale="log", xlabel="networks of float32", ylabel="% from held-out SGLD", title=name)
         ax.set_yscale("symlog", linthresh=10)
