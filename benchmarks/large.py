@@ -3,7 +3,7 @@
 
 """Large networks, from the chain to predictions: ``python -m benchmarks.large [--quick] [--case NAME ...]``.
 
-A convolutional network (that of the paper's active learning), ResNet-20 on 32 x 32 photographs, and fully connected
+A convolutional network (that of the paper's active learning), ResNet-20 on framed handwriting, and fully connected
 networks of a million and of ten million weights. Each is sampled to a store on disk, distilled from there with
 ``generator="chunked"``, and predicted with from the file; each stage runs in a fresh process, whose peak memory is
 stated twice: all that was resident, pages of the store among it, which the system can take back; and what was not
@@ -48,7 +48,7 @@ def sample(case: Case, folder: Path) -> dict[str, float]:
         times.append(time.process_time())
 
     options = {"store": "disk", "store_path": folder / "draws", "disable_progbar": True}
-    apd.MCMC(kernel, case.num_draws, 2, hook_fn=note, **options).run(x, y)
+    apd.MCMC(kernel, case.num_draws, case.warmup, hook_fn=note, **options).run(x, y)
     of_draws = torch.tensor(times).diff()
     size = open_store(folder / "draws").layout.size
     return {"processor_seconds_a_step": float(of_draws.median()) / case.thinning, "weights": size}

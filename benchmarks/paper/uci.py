@@ -5,7 +5,9 @@
 
 One hidden layer of 50 units, a learned noise scale, everything standardised by the training rows of the split; figures
 are in the targets' own unit. The log-likelihood is of the mixture over draws. Settings are the same for all sets and
-splits, and were chosen on none of the test rows: the sampler's step size finds itself.
+splits but for two: the sampler's step size finds itself, and of two priors, one that narrows with a layer's inputs and
+one with standard deviation 0.5 everywhere, each split takes the one under which shorter chains on nine tenths of its
+training rows give the others the higher log-likelihood. The best published figures come from a grid search likewise.
 
 Both protocols run the same: the paper has no regression. The sets are read from ``uci/`` in the folder that
 ``PYRO_APD_DATA`` names; without it, and on the smoke budget, a line with noise stands in.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -60,6 +63,8 @@ PUBLISHED: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 METHODS = ("SGLD", "APD")
+#: Prior scales, of which each split takes one.
+PRIORS: tuple[str | float, ...] = ("fan_in", 0.5)
 
 
 def run(options: Options, results: Results) -> None:
@@ -75,17 +80,23 @@ def one_split(name: str, split: int, options: Options) -> dict[str, Any]:
     with seeded(split):
         problem, unit = make_problem(name, split)
     start = time.monotonic()
+    prior_scale = chosen_prior(problem, split, options)
+    problem, chosen_at = with_prior(problem, prior_scale), time.monotonic()
     with warnings_noted() as notes:
-        draws = sampled(problem, split, options)
+        draws = sampled(problem, split, options, options.by_budget(2, 50, 50))
         sampled_at = time.monotonic()
         settings = {"num_steps": options.by_budget(5, None, None), "seed": split, "group_by_chain": True}
         posterior = apd.distill(draws, problem.model, data=problem.train, progress=False, **settings)
     finished = time.monotonic()
     pooled = {site: value.flatten(0, 1) for site, value in draws.items()}
     found = {"SGLD": figures(problem, pooled, unit), "APD": figures(problem, posterior.get_samples(500, seed=0), unit)}
-    seconds = {"sampling_seconds": round(sampled_at - start, 1), "distilling_seconds": round(finished - sampled_at, 1)}
+    seconds = {
+        "choosing_seconds": round(chosen_at - start, 1),
+        "sampling_seconds": round(sampled_at - chosen_at, 1),
+        "distilling_seconds": round(finished - sampled_at, 1),
+    }
     networks = posterior.num_bytes / (4 * posterior.layout.size)
-    return {**found, **seconds, "networks": networks, "notes": notes}
+    return {**found, **seconds, "prior_scale": prior_scale, "networks": networks, "notes": notes}
 
 
 def make_problem(name: str, split: int) -> tuple[Problem, float]:
@@ -103,15 +114,38 @@ def make_problem(name: str, split: int) -> tuple[Problem, float]:
     return problem, float(table[order[: round(0.9 * len(table))], -1].std())
 
 
-def sampled(problem: Problem, seed: int, options: Options) -> dict[str, Tensor]:
+def chosen_prior(problem: Problem, seed: int, options: Options) -> str | float:
+    """The prior scale under which chains on nine tenths of the training rows predict the others best."""
+    x, y = problem.train
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    held_out, kept = order[: len(x) // 10], order[len(x) // 10 :]
+    inner = replace(problem, train=(x[kept], y[kept]), test=(x[held_out], y[held_out]))
+    found: dict[str | float, float] = {}
+    for prior_scale in PRIORS:
+        tried = with_prior(inner, prior_scale)
+        with warnings_noted():
+            draws = sampled(tried, seed, options, options.by_budget(2, 10, 10))
+        pooled = {site: value.flatten(0, 1) for site, value in draws.items()}
+        found[prior_scale] = figures(tried, pooled, 1.0)["log_likelihood"]
+    return max(found, key=found.__getitem__)
+
+
+def with_prior(problem: Problem, prior_scale: str | float) -> Problem:
+    """The problem under another prior."""
+    num_hidden, num_inputs = problem.model.net[0].weight.shape
+    net = network(num_inputs, num_hidden, 1)
+    return replace(problem, model=apd.BNN(net, likelihood="gaussian", prior_scale=prior_scale))
+
+
+def sampled(problem: Problem, seed: int, options: Options, thinning: int) -> dict[str, Tensor]:
     """Draws of four chains of SGLD that advance together, ``(C, S, ...)``."""
-    thinning, warmup, num_draws = options.by_budget((2, 10, 20), (40, 200, 150), (100, 400, 300))
+    warmup, num_draws = options.by_budget((10, 20), (200, 400), (200, 400))
     kernel = apd.SGLD(
         problem.model,
         "auto",
         batch_size=min(100, len(problem.train[0])),
         thinning=thinning,
-        warm_start=options.by_budget(20, 2000, 5000),
+        warm_start=options.by_budget(20, 2000, 2000),
         seed=seed,
         compile=False,
     )
