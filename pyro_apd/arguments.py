@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pyro_apd.errors import DataError, ModelError
+from pyro_apd.trees import tree_flatten_with_path
 
 # What torch says of arguments whose types do not go together, in any of its wordings.
 _ABOUT_TYPES = ("dtype", "scalar type", "same type")
@@ -30,7 +30,7 @@ def argument_name(path: Sequence[Any]) -> str:
 
 def named_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """All tensors among the arguments, by name."""
-    leaves = pytree.tree_flatten_with_path((args, dict(kwargs)))[0]
+    leaves = tree_flatten_with_path((args, dict(kwargs)))[0]
     return {argument_name(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
 
@@ -21,6 +20,7 @@ from pyro_apd.index_stream import Generators
 from pyro_apd.minibatch import Call, MinibatchSource
 from pyro_apd.prefetch import Ahead, Sender, Sent, Worker
 from pyro_apd.pyro_state import other_random_states
+from pyro_apd.trees import tree_flatten, tree_unflatten
 
 # What an iterator over an epoch gives when it is over.
 _END: Any = object()
@@ -146,9 +146,9 @@ class LoaderBatches(MinibatchSource):
     def _sent(self, batch: Any) -> tuple[Sent, Any]:
         if type(batch) in (tuple, list) and batch and all(type(leaf) is Tensor and leaf.dim() > 0 for leaf in batch):
             if len(batch) not in self._plain:  # worked out for each batch, it takes as long as a small one
-                self._plain[len(batch)] = pytree.tree_flatten(self._as_call(batch))[1]
+                self._plain[len(batch)] = tree_flatten(self._as_call(batch))[1]
             return self._sender.send(batch), self._plain[len(batch)]
-        leaves, spec = pytree.tree_flatten(self._as_call(batch))
+        leaves, spec = tree_flatten(self._as_call(batch))
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         if len(tensors) != len(leaves) or not tensors or tensors[0].dim() == 0:
             raise DataError(
@@ -184,7 +184,7 @@ class LoaderBatches(MinibatchSource):
 
     def bind(self, inputs: tuple[Tensor, ...]) -> Call:
         """The batch as the model's arguments."""
-        args, kwargs = pytree.tree_unflatten(list(inputs), self._spec)
+        args, kwargs = tree_unflatten(list(inputs), self._spec)
         return Call(args, {**self._kwargs, **kwargs})
 
     def scale(self, inputs: tuple[Tensor, ...]) -> float:

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pyro_apd.arguments import argument_name
 from pyro_apd.errors import DataError
 from pyro_apd.index_stream import Generators, Indices, generator_states, index_stream, set_generator_states
+from pyro_apd.trees import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class FullBatch(MinibatchSource):
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._call = Call(tuple(args), dict(kwargs))
-        with_rows = [leaf for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))) if _has_rows(leaf)]
+        with_rows = [leaf for leaf in tree_leaves((tuple(args), dict(kwargs))) if _has_rows(leaf)]
         self.num_data = with_rows[0].shape[0] if with_rows else None
 
     @classmethod
@@ -193,7 +193,7 @@ class RowSubsample(MinibatchSource):
         num_data: int | None = None,
         replacement: bool = False,
     ) -> None:
-        leaves, self._spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        leaves, self._spec = tree_flatten((tuple(args), dict(kwargs)))
         with_rows = [leaf for leaf in leaves if _has_rows(leaf)]
         if not with_rows:
             raise ValueError(
@@ -232,7 +232,7 @@ class RowSubsample(MinibatchSource):
             leaf.index_select(0, rows.to(leaf.device)) if has_rows else leaf
             for leaf, has_rows in zip(self._leaves, self._has_rows, strict=True)
         ]
-        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        args, kwargs = tree_unflatten(leaves, self._spec)
         return Call(args, kwargs)
 
     def scale(self, inputs: tuple[Tensor, ...]) -> float:
@@ -256,7 +256,7 @@ def _has_rows(leaf: Any) -> bool:
 
 def check_finite(call: Call) -> None:
     """Raises :class:`~pyro_apd.errors.DataError` naming the first argument with NaN or infinite entries."""
-    for path, leaf in pytree.tree_flatten_with_path((call.args, call.kwargs))[0]:
+    for path, leaf in tree_flatten_with_path((call.args, call.kwargs))[0]:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             bad = int((~torch.isfinite(leaf)).sum())
             raise DataError(

@@ -22,7 +22,6 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import unwrap
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pyro_apd.arguments import check_one_device
 from pyro_apd.capture import GaussianPriors, UnvalidatedInstances, capture
@@ -31,6 +30,7 @@ from pyro_apd.loader import LoaderBatches, is_loader
 from pyro_apd.minibatch import Call, FullBatch, MinibatchSource, PlateSubsample, RowSubsample, check_finite
 from pyro_apd.row_reader import RowReader, has_stored_rows
 from pyro_apd.scaling import Anatomy, check_densities, examine, run_model, subsampled_plates
+from pyro_apd.trees import tree_leaves
 
 logger = logging.getLogger("pyro_apd")
 
@@ -358,7 +358,7 @@ def _open_source(
 
 def _accelerator(model: Callable[..., Any], kwargs: Mapping[str, Any]) -> torch.device | None:
     """Where batches go before a chain says so: the device of fixed arguments or of the model, if it is not the CPU."""
-    tensors = [leaf for leaf in pytree.tree_leaves(dict(kwargs)) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in tree_leaves(dict(kwargs)) if isinstance(leaf, Tensor)]
     module = unwrap(model)  # out of the messenger that its first run is under
     if isinstance(module, torch.nn.Module):
         tensors += [*module.parameters(), *module.buffers()]

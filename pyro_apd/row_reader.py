@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pyro_apd.arguments import argument_name
 from pyro_apd.errors import DataError
@@ -19,6 +18,7 @@ from pyro_apd.index_stream import Generators, index_stream
 from pyro_apd.loader import is_loader, model_arguments
 from pyro_apd.minibatch import Call, MinibatchSource, check_batch_size
 from pyro_apd.prefetch import Ahead, Sender, Sent, Worker
+from pyro_apd.trees import tree_flatten_with_path, tree_leaves, tree_unflatten
 
 # Rows that stand for stored data where somebody asks what the model is called with.
 _SHOWN_ROWS = 2000
@@ -39,7 +39,7 @@ def is_stored(leaf: Any) -> bool:
 
 def has_stored_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether any argument does."""
-    return any(is_stored(leaf) for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))))
+    return any(is_stored(leaf) for leaf in tree_leaves((tuple(args), dict(kwargs))))
 
 
 class RowReader(MinibatchSource):
@@ -64,7 +64,7 @@ class RowReader(MinibatchSource):
         replacement: bool = False,
         device: torch.device | None = None,
     ) -> None:
-        paths_leaves, self._spec = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+        paths_leaves, self._spec = tree_flatten_with_path((tuple(args), dict(kwargs)))
         self._leaves = [leaf for _, leaf in paths_leaves]
         lengths = [_num_rows(leaf) for leaf in self._leaves]
         self.num_data = next((length for length in lengths if length), None) if num_data is None else num_data
@@ -135,7 +135,7 @@ class RowReader(MinibatchSource):
         leaves = list(self._leaves)
         for i, rows in zip(self._rows_at, inputs, strict=True):
             leaves[i] = rows
-        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        args, kwargs = tree_unflatten(leaves, self._spec)
         return Call(args, kwargs)
 
     def scale(self, inputs: tuple[Tensor, ...]) -> float:

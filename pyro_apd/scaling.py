@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pyro_apd.arguments import drawn, explained
 from pyro_apd.errors import DataError, ModelError
@@ -30,6 +29,7 @@ from pyro_apd.loader import LoaderBatches
 from pyro_apd.minibatch import Call, MinibatchSource, PlateSubsample, RowSubsample
 from pyro_apd.pyro_state import preserved_param_store
 from pyro_apd.row_reader import RowReader
+from pyro_apd.trees import tree_leaves
 
 logger = logging.getLogger("pyro_apd")
 
@@ -387,7 +387,7 @@ def _twice_message(name: str, scale: float, expected: float) -> str:
 
 
 def _tensors(call: Call) -> list[Tensor]:
-    leaves = pytree.tree_leaves((call.args, call.kwargs))
+    leaves = tree_leaves((call.args, call.kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
 
 

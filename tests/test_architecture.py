@@ -31,6 +31,7 @@ FLOORS = [
         "permutation",
         "prefetch",
         "ranks",
+        "trees",
     },
     {"arguments", "index_stream"},
     {"layout", "bnn", "container"},

@@ -24,11 +24,11 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.chains.store import as_bytes
 from pyro_apd.row_reader import is_stored
+from pyro_apd.trees import tree_flatten_with_path
 
 FORMAT_VERSION = 1
 _KEY, _TENSOR = "pyro_apd_checkpoint", "__tensor__"
@@ -196,7 +196,7 @@ def fingerprint(values: Any) -> str:
     Values without contents that could be read, such as functions, count by their type.
     """
     digest = hashlib.sha256()
-    for path, leaf in pytree.tree_flatten_with_path(values)[0]:
+    for path, leaf in tree_flatten_with_path(values)[0]:
         digest.update(repr([str(key) for key in path]).encode())
         _add_leaf(digest, leaf)
     return digest.hexdigest()[:16]

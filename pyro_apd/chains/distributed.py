@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pyro_apd.chains.checkpoint import (
     Checkpoint,
@@ -34,6 +33,7 @@ from pyro_apd.chains.run import Run, Settings, constructor_settings
 from pyro_apd.chains.store import DrawStore, MemoryStore
 from pyro_apd.layout import Layout
 from pyro_apd.ranks import Ranks
+from pyro_apd.trees import tree_leaves
 
 #: Who gets the draws of all chains, and what is split over processes.
 GATHERS, SPLITS = ("rank0", "all", "none"), ("chains", "data")
@@ -215,7 +215,7 @@ class RankRun(Run):
         """What all processes have to be asked alike, by name."""
         plan = self.plan
         skipped = 1 if self.settings.split == "data" else 0  # numbers of rows may differ then
-        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        leaves = tree_leaves((self.args, self.kwargs))
         settings = {name: describe(value) for name, value in constructor_settings(self.kernel).items()}
         return {
             "kernel": type(self.kernel).__name__,

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from pyro_apd.trees import tree_leaves
 
 logger = logging.getLogger("pyro_apd")
 

@@ -18,13 +18,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pyro_apd.capture import capture
 from pyro_apd.kernels.noise import Noise
 from pyro_apd.kernels.replay import replayed
 from pyro_apd.minibatch import MinibatchSource
 from pyro_apd.potential import GradientFunction, Inputs, Pieces
+from pyro_apd.trees import tree_flatten, tree_unflatten
 
 logger = logging.getLogger("pyro_apd")
 
@@ -219,10 +219,10 @@ def compiled(function: Callable[..., Any], *examples: Any, is_small: bool = Fals
     :param is_small: whether calls from Python would be felt among the arithmetic: then they are compiled as well, which
         takes the compiler twice as long.
     """
-    leaves, spec = pytree.tree_flatten(examples)
+    leaves, spec = tree_flatten(examples)
 
     def flat(*tensors: Tensor) -> Any:
-        return function(*pytree.tree_unflatten(list(tensors), spec))
+        return function(*tree_unflatten(list(tensors), spec))
 
     copies = [leaf.clone() for leaf in leaves]  # the first call is a rehearsal
     graph = capture(flat, *copies)
@@ -250,7 +250,7 @@ def _inductor(graph: Any, examples: list[Tensor], options: dict[str, Any]) -> Ca
 
 
 def _leaves(state: Any, raw: Tensor, sizes: Tensor, inputs: Sequence[Inputs]) -> list[Tensor]:
-    """The tensors of a program's arguments, in :mod:`torch.utils._pytree`'s order, and at a tenth of its price."""
+    """The tensors of a program's arguments, in :mod:`pyro_apd.trees`' order, and at a tenth of its price."""
     theta, auxiliary = state
     kept = [piece for pieces in auxiliary.values() for piece in pieces]
     return [*theta, *kept, raw, sizes, *(tensor for batch in inputs for tensor in batch)]
