@@ -16,6 +16,8 @@ import matplotlib.pyplot as plt
 import pyro
 import pytest
 
+from pyro_apd import DistillationWarning, WarmupWarning
+
 FOLDER = Path(__file__).parents[1] / "tutorials"
 SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 MOST_BYTES = 1_000_000
@@ -49,7 +51,8 @@ def test_there_are_tutorials():
 def test_it_runs(source, monkeypatch):
     monkeypatch.setenv("PYRO_APD_TUTORIAL_QUICK", "1")
     with warnings.catch_warnings():
-        warnings.simplefilter("default")  # so little work leaves chains unmixed, and they say so
+        for category in (WarmupWarning, DistillationWarning):
+            warnings.simplefilter("default", category)  # so little work leaves chains unmixed, and they say so
         scope = runpy.run_path(str(source))
     plt.close("all")
     pyro.clear_param_store()

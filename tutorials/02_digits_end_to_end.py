@@ -214,7 +214,7 @@ probs_SNK = apd.outputs(model, loaded.get_samples(200, seed=0), data.x_test).pro
 scores = apd.uncertainty.mutual_information(probs_SNK)
 figure, axes = plt.subplots(1, 8, figsize=(12, 1.9), layout="constrained")
 for ax, n in zip(axes, scores.argsort(descending=True)[:8].tolist(), strict=True):
-    ax.imshow(data.x_test[n].reshape(8, 8), cmap="gray_r")
+    ax.imshow(data.x_test[n].reshape(8, 8).numpy(), cmap="gray_r")
     ax.set_title(f"{probs_SNK.mean(0)[n].argmax()}? it is {data.y_test[n]}\nMI {scores[n]:.2f}", fontsize=9)
     ax.axis("off")
 

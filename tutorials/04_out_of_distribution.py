@@ -71,7 +71,7 @@ print(f"to train with: {len(x_train)}; " + ", ".join(f"{name}: {len(x)}" for nam
 figure, axes = plt.subplots(len(sets), 10, figsize=(8, 4.4), layout="constrained")
 for row, (name, x) in zip(axes, sets.items(), strict=True):
     for ax, image in zip(row, x[torch.linspace(0, len(x) - 1, 10).long()], strict=True):
-        ax.imshow(image.reshape(8, 8), cmap="gray_r", vmin=-1, vmax=1)
+        ax.imshow(image.reshape(8, 8).numpy(), cmap="gray_r", vmin=-1, vmax=1)
         ax.set(xticks=[], yticks=[])
     row[0].set_ylabel(name, rotation=0, ha="right", va="center")
 _ = figure.suptitle("What the network is meant for, and what it is not")

@@ -74,12 +74,14 @@ print(runs["bald"])
 # %%
 sides = torch.linspace(-1.8, 2.8, 50), torch.linspace(-1.4, 1.9, 50)
 grid = torch.stack(torch.meshgrid(*sides, indexing="xy"), -1).flatten(0, 1)
+columns_rows = [side.numpy() for side in sides]
 figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True, sharey=True, layout="constrained")
 for ax, (rule, history) in zip(axes, runs.items(), strict=True):
     index = torch.tensor(history.labelled)
     draws = in_plane(plane, x_moons[index], y_moons[index], 0, None)
     score = apd.uncertainty.mutual_information(apd.outputs(plane, draws, grid).probs_SNK)
-    image = ax.pcolormesh(*sides, score.reshape(50, 50), cmap="cividis", vmin=0, vmax=0.4, shading="gouraud")
+    surface = score.reshape(50, 50).numpy()
+    image = ax.pcolormesh(*columns_rows, surface, cmap="cividis", vmin=0, vmax=0.4, shading="gouraud")
     ax.scatter(*x_moons[:200].T, s=8, color="white", alpha=0.5, linewidths=0)
     for label, marker, colour in ((0, "o", "#CC79A7"), (1, "s", "#56B4E9")):
         of_class = index[y_moons[index] == label]
@@ -194,7 +196,7 @@ alone = al.select("bald", probs_SNK, 10)
 figure, axes = plt.subplots(2, 10, figsize=(11, 2.7), layout="constrained")
 for row, (name, chosen) in zip(axes, {"BALD": alone, "BatchBALD": together}.items(), strict=True):
     for ax, n in zip(row, free[chosen].tolist(), strict=True):
-        ax.imshow(x_pool[n].reshape(8, 8), cmap="gray_r")
+        ax.imshow(x_pool[n].reshape(8, 8).numpy(), cmap="gray_r")
         ax.set(xticks=[], yticks=[])
         ax.set_title(f"{y_pool[n]}", fontsize=9)
     row[0].set_ylabel(name, rotation=0, ha="right", va="center")

@@ -92,7 +92,7 @@ for row, n in zip(axes, range(4), strict=True):
     for ax, (name, images) in zip(row, seen.items(), strict=True):
         mean_K = probs[name].mean(0)[n]
         score = apd.uncertainty.mutual_information(probs[name][:, n : n + 1])[0]
-        ax.imshow(images[n].reshape(8, 8), cmap="gray_r", vmin=-1, vmax=1)
+        ax.imshow(images[n].reshape(8, 8).numpy(), cmap="gray_r", vmin=-1, vmax=1)
         ax.set_xlabel(f"{mean_K.argmax()} ({mean_K.max():.0%})\nMI {score:.2f}")
         ax.set(xticks=[], yticks=[])
     row[0].set_ylabel(f"is {y[n]}", rotation=0, ha="right", va="center")

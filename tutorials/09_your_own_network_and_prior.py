@@ -132,7 +132,7 @@ figure, axes = plt.subplots(2, 8, figsize=(10, 2.8), layout="constrained")
 for row, draw in zip(axes, (posterior.sample(), posterior.sample()), strict=True):
     one = posterior.network(draw, net=model)
     for ax, kernel in zip(row, one[0].weight.detach().cpu(), strict=True):
-        ax.imshow(kernel[0], cmap="RdBu", vmin=-1.5, vmax=1.5)
+        ax.imshow(kernel[0].numpy(), cmap="RdBu", vmin=-1.5, vmax=1.5)
         ax.axis("off")
 _ = figure.suptitle("The first layer of two draws")
 
