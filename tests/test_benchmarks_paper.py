@@ -5,6 +5,7 @@
 
 import json
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -61,6 +62,25 @@ def test_smoke(name, protocol, in_table, tmp_path, capsys, monkeypatch):
     assert in_table in capsys.readouterr().out
 
 
+def test_a_split_takes_the_prior_that_its_own_held_out_training_rows_prefer(monkeypatch):
+    options = Options("corrected", "smoke")
+    problem, _ = uci.make_problem("line", 0)
+    seen = []
+
+    def scored(preferred, tried, draws, unit):
+        assert not (tried.test[0][:, None] == tried.train[0]).any(), "scored on rows that the chain has seen"
+        assert not torch.isin(tried.test[0], problem.test[0]).any(), "scored on test rows"
+        assert {len(tried.train[0]), len(tried.test[0])} == {27, 3}
+        scale = float(tried.model.priors["net.0.weight"].base_dist.scale.flatten()[0])
+        seen.append(scale)
+        return {"log_likelihood": float(scale == preferred)}
+
+    for prior_scale, sd in (("fan_in", 1.0), (0.5, 0.5)):
+        monkeypatch.setattr(uci, "figures", partial(scored, sd))
+        assert uci.chosen_prior(problem, 0, options) == prior_scale
+    assert seen == [1.0, 0.5, 1.0, 0.5]
+
+
 def test_results_are_kept_as_they_come(tmp_path):
     options = Options("faithful", "smoke", results=tmp_path)
     done = []
@@ -79,8 +99,11 @@ def test_results_are_kept_as_they_come(tmp_path):
     assert Results("some", Options("corrected", "smoke", results=tmp_path)).figures == {}
 
 
-def test_methods_can_be_chosen():
+def test_methods_can_be_chosen(monkeypatch, tmp_path):
     assert methods.methods(Options("corrected", "smoke", only=("SGLD", "stored"))) == ["SGLD", "stored draws, thinned"]
+    monkeypatch.setenv("PYRO_APD_DATA", str(tmp_path))
+    assert not set(methods.DEAR) & set(methods.methods(Options("corrected", "cpu")))
+    assert methods.methods(Options("corrected", "cpu", only=("APD, online",))) == ["APD, online"]
     assert set(methods.methods(Options("faithful", "full"))) == set(methods.PUBLISHED)
     assert set(methods.methods(Options("corrected", "smoke"))) == set(methods.METHODS)
 

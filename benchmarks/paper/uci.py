@@ -175,11 +175,12 @@ def table(options: Options, results: Results) -> str:
         found = list(results.under(name).values())
         for method in METHODS:
             cells = [_with_error([one[method][figure] for one in found]) for figure in ("rmse", "log_likelihood")]
-            rows.append([name, method, *cells, str(len(found))])
+            wide = sum(one["prior_scale"] != PRIORS[0] for one in found)
+            rows.append([name, method, *cells, str(len(found)), str(wide)])
         for method, cells in PUBLISHED.get(name, {}).items():
-            rows.append([name, f"{method} (published)", *cells, "20"])
+            rows.append([name, f"{method} (published)", *cells, "20", ""])
     note = "Mean ± standard error over splits; published: PBP and grid search ± standard error, others ± sd."
-    head = ["set", "method", "RMSE", "log-likelihood", "splits"]
+    head = ["set", "method", "RMSE", "log-likelihood", "splits", f"of them with prior {PRIORS[1]}"]
     return f"### UCI regression, {options.budget} budget\n\n{note}\n\n{markdown_table(head, rows)}"
 
 
