@@ -5,9 +5,10 @@
 
 Networks 64-h-h-10 of 10^3 to 10^7 weights, one chain; and 1 to 256 vectorised chains of 64-50-10 (3,760 weights).
 Batches of 100, one thread, steps as captured, not compiled. Each point is a fresh process. Time is the processor's, so
-that other work on the machine hardly counts. Memory is the peak of what is not from files while steps are taken, above
-that of the smallest case (of two chains), which is the interpreter's and the libraries'. Exponents are slopes of
-least-squares lines in log-log: of all points, and of those where arithmetic outweighs calls.
+that other work on the machine hardly counts. Memory is the peak of what is not from files while steps are taken: what
+the interpreter and the libraries hold, and what grows. The exponent of time is the slope of a least-squares line in
+log-log: of all points, and of those where arithmetic outweighs calls. That of memory is p in a + b n^p, fitted to the
+logarithms of the peaks; what is shown of memory is what it has above a.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import curve_fit
 from torch import nn
 
 import pyro_apd as apd
@@ -35,6 +37,8 @@ WEIGHTS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000,
 CHAINS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 #: From here on points count for the second exponent.
 LARGE_WEIGHTS, MANY_CHAINS = 100_000, 8
+#: Bytes that a peak tells.
+RESOLUTION = 4e6
 QUICK_WEIGHTS, QUICK_CHAINS = (1_000, 10_000, 100_000), (1, 4, 16)
 
 
@@ -94,10 +98,25 @@ def measure(num_weights: int | None, num_chains: int | None) -> dict[str, Any]:
     return found
 
 
-def above_the_smallest(points: list[dict[str, Any]], smallest: int = 0) -> list[dict[str, Any]]:
-    """Points whose memory is what they have more than the smallest; where that is within 4 MB, it is not known."""
-    grown = [{**point, "bytes": point["bytes"] - points[smallest]["bytes"]} for point in points]
-    return [{**point, "bytes": point["bytes"] if point["bytes"] > 4e6 else math.nan} for point in grown]
+def growth(points: list[dict[str, Any]], by: str) -> tuple[float, float]:
+    """Bytes that are there anyway, and the exponent of what is added to them."""
+    n, num_bytes = (np.array([float(point[of]) for point in points]) for of in (by, "bytes"))
+    added = num_bytes[-1] - num_bytes.min()
+    if len(points) < 4 or added <= RESOLUTION:
+        return float(num_bytes.min()), math.nan
+
+    def peak(x: Any, anyway: float, log_added: float, power: float) -> Any:
+        return np.log(np.exp(anyway) + np.exp(log_added) * x**power)
+
+    start = (math.log(num_bytes.min()), math.log(added), 1.0)
+    (anyway, _, power), _ = curve_fit(peak, n / n[-1], np.log(num_bytes), start)
+    return math.exp(anyway), float(power)
+
+
+def above(points: list[dict[str, Any]], anyway: float) -> list[dict[str, Any]]:
+    """Points with the memory that they have above this; where that is too little to tell, it is not known."""
+    grown = [{**point, "peak_bytes": point["bytes"], "bytes": point["bytes"] - anyway} for point in points]
+    return [{**point, "bytes": point["bytes"] if point["bytes"] > RESOLUTION else math.nan} for point in grown]
 
 
 def exponent(points: list[dict[str, Any]], by: str, of: str, least: int = 0) -> float:
@@ -109,23 +128,19 @@ def exponent(points: list[dict[str, Any]], by: str, of: str, least: int = 0) -> 
 
 
 def exponents(points: list[dict[str, Any]], by: str, least: int) -> dict[str, float]:
-    """Of time and memory, over all points and over the large ones."""
-    return {
-        f"{name}, {which}": exponent(points, by, of, start)
-        for name, of in (("time", "seconds"), ("memory", "bytes"))
-        for which, start in (("all", 0), (f"from {least:,}", least))
-    }
+    """Of time, over all points and over the large ones."""
+    return {f"time, {name}": exponent(points, by, "seconds", n) for name, n in (("all", 0), (f"from {least:,}", least))}
 
 
 def summed_up(by_weights: list[dict[str, Any]], by_chains: list[dict[str, Any]]) -> dict[str, Any]:
     """Both series, and their exponents."""
-    # What vectorising itself loads comes with the second chain.
-    weights, chains = above_the_smallest(by_weights), above_the_smallest(by_chains, 1)
-    found = {
-        "weights": exponents(weights, "weights", LARGE_WEIGHTS),
-        "chains": exponents(chains, "chains", MANY_CHAINS),
-    }
-    return {"weights": weights, "chains": chains, "exponents": found}
+    found: dict[str, Any] = {"exponents": {}}
+    for by, points, least in (("weights", by_weights, LARGE_WEIGHTS), ("chains", by_chains, MANY_CHAINS)):
+        # What vectorising itself loads comes with the second chain.
+        anyway, power = growth(points[by == "chains" :], by)
+        found[by] = above(points, anyway)
+        found["exponents"][by] = {**exponents(points, by, least), "memory": power}
+    return found
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -137,7 +152,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(2, 2, figsize=(8.5, 6.2), layout="constrained")
     sides = (("weights", "weights, one chain", LARGE_WEIGHTS), ("chains", "chains of 3,760 weights", MANY_CHAINS))
-    rows = (("seconds", "processor s a step", 1.0), ("bytes", "memory above the smallest, MB", 1e6))
+    rows = (("seconds", "processor s a step", 1.0), ("bytes", "memory that grows, MB", 1e6))
     for column, (by, label, least) in enumerate(sides):
         points = results[by]
         size = np.array([point[by] for point in points], float)
@@ -147,8 +162,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
             line = value[-1] * size / size[-1]
             kept = line > 0.3 * np.nanmin(value)
             axis.loglog(size[kept], line[kept], ":", color="0.5", label="proportional")
-            slope = exponent(points, by, of, least)
-            axis.set_title(f"exponent {slope:.2f} from {least:,} {by}", fontsize=9)
+            slopes = results["exponents"][by]
+            slope = slopes["memory"] if of == "bytes" else slopes[f"time, from {least:,}"]
+            axis.set_title(f"exponent {slope:.2f}" + (f" from {least:,} {by}" if of == "seconds" else ""), fontsize=9)
             axis.set(xlabel=label, ylabel=name)
             axis.grid(True, which="major", color="0.9")
             axis.legend(frameon=False, fontsize=8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.large_networks import CASES, QUICK, mlp, paper_conv_net, resnet
-from benchmarks.scale import WEIGHTS, draw, exponent, network, summed_up
+from benchmarks.scale import WEIGHTS, draw, growth, network, summed_up
 from pyro_apd import SGLD
 from pyro_apd.bnn import BNN
 
@@ -26,16 +26,26 @@ def test_widths_give_the_weights_asked_for(num_weights):
         assert size(network(num_weights)) == pytest.approx(num_weights, rel=0.05)
 
 
+def series(by, counts, seconds, num_bytes):
+    return [{by: n, "seconds": seconds(n), "bytes": num_bytes(n)} for n in counts]
+
+
 def test_exponents():
-    points = [{"weights": n, "seconds": 3 * n**0.5, "bytes": 1e8 + 2.0 * n} for n in (10**3, 10**6, 10**7, 10**8)]
-    chains = [{"chains": n, "seconds": 1.0 * n, "bytes": 1e8 + 1e7 * n} for n in (1, 2, 8, 16)]
+    points = series("weights", (10**3, 10**5, 10**6, 10**7, 10**8), lambda n: 3 * n**0.5, lambda n: 1e8 + 20.0 * n)
+    chains = series("chains", (1, 2, 4, 8, 16, 32), float, lambda n: 9e7 if n == 1 else 1e8 + 2e7 * n**0.8)
     found = summed_up(points, chains)
-    assert exponent(points, "weights", "seconds") == pytest.approx(0.5)
     assert math.isnan(found["weights"][0]["bytes"])
     assert math.isnan(found["weights"][1]["bytes"]), "two megabytes are not resolved"
-    assert found["chains"][2]["bytes"] == 6e7
-    assert found["exponents"]["weights"]["memory, all"] == pytest.approx(1.0, abs=1e-3)
-    assert found["exponents"]["chains"]["time, from 8"] == pytest.approx(1.0)
+    assert found["weights"][-1]["bytes"] == pytest.approx(2e9, rel=1e-3)
+    assert found["weights"][-1]["peak_bytes"] == pytest.approx(2.1e9)
+    assert found["chains"][3]["bytes"] == pytest.approx(2e7 * 8**0.8, rel=1e-3)
+    slopes = found["exponents"]
+    assert slopes["weights"] == pytest.approx({"time, all": 0.5, "time, from 100,000": 0.5, "memory": 1.0}, abs=1e-3)
+    assert slopes["chains"] == pytest.approx({"time, all": 1.0, "time, from 8": 1.0, "memory": 0.8}, abs=1e-3)
+
+
+def test_memory_that_does_not_grow_has_no_exponent():
+    assert math.isnan(growth(series("weights", (10, 100, 1000, 10**4), float, lambda n: 1e8 + n), "weights")[1])
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN")
