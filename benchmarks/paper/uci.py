@@ -83,7 +83,7 @@ def one_split(name: str, split: int, options: Options) -> dict[str, Any]:
     prior_scale = chosen_prior(problem, split, options)
     problem, chosen_at = with_prior(problem, prior_scale), time.monotonic()
     with warnings_noted() as notes:
-        draws = sampled(problem, split, options, options.by_budget(2, 50, 50))
+        draws = sampled(problem, split, options, options.by_budget((2, 20), (50, 400), (50, 400)))
         sampled_at = time.monotonic()
         settings = {"num_steps": options.by_budget(5, None, None), "seed": split, "group_by_chain": True}
         posterior = apd.distill(draws, problem.model, data=problem.train, progress=False, **settings)
@@ -124,7 +124,8 @@ def chosen_prior(problem: Problem, seed: int, options: Options) -> str | float:
     for prior_scale in PRIORS:
         tried = with_prior(inner, prior_scale)
         with warnings_noted():
-            draws = sampled(tried, seed, options, options.by_budget(2, 10, 10))
+            # Much shorter chains have not come to where a wide prior lets them go, and speak against it.
+            draws = sampled(tried, seed, options, options.by_budget((2, 20), (20, 200), (20, 200)))
         pooled = {site: value.flatten(0, 1) for site, value in draws.items()}
         found[prior_scale] = figures(tried, pooled, 1.0)["log_likelihood"]
     return max(found, key=found.__getitem__)
@@ -137,9 +138,10 @@ def with_prior(problem: Problem, prior_scale: str | float) -> Problem:
     return replace(problem, model=apd.BNN(net, likelihood="gaussian", prior_scale=prior_scale))
 
 
-def sampled(problem: Problem, seed: int, options: Options, thinning: int) -> dict[str, Tensor]:
-    """Draws of four chains of SGLD that advance together, ``(C, S, ...)``."""
-    warmup, num_draws = options.by_budget((10, 20), (200, 400), (200, 400))
+def sampled(problem: Problem, seed: int, options: Options, length: tuple[int, int]) -> dict[str, Tensor]:
+    """Draws of four chains of SGLD that advance together, ``(C, S, ...)``; ``length`` in steps a draw, and draws."""
+    thinning, num_draws = length
+    warmup = options.by_budget(10, 200, 200)
     kernel = apd.SGLD(
         problem.model,
         "auto",
