@@ -105,7 +105,7 @@ class Case:
 
     :ivar net: makes the network.
     :ivar data: makes its data.
-    :ivar str prior: of :class:`pyro_apd.BNN`.
+    :ivar float step_size: of SGLD, and ``batch_size`` rows a step.
     :ivar int warm_start: steps of Adam before sampling.
     :ivar int warmup: draws' worth of steps before the first that is kept.
     :ivar int num_draws: draws to distil from, ``thinning`` steps each.

@@ -75,6 +75,37 @@ def test_the_authors_posterior_in_active_learning():
     assert float(sd.flatten()[0] ** -2) == pytest.approx(0.05 * 40)
 
 
+@pytest.mark.parametrize(("num_inputs", "rate"), [(64, 0.05), (256, 0.0125), (9, 0.05)])
+def test_dropout_as_published(num_inputs, rate, monkeypatch):
+    seen = {}
+
+    def recording(model, x, y, **settings):
+        seen.update(model=model, **settings)
+        return "network"
+
+    monkeypatch.setattr(active_learning.apd.baselines, "mc_dropout", recording)
+    sizes, x = (num_inputs, 5, 3), torch.zeros(40, num_inputs)
+    dropout = active_learning.Dropout(sizes, {"num_steps": 7})
+    assert dropout(None, x, torch.zeros(40).long(), 3, None) == "network"
+    assert (seen["num_steps"], seen["seed"]) == (7, 3)
+    assert seen["learning_rate"] == pytest.approx(rate)
+    sd = seen["model"].priors["net.0.weight"].base_dist.scale
+    assert float(sd.flatten()[0] ** -2) == pytest.approx(0.05 * 40)
+    site = {"name": "net.0.weight", "fn": seen["model"].priors["net.0.weight"], "value": None, "is_observed": False}
+    torch.testing.assert_close(seen["init_strategy"](site), seen["model"].net.get_buffer("0.weight"))
+
+
+def test_corrected_chains_go_as_far_on_more_inputs():
+    options, one = Options("corrected", "cpu"), [torch.zeros(1)] * 4
+    lengths = []
+    for num_inputs in (64, 640):
+        chain = active_learning.methods(options, active_learning.Pool((num_inputs, 5, 3), 1.0, *one))["SGLD, entropy"][
+            1
+        ]
+        lengths.append(chain.thinning * active_learning.step_size(num_inputs, 100))
+    assert lengths[0] == pytest.approx(lengths[1])
+
+
 def test_intervals_by_student():
     # Mean 2, sd 1, n 3: t(0.975, 2) = 4.3027, over the square root of 3.
     assert active_learning.interval([1.0, 2.0, 3.0]) == "2.0000 [-0.4841, 4.4841]"

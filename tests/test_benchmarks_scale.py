@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.large_networks import CASES, QUICK, mlp, paper_conv_net, resnet
+from benchmarks.large_networks import CASES, QUICK, framed_handwriting, handwriting, mlp, paper_conv_net, resnet
 from benchmarks.scale import WEIGHTS, draw, growth, network, summed_up
 from pyro_apd import SGLD
 from pyro_apd.bnn import BNN
@@ -63,6 +63,17 @@ def test_networks_have_the_sizes_that_their_names_say():
         assert size(paper_conv_net()) == pytest.approx(346_130, rel=0.02)
     assert {"conv", "resnet20", "mlp-10M"} <= set(CASES)
     assert all(case.num_steps == 1 for case in QUICK.values())
+
+
+def test_handwriting_is_framed_by_its_background(monkeypatch):
+    monkeypatch.delenv("PYRO_APD_DATA", raising=False)
+    inner, framed = handwriting(), framed_handwriting()
+    assert framed[0].shape[1:] == framed[2].shape[1:] == (1, 32, 32)
+    for i in (0, 2):
+        assert torch.equal(framed[i][..., 2:-2, 2:-2], inner[i])
+        assert (framed[i][..., :2, :] == inner[i].min()).all()
+        assert (framed[i][..., -2:] == inner[i].min()).all()
+        assert torch.equal(framed[i + 1], inner[i + 1])
 
 
 def test_a_residual_network_is_sampled_with_group_norm():

@@ -106,8 +106,8 @@ class Dropout:
     """MC-dropout as published: weight decay of 0.05 and PyTorch's start, in both protocols.
 
     The mode under a chain's constant prior is next to nothing while labels are few, although its posterior is not, and
-    a descent that is stable on the digits is not on images of twelve times as many pixels: either would make this rival
-    guess on MNIST.
+    a descent that is stable on the digits is not on images of twelve times as many pixels: with either, this rival
+    guesses at 20 labels of MNIST.
 
     :ivar tuple sizes: of the network.
     :ivar dict options: of the descent.
