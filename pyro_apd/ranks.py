@@ -161,6 +161,8 @@ def joined() -> Ranks:
 
     A process group is made from what ``torchrun`` set in the environment, unless there is one. It stays to the end of
     the process: torch cannot make another from the same environment.
+
+    :raises RankError: if another process is gone.
     """
     if not _dist.is_available():
         return Ranks()
@@ -175,6 +177,9 @@ def joined() -> Ranks:
         else:
             _dist.init_process_group(backend)
         atexit.register(_leave)
+        # Without torchrun's own, the first process keeps the store: were it to leave by an error while others are
+        # still finding each other, they would report a lost connection in place of that error.
+        Ranks(_dist.get_rank(), _dist.get_world_size()).meet()
     return Ranks(_dist.get_rank(), _dist.get_world_size())
 
 

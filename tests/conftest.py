@@ -11,9 +11,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from tqdm import tqdm
 
 # Matrices here are small: threads cost more than they give, and on a shared machine they wait for each other.
 torch.set_num_threads(1)
+# Tests fork: a thread of tqdm's that has its lock at that moment would leave it locked in the child.
+tqdm.monitor_interval = 0
 
 
 def pytest_collection_modifyitems(items):

@@ -3,9 +3,11 @@
 
 """Functions in several processes that find each other as those of torchrun do, forked so that nothing is imported."""
 
+import faulthandler
 import os
 import pickle
 import socket
+import sys
 import traceback
 
 import torch.multiprocessing
@@ -50,6 +52,7 @@ def on_ranks(function, size, tmp_path, *, is_grouped=True):
 
 
 def _child(function, rank, environment, path):
+    faulthandler.dump_traceback_later(_TIMEOUT - 5, file=sys.__stderr__)  # where it hangs
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:

@@ -73,6 +73,25 @@ def test_a_group_of_the_users_is_used_and_kept(tmp_path):
 
 
 @pytest.mark.thorough
+def test_nobody_goes_on_before_all_have_joined(tmp_path):
+    """Who ends early would take the store with it in which others still look for each other."""
+
+    def on_rank(rank):
+        whole = torch.distributed.init_process_group
+
+        def slow(*args, **kwargs):
+            whole(*args, **kwargs)
+            time.sleep(rank)
+
+        torch.distributed.init_process_group = slow
+        began = time.monotonic()
+        joined()
+        return time.monotonic() - began
+
+    assert min(on_ranks(on_rank, 2, tmp_path)) > 0.9
+
+
+@pytest.mark.thorough
 def test_who_does_not_answer_in_time_counts_as_gone(tmp_path):
     """Alive, but elsewhere; and an error that is none of the others' stays what it is."""
 

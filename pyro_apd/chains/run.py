@@ -295,29 +295,39 @@ class Run:
 
 
 class _Bars:
-    """Pyro's progress bars, told at most a few times a second."""
+    """Pyro's progress bars, told at most a few times a second.
+
+    Where they are disabled none is made: even a bar that shows nothing takes a lock that tqdm shares with all forked
+    processes, and which one that is killed while it has it never gives back.
+    """
 
     def __init__(self, plan: Plan, count: int, is_disabled: bool) -> None:
         self._plan, self._shown, self._at = plan, [0] * count, 0.0
-        self._bar = ProgressBar(plan.warmup_steps, plan.num_samples, disable=is_disabled, num_bars=count)
+        self._bar = None if is_disabled else ProgressBar(plan.warmup_steps, plan.num_samples, num_bars=count)
 
     def __enter__(self) -> _Bars:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def start(self, index: int, num_done: int) -> None:
         """Where a resumed chain is."""
-        self._bar.update(num_done, pos=index)
+        if self._bar is not None:
+            self._bar.update(num_done, pos=index)
         self._shown[index] = num_done
 
     def wants(self, num_done: int) -> bool:
         """Whether it is time to show something."""
-        return not self._bar.disable and (num_done in (1, self._plan.total) or time.monotonic() - self._at > _BAR_EVERY)
+        if self._bar is None or self._bar.disable:  # Pyro disables its own where there is nobody to watch
+            return False
+        return num_done in (1, self._plan.total) or time.monotonic() - self._at > _BAR_EVERY
 
     def show(self, index: int, num_done: int, num_diverged: int, log: Mapping[str, str]) -> None:
         """Brings a bar up to date."""
+        if self._bar is None:
+            return
         self._at = time.monotonic()
         stage = "Warmup" if num_done <= self._plan.warmup_steps else "Sample"
         name = stage if len(self._shown) == 1 else f"{stage} [{index + 1}]"

@@ -3,12 +3,15 @@
 
 """The driver's own doings, on a kernel that costs nothing; :mod:`tests.test_chains_kernels` runs it on real ones."""
 
+import faulthandler
 import logging
 import os
 import pickle
 import random
 import shutil
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from pyro.infer import NUTS
+from tqdm import tqdm
 
 from pyro_apd.chains.checkpoint import CheckpointError
 from pyro_apd.chains.disk_store import DiskStore
@@ -29,6 +33,8 @@ from tests.chains.walk import LAYOUT, Walk
 
 METHODS = ["vectorized", "sequential", "parallel"]
 DATA = (torch.ones(4, 2),)
+# Seconds that tests wait for other processes.
+_PATIENCE = 120
 
 
 @pytest.fixture(params=METHODS)
@@ -266,6 +272,17 @@ def test_no_progress_bar(method, capfd, monkeypatch):
     assert capfd.readouterr() == ("", "")
 
 
+def test_without_a_progress_bar_no_lock_is_waited_for(method):
+    """Forked processes share tqdm's, and one that was killed while it had it keeps it."""
+    thread = threading.Thread(target=run, kwargs={"num_chains": 2, "chain_method": method})
+    with tqdm.get_lock():
+        thread.start()
+        thread.join(30)
+        is_waiting = thread.is_alive()
+    thread.join()
+    assert not is_waiting
+
+
 def test_parallel_hooks_run_in_the_workers(tmp_path):
     mcmc = run(num_chains=2, chain_method="parallel", hook_fn=lambda *call: (tmp_path / str(os.getpid())).touch())
     assert mcmc.store.counts == [8, 8]
@@ -458,15 +475,23 @@ def is_running(pid):
         return False
 
 
-def wait_until(condition, seconds=120):
+def wait_until(condition, process=None, seconds=_PATIENCE):
+    """For what another process does, if that is not the only thing it will do."""
     end = time.monotonic() + seconds
     while not condition():
+        assert process is None or process.is_alive(), f"the process ended with exit code {process.exitcode}"
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
 
 
 def forked(target):
-    process = torch.multiprocessing.get_context("fork").Process(target=target)
+    """One that says where it is if it takes too long."""
+
+    def child():
+        faulthandler.dump_traceback_later(_PATIENCE - 10, file=sys.__stderr__)
+        target()
+
+    process = torch.multiprocessing.get_context("fork").Process(target=child)
     process.start()
     return process
 

@@ -244,7 +244,7 @@ def killed(kernel, path, method, args, seed):
     delays = random.Random(seed)
     for _ in range(3):
         child = forked(lambda: run(kernel(), *args, **settings, **resuming, hook_fn=lambda *call: time.sleep(0.005)))
-        wait_until((path / "c").exists)
+        wait_until((path / "c").exists, child)
         time.sleep(delays.uniform(0.0, 0.7))
         child.kill()
         child.join()
