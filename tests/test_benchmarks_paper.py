@@ -108,6 +108,15 @@ def test_methods_can_be_chosen(monkeypatch, tmp_path):
     assert set(methods.methods(Options("corrected", "smoke"))) == set(methods.METHODS)
 
 
+def test_networks_can_be_chosen(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYRO_APD_DATA", str(tmp_path))
+    assert classification.networks(Options("corrected", "cpu")) == ((100,),)
+    assert classification.networks(Options("corrected", "full")) == ((100,), (400, 400))
+    asked = tuple(command.hidden_layers(text) for text in ("400-400", "100"))
+    assert classification.networks(Options("corrected", "cpu", networks=asked)) == ((400, 400), (100,))
+    assert classification.networks(Options("corrected", "cpu", networks=asked, digits=True)) == ((100,),)
+
+
 def test_tables_replace_their_own_kind_only(tmp_path):
     options = [Options(protocol, "smoke", results=tmp_path) for protocol in ("faithful", "corrected")]
     for number, option in enumerate([*options, options[0]]):

@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the budget's own")
     parser.add_argument("--digits", action="store_true", help="the digits also where there is MNIST")
     parser.add_argument("--methods", nargs="+", help="only methods whose names begin so")
+    parser.add_argument("--networks", nargs="+", type=hidden_layers, help="of classification: 100, 400-400 or both")
     parser.add_argument("--again", action="store_true", help="run also what is stored")
     parser.add_argument("--results", type=Path, default=Options().results, help="folder for figures and tables")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -49,10 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for protocol in PROTOCOLS if asked.protocol == "both" else [asked.protocol]:
             seeds = None if asked.seeds is None else tuple(asked.seeds)
             only = None if asked.methods is None else tuple(asked.methods)
+            networks = None if asked.networks is None else tuple(asked.networks)
             options = Options(
-                protocol, asked.budget, asked.device, seeds, asked.digits, only, asked.again, asked.results
+                protocol, asked.budget, asked.device, seeds, asked.digits, only, asked.again, asked.results, networks
             )
             run(name, options)
+
+
+def hidden_layers(text: str) -> tuple[int, ...]:
+    """From such as ``400-400``."""
+    return tuple(int(size) for size in text.split("-"))
 
 
 def run(name: str, options: Options) -> Results:

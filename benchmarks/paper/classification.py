@@ -51,7 +51,9 @@ def run(options: Options, results: Results) -> None:
 
 
 def networks(options: Options) -> tuple[tuple[int, ...], ...]:
-    """Hidden layers of the networks: the larger one where there is time."""
+    """Hidden layers of the networks: those asked for, else the larger one where there is time."""
+    if options.networks is not None and options.has_images:
+        return options.networks
     return ((100,), (400, 400)) if options.budget == "full" and options.has_images else ((100,),)
 
 

@@ -40,6 +40,7 @@ class Options:
     :ivar only: beginnings of names of methods, to run no others.
     :ivar bool again: run also what is stored already.
     :ivar Path results: where figures, tables and pictures go.
+    :ivar networks: hidden layers of the networks on MNIST, instead of the budget's own.
     """
 
     protocol: str = "corrected"
@@ -50,6 +51,7 @@ class Options:
     only: tuple[str, ...] | None = None
     again: bool = False
     results: Path = field(default=RESULTS)
+    networks: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def is_faithful(self) -> bool:

@@ -180,7 +180,7 @@ def methods(options: Options) -> list[str]:
 
     Left out on the CPU budget with MNIST: the paper's generator, of which a step takes three seconds of one core, its
     100,000 three and a half days; and what runs chains or trains networks of its own. The digits have them all, and
-    ``--only`` runs what it names.
+    ``--methods`` runs what it names.
     """
     names = [name for name in METHODS if not options.is_faithful or name in PUBLISHED]
     if options.has_images and options.budget == "cpu" and options.only is None:
