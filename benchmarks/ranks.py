@@ -6,8 +6,9 @@
 ``python -m benchmarks.ranks [--processes 1 2] [--quick]``
 
 Digits, 64-50-10, four chains with the same seed, under ``torchrun`` with each number of processes, one thread each.
-Draws are compared with those of one process: of steps as they are, of compiled ones, and with the data split over
-processes (all rows at each step). The generator that online distillation trains is judged on its
+Draws are compared with those of one process: of steps as they are, of compiled ones, with the data split over
+processes (all rows at each step), and of 784-400-400-10, whose four chains cost a process four times one (those of the
+small network hardly more than one). The generator that online distillation trains is judged on its
 held-out draws; its seconds are of chains and rounds together.
 """
 
@@ -26,13 +27,27 @@ import torch
 
 import pyro_apd as apd
 from benchmarks.common import markdown_table, write_json
-from benchmarks.distillation_cases import digits
-from pyro_apd.ranks import joined
+from benchmarks.distillation_cases import Problem, digits
+from benchmarks.large_networks import mlp, synthetic
+from pyro_apd.ranks import Ranks, joined
 
 NUM_CHAINS = 4
 SIZES = {"num_samples": 100, "warmup_steps": 50, "thinning": 20, "num_steps": 500}
 QUICK = {"num_samples": 12, "warmup_steps": 4, "thinning": 2, "num_steps": 10}
-CASES = ("as they are", "compiled", "data split")
+CASES = ("as they are", "compiled", "data split", "larger network")
+
+
+def prepared(case: str, problem: Problem, thinning: int, ranks: Ranks) -> tuple[apd.SGLD, tuple[Any, ...], str | None]:
+    """A case's kernel, the data of this process, and what is split besides chains."""
+    torch.manual_seed(0)
+    if case == "larger network":
+        model, (x, y, *_) = apd.BNN(mlp(400), prior_scale="fan_in"), synthetic((784,))
+        return apd.SGLD(model, 1e-6, batch_size=100, thinning=thinning // 2, seed=0, compile=False), (x, y), None
+    if case == "data split":
+        rows = tuple(values[ranks.rank :: ranks.size] for values in problem.train)
+        return apd.SGLD(problem.model, 1e-4, seed=0, compile=False), rows, "data"
+    kernel = apd.SGLD(problem.model, 1e-4, batch_size=100, thinning=thinning, seed=0, compile=case == "compiled")
+    return kernel, problem.train, None
 
 
 def work(folder: Path, sizes: dict[str, int]) -> None:
@@ -44,13 +59,7 @@ def work(folder: Path, sizes: dict[str, int]) -> None:
     draws: dict[str, torch.Tensor] = {}
     counts = {name: sizes[name] for name in ("num_samples", "warmup_steps")}
     for case in CASES:
-        kernel = apd.SGLD(
-            problem.model, 1e-4, batch_size=100, thinning=sizes["thinning"], seed=0, compile=case == "compiled"
-        )
-        data, split = problem.train, None
-        if case == "data split":
-            kernel.batch_size, kernel.thinning, split = None, 1, "data"
-            data = tuple(values[ranks.rank :: ranks.size] for values in data)
+        kernel, data, split = prepared(case, problem, sizes["thinning"], ranks)
         mcmc = apd.MCMC(
             kernel, num_chains=NUM_CHAINS, chain_method="distributed", split=split, disable_progbar=True, **counts
         )
