@@ -37,11 +37,11 @@ NUM_PREDICTED, NUM_DRAWN = 20, 5
 
 def sample(case: Case, folder: Path) -> dict[str, float]:
     """A chain, to disk."""
-    x, y, *_ = case.data()
+    (x, y, *_), model = case.data(), case.model(is_trained=True)
+    start = {"init_strategy": model.init_to_network} if case.num_trained else {"warm_start": case.warm_start}
     kernel = apd.SGLD(
-        case.model(), case.step_size, batch_size=case.batch_size, thinning=case.thinning, warm_start=case.warm_start,
-        seed=0, compile=False,
-    )  # fmt: skip
+        model, case.step_size, batch_size=case.batch_size, thinning=case.thinning, seed=0, compile=False, **start
+    )
     times = []
 
     def note(kernel: Any, params: Any, stage: str, i: int) -> None:

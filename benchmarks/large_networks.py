@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import pyro_apd as apd
+from pyro_apd.normalisation import with_group_norm
 
 
 class BasicBlock(nn.Module):
@@ -106,10 +107,12 @@ class Case:
     :ivar net: makes the network.
     :ivar data: makes its data.
     :ivar float step_size: of SGLD, and ``batch_size`` rows a step.
-    :ivar int warm_start: steps of Adam before sampling.
+    :ivar int warm_start: steps of Adam before sampling, from a draw of the prior.
     :ivar int warmup: draws' worth of steps before the first that is kept.
     :ivar int num_draws: draws to distil from, ``thinning`` steps each.
     :ivar int num_steps: of the generator; None for the default.
+    :ivar int num_trained: steps of Adam that the network is trained with before it is made Bayesian; the chain then
+        starts there. Deep networks are hardly trained from a draw of their prior.
     """
 
     net: Callable[[], nn.Module]
@@ -121,21 +124,35 @@ class Case:
     num_draws: int
     thinning: int
     num_steps: int | None = None
+    num_trained: int = 0
 
-    def model(self) -> apd.BNN:
+    def model(self, is_trained: bool = False) -> apd.BNN:
         """The Bayesian network, with group normalisation in place of batch normalisation."""
         torch.manual_seed(0)
-        return apd.BNN(self.net(), prior_scale="fan_in", batch_norm="group")
+        net = with_group_norm(self.net())
+        if is_trained:
+            self._train(net)
+        return apd.BNN(net, prior_scale="fan_in")
+
+    def _train(self, net: nn.Module) -> None:
+        x, y, *_ = self.data()
+        optimiser = torch.optim.Adam(net.parameters(), lr=1e-3)
+        for _ in range(self.num_trained):
+            row = torch.randint(len(x), (self.batch_size,))
+            loss = functional.cross_entropy(net(x[row]), y[row])
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
 
 
 CASES = {
     "mlp-1M": Case(lambda: mlp(670), lambda: synthetic((784,)), 1e-5, 100, 200, 30, 100, 10),
     "mlp-10M": Case(lambda: mlp(2790), lambda: synthetic((784,)), 1e-5, 100, 200, 30, 60, 10),
-    "conv": Case(paper_conv_net, handwriting, 1e-5, 32, 200, 10, 40, 4),
-    "resnet20": Case(resnet, framed_handwriting, 1e-5, 32, 600, 50, 100, 4),
+    "conv": Case(paper_conv_net, handwriting, 1e-5, 32, 0, 10, 40, 4, num_trained=400),
+    "resnet20": Case(resnet, framed_handwriting, 1e-5, 32, 0, 50, 100, 4, num_trained=600),
 }
 QUICK = {
-    "conv": Case(lambda: paper_conv_net(4), lambda: synthetic((1, 28, 28), 100, 20), 1e-5, 16, 3, 2, 12, 1, 1),
-    "resnet20": Case(lambda: resnet(1, 4), lambda: synthetic((1, 32, 32), 100, 20), 1e-5, 16, 3, 2, 12, 1, 1),
+    "conv": Case(lambda: paper_conv_net(4), lambda: synthetic((1, 28, 28), 100, 20), 1e-5, 16, 0, 2, 12, 1, 1, 3),
+    "resnet20": Case(lambda: resnet(1, 4), lambda: synthetic((1, 32, 32), 100, 20), 1e-5, 16, 0, 2, 12, 1, 1, 3),
     "mlp": Case(lambda: mlp(64), lambda: synthetic((784,), 100, 20), 1e-5, 16, 3, 2, 12, 1, 1),
 }

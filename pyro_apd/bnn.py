@@ -18,6 +18,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.infer.autoguide.initialization import init_to_value
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
@@ -147,6 +148,19 @@ class BNN(PyroModule):
     def parameter_sites(self) -> dict[str, str]:
         """The latent site of each trainable parameter of the network, by every name that the parameter has."""
         return dict(self._sites)
+
+    @property
+    def init_to_network(self) -> Callable[[Any], Tensor]:
+        """An ``init_strategy`` that starts where the network given was: trained, or as PyTorch initialised it.
+
+        For kernels of this package, Pyro's, and its guides; all chains start there. A learned ``noise_scale`` starts
+        at the median of its prior. A deep network's prior is a poor place to train from::
+
+            SGLD(bnn, 1e-5, warm_start=500, init_strategy=bnn.init_to_network)
+        """
+        values = {site: self.net.get_buffer(name).clone() for name, site in self._sites.items()}
+        strategy: Callable[[Any], Tensor] = init_to_value(values=values)
+        return strategy
 
     def train(self, mode: bool = True) -> BNN:
         """As for any module, but the network stays in evaluation mode."""

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 
 from pyro_apd.bnn import BNN
 from pyro_apd.errors import DataError, ModelError
+from pyro_apd.kernels import SGLD
 from pyro_apd.predictive import Predictive, log_likelihood, outputs
 
 N, D = 6, 3
@@ -308,6 +309,23 @@ def test_group_normalisation_in_place_of_batch_normalisation(caplog):
     values = draw(model, x)
     conditioned = poutine.condition(model, values)
     assert_close(conditioned(x)[:2], conditioned(x[:2]))  # no datum depends on its neighbours
+
+
+def test_inference_can_start_at_the_network(x):
+    net = mlp()
+    bnn = BNN(net, likelihood="gaussian")
+    start = bnn.init_to_network
+    kernel = SGLD(bnn, 1e-12, seed=0, init_strategy=pickle.loads(pickle.dumps(start)))
+    y = net(x).detach()
+    mcmc = pyro.infer.MCMC(kernel, 1, 0, disable_progbar=True)
+    mcmc.run(x, y)
+    drawn = mcmc.get_samples()
+    for name, parameter in net.named_parameters():
+        assert_close(drawn[f"net.{name}"][0], parameter.detach(), atol=1e-4, rtol=0)
+    assert drawn["noise_scale"] > 0
+    guide = pyro.infer.autoguide.AutoDelta(bnn, init_loc_fn=start)
+    assert_close(guide(x, y)["net.0.weight"], net[0].weight)
+    pyro.clear_param_store()
 
 
 def test_batch_norm_must_be_known():

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyro.infer.autoguide.initialization import init_to_value
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -37,7 +36,6 @@ from benchmarks.common import markdown_table
 from benchmarks.distillation_cases import network
 from benchmarks.paper.common import Job, Options, Results, data_root, plus_minus, warnings_noted
 from benchmarks.paper.registry import Experiment
-from benchmarks.paper.settings import default_weights
 from pyro_apd import BNN, active_learning, datasets
 from pyro_apd.active_learning import Baseline, Chain, Distilled, balanced
 from pyro_apd.pyro_state import seeded
@@ -93,7 +91,7 @@ class AsPublished:
             warmup_steps=warmup,
             thinning=self.thinning,
             temperature=1e-3,
-            options={"compile": False, "init_strategy": init_to_value(values=default_weights(narrow))},
+            options={"compile": False, "init_strategy": narrow.init_to_network},
         )
         if self.generator_steps is None:
             return chain(narrow, x, y, seed)
@@ -119,7 +117,7 @@ class Dropout:
     def __call__(self, model: BNN, x: Tensor, y: Tensor, seed: int, previous: Any) -> Any:
         """The network that drops out; the model given only predicts."""
         narrow = narrowed(self.sizes, x, seed)
-        start = {"init_strategy": init_to_value(values=default_weights(narrow))}
+        start = {"init_strategy": narrow.init_to_network}
         rate = 0.05 * shorter_steps(self.sizes[0])
         options = {**self.options, **start, "learning_rate": rate}
         return Baseline(apd.baselines.mc_dropout, options)(narrow, x, y, seed)

@@ -15,13 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 from benchmarks import distillation_cases
 from benchmarks.distillation_cases import CASES, Case, Chains, Problem
 from benchmarks.paper.common import Options, warnings_noted
-from pyro_apd import BNN, MCMC, SGLD, open_store
+from pyro_apd import MCMC, SGLD, open_store
 from pyro_apd.chains.store import DrawStore
 from pyro_apd.pyro_state import seeded
 
@@ -65,7 +64,7 @@ class Setting:
     def kernel(self, problem: Problem, seed: int) -> SGLD:
         """The sampler of the protocol."""
         chains = self.case.chains
-        start = {"init_strategy": init_to_value(values=default_weights(problem.model))}
+        start = {"init_strategy": problem.model.init_to_network}
         return SGLD(
             problem.model,
             chains.step_size,
@@ -93,11 +92,6 @@ def image_setting(options: Options, hidden: tuple[int, ...] = (100,)) -> Setting
         if options.budget != "full":
             chains = replace(chains, thinning=50, warmup=10, num_draws=790)
     return Setting(_renamed(case, chains, options), options)
-
-
-def default_weights(model: BNN) -> dict[str, Tensor]:
-    """The weights that PyTorch initialised the network with, by site: a BNN keeps them as buffers."""
-    return {site: model.net.get_buffer(name).clone() for name, site in model.parameter_sites.items()}
 
 
 def _renamed(case: Case, chains: Chains, options: Options) -> Case:

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from pyro.infer import MCMC, NUTS
-from pyro.infer.autoguide.initialization import init_to_value
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,7 +35,6 @@ from benchmarks.distillation_cases import Problem, network
 from benchmarks.distillation_cases import toy as points
 from benchmarks.paper.common import Options, Results, plus_minus, warnings_noted
 from benchmarks.paper.registry import Experiment
-from benchmarks.paper.settings import default_weights
 from pyro_apd import baselines
 from pyro_apd.pyro_state import seeded
 
@@ -67,7 +65,7 @@ def chain(problem: Problem, seed: int, options: Options) -> dict[str, Tensor]:
         num_chains, thinning, warmup, num_draws = 1, 20, 0, options.by_budget(20, 500, 500)
     else:
         num_chains, thinning, warmup, num_draws = 4, *options.by_budget((5, 10, 20), (100, 100, 300), (200, 100, 500))
-    start = {"init_strategy": init_to_value(values=default_weights(problem.model))} if options.is_faithful else {}
+    start = {"init_strategy": problem.model.init_to_network} if options.is_faithful else {}
     kernel = apd.SGLD(problem.model, STEP_SIZE, thinning=thinning, seed=seed, compile=False, **start)
     mcmc = apd.MCMC(
         kernel,

@@ -158,7 +158,8 @@ def init_to_layers(site: Any) -> Tensor:
     """An ``init_strategy`` that starts networks as deep learning does, whatever the width of the prior.
 
     Real-valued sites of two dimensions or more are normal with standard deviation sqrt(2 / inputs of a unit) (He et al.
-    2015), real-valued vectors zero; other sites are drawn from their prior.
+    2015), real-valued vectors zero, but for those whose name ends in ``weight``: these are the scales of normalisation
+    layers, and one (a network with all of them zero has no gradient). Other sites are drawn from their prior.
     """
     fn = site["fn"]
     support, shape = fn.support, tuple(fn.shape())
@@ -169,7 +170,7 @@ def init_to_layers(site: Any) -> Tensor:
         return value
     like = fn.sample()
     if len(shape) == 1:
-        return torch.zeros_like(like)
+        return torch.full_like(like, float(site["name"].rpartition(".")[2] == "weight"))
     return torch.randn_like(like) * math.sqrt(2.0 / math.prod(shape[1:]))
 
 

@@ -56,6 +56,8 @@ _RANK, _RANK_PER_CHAIN, _MAX_RANK = 40, 4, 64
 _STRETCH = 12
 # Noise is turned down by so much at a time, and so often at most.
 _QUIETER, _MAX_QUIETER = 0.7, 10
+# Of a training with fewer steps it is turned down first, and of any of a large network's.
+_SHORT = 100
 # Directions a matrix of weights in which noise is damped, up to half of its columns; narrow matrices have no noise, and
 # nor have those so wide that their directions would be dear to find.
 _NOISE_RANK = 32
@@ -276,7 +278,7 @@ def _prepare_coordinates(task: _Task, wishes: Wishes) -> _Prepared:
             num_probes,
             result_bytes=num_probes * task.work.num_bytes,
         )
-        if isinstance(generator, ChunkedGenerator) and num_steps:
+        if num_steps and (num_steps < _SHORT or isinstance(generator, ChunkedGenerator)):
             _quieten(generator, objective)
         return _Prepared(
             generator,
@@ -334,11 +336,11 @@ def _fit(task: _Task, wishes: Wishes) -> CoordinateGenerator | ChunkedGenerator:
 
 
 @torch.no_grad()
-def _quieten(generator: ChunkedGenerator, objective: FunctionObjective) -> None:
+def _quieten(generator: CoordinateGenerator | ChunkedGenerator, objective: FunctionObjective) -> None:
     """Turns the noise down while that brings draws nearer to the chain's, as functions.
 
     Of few draws, few coordinates are kept, and what they leave out moves together; as noise of every weight by itself
-    it comes out too loud. The few steps that a large network is given are too short to undo that.
+    it comes out too loud. A training of few steps, or of a large network, does not come to undo that.
     """
     like = generator.location.new_zeros(())
     seed = int(torch.randint(2**31, ()))

@@ -141,12 +141,6 @@ class ChunkedGenerator(MixtureGenerator):
         return theta_SD
 
     @torch.no_grad()
-    def scale_noise(self, factor: float) -> None:
-        """Makes all noise that many times as large."""
-        for module in self._noise_modules():
-            module.row_scale.mul_(factor)
-
-    @torch.no_grad()
     def projected(self, theta_SD: Tensor) -> Tensor:
         """Coordinates ``(S, R)`` whose expansion is nearest to draws ``(S, D)``."""
         gram_RR = torch.zeros(self.rank, self.rank, dtype=torch.float64, device=theta_SD.device)

@@ -148,6 +148,12 @@ class MixtureGenerator(Generator):
         """Draws whose residuals the noise of a block is fitted to."""
         return _NUM_RESIDUALS
 
+    @torch.no_grad()
+    def scale_noise(self, factor: float) -> None:
+        """Makes all noise that many times as large."""
+        for module in self._noise_modules():
+            module.row_scale.mul_(factor)
+
     def _noise_modules(self) -> list[MatrixNoise]:
         return [module for module in self.noise if isinstance(module, MatrixNoise)]
 

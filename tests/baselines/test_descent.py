@@ -7,9 +7,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
+from pyro_apd.baselines import map_estimate
 from pyro_apd.baselines.descent import Best, Descent, Start, descend, init_to_layers
+from pyro_apd.bnn import BNN
+from pyro_apd.metrics import accuracy
+from pyro_apd.predictive import outputs
 from tests.models import Conjugate
 
 
@@ -80,13 +85,26 @@ def test_where_networks_start():
     def model():
         pyro.sample("weight", dist.Normal(7.0, 1.0).expand([300, 200]).to_event(2))
         pyro.sample("bias", dist.Normal(7.0, 1.0).expand([300]).to_event(1))
+        pyro.sample("norm.weight", dist.Normal(7.0, 1.0).expand([300]).to_event(1))
         pyro.sample("scale", dist.HalfNormal(1.0))
         pyro.sample("number", dist.Normal(7.0, 0.1))
 
     nodes = pyro.poutine.trace(pyro.infer.autoguide.initialization.InitMessenger(init_to_layers)(model)).get_trace()
-    value = {name: nodes.nodes[name]["value"] for name in ("weight", "bias", "scale", "number")}
+    value = {name: nodes.nodes[name]["value"] for name in ("weight", "bias", "norm.weight", "scale", "number")}
     assert value["weight"].mean().abs() < 0.01
     assert value["weight"].std().item() == pytest.approx(0.1, rel=0.02)
     assert (value["bias"] == 0).all()
+    assert (value["norm.weight"] == 1).all()
     assert value["scale"] > 0
     assert value["number"] > 6
+
+
+def test_networks_with_normalisation_layers_learn():
+    x = torch.randn(200, 5)
+    y = x[:, :3].argmax(-1)
+    net = nn.Sequential(
+        nn.Linear(5, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 3)
+    )
+    bnn = BNN(net, prior_scale="fan_in")
+    mode = map_estimate(bnn, x, y, num_steps=200, learning_rate=0.05, seed=0, progress=False)
+    assert accuracy(outputs(bnn, mode, x).probs_SNK[0], y) > 0.9

@@ -134,16 +134,17 @@ def test_training_in_coordinates_is_training(few):
     assert trained.generator.rank == start.generator.rank
 
 
-def test_noise_that_is_too_loud_is_turned_down(few, monkeypatch):
-    fit = ChunkedGenerator.fit.__func__
+@pytest.mark.parametrize(("kind", "made"), [("chunked", ChunkedGenerator), ("coordinates", CoordinateGenerator)])
+def test_noise_that_is_too_loud_is_turned_down(kind, made, few, monkeypatch):
+    fit = made.fit.__func__
 
     def loud(cls, *args, **options):
         generator = fit(cls, *args, **options)
         generator.scale_noise(8.0)
         return generator
 
-    monkeypatch.setattr(ChunkedGenerator, "fit", classmethod(loud))
-    start, quieter = of("chunked", num_steps=0), of("chunked", num_steps=1)
+    monkeypatch.setattr(made, "fit", classmethod(loud))
+    start, quieter = of(kind, num_steps=0), of(kind, num_steps=1)
     scale = [float(posterior.generator.noise[0].row_scale.mean()) for posterior in (start, quieter)]
     assert scale[1] < 0.4 * scale[0]
     assert quieter.metadata["figures"]["distance"] < start.metadata["figures"]["distance"]
