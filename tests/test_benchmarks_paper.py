@@ -126,6 +126,11 @@ def test_tables_replace_their_own_kind_only(tmp_path):
     assert text.index("table 2") < text.index("table 1")
 
 
+def test_bars_are_of_seeds_or_of_the_one_there_is():
+    assert ood._bar([[0.9, 0.8, 0.95]]) == (0.9, 0.8, 0.95)
+    assert ood._bar([[0.9, 0.0, 1.0], [0.7, 0.0, 1.0], [0.5, 0.0, 1.0]]) == pytest.approx((0.7, 0.5, 0.9))
+
+
 def test_numbers_in_tables():
     assert mean_and_sd([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
     assert plus_minus([1.0, 3.0], ".1f") == "2.0 ± 1.4"

@@ -173,17 +173,18 @@ def _mean(results: Results, seeds: list[str], method: str, name: str, score: str
 
 
 def figure(options: Options, results: Results) -> list[Path]:
-    """AUROC by mutual information against the presentation, a panel a set."""
+    """AUROC by entropy and by mutual information against the presentation, a panel a set.
+
+    Means over seeds, and bars from the least to the greatest; of one seed its bootstrap interval.
+    """
     from matplotlib.figure import Figure
 
-    seed = min({key.split("/")[0] for key in results.figures}, key=int)
-    found = {
-        method: results.figures[f"{seed}/{method}"]["sets"]
-        for method in METHODS
-        if f"{seed}/{method}" in results.figures
-    }
+    found: dict[str, list[dict[str, Any]]] = {}
+    for key in sorted(results.figures):
+        found.setdefault(key.partition("/")[2], []).append(results.figures[key]["sets"])
+    found = {method: found[method] for method in METHODS if method in found}
     by_set: dict[str, list[str]] = {}
-    for name in next(iter(found.values())):
+    for name in next(iter(found.values()))[0]:
         by_set.setdefault(name.rpartition(", ")[0], []).append(name.rpartition(", ")[2])
     scores = ("predictive_entropy", "mutual_information")
     page = Figure(figsize=(2.5 * len(by_set) + 1.8, 4.6), layout="constrained")
@@ -200,17 +201,24 @@ def figure(options: Options, results: Results) -> list[Path]:
     return [path]
 
 
-def _panel(found: dict[str, Any], ax: Any, name: str, ways: list[str], score: str) -> None:
-    for i, (method, sets) in enumerate(found.items()):
-        bars = [sets[f"{name}, {way}"][score]["auroc"] for way in ways]
+def _panel(found: dict[str, list[dict[str, Any]]], ax: Any, name: str, ways: list[str], score: str) -> None:
+    for i, (method, by_seed) in enumerate(found.items()):
+        bars = [_bar([sets[f"{name}, {way}"][score]["auroc"] for sets in by_seed]) for way in ways]
         at = [k + 0.06 * (i - len(found) / 2) for k in range(len(ways))]
-        errors = [[bar[0] - bar[1] for bar in bars], [bar[2] - bar[0] for bar in bars]]
-        errors = [[max(0.0, value) for value in side] for side in errors]
+        errors = [[max(0.0, bar[0] - bar[1]) for bar in bars], [max(0.0, bar[2] - bar[0]) for bar in bars]]
         ax.errorbar(at, [bar[0] for bar in bars], errors, fmt="os^vD*Px"[i % 8], ms=4, lw=1, label=method)
     ax.set_xticks(range(len(ways)), ways, fontsize=7)
     ax.set_xlim(-0.6, len(ways) - 0.4)
     ax.axhline(0.5, color="grey", lw=0.6)
     ax.set_title(name, fontsize=9)
+
+
+def _bar(intervals: list[list[float]]) -> tuple[float, float, float]:
+    """Value and ends, from those of each seed."""
+    values = [value for value, *_ in intervals]
+    if len(intervals) == 1:
+        return intervals[0][0], intervals[0][1], intervals[0][2]
+    return sum(values) / len(values), min(values), max(values)
 
 
 EXPERIMENT = Experiment(run, table, figure)
