@@ -80,7 +80,11 @@ class _Messenger:
 
     def send(self, kind: str, content: Any) -> None:
         # Plain pickles: torch's own would pass tensors as file handles that die with this process.
-        self._pipe.send_bytes(pickle.dumps((kind, content)))
+        message = pickle.dumps((kind, content))
+        try:
+            self._pipe.send_bytes(message)
+        except BrokenPipeError:  # nobody is there to read it, nor anything else of this process's
+            os._exit(1)
 
     def drew(self, group: Group, num_done: int, num_diverged: int) -> None:
         if os.getppid() != self._job.parent:
@@ -119,7 +123,7 @@ def run_workers(
     workers: dict[int, tuple[Any, Connection]] = {}
     try:
         for job in jobs:
-            workers[job.chain] = _start(job, args, kwargs, context)
+            workers[job.chain] = _start(job, args, kwargs, context, [pipe for _, pipe in workers.values()])
         active = dict(workers)
         while active:
             wait([pipe for _, pipe in active.values()], timeout=_LOOK_EVERY)
@@ -146,9 +150,13 @@ def run_workers(
         _stop(workers)
 
 
-def _start(job: Job, args: tuple[Any, ...], kwargs: Mapping[str, Any], context: Any) -> tuple[Any, Connection]:
+def _start(
+    job: Job, args: tuple[Any, ...], kwargs: Mapping[str, Any], context: Any, others: list[Connection]
+) -> tuple[Any, Connection]:
+    """The worker's process and our end of its pipe; ``others`` are our ends of those before it."""
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(job, theirs, args, dict(kwargs)), daemon=True)
+    inherited = [*others, ours] if context.get_start_method() == "fork" else []
+    process = context.Process(target=_work, args=(job, theirs, args, dict(kwargs), inherited), daemon=True)
     try:
         process.start()
     except Exception as error:  # whatever pickling finds wrong
@@ -205,8 +213,13 @@ def _stop(workers: Mapping[int, tuple[Any, Connection]]) -> None:
         pipe.close()
 
 
-def _work(job: Job, pipe: Connection, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _work(
+    job: Job, pipe: Connection, args: tuple[Any, ...], kwargs: Mapping[str, Any], inherited: list[Connection]
+) -> None:
     """What a worker does."""
+    # As long as anybody has the parent's end of a pipe, who writes to it waits for room, though the parent be gone.
+    for end in inherited:
+        end.close()
     # An interrupt reaches all processes of a terminal; the parent alone decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -462,6 +462,35 @@ def test_workers_end_with_their_parent(tmp_path):
     shutil.rmtree(shared_folders(parent.pid)[0])
 
 
+def test_workers_end_with_their_parent_though_they_wait_for_it_to_read(tmp_path):
+    """A parent that is stopped does not read, until pipes are full of checkpoints."""
+    settings = {"chain_method": "parallel", "mp_context": "fork", "checkpoint_every": 1}
+    settings |= {"hook_fn": lambda *call: (tmp_path / str(os.getpid())).touch(), "checkpoint": tmp_path.parent / "c"}
+    parent = forked(lambda: run(num_samples=100_000, num_chains=2, **settings))
+    wait_until(lambda: len(os.listdir(tmp_path)) == 2, parent)
+    workers = [int(pid) for pid in os.listdir(tmp_path)]
+    os.kill(parent.pid, signal.SIGSTOP)
+    wait_until(lambda: not any(is_busy(pid) for pid in workers), parent)
+    parent.kill()
+    parent.join()
+    try:
+        wait_until(lambda: not any(is_running(pid) for pid in workers), seconds=20)
+    finally:
+        for pid in filter(is_running, workers):
+            os.kill(pid, signal.SIGKILL)
+
+
+def is_busy(pid, seconds=0.3):
+    """Whether a process took processor time."""
+
+    def ticks():
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+
+    before = ticks()
+    time.sleep(seconds)
+    return ticks() != before
+
+
 def shared_folders(pid):
     """Where a process's runs keep draws that others write."""
     return list(Path("/dev/shm").glob(f"pyro_apd_{pid}_*"))
