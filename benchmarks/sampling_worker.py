@@ -125,7 +125,7 @@ class Ours(TorchContestant):
 
     def run(self, clock: Clock) -> None:
         """See :class:`Contestant`. The clock is read in the hook: after each draw, within Pyro's own loop."""
-        clock.bare, clock.facts = self._bare, self._facts
+        clock.bare, clock.facts = self.advance, self._facts
         left = clock.next_block() // self.unit
 
         def hook(*_: Any) -> None:
@@ -140,8 +140,8 @@ class Ours(TorchContestant):
     def _chain(self) -> Any:
         return getattr(self.kernel, "chain", None) or getattr(self.kernel, "_chain", None)
 
-    def _bare(self, num_steps: int) -> None:
-        """The same chain's steps without the driver."""
+    def advance(self, num_steps: int) -> None:
+        """See :class:`Contestant`. Steps of the chain that was run, without the driver."""
         import torch
 
         chain = self._chain()
