@@ -154,9 +154,10 @@ class BNN(PyroModule):
         """An ``init_strategy`` that starts where the network given was: trained, or as PyTorch initialised it.
 
         For kernels of this package, Pyro's, and its guides; all chains start there. A learned ``noise_scale`` starts
-        at the median of its prior. A deep network's prior is a poor place to train from::
+        at the median of its prior. From a draw of its prior a deep network hardly learns: train it, and sample from
+        there::
 
-            SGLD(bnn, 1e-5, warm_start=500, init_strategy=bnn.init_to_network)
+            SGLD(bnn, 1e-5, init_strategy=bnn.init_to_network)
         """
         values = {site: self.net.get_buffer(name).clone() for name, site in self._sites.items()}
         strategy: Callable[[Any], Tensor] = init_to_value(values=values)

@@ -473,11 +473,13 @@ def test_workers_end_with_their_parent_though_they_wait_for_it_to_read(tmp_path)
     wait_until(lambda: not any(is_busy(pid) for pid in workers), parent)
     parent.kill()
     parent.join()
-    try:
-        wait_until(lambda: not any(is_running(pid) for pid in workers), seconds=20)
-    finally:
-        for pid in filter(is_running, workers):
-            os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + 20
+    while time.monotonic() < end and any(is_running(pid) for pid in workers):
+        time.sleep(0.02)
+    left = [pid for pid in workers if is_running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
 
 
 def is_busy(pid, seconds=0.3):
