@@ -4,6 +4,7 @@
 """The driver's own doings, on a kernel that costs nothing; :mod:`tests.test_chains_kernels` runs it on real ones."""
 
 import faulthandler
+import gc
 import logging
 import os
 import pickle
@@ -44,9 +45,15 @@ def method(request):
 
 @pytest.fixture(autouse=True)
 def _interruptible():
-    """Whatever runs the tests in the background may have had interrupts ignored."""
+    """Whatever runs the tests in the background may have had interrupts ignored.
+
+    Nor is garbage collected meanwhile: Python drops an interrupt that arrives while a callback of the collector's
+    runs, and hypothesis has one for as long as the process lives.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.disable()
     yield
+    gc.enable()
     signal.signal(signal.SIGINT, before)
 
 
