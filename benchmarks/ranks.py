@@ -8,8 +8,8 @@
 Digits, 64-50-10, four chains with the same seed, under ``torchrun`` with each number of processes, one thread each.
 Draws are compared with those of one process: of steps as they are, of compiled ones, with the data split over
 processes (all rows at each step), and of 784-400-400-10, whose four chains cost a process four times one (those of the
-small network hardly more than one). The generator that online distillation trains is judged on its
-held-out draws; its seconds are of chains and rounds together.
+small network hardly more than one); of both networks also where ``step_size="auto"`` is found by all. The generator
+that online distillation trains is judged on its held-out draws; its seconds are of chains and rounds together.
 """
 
 from __future__ import annotations
@@ -34,20 +34,23 @@ from pyro_apd.ranks import Ranks, joined
 NUM_CHAINS = 4
 SIZES = {"num_samples": 100, "warmup_steps": 50, "thinning": 20, "num_steps": 500}
 QUICK = {"num_samples": 12, "warmup_steps": 4, "thinning": 2, "num_steps": 10}
-CASES = ("as they are", "compiled", "data split", "larger network")
+FOUND, LARGER = "step size found", "larger network"
+CASES = ("as they are", "compiled", "data split", FOUND, LARGER, f"{LARGER}, {FOUND}")
 
 
 def prepared(case: str, problem: Problem, thinning: int, ranks: Ranks) -> tuple[apd.SGLD, tuple[Any, ...], str | None]:
     """A case's kernel, the data of this process, and what is split besides chains."""
     torch.manual_seed(0)
-    if case == "larger network":
+    is_found = case.endswith(FOUND)
+    if case.startswith(LARGER):
         model, (x, y, *_) = apd.BNN(mlp(400), prior_scale="fan_in"), synthetic((784,))
-        return apd.SGLD(model, 1e-6, batch_size=100, thinning=thinning // 2, seed=0, compile=False), (x, y), None
+        options = {"step_size": "auto" if is_found else 1e-6, "thinning": thinning // 2}
+        return apd.SGLD(model, batch_size=100, seed=0, compile=False, **options), (x, y), None
     if case == "data split":
         rows = tuple(values[ranks.rank :: ranks.size] for values in problem.train)
         return apd.SGLD(problem.model, 1e-4, seed=0, compile=False), rows, "data"
-    kernel = apd.SGLD(problem.model, 1e-4, batch_size=100, thinning=thinning, seed=0, compile=case == "compiled")
-    return kernel, problem.train, None
+    options = {"step_size": "auto" if is_found else 1e-4, "compile": case == "compiled", "thinning": thinning}
+    return apd.SGLD(problem.model, batch_size=100, seed=0, **options), problem.train, None
 
 
 def work(folder: Path, sizes: dict[str, int]) -> None:

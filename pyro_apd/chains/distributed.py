@@ -3,7 +3,8 @@
 
 """Chains over the processes of a job: each runs its own, vectorised, and what they drew comes together at the end.
 
-While chains run, processes say nothing to each other. All that a chain does follows from its number in the whole run.
+All that a chain does follows from its number in the whole run. While chains run, processes say nothing to each other;
+only a step size that is to be found is one for all chains, and so found together during warm-up.
 
 Or each process has some of the data, and all run all chains in step (:mod:`pyro_apd.kernels.split_data`).
 """
@@ -65,11 +66,15 @@ class RankRun(Run):
         num_chains = self.plan.num_chains
         self.ranks, self.own, self._is_shared, self._is_exchanged = ranks, self.chains, False, False
         #: Whether processes meet before each checkpoint, so that there always is one that all have.
-        self.is_in_step = self._is_part and self.settings.split == "data"
-        if self.is_in_step:
-            self.groups, self.progress = [Group(0, num_chains, ranks=ranks)], {0: Progress()}
-        if self.is_in_step or not self._is_part:
+        self.is_in_step = False
+        if not self._is_part:
             return
+        if self.settings.split == "data":
+            self.is_in_step = True
+            self.groups, self.progress = [Group(0, num_chains, ranks=ranks)], {0: Progress()}
+            return
+        # A step size is found by all at once: none may go on from before a measure and others from after it.
+        self.is_in_step = getattr(kernel, "schedule", ...) is None
         if num_chains < ranks.size:
             raise ValueError(
                 f"num_chains={num_chains} leaves some of {ranks.size} processes without a chain: ask for at least "
@@ -79,7 +84,7 @@ class RankRun(Run):
         self._is_shared = self.settings.store_path is not None and self.settings.gather != "none"
         self.chains = range(num_chains) if self._is_shared else self.own
         row = self.own.start if self._is_shared else 0
-        self.groups = [Group(self.own.start, len(self.own), row, num_chains)]
+        self.groups = [Group(self.own.start, len(self.own), row, num_chains, ranks)]
         self.progress = {self.own.start: Progress()}
 
     def sample(self) -> None:

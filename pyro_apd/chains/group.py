@@ -53,6 +53,7 @@ class Group:
     :ivar width: how many, vectorised; None for one chain by itself.
     :ivar row: where in the store the first one's draws go; None for its number.
     :ivar of: chains of the whole run, where others of it are in other processes; else None.
+    :ivar fellows: those processes; else None.
     :ivar ranks: processes that run these same chains, each with some of the data; else None.
     """
 
@@ -60,6 +61,7 @@ class Group:
     width: int | None = None
     row: int | None = None
     of: int | None = None
+    fellows: Ranks | None = None
     ranks: Ranks | None = None
 
     @property
@@ -91,7 +93,7 @@ def begin(kernel: Any, plan: Plan, group: Group, args: tuple[Any, ...], kwargs: 
     if start is not None:
         rows = group.first if group.width is None else slice(group.first, group.first + group.width)
         start = {name: value[rows] for name, value in start.items()}
-    shared = {"of_chains": group.of, "ranks": group.ranks}
+    shared = {"of_chains": group.of, "fellows": group.fellows, "ranks": group.ranks}
     elsewhere = {name: value for name, value in shared.items() if value is not None}
     return kernel.begin(
         args,

@@ -163,6 +163,7 @@ class StochasticGradientKernel(MCMCKernel):
         initial_params: Mapping[str, Tensor] | None = None,
         keep_draws: bool = True,
         of_chains: int | None = None,
+        fellows: Ranks | None = None,
         ranks: Ranks | None = None,
     ) -> Chain:
         """A chain, or several that advance together, ready to be driven.
@@ -176,16 +177,10 @@ class StochasticGradientKernel(MCMCKernel):
         :param initial_params: unconstrained values by site; for C chains with a leading dimension of C.
         :param bool keep_draws: keep the draws for the error of a chain that diverges.
         :param int of_chains: chains of the whole run, where others of it are in other processes.
+        :param Ranks fellows: those processes, which find one step size together where it is ``"auto"``.
         :param Ranks ranks: processes that each have some of the data and run the same chains.
-        :raises ValueError: with ``of_chains`` and ``step_size="auto"``, which would differ from process to process.
         :raises: as :meth:`setup`.
         """
-        if of_chains is not None and self.schedule is None:
-            raise ValueError(
-                "step_size='auto' is found by chains that advance together, and would not be the same in every process "
-                "of chain_method='distributed'. Find it in a short run of one process, which says it in "
-                "diagnostics()['tuning'], and give that number."
-            )
         self._started_at, self._logged_at, self._log = time.monotonic(), 0.0, OrderedDict()
         first = self._num_chains_begun if first_chain is None else first_chain
         seeds = [self._seed_of(first + i, is_numbered=first_chain is not None) for i in range(num_chains or 1)]
@@ -204,7 +199,12 @@ class StochasticGradientKernel(MCMCKernel):
         known = (warmup_steps + (warmup_steps if num_samples is None else num_samples)) * self.thinning
         num_warmup = warmup_steps * self.thinning
         potential.source.prefetch = self.prefetch
-        auto = AutoStep(self.max_inflation, num_warmup, seeds[0]) if self.schedule is None else None
+        auto, rows = None, None if of_chains is None else range(first, first + len(seeds))
+        if self.schedule is None:
+            seed_of_run = seeds[0] if rows is None else self._seed_of(0, is_numbered=True)
+            auto = AutoStep(self.max_inflation, num_warmup, seed_of_run)
+        warmup = WarmUp(num_warmup, self.temperature, self._dynamics, auto, self.warm_start)
+        warmup.goes_with(fellows or Ranks(), rows, of_chains or len(seeds))
         self._chain = Chain(
             potential,
             theta,
@@ -216,7 +216,7 @@ class StochasticGradientKernel(MCMCKernel):
             expected_steps=known,
             unroll=_unroll(self.thinning) if potential.layout.size * (of_chains or num_chains or 1) <= SMALL else 1,
             keep_draws=keep_draws,
-            warmup=WarmUp(num_warmup, self.temperature, self._dynamics, auto, self.warm_start),
+            warmup=warmup,
             control_variates=self.control_variates,
             kinetic=self._kinetic,
             of_chains=of_chains,

@@ -182,11 +182,15 @@ class Chain:
             self._inputs = inputs[-1]
             self.step += num
             # On a CPU the potential can be read at once; elsewhere reading waits for the device.
-            is_lost = self._is_cpu and not self._is_finite()
+            is_lost = self._looks_at_once and not self._is_finite()
             if is_lost or self.step == 1 or self.step - self._checked_step >= _CHECK_EVERY:
                 self.check()
         if self.warmup is not None:
             self.warmup.after_draw(self, self._theta)
+
+    @property
+    def _looks_at_once(self) -> bool:
+        return self._is_cpu and not (self.warmup is not None and self.warmup.looks_together)
 
     def statistics(self) -> dict[str, Tensor]:
         """Of the last step, ``()`` or ``(C,)``: ``potential`` (U on its batch), ``grad_norm`` and ``step_size``."""
@@ -304,8 +308,11 @@ class Chain:
         for piece in self._theta:
             is_good &= torch.isfinite(piece).all(-1)
         is_good = is_good.cpu() | self._is_frozen
-        if not bool(is_good.all()):
-            self._stop(torch.nonzero(~is_good.reshape(-1)).flatten().tolist())
+        lost = torch.nonzero(~is_good.reshape(-1)).flatten().tolist()
+        if self.warmup is not None and self.warmup.backs_off(self, bool(lost)):
+            self._put_back(lost)
+        elif lost:
+            self._stop(lost)
         for good, hopeful, piece in zip(self._last_good, self._hopeful, self._theta, strict=True):
             good.copy_(hopeful)
             hopeful.copy_(piece)
@@ -313,9 +320,6 @@ class Chain:
 
     def _stop(self, chains: Sequence[int]) -> None:
         """Freezes chains that ran away at their last good state; raises where that leaves none."""
-        if self.warmup is not None and self.warmup.backs_off(self):
-            self._put_back(chains)
-            return
         errors = [self._describe(chain) for chain in chains]
         if self.num_chains is None:
             raise errors[0]

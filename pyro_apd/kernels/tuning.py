@@ -14,8 +14,11 @@ share (:mod:`pyro_apd.kernels.dynamics` has the theory), for two reasons togethe
   noise may widen stiff directions further.
 
 Of chains that advance together one step goes for all: the share holds on their average, and the stiffest of them sets
-the distance from instability. A model of several modes or of strong curvature changes
-is no Gaussian: the share is then one of a Gaussian like it at the points where it was measured.
+the distance from instability. Where other processes have chains of the run, all measure their own at the same steps and
+hand round the figures, never a state, so that the step is the one that a single process would choose.
+
+A model of several modes or of strong curvature changes is no Gaussian: the share is then one of a Gaussian like it at
+the points where it was measured.
 
 The curvature of a network rises by orders of magnitude while it learns. So it is measured several times over the
 warm-up, at equal distances; the step follows, and what is kept is the median of the measures in its last quarter.
@@ -26,7 +29,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +38,7 @@ from torch import Tensor
 from pyro_apd.kernels.curvature import dense_hessian, hessian_product, lanczos
 from pyro_apd.kernels.dynamics import Dynamics
 from pyro_apd.minibatch import FullBatch, MinibatchSource, PlateSubsample, RowSubsample
+from pyro_apd.ranks import Ranks
 from pyro_apd.row_reader import RowReader
 
 logger = logging.getLogger("pyro_apd")
@@ -78,7 +82,9 @@ class Target:
     :ivar Dynamics dynamics: of the sampler, there.
     :ivar float temperature: T.
     :ivar epoch_length: batches an epoch without replacement: 1 for full data, None where batches count as independent.
-    :ivar is_active: of C chains, ``(C,)``: which have not diverged; None for all.
+    :ivar is_active: of C chains, ``(C,)``, those of other processes among them: which have not diverged; None for all.
+    :ivar Ranks ranks: processes that have other chains of the run; by default there are none.
+    :ivar rows: which of a run's chains are here, and ``of_chains``, how many it has; None where it has no others.
     """
 
     gradient: GradientAndEnergy
@@ -88,10 +94,34 @@ class Target:
     temperature: float = 1.0
     epoch_length: int | None = None
     is_active: Tensor | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    rows: range | None = None
+    of_chains: int = 1
 
     def active(self, values: Tensor) -> Tensor:
-        """Figures ``()`` or ``(C,)`` of the chains that go on."""
+        """Figures ``()`` or ``(C,)`` of the chains that go on, from those of all chains of the run."""
         return values if self.is_active is None else values[self.is_active]
+
+    def everywhere(self, *figures: Tensor) -> tuple[Tensor, ...]:
+        """Figures ``(C, ...)`` of all chains of the run, in their order, from those of the chains here.
+
+        :raises RankError: if another process is gone.
+        """
+        if self.ranks.size == 1:
+            return figures
+        by_process = self.ranks.gathered([figure.cpu() for figure in figures])
+        return tuple(torch.cat(parts) for parts in zip(*by_process, strict=True))
+
+    def random(self, generator: torch.Generator) -> Tensor:
+        """A random vector of the shape of ``theta``; a chain has the same whichever others are here."""
+        if self.rows is None:
+            return torch.randn(self.theta.shape, generator=generator).to(self.theta)
+        found = torch.empty(self.theta.shape)
+        for chain in range(self.of_chains):
+            vector = torch.randn(self.theta.shape[-1], generator=generator)
+            if chain in self.rows:
+                found[chain - self.rows.start] = vector
+        return found.to(self.theta)
 
     def product(self, batches: list[tuple[Tensor, ...]]) -> Callable[[Tensor], Tensor]:
         """Products with the Hessian on these batches, in the sampler's metric."""
@@ -143,6 +173,12 @@ class Directions:
     largest: Tensor
     is_dense: bool
 
+    def everywhere(self, target: Target) -> Directions:
+        """Those of all chains of the run."""
+        here = (self.curvature, self.weight, self.noise, self.largest)
+        curvature, weight, noise, largest = target.everywhere(*here)
+        return Directions(curvature, weight, noise, largest, self.is_dense)
+
     def inflation(self, step_size: float, target: Target) -> Tensor:
         """By what share variances come out too large, ``(...)``: in the worst direction if dense, else of the trace."""
         ratio, of = target.dynamics.variance_ratio, (target.temperature, target.epoch_length)
@@ -159,8 +195,7 @@ class Directions:
 
 def largest_curvature(target: Target, generator: torch.Generator) -> Tensor:
     """Largest curvature ``(...)`` in the sampler's metric, on one batch."""
-    start = _random_like(target.theta, generator)
-    return lanczos(target.product([target.draw()]), start, _NUM_LARGEST).largest
+    return lanczos(target.product([target.draw()]), target.random(generator), _NUM_LARGEST).largest
 
 
 def measure_directions(target: Target, generator: torch.Generator) -> Directions:
@@ -183,7 +218,7 @@ def _measure_dense(target: Target) -> Directions:
 
 def _measure_spectra(target: Target, generator: torch.Generator) -> Directions:
     product = target.product([target.draw()])
-    probe = target.scaled(_random_like(target.theta, generator))
+    probe = target.scaled(target.random(generator))
     seen = lanczos(product, probe, _NUM_SPECTRUM)
     noise_MD = _gradient_noise(target, _NUM_NOISE)
     if noise_MD.dim() == 0:
@@ -222,10 +257,6 @@ def _gradient_noise(target: Target, num_batches: int) -> Tensor:
     # Of one epoch's batches, which cancel, the sample variance is too large by k / (k - 1).
     share = 1.0 if length is None or length < num_batches else (length - 1) / length
     return (stacked - stacked.mean(0)) * math.sqrt(share / (num_batches - 1))
-
-
-def _random_like(theta: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(theta.shape, generator=generator).to(theta)
 
 
 def _positive(curvature: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,21 +352,27 @@ class AutoStep:
         """
         generator = torch.Generator().manual_seed((self.seed + 7_919 * self._num_done) % 2**62)
         is_last = self._num_done == len(self._marks) - 1
+        if target.is_active is not None and not bool(target.is_active.any()):
+            # All chains stand still, and say so when they are over.
+            self._num_done += 1
+            return
         if is_last or self._marks[self._num_done] >= _SETTLED * self.num_warmup:
-            choice = choose(measure_directions(target, generator), target, self.max_inflation)
+            choice = choose(measure_directions(target, generator).everywhere(target), target, self.max_inflation)
             self._choices.append(choice)
             wanted, largest = choice.step_size, choice.largest_curvature
         else:
-            largest = float(target.active(largest_curvature(target, generator)).max())
+            (of_chains,) = target.everywhere(largest_curvature(target, generator))
+            largest = float(target.active(of_chains).max())
             wanted = stable_step_size(max(largest, 1e-12), target.dynamics, self.max_inflation)
         self._num_done += 1
         if not math.isfinite(wanted):
             # The start has no finite potential, or the chain ran away: its own watch says so at the next step.
             wanted = self.step_size if math.isfinite(self.step_size) else 1e-12
         gradient, energies = target.gradient(target.theta, target.draw())
-        energy = float(target.active(energies).mean())
         # The drift of one step, compared with the state: from far away a gradient can be large where curvature is not.
         drift = target.scaled(target.scaled(gradient)).norm(dim=-1) / (1.0 + target.theta.norm(dim=-1))
+        drift, energies = target.everywhere(drift, energies)
+        energy = float(target.active(energies).mean())
         fastest = 2 * _MAX_DRIFT / max(float(target.active(drift).max()), 1e-30)
         self.step_size = self._guarded(min(wanted, fastest) if math.isfinite(fastest) else wanted, energy)
         self._energies.append(energy)
@@ -392,7 +429,7 @@ class AutoStep:
         """What was chosen and why: ``step_size``, ``bound`` (``"inflation"`` or ``"stability"``), the predicted
         ``inflation``, ``allowed``, ``largest_curvature`` (in the sampler's metric) and ``num_measures``. Empty before.
         """
-        if not self.is_settled:
+        if not self.is_settled or not self._choices:
             return {}
         ranked = sorted(self._choices, key=lambda choice: choice.step_size)
         middle = ranked[(len(ranked) - 1) // 2]

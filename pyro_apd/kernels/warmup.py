@@ -18,6 +18,7 @@ from pyro_apd.kernels.dynamics import Dynamics
 from pyro_apd.kernels.relaxation import DriftWatch, WarmupWarning, steps_to_forget, too_short
 from pyro_apd.kernels.tuning import AutoStep, Target, epoch_length
 from pyro_apd.kernels.warm_start import optimised
+from pyro_apd.ranks import Ranks
 
 if TYPE_CHECKING:
     from pyro_apd.kernels.chain import Chain
@@ -43,9 +44,19 @@ class WarmUp:
     ) -> None:
         self.num_steps, self.temperature, self.auto, self.warm_start = num_steps, temperature, auto, warm_start
         self._dynamics = dynamics
+        self._ranks, self._of_chains = Ranks(), 1
+        self._rows: range | None = None
         self._watch: DriftWatch | None = None
         self._step_of_keeping: int | None = None
         self._is_over = False
+
+    def goes_with(self, ranks: Ranks, rows: range | None, of_chains: int) -> None:
+        """Finds the step size together with processes that have other chains of the run.
+
+        :param rows: which of the run's chains are here; None where all are, in a run that is not of several processes.
+        :param int of_chains: how many the run has.
+        """
+        self._ranks, self._rows, self._of_chains = ranks, rows, of_chains
 
     def before_step(self, chain: Chain) -> None:
         """What is due before the chain's next step."""
@@ -58,12 +69,24 @@ class WarmUp:
                 self.auto.measure(self._target(chain))
             self.auto.step_size = chain.potential.agreed(self.auto.step_size)
 
-    def backs_off(self, chain: Chain) -> bool:
-        """Whether a chain that ran away is to go on from its last good state, with a smaller step.
+    @property
+    def looks_together(self) -> bool:
+        """Whether processes have to look at their chains at the same steps, also where one of them has all chains."""
+        return self.auto is not None and not self.auto.is_settled and self._rows is not None
+
+    def backs_off(self, chain: Chain, is_lost: bool) -> bool:
+        """Whether chains that ran away are to go on from their last good state, with a smaller step.
 
         A step size that is still being looked for may be too large; one that was given, or found, may not.
+
+        :param is_lost: whether a chain here ran away; one of another process counts as well.
+        :raises RankError: if another process is gone.
         """
-        return self.auto is not None and chain.step > 1 and self.auto.back_off(chain.step)
+        if self.auto is None or chain.step <= 1:
+            return False
+        if self.looks_together:
+            is_lost = any(self._ranks.gathered(is_lost))
+        return is_lost and self.auto.back_off(chain.step)
 
     def begin_keeping(self, chain: Chain) -> None:
         """What follows is kept."""
@@ -111,11 +134,9 @@ class WarmUp:
             self._watch.load_state_dict(state["watch"])
 
     def _target(self, chain: Chain) -> Target:
-        frozen = [error.chain for error in chain.divergences]
-        is_active = None
-        if frozen:
-            is_active = torch.ones(chain.num_chains or 1, dtype=torch.bool)
-            is_active[frozen] = False
+        is_active = torch.ones(chain.num_chains or 1, dtype=torch.bool)
+        is_active[[error.chain for error in chain.divergences]] = False
+        is_active = torch.cat(self._ranks.gathered(is_active))
         source = chain.potential.source
         return Target(
             chain.potential.gradient,
@@ -124,7 +145,10 @@ class WarmUp:
             self._dynamics(chain),
             self.temperature,
             chain.potential.agreed(epoch_length(source)),
-            is_active,
+            None if bool(is_active.all()) else is_active,
+            self._ranks,
+            self._rows,
+            self._of_chains,
         )
 
     def _steps_to_forget(self, chain: Chain, name: str, sd: float) -> float:

@@ -16,7 +16,9 @@ from pyro_apd.chains.checkpoint import CheckpointError
 from pyro_apd.chains.distributed import RankRun, path_of_rank
 from pyro_apd.chains.driver import MCMC, open_store
 from pyro_apd.errors import DivergenceError
-from pyro_apd.kernels import SGHMC, SGLD
+from pyro_apd.kernels import PSGLD, SGHMC, SGLD
+from pyro_apd.kernels.relaxation import WarmupWarning
+from pyro_apd.kernels.tuning import AutoStep
 from pyro_apd.ranks import RankError
 from tests.chains.walk import Walk
 from tests.models import Classifier, Conjugate
@@ -200,8 +202,113 @@ def test_settings_that_do_not_go_together():
         driver(method="parallel", split="data")
     with pytest.raises(ValueError, match="chain_method='distributed' is for this package's kernels"):
         driver(NUTS(MODEL.full))
-    with pytest.raises(ValueError, match="step_size='auto' is found by chains that advance together"):
-        run(SGLD(MODEL.full, "auto", seed=0), (MODEL.x, MODEL.y))
+
+
+# -- a step size that is found ----------------------------------------------------------------------------------------
+
+
+def finding():
+    """Kernels that find their step size in 150 steps of warm-up, and models of few latents and of many."""
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(60, 4, generator=generator), torch.randint(3, (60,), generator=generator)
+    options = {"step_size": "auto", "thinning": 10, "seed": 7}
+    return {
+        "few": (SGLD(MODEL.full, batch_size=10, **options), (MODEL.x, MODEL.y)),
+        "many": (SGLD(Classifier(), batch_size=10, **options), (x, y)),
+        "momenta": (SGHMC(Classifier(), **options), (x, y)),
+        "metric": (PSGLD(Classifier(), batch_size=10, warm_start=20, **options), (x, y)),
+    }
+
+
+def found_by(case, **settings):
+    kernel, data = finding()[case]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", WarmupWarning)
+        mcmc = run(kernel, data, warmup_steps=15, num_chains=4, **settings)
+    tuning = mcmc.diagnostics()["tuning"]
+    return {**summary(mcmc), "tuning": tuning}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_one_step_size_is_found_by_all_processes(size, tmp_path):
+    by_rank = on_ranks(lambda rank: {case: found_by(case) for case in finding()}, size, tmp_path)
+    for case in finding():
+        alone = found_by(case)
+        assert_same(by_rank[0][case], alone)
+        assert set(alone["tuning"]["chain 0"]) >= {"step_size", "bound"}
+        for other in by_rank:
+            own = {name: alone["tuning"][name] for name in other[case]["tuning"]}
+            assert other[case]["tuning"] == own
+
+
+def test_the_step_size_is_that_of_the_same_chains_in_one_process():
+    """Of few latents nothing is random but the batches, which are the same."""
+    distributed = found_by("few")["tuning"]["chain 0"]
+    assert distributed == found_by("few", method="vectorized")["tuning"]["chain 0"]
+
+
+def test_all_processes_slow_down_where_one_has_a_chain_that_runs_away(tmp_path, monkeypatch):
+    measure = AutoStep.measure
+
+    def too_bold(self, target):
+        measure(self, target)
+        if self._num_done == 1:
+            self.step_size *= 1e3
+
+    monkeypatch.setattr(AutoStep, "measure", too_bold)
+    # Chain 3, of rank 1, alone is where the potential is steep enough for such steps.
+    start = {"w": torch.tensor([[0.1], [0.1], [0.1], [6.0]])}
+
+    def quartic(y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(1), 10.0).to_event(1))
+        pyro.sample("obs", dist.Normal(w.square().sum(), 1.0), obs=y)
+
+    def on_rank(rank, **settings):
+        backed_off = []
+        back_off = AutoStep.back_off
+
+        def noted(self, step):
+            backed_off.append(step)
+            return back_off(self, step)
+
+        kernel = SGLD(quartic, "auto", thinning=50, seed=1)
+        with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(AutoStep, "back_off", noted)
+            warnings.simplefilter("ignore", WarmupWarning)
+            mcmc = run(kernel, (torch.tensor(1.0),), num_chains=4, warmup_steps=12, initial_params=start)
+        return {**summary(mcmc), "backed_off": backed_off}
+
+    first, second = on_ranks(on_rank, 2, tmp_path)
+    assert first["backed_off"]
+    assert first["backed_off"] == second["backed_off"]
+    assert first["diverged"] == []
+    alone = on_rank(0)
+    assert alone["backed_off"] == first["backed_off"]
+    assert_same(first, alone)
+
+
+def test_a_search_for_the_step_size_resumes(tmp_path):
+    """One process died after a measure that its last checkpoint came before, and the other's may have come after."""
+    path, fuse = tmp_path / "run.ckpt", tmp_path / "fuse"
+
+    def die(kernel, params, stage, i):
+        if os.environ.get("RANK") == "1" and stage == "Warmup" and i == 10 and fuse.exists():
+            fuse.unlink()
+            os._exit(9)
+
+    def on_rank(rank):
+        return found_by("many", checkpoint=path, checkpoint_every=1, hook_fn=die)
+
+    fuse.touch()
+    error, code = on_ranks(on_rank, 2, tmp_path)
+    assert (type(error), code) == (RankError, 9)
+    first, _ = on_ranks(on_rank, 2, tmp_path)
+    alone = found_by("many")
+    assert_same(first, alone)
+    assert first["tuning"] == alone["tuning"]
+
+
+# -- processes that die -----------------------------------------------------------------------------------------------
 
 
 class Dying(Walk):

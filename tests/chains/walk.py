@@ -102,7 +102,7 @@ class Walk:
 
     def begin(
         self, args, kwargs, *, warmup_steps, num_samples, num_chains=None, first_chain=0, initial_params=None,
-        of_chains=None,
+        of_chains=None, fellows=None,
     ):  # fmt: skip
         return WalkChain(self, num_chains, first_chain, initial_params, of_chains)
 

@@ -312,3 +312,14 @@ def test_a_chain_whose_every_step_runs_away_diverges():
     again = AutoStep(0.1, 600, seed=0)
     again.load_state_dict(auto.state_dict())
     assert not again.back_off(6)
+
+
+def test_where_all_chains_stand_still_nothing_is_measured():
+    """As where all of one process's chains, and all of the others', ran away for good during the warm-up."""
+    standing = Quadratic([[1.0, 2.0], [3.0, 4.0]], epoch=1).target(is_active=torch.zeros(2, dtype=torch.bool))
+    auto = AutoStep(0.1, 600, seed=0)
+    auto.step_size = 0.5
+    while not auto.is_settled:
+        auto.measure(standing)
+    assert auto.step_size == 0.5
+    assert auto.report() == {}
