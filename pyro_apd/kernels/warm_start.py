@@ -6,6 +6,10 @@
 A network started at a draw from its prior spends its warm-up on learning, at the steps of a sampler. An optimiser is
 there sooner; several chains, each from a start and with mini-batches of its own, are then a deep ensemble, around the
 members of which the chains sample (Sommer et al., ICLR 2025, start their samplers so).
+
+A step of Adam moves each weight by about the learning rate, whatever its gradient: what takes a network with wide
+weights out of its prior undoes one whose weights are a twentieth of that, as those of a trained convolutional network
+are. So the rate goes by the size of the weights at the start.
 """
 
 from __future__ import annotations
@@ -16,8 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: Learning rate of Adam at its highest.
-LEARNING_RATE = 0.01
+#: Learning rate of Adam at its highest, as a share of the weights' root mean square, and within what bounds.
+RELATIVE_RATE, LOWEST_RATE, HIGHEST_RATE = 0.025, 0.001, 0.01
 # Decay of the averages of gradients and of their squares, and what keeps their ratio finite: Kingma & Ba (2015).
 _DECAY, _SQUARE_DECAY, _STABILITY = 0.9, 0.999, 1e-8
 # The learning rate rises over this share of the steps, then falls as half a cosine.
@@ -29,7 +33,6 @@ def optimised(
     draw: Callable[[], tuple[Tensor, ...]],
     theta: Tensor,
     num_steps: int,
-    learning_rate: float = LEARNING_RATE,
 ) -> Tensor:
     """Near a mode of exp(-U), by Adam on mini-batches; never waits for the device.
 
@@ -38,17 +41,24 @@ def optimised(
     :param theta: where to start, ``(D,)``, or ``(C, D)`` for C chains that know nothing of each other.
     :returns: where it came to, as ``theta``; a chain whose entries are no longer finite is given back as it was.
     """
-    position = theta.clone()
+    position, highest = theta.clone(), highest_rate(theta)
     mean, square = torch.zeros_like(theta), torch.zeros_like(theta)
     for i in range(num_steps):
         slope = gradient(position, draw())[0]
         mean.mul_(_DECAY).add_(slope, alpha=1 - _DECAY)
         square.mul_(_SQUARE_DECAY).addcmul_(slope, slope, value=1 - _SQUARE_DECAY)
         scale = (square / (1 - _SQUARE_DECAY ** (i + 1))).sqrt_().add_(_STABILITY)
-        rate = learning_rate * share_of_rate((i + 0.5) / num_steps)
-        position.addcdiv_(mean, scale, value=-rate / (1 - _DECAY ** (i + 1)))
+        share = share_of_rate((i + 0.5) / num_steps)
+        position.addcdiv_(mean * highest, scale, value=-share / (1 - _DECAY ** (i + 1)))
     is_finite = torch.isfinite(position).all(-1, keepdim=True)
     return torch.where(is_finite, position, theta)
+
+
+def highest_rate(theta: Tensor) -> Tensor:
+    """The highest learning rate of each chain, ``(..., 1)``, from where it starts, ``(..., D)``."""
+    size = theta.square().mean(-1, keepdim=True).sqrt()
+    # At zero there is nothing to undo.
+    return torch.where(size > 0, (RELATIVE_RATE * size).clamp(LOWEST_RATE, HIGHEST_RATE), HIGHEST_RATE)
 
 
 def share_of_rate(progress: float) -> float:

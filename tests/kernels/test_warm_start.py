@@ -8,7 +8,7 @@ import torch
 from pyro.infer import MCMC
 
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
-from pyro_apd.kernels.warm_start import optimised, share_of_rate
+from pyro_apd.kernels.warm_start import highest_rate, optimised, share_of_rate
 from tests.models import Classifier, Conjugate
 
 PROBLEM = Conjugate()
@@ -33,6 +33,22 @@ def test_learning_rate_rises_then_falls_to_nothing():
     assert max(shares) == pytest.approx(1.0, abs=1e-3)
     assert shares.index(max(shares)) == 50
     assert shares[-1] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_learning_rate_goes_by_the_size_of_the_weights():
+    sizes = torch.tensor([[0.0], [0.001], [0.1], [0.2], [5.0]])
+    theta = sizes * torch.tensor([1.0, -1.0, 1.0])
+    expected = torch.tensor([[0.01], [0.001], [0.0025], [0.005], [0.01]])
+    torch.testing.assert_close(highest_rate(theta), expected)
+    torch.testing.assert_close(highest_rate(theta[2]), expected[2])
+
+
+def test_no_weight_moves_further_than_the_rates_add_up_to():
+    """Adam's steps do not go by the gradient's size: a trained network of narrow weights must not be undone."""
+    start = torch.full((1, 50), 0.04)
+    found = optimised(lambda theta, _: (1e6 * torch.ones_like(theta), theta.sum(-1)), tuple, start, 20)
+    moved = (found - start).abs().max()
+    assert 0.005 < moved < 20 * 0.001
 
 
 def test_a_chain_that_runs_away_is_given_back_and_the_others_are_not_touched():
