@@ -52,6 +52,9 @@ _BATCH = 100
 _PAPER_RATE = 1e-4
 # Principal coordinates: of one chain, more for every other, and at most.
 _RANK, _RANK_PER_CHAIN, _MAX_RANK = 40, 4, 64
+# And no more than one for so many draws. Large networks have few draws and short trainings, in which noise hardly makes
+# up for what coordinates leave out; small ones with as many come out too wide before their training is over.
+_DRAWS_A_COORDINATE, _DRAWS_A_CHUNKED_COORDINATE = 4, 2
 # Successive draws that make a mode.
 _STRETCH = 12
 # Noise is turned down by so much at a time, and so often at most.
@@ -107,7 +110,8 @@ def distill(
     :param str objective: with ``generator="paper"``, the game that it is trained by: ``"wgan-gp"`` (default),
         ``"wgan"``, ``"lsgan"`` or ``"non-saturating"``, each as published.
     :param int rank: principal coordinates, each of which costs as much as a network at ``storage_dtype``. By default 40
-        for one chain and 4 more for each other, up to 64 (``"chunked"``: 44) and a quarter of the draws.
+        for one chain and 4 more for each other, up to 64 and a quarter of the draws; ``"chunked"`` up to 44 and half
+        of the draws.
     :param str storage_dtype: precision of the posterior, and of the file that
         :meth:`~pyro_apd.DistilledPosterior.save` writes; by default ``"int8"``, a quarter of the bytes of a network in
         ``float32`` a coordinate; for ``"paper"``, and for draws of more digits, as the draws are. A chunked basis is
@@ -324,8 +328,10 @@ def _fit(task: _Task, wishes: Wishes) -> CoordinateGenerator | ChunkedGenerator:
     kind = wishes.generator or choose_generator(size, task.draws.dtype, wishes.storage_dtype)
     rank = wishes.rank
     if rank is None:
-        most = MAX_CHUNKED_RANK if kind == "chunked" else _MAX_RANK
-        rank = min(most, _RANK + _RANK_PER_CHAIN * (num_chains - 1), max(1, num_chains * num_draws // 4))
+        is_chunked = kind == "chunked"
+        most = MAX_CHUNKED_RANK if is_chunked else _MAX_RANK
+        each = _DRAWS_A_CHUNKED_COORDINATE if is_chunked else _DRAWS_A_COORDINATE
+        rank = min(most, _RANK + _RANK_PER_CHAIN * (num_chains - 1), max(1, num_chains * num_draws // each))
     noise = () if task.functions is None else _noise_blocks(task.layout)
     if kind == "chunked":
         sizes = [site.size for site in task.layout if site.size]

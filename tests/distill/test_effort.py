@@ -104,6 +104,12 @@ def test_large_networks_are_distilled_in_chunks(few, monkeypatch):
     assert posterior.metadata["space"] == "functions"
 
 
+def test_how_many_coordinates_so_many_draws_have(few):
+    """Of 60 draws 50 are trained on: half as many coordinates in chunks, a quarter by default."""
+    ranks = {kind: of(kind, num_steps=0).generator.rank for kind in ("coordinates", "chunked")}
+    assert ranks == {"coordinates": 12, "chunked": 25}
+
+
 def test_a_file_stays_within_twelve_networks():
     """An eighth bit a coordinate and weight, location and noise: with the largest rank there is."""
     layout = Layout({"a": (300, 200)})
@@ -115,7 +121,7 @@ def test_a_file_stays_within_twelve_networks():
 @pytest.mark.parametrize("known", [True, False], ids=["functions", "weights"])
 def test_the_start_has_the_law_of_the_default(few, known):
     """Noise is no part of what is compared bit for bit: it comes from other numbers."""
-    whole, parts = (of(kind, known, num_steps=0) for kind in ("coordinates", "chunked"))
+    whole, parts = (of(kind, known, num_steps=0, rank=12) for kind in ("coordinates", "chunked"))
     (mean_D, covariance_DD), (found_D, found_DD) = moments(whole), moments(parts)
     scale_D = covariance_DD.diagonal().sqrt()
     torch.testing.assert_close(found_D / scale_D, mean_D / scale_D, rtol=0, atol=0.1)
