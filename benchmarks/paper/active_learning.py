@@ -170,17 +170,28 @@ def methods(options: Options, pool: Pool) -> dict[str, tuple[str, Any]]:
         batch_size=50,
         options={"compile": False},
     )
+    distilled = Distilled(chain, options.by_budget(2, 10, 300))
+    if options.budget == "cpu" and pool.sizes[0] > 64:
+        # Of so many weights next to their prior, fifty draws and ten steps leave too wide a generator. The same chain,
+        # thinned less, has more of them.
+        distilled = Distilled(denser(chain, 4), 100)
     found = {
         CONTROL: ("random", chain),
         "SGLD, entropy": ("max_entropy", chain),
         "SGLD, BALD": ("bald", chain),
-        "APD, entropy": ("max_entropy", Distilled(chain, options.by_budget(2, 10, 300))),
+        "APD, entropy": ("max_entropy", distilled),
         "MC-dropout, entropy": ("max_entropy", dropout),
     }
     if options.budget == "full":
         found["MC-dropout, random"] = ("random", dropout)
         found["SGLD, BatchBALD"] = ("batch_bald", chain)
     return found
+
+
+def denser(chain: Chain, times: int) -> Chain:
+    """A chain of as many steps with ``times`` as many draws."""
+    draws = {"num_samples": chain.num_samples * times, "warmup_steps": chain.warmup_steps * times}
+    return replace(chain, thinning=chain.thinning // times, **draws)
 
 
 def step_size(num_inputs: int, num_labels: int) -> float:
