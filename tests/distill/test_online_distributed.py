@@ -51,11 +51,16 @@ def contents(posterior, path):
     return path.read_bytes()
 
 
-def test_chains_and_buffer_do_not_depend_on_the_number_of_processes(tmp_path):
+@pytest.mark.parametrize("step_size", [5e-3, "auto"])
+def test_chains_and_buffer_do_not_depend_on_the_number_of_processes(step_size, tmp_path):
     """Without training, a posterior is a function of the buffer."""
-    found = on_ranks(lambda rank: contents(run(num_steps=0), tmp_path / f"{rank}.safetensors"), 2, tmp_path)
+
+    def on_rank(rank):
+        return contents(run(step_size, num_steps=0), tmp_path / f"{rank}.safetensors")
+
+    found = on_ranks(on_rank, 2, tmp_path)
     for method in ("distributed", "vectorized"):
-        expected = contents(run(num_steps=0, chain_method=method), tmp_path / "one.safetensors")
+        expected = contents(run(step_size, num_steps=0, chain_method=method), tmp_path / "one.safetensors")
         assert found == [expected, expected]
 
 
