@@ -23,6 +23,12 @@ CHUNKED_FROM = 1_000_000
 #: Coordinates of a chunked generator, at most: with them its file is within twelve networks in ``float32``.
 MAX_CHUNKED_RANK = 44
 
+# Principal coordinates: of one chain, more for every other, and at most.
+_RANK, _RANK_PER_CHAIN, _MAX_RANK = 40, 4, 64
+# And no more than one for so many draws. Large networks have few draws and short trainings, in which noise hardly makes
+# up for what coordinates leave out; small ones with as many come out too wide before their training is over.
+_DRAWS_A_COORDINATE, _DRAWS_A_CHUNKED_COORDINATE = 4, 2
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -107,6 +113,14 @@ def _counted_results() -> Any:
 
 def _place(value: Tensor) -> int:
     return value.untyped_storage().data_ptr()
+
+
+def choose_rank(generator: str, num_chains: int, num_draws: int) -> int:
+    """How many principal coordinates to keep of so many draws of each of so many chains."""
+    is_chunked = generator == "chunked"
+    most = MAX_CHUNKED_RANK if is_chunked else _MAX_RANK
+    each = _DRAWS_A_CHUNKED_COORDINATE if is_chunked else _DRAWS_A_COORDINATE
+    return min(most, _RANK + _RANK_PER_CHAIN * (num_chains - 1), max(1, num_chains * num_draws // each))
 
 
 def choose_generator(num_weights: int, dtype: torch.dtype, storage_dtype: str | None) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_apd.bnn import BNN
 from pyro_apd.distill.critic import GAMES
-from pyro_apd.distill.effort import MAX_CHUNKED_RANK, Effort, Work, choose_generator
+from pyro_apd.distill.effort import Effort, Work, choose_generator, choose_rank
 from pyro_apd.distill.failure import DistillationError, DistillationWarning, find_failures
 from pyro_apd.distill.objective import (
     AdversarialObjective,
@@ -50,11 +50,6 @@ _MAX_WHOLE_ROWS = 512
 _BATCH = 100
 # Adam's for both players of the paper's games.
 _PAPER_RATE = 1e-4
-# Principal coordinates: of one chain, more for every other, and at most.
-_RANK, _RANK_PER_CHAIN, _MAX_RANK = 40, 4, 64
-# And no more than one for so many draws. Large networks have few draws and short trainings, in which noise hardly makes
-# up for what coordinates leave out; small ones with as many come out too wide before their training is over.
-_DRAWS_A_COORDINATE, _DRAWS_A_CHUNKED_COORDINATE = 4, 2
 # Successive draws that make a mode.
 _STRETCH = 12
 # Noise is turned down by so much at a time, and so often at most.
@@ -326,12 +321,7 @@ def _fit(task: _Task, wishes: Wishes) -> CoordinateGenerator | ChunkedGenerator:
     """The start of the generator asked for, or of that which suits the size of the network."""
     num_chains, num_draws, size = task.draws.shape
     kind = wishes.generator or choose_generator(size, task.draws.dtype, wishes.storage_dtype)
-    rank = wishes.rank
-    if rank is None:
-        is_chunked = kind == "chunked"
-        most = MAX_CHUNKED_RANK if is_chunked else _MAX_RANK
-        each = _DRAWS_A_CHUNKED_COORDINATE if is_chunked else _DRAWS_A_COORDINATE
-        rank = min(most, _RANK + _RANK_PER_CHAIN * (num_chains - 1), max(1, num_chains * num_draws // each))
+    rank = choose_rank(kind, num_chains, num_draws) if wishes.rank is None else wishes.rank
     noise = () if task.functions is None else _noise_blocks(task.layout)
     if kind == "chunked":
         sizes = [site.size for site in task.layout if site.size]

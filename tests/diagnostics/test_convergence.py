@@ -74,7 +74,8 @@ def test_what_has_no_figure():
     found = statistics(values)
     alone = statistics(values[:, :, :1])
     for name in STATISTICS:
-        assert torch.equal(found[name][:1], alone[name])
+        # Transforms of several series together may differ in the last bit from that of one.
+        torch.testing.assert_close(found[name][:1], alone[name], rtol=1e-12, atol=0)
         assert found[name][1].isnan()
     assert found["ess_bulk"][2] == 80  # as ArviZ has it of what never moves
     assert found["rhat"][2].isnan()
