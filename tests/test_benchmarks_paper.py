@@ -124,6 +124,10 @@ def test_tables_replace_their_own_kind_only(tmp_path):
     text = path.read_text()
     assert "table 0" not in text
     assert text.index("table 2") < text.index("table 1")
+    before = path.read_text()
+    for option in options:  # anew, the first in the middle of the file
+        write_table(option, "some", before.partition(f"begin some {option.label} -->")[2].partition("<!--")[0])
+    assert path.read_text() == before
 
 
 def test_bars_are_of_seeds_or_of_the_one_there_is():

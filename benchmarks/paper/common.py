@@ -173,5 +173,6 @@ def write_table(options: Options, name: str, text: str) -> Path:
     known = path.read_text() if path.exists() else "# The paper's experiments\n"
     before, found, rest = known.partition(begin)
     after = rest.partition(end)[2] if found else ""
+    after = f"\n{after.lstrip()}" if after.strip() else ""
     path.write_text(f"{before.rstrip()}\n\n{begin}\n{text.strip()}\n{end}\n{after}")
     return path
