@@ -38,9 +38,9 @@ from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, markdown_table, write_json
 from pyro_apd import BNN, PSGLD, SGHMC, SGLD
+from pyro_apd.cli.demo import digit_network
 from pyro_apd.datasets import digits
-from pyro_apd.demo import digit_network
-from pyro_apd.predictive import log_likelihood
+from pyro_apd.predictive.predictive import log_likelihood
 
 SEEDS = (0, 1, 2)
 NUM_DRAWS = 150

@@ -24,8 +24,8 @@ from torch import Tensor
 from benchmarks.common import markdown_table, write_json
 from benchmarks.diagnostics_cases import NUM_MEMORISED, Generator, Problem, clusters, line
 from pyro_apd import diagnostics
-from pyro_apd.diagnostics.convergence import statistics
-from pyro_apd.diagnostics.verdict import POORLY_MIXED
+from pyro_apd.diagnostics.comparison.verdict import POORLY_MIXED
+from pyro_apd.diagnostics.mixing.convergence import statistics
 
 #: Chains that an exact generator is compared with, by their autocorrelation.
 CLEAN = {"exact": 0.5, "exact, slow chain": 0.9}
@@ -170,7 +170,7 @@ def table(counts: dict[str, dict[str, dict[str, int]]]) -> str:
 
 def time_statistics(num_weights: int = 80_000) -> dict[str, float]:
     """Seconds for all statistics of 4 x 500 draws of that many weights, and the largest difference to ArviZ."""
-    from pyro_apd.diagnostics import arviz_compat
+    from pyro_apd.diagnostics.arviz_export import compat
 
     torch.set_num_threads(2)
     values_CSD = torch.randn(4, 500, num_weights, generator=torch.Generator().manual_seed(0))
@@ -180,7 +180,7 @@ def time_statistics(num_weights: int = 80_000) -> dict[str, float]:
     found = statistics(values_CSD)
     seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu
     memory = _peak_memory() - before
-    arviz = arviz_compat.import_arviz()
+    arviz = compat.import_arviz()
     makers = {
         "rhat": arviz.rhat,
         "ess_bulk": lambda v: arviz.ess(v, method="bulk"),

@@ -19,7 +19,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_apd.layout import Layout
+from pyro_apd.models.layout import Layout
 
 Draws = dict[str, Tensor]
 

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.common import markdown_table, write_json
 from pyro_apd import BNN, diagnostics, distill
+from pyro_apd.cli.demo import FULL, digit_network, sample_chains
 from pyro_apd.datasets import digits, inverted, noise
-from pyro_apd.demo import FULL, digit_network, sample_chains
 
 
 def one_seed(seed: int) -> dict:

@@ -42,9 +42,9 @@ from benchmarks.distillation_methods import (
     thinned,
     timed,
 )
-from pyro_apd.diagnostics.evaluation import Evaluation, Inputs, evaluate, similarities
-from pyro_apd.layout import Layout
-from pyro_apd.predictive import outputs
+from pyro_apd.diagnostics.comparison.evaluation import Evaluation, Inputs, evaluate, similarities
+from pyro_apd.models.layout import Layout
+from pyro_apd.predictive.predictive import outputs
 
 NUM_DRAWS = 100
 # What stands for several cases.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_apd import BNN, MCMC, SGLD, datasets, open_store
-from pyro_apd.chains.store import DrawStore
+from pyro_apd.chains.stores.base import DrawStore
 
 CACHE = Path(os.environ.get("PYRO_APD_CACHE", Path.home() / ".cache" / "pyro_apd" / "benchmarks"))
 PERIOD, HELD_OUT = 10, 2

@@ -15,15 +15,15 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from benchmarks.distillation_cases import Problem
-from pyro_apd import DistilledPosterior, precision
+from pyro_apd import DistilledPosterior
 from pyro_apd.baselines.low_rank import fit_low_rank
 from pyro_apd.baselines.stored_draws import herded as herd
-from pyro_apd.distill.offline import Wishes, distill_draws
-from pyro_apd.distill.probes import Probes
-from pyro_apd.distill.source import Source
-from pyro_apd.generators import CoordinateGenerator
-from pyro_apd.layout import Layout
-from pyro_apd.predictive import function_values
+from pyro_apd.distillation.offline import Wishes, distill_draws
+from pyro_apd.distillation.probes import Probes
+from pyro_apd.distillation.source import Source
+from pyro_apd.generators import CoordinateGenerator, precision
+from pyro_apd.models.layout import Layout
+from pyro_apd.predictive.predictive import function_values
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import torch
 
 import pyro_apd as apd
 from benchmarks.common import write_json
-from pyro_apd import container
+from pyro_apd.posterior import container
 
 FILES = Path(__file__).parent.parent / "tests" / "files"
 SEEDS = ("posterior_v1_paper", "posterior_v2_float32", "posterior_v2_int8")

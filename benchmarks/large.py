@@ -30,7 +30,7 @@ import pyro_apd as apd
 from benchmarks.common import markdown_table, write_json
 from benchmarks.large_networks import CASES, QUICK, Case
 from benchmarks.memory import anonymous
-from pyro_apd.chains.disk_store import open_store
+from pyro_apd.chains.stores.disk import open_store
 
 NUM_PREDICTED, NUM_DRAWN = 20, 5
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import pyro_apd as apd
-from pyro_apd.normalisation import with_group_norm
+from pyro_apd.models.normalisation import with_group_norm
 
 
 class BasicBlock(nn.Module):

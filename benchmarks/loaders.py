@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks.common import markdown_table, write_json
 from pyro_apd import BNN, SGLD
+from pyro_apd.data.index_stream import IndexStream, LongIndexStream
 from pyro_apd.datasets import mnist
-from pyro_apd.index_stream import IndexStream, LongIndexStream
 
 BATCH_SIZE, STEP_SIZE, TARGET = 100, 1e-6, 0.15
 MEMORY = "tensors in memory, `batch_size=100`"

@@ -101,7 +101,7 @@ def anonymous() -> int:
 def distil(path: str) -> None:
     """Prints the peak anonymous memory of ``distill`` above what was there before, in bytes."""
     import pyro_apd
-    from pyro_apd.chains.disk_store import open_store
+    from pyro_apd.chains.stores.disk import open_store
 
     model, x, y = problem()
     store, before, peak_bytes, done = open_store(path), anonymous(), 0, threading.Event()

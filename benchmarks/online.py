@@ -26,7 +26,7 @@ from benchmarks.common import markdown_table, write_json
 from benchmarks.distillation import compared, predictions
 from benchmarks.distillation_cases import Problem, digits
 from pyro_apd import MCMC, SGLD, DistilledPosterior, distill, distill_online
-from pyro_apd.layout import Layout
+from pyro_apd.models.layout import Layout
 
 NUM_CHAINS, NUM_COMPARED = 4, 100
 SIZES = {"num_samples": 600, "warmup_steps": 300, "thinning": 20}

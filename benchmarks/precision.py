@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import pyro_apd as apd
 from benchmarks.common import markdown_table, write_json
-from pyro_apd.precision import DTYPES
+from pyro_apd.generators.precision import DTYPES
 
 NUM_DRAWS, NUM_STEPS = 200, 400
 

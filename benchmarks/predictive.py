@@ -37,7 +37,7 @@ from torch.nn import functional
 import pyro_apd as apd
 from benchmarks.common import markdown_table, write_json
 from pyro_apd.generators import CoordinateGenerator
-from pyro_apd.layout import Layout
+from pyro_apd.models.layout import Layout
 
 RANK = 20
 #: Draws that are timed: fewer of the larger network, so that all of it ends within the hour.

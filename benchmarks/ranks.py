@@ -29,7 +29,7 @@ import pyro_apd as apd
 from benchmarks.common import markdown_table, write_json
 from benchmarks.distillation_cases import Problem, digits
 from benchmarks.large_networks import mlp, synthetic
-from pyro_apd.ranks import Ranks, joined
+from pyro_apd.runtime.ranks import Ranks, joined
 
 NUM_CHAINS = 4
 SIZES = {"num_samples": 100, "warmup_steps": 50, "thinning": 20, "num_steps": 500}

@@ -20,7 +20,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from torch import Tensor
 
 from pyro_apd import PSGLD, SGHMC, SGLD
-from pyro_apd.layout import Layout
+from pyro_apd.models.layout import Layout
 
 KERNELS = {"SGLD": SGLD, "PSGLD": PSGLD, "SGHMC": SGHMC}
 #: Share by which a Gaussian's variance may be widened in its stiffest direction.

@@ -7,19 +7,18 @@ A Bayesian neural network is sampled with :class:`SGLD` inside :class:`pyro.infe
 generator on the draws, a :class:`DistilledPosterior`, which stands in for them wherever Pyro takes a posterior.
 """
 
-__version__ = "0.1.0"
-
 from pyro_apd import active_learning, adversarial, baselines, datasets, diagnostics, metrics, ood, uncertainty
-from pyro_apd.bnn import BNN
+from pyro_apd._version import __version__ as __version__
 from pyro_apd.chains import MCMC, CheckpointError, WorkerError, open_store
-from pyro_apd.distill import DistillationError, DistillationWarning, OnlineDistillation, distill, distill_online
+from pyro_apd.distillation import DistillationError, DistillationWarning, OnlineDistillation, distill, distill_online
 from pyro_apd.errors import ArtifactError, DataError, DivergenceError, ModelError
-from pyro_apd.fingerprint import fingerprint
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD, WarmupWarning, schedules
-from pyro_apd.posterior import DistilledPosterior
-from pyro_apd.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs
-from pyro_apd.ranks import RankError
-from pyro_apd.reductions import reduce_outputs
+from pyro_apd.models.bnn import BNN
+from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.predictive.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs
+from pyro_apd.predictive.reductions import reduce_outputs
+from pyro_apd.runtime.hashing import fingerprint
+from pyro_apd.runtime.ranks import RankError
 
 __all__ = [
     "BNN",

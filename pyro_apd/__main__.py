@@ -5,7 +5,7 @@
 
 import sys
 
-from pyro_apd.cli import main
+from pyro_apd.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

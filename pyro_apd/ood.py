@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from pyro_apd import uncertainty
 from pyro_apd.baselines import DarkKnowledge
 from pyro_apd.diagnostics.draws import evenly_spaced, read_chain
-from pyro_apd.draw_map import Draws, check_draws
 from pyro_apd.errors import ModelError
-from pyro_apd.posterior import DistilledPosterior
-from pyro_apd.predictive import outputs
-from pyro_apd.pyro_state import preserved_param_store, seeded
-from pyro_apd.reductions import reduce_outputs
+from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.predictive.predictive import outputs
+from pyro_apd.predictive.reductions import reduce_outputs
+from pyro_apd.predictive.vmap_draws import Draws, check_draws
+from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
 __all__ = ["METRICS", "Detection", "Figure", "OutOfDistribution", "evaluate", "rank_metrics"]
 

@@ -1,11 +1,12 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Data flows one way: a module imports only from floors below its own. A new module is placed here first."""
+"""The layout of the package: which room may import from which, and how large its parts may be."""
 
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,92 +15,134 @@ import pyro_apd
 
 PACKAGE = Path(pyro_apd.__file__).parent
 
-# From the ground up; a module may import from lower floors, and from its own room.
-FLOORS = [
-    {"accumulators"},
-    {
-        "errors",
-        "metrics",
-        "normalisation",
-        "uncertainty",
-        "datasets",
-        "pyro_state",
-        "precision",
-        "draw_linear",
-        "row_cut",
-        "fingerprint",
-        "permutation",
-        "prefetch",
-        "ranks",
-        "trees",
-    },
-    {"arguments", "index_stream"},
-    {"layout", "bnn", "container"},
-    {"draw_map", "drawing", "minibatch", "capture", "estimates", "networks"},
-    {"loader"},
-    {"row_reader"},
-    {"scaling", "observed_site"},
-    {"summaries"},
-    {"reductions"},
-    {"potential", "predictive"},
-    {"kernels", "generators"},
-    {"artifact"},
-    {"posterior", "chains"},
-    {"distill"},
+# From the lowest level up. A module imports from lower levels and from its own room. A new room is placed here first.
+LEVELS = [
+    {"_version", "errors", "metrics", "uncertainty", "datasets", "runtime", "generators"},
+    {"data"},
+    {"models"},
+    {"predictive"},
+    {"kernels", "posterior"},
+    {"chains"},
+    {"distillation"},
     {"diagnostics", "baselines"},
     {"active_learning", "adversarial", "ood"},
-    {"demo", "inspection"},
     {"cli"},
+    {"__main__"},
 ]
+# The same within rooms that have folders; "" is the room's own modules.
+INNER_LEVELS = {
+    "kernels": [{"adaptation"}, {"engine"}, {""}],
+    "chains": [{"stores"}, {""}],
+    "diagnostics": [{""}, {"comparison"}, {"mixing"}, {"arviz_export", "plots"}, {"html"}],
+}
+MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_ROOMS = 500, 60, 26
+
+
+@cache
+def sources():
+    """Syntax tree by dotted name below the package, ``kernels.sgld``; a folder stands for its ``__init__``."""
+    trees = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        trees[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = (path, ast.parse(path.read_text()))
+    return trees
 
 
 def modules():
-    return sorted(path for path in PACKAGE.rglob("*.py") if path.name not in {"__init__.py", "__main__.py"})
+    """What is not an ``__init__``, which only collects names."""
+    return {name: found for name, found in sources().items() if found[0].name != "__init__.py"}
 
 
-def room(name):
-    """The first part below the package: ``kernels`` for ``pyro_apd.kernels.sgld``."""
-    return name.split(".")[1] if "." in name else ""
-
-
-def imported(path):
-    """Names within the package that a module imports, where it runs and not only where it is type-checked."""
-    tree = ast.parse(path.read_text())
+@cache
+def arrows(name):
+    """Modules of the package that a module imports, anywhere in it, but for what only the type checker reads."""
+    _, tree = sources()[name]
     guarded = {
         node
         for block in ast.walk(tree)
         if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
         for node in ast.walk(block)
     }
+    found = set()
     for node in ast.walk(tree):
         if node in guarded:
             continue
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pyro_apd":
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            parent = node.module.removeprefix("pyro_apd").lstrip(".")
+            for alias in node.names:
+                full = f"{parent}.{alias.name}".lstrip(".")
+                found.add(full if full in sources() else parent)
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("pyro_apd."))
+            found |= {a.name.removeprefix("pyro_apd.") for a in node.names if a.name.startswith("pyro_apd.")}
+    return found - {name, ""}
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_only_from_floors_below(path):
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    height = {name: level for level, floor in enumerate(FLOORS) for name in floor}
-    assert own in height, f"{own} has no floor"
-    for name in imported(path):
-        target = room(name)
-        if target == own or target not in height:
+def heights(levels):
+    return {room: height for height, level in enumerate(levels) for room in level}
+
+
+def room(name):
+    return name.split(".")[0]
+
+
+def folder(name):
+    """The folder within its room that a module is in, ``""`` for the room itself."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 2 or (len(parts) == 2 and sources()[name][0].name == "__init__.py") else ""
+
+
+def test_a_module_imports_only_from_rooms_below():
+    height = heights(LEVELS)
+    assert not {room(name) for name in modules()} - set(height), "rooms without a level"
+    upward = [
+        f"{name} -> {target}"
+        for name in modules()
+        for target in arrows(name)
+        if room(target) != room(name) and height[room(target)] >= height[room(name)]
+    ]
+    assert not upward
+
+
+def test_folders_within_a_room_have_levels_too():
+    upward = []
+    for name in modules():
+        if room(name) not in INNER_LEVELS:
             continue
-        assert height[target] < height[own], f"{own} imports {name}, which is not below it"
+        height = heights(INNER_LEVELS[room(name)])
+        inside = [target for target in arrows(name) if room(target) == room(name) and folder(target) != folder(name)]
+        upward += [f"{name} -> {t}" for t in inside if height[folder(t)] >= height[folder(name)]]
+    assert not upward
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_modules_stay_readable(path):
-    source = path.read_text()
-    assert len(source.splitlines()) <= 500
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            described = len((ast.get_docstring(node, clean=False) or "").splitlines())
-            assert node.end_lineno - node.lineno - described < 60, f"{node.name} is too long"
+def test_no_imports_go_in_a_circle():
+    """Removes modules of which all imports are removed, until none is left."""
+    left = {name: arrows(name) & set(modules()) for name in modules()}
+    while settled := {name for name, targets in left.items() if not targets & set(left)}:
+        left = {name: targets for name, targets in left.items() if name not in settled}
+    assert not left
+
+
+def test_the_rooms_can_be_counted():
+    entries = {
+        path.name
+        for path in PACKAGE.iterdir()
+        if path.name not in ("__init__.py", "__pycache__") and (path.is_dir() or path.suffix == ".py")
+    }
+    assert len(entries) <= MAX_ROOMS
+
+
+def test_modules_and_functions_stay_readable():
+    too_long = []
+    for path, tree in sources().values():
+        name = path.relative_to(PACKAGE)
+        if len(path.read_text().splitlines()) > MAX_MODULE_LINES:
+            too_long.append(str(name))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                described = len((ast.get_docstring(node, clean=False) or "").splitlines())
+                if node.end_lineno - node.lineno - described >= MAX_FUNCTION_LINES:
+                    too_long.append(f"{name}: {node.name}")
+    assert not too_long
 
 
 def public(body, prefix):
@@ -114,38 +157,42 @@ def public(body, prefix):
             yield from public(node.body, f"{prefix}.{node.name}")
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_every_public_name_has_a_docstring(path):
-    tree = ast.parse(path.read_text())
-    named = [("module", tree), *public(tree.body, path.stem)]
+def test_every_public_name_has_a_docstring():
+    named = [
+        pair for name, (_, tree) in sources().items() for pair in [(name or "pyro_apd", tree), *public(tree.body, name)]
+    ]
     assert not [name for name, node in named if not ast.get_docstring(node)]
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_the_command_line_prints(path):
+def calls(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def test_only_the_command_line_prints():
     printing = [
-        node.lineno
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        f"{name}: line {call.lineno}"
+        for name, (_, tree) in modules().items()
+        for call in calls(tree)
+        if getattr(call.func, "id", "") == "print" and room(name) != "cli"
     ]
-    assert not printing or path.name in ("cli.py", "command.py"), f"lines {printing} print; use the logger 'pyro_apd'"
+    assert not printing, "use the logger 'pyro_apd'"
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_nothing_is_coloured_in_a_terminal(path):
+def test_nothing_is_coloured_in_a_terminal():
     """NO_COLOR is kept by having none: no escape codes, and bars in the terminal's own colour."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            assert "\x1b" not in node.value
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("tqdm", "trange"):
-            assert "colour" not in [keyword.arg for keyword in node.keywords]
+    for name, (_, tree) in modules().items():
+        for node in ast.walk(tree):
+            assert not (isinstance(node, ast.Constant) and isinstance(node.value, str) and "\x1b" in node.value), name
+        for call in calls(tree):
+            if getattr(call.func, "id", "") in ("tqdm", "trange"):
+                assert "colour" not in [keyword.arg for keyword in call.keywords], name
 
 
 @pytest.mark.thorough
 def test_drawing_from_a_file_needs_no_training_code():
     code = (
         "import sys; import pyro_apd.posterior; "
-        "training = ('pyro_apd.distill', 'pyro_apd.kernels', 'pyro_apd.potential'); "
+        "training = ('pyro_apd.distillation', 'pyro_apd.kernels', 'pyro_apd.chains', 'pyro_apd.models.potential'); "
         "assert not any(m.startswith(training) for m in sys.modules)"
     )
     # `import pyro_apd` itself offers everything; what ships must stand without it being used.
@@ -154,6 +201,18 @@ def test_drawing_from_a_file_needs_no_training_code():
         f"p.__path__ = [{str(PACKAGE)!r}]; p.__version__ = '0'; sys.modules['pyro_apd'] = p; {code}"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_no_public_function_hides_a_module():
+    """``import pyro_apd.x.y as m`` must work, which a function of the name of a folder would prevent."""
+    code = "import pyro_apd.distillation.objective as objective; assert objective.__file__"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name in sources():
+        if "." not in name and name:
+            assert getattr(pyro_apd, name, sys.modules.get(f"pyro_apd.{name}")) in (
+                None,
+                sys.modules.get(f"pyro_apd.{name}"),
+            ), name
 
 
 def test_public_names():

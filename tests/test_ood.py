@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import pyro_apd as apd
 from pyro_apd import ood
 from pyro_apd.ood import METRICS, _resampled, _weighted, rank_metrics
-from tests.models import Classifier
+from tests.support.models import Classifier
 
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
 SITES = {"first.weight": (6, 4), "first.bias": (6,), "second.weight": (3, 6), "second.bias": (3,)}

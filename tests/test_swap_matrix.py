@@ -15,8 +15,8 @@ from torch.distributions import constraints
 
 import pyro_apd as apd
 from pyro_apd.generators import PaperGenerator
-from pyro_apd.layout import Layout
-from pyro_apd.posterior import NOISE_SITE, DistilledPosterior
+from pyro_apd.models.layout import Layout
+from pyro_apd.posterior.posterior import NOISE_SITE, DistilledPosterior
 
 S = 4
 GENERATOR = torch.Generator().manual_seed(0)

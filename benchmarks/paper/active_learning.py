@@ -38,7 +38,7 @@ from benchmarks.paper.common import Job, Options, Results, data_root, plus_minus
 from benchmarks.paper.registry import Experiment
 from pyro_apd import BNN, active_learning, datasets
 from pyro_apd.active_learning import Baseline, Chain, Distilled, balanced
-from pyro_apd.pyro_state import seeded
+from pyro_apd.runtime.global_state import seeded
 
 CONTROL = "SGLD, random"
 PAPER = "APD, paper's generator, entropy"

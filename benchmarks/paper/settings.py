@@ -21,8 +21,8 @@ from benchmarks import distillation_cases
 from benchmarks.distillation_cases import CASES, Case, Chains, Problem
 from benchmarks.paper.common import Options, warnings_noted
 from pyro_apd import MCMC, SGLD, open_store
-from pyro_apd.chains.store import DrawStore
-from pyro_apd.pyro_state import seeded
+from pyro_apd.chains.stores.base import DrawStore
+from pyro_apd.runtime.global_state import seeded
 
 
 @dataclass(frozen=True)

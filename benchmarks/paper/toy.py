@@ -36,7 +36,7 @@ from benchmarks.distillation_cases import toy as points
 from benchmarks.paper.common import Options, Results, plus_minus, warnings_noted
 from benchmarks.paper.registry import Experiment
 from pyro_apd import baselines
-from pyro_apd.pyro_state import seeded
+from pyro_apd.runtime.global_state import seeded
 
 STEP_SIZE, PRIOR_PRECISION = 2.5e-3, 0.02
 #: Of the grid: the paper's step is 0.1.

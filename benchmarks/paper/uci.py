@@ -31,7 +31,7 @@ from benchmarks.distillation_cases import Problem, network
 from benchmarks.distillation_cases import uci as uci_case
 from benchmarks.paper.common import Options, Results, data_root, warnings_noted
 from benchmarks.paper.registry import Experiment
-from pyro_apd.pyro_state import seeded
+from pyro_apd.runtime.global_state import seeded
 
 SETS = ("concrete", "energy", "wine-quality-red", "yacht")
 #: Root mean squared error and log-likelihood as published: with a standard deviation, PBP with a standard error

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pyro_apd.posterior import DistilledPosterior
+from pyro_apd.posterior.posterior import DistilledPosterior
 
 #: Of the file; raised when what is in it changes its meaning.
 FORMAT = 1

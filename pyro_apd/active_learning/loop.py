@@ -21,11 +21,11 @@ from pyro_apd import metrics
 from pyro_apd.active_learning.acquisition import Acquisition, check_acquisition, select
 from pyro_apd.active_learning.history import History, HistoryFile, Round
 from pyro_apd.active_learning.posteriors import Chain, Posterior
-from pyro_apd.drawing import take_draws
 from pyro_apd.errors import ModelError
-from pyro_apd.fingerprint import fingerprint
-from pyro_apd.predictive import outputs
-from pyro_apd.pyro_state import seeded
+from pyro_apd.predictive.draws import take_draws
+from pyro_apd.predictive.predictive import outputs
+from pyro_apd.runtime.global_state import seeded
+from pyro_apd.runtime.hashing import fingerprint
 
 _RETRAINING = ("cold", "warm")
 

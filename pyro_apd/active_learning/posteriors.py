@@ -20,11 +20,11 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 from pyro_apd.chains import MCMC
-from pyro_apd.distill import distill, distill_online
+from pyro_apd.distillation import distill, distill_online
 from pyro_apd.kernels import SGLD
-from pyro_apd.layout import Layout
-from pyro_apd.posterior import DistilledPosterior
-from pyro_apd.pyro_state import preserved_param_store, seeded
+from pyro_apd.models.layout import Layout
+from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
 Draws = dict[str, Tensor]
 #: From model, labelled inputs, their labels, a seed and the last round's posterior to this round's.

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_apd.drawing import take_draws
 from pyro_apd.errors import ModelError
-from pyro_apd.predictive import FunctionView, outputs
-from pyro_apd.pyro_state import preserved_param_store, seeded
+from pyro_apd.predictive.draws import take_draws
+from pyro_apd.predictive.predictive import FunctionView, outputs
+from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
 METHODS = ("fgsm", "fgsm_minimal", "pgd")
 THROUGH = ("one", "mean", "expectation")

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from pyro_apd import metrics, uncertainty
 from pyro_apd.adversarial.attacks import Attack, Bounds, attack, check_inputs
-from pyro_apd.drawing import take_draws
-from pyro_apd.predictive import outputs
-from pyro_apd.pyro_state import seeded
+from pyro_apd.predictive.draws import take_draws
+from pyro_apd.predictive.predictive import outputs
+from pyro_apd.runtime.global_state import seeded
 
 #: Scores that an attacked input is to be told by, and their names in tables.
 SCORES = {

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from pyro_apd.draw_map import check_draws
 from pyro_apd.errors import ModelError
-from pyro_apd.posterior import DistilledPosterior
-from pyro_apd.predictive import FunctionView, outputs
-from pyro_apd.pyro_state import seeded
+from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.predictive.predictive import FunctionView, outputs
+from pyro_apd.predictive.vmap_draws import check_draws
+from pyro_apd.runtime.global_state import seeded
 
 # Draws of a generator are made anew every so many steps.
 _RENEW = 50

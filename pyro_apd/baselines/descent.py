@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_apd.errors import ModelError
-from pyro_apd.kernels.warm_start import share_of_rate
-from pyro_apd.potential import Potential, build_potential
-from pyro_apd.predictive import log_likelihood
-from pyro_apd.pyro_state import preserved_param_store, seeded
+from pyro_apd.kernels.adaptation.warm_start import share_of_rate
+from pyro_apd.models.potential import Potential, build_potential
+from pyro_apd.predictive.predictive import log_likelihood
+from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
 
 @dataclass(frozen=True)

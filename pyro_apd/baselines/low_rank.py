@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from pyro_apd.baselines.descent import check_counts
-from pyro_apd.distill.source import read_source
+from pyro_apd.distillation.source import read_source
 from pyro_apd.generators import LowRankGenerator
 from pyro_apd.generators.coordinates import principal_coordinates
-from pyro_apd.posterior import DistilledPosterior
+from pyro_apd.posterior.posterior import DistilledPosterior
 
 
 def low_rank(

@@ -21,15 +21,15 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_apd.baselines.descent import Descent, Start, check_counts, descend, init_to_layers
+from pyro_apd.data.index_stream import Generators
+from pyro_apd.data.minibatch import Call, RowSubsample
 from pyro_apd.errors import ModelError
 from pyro_apd.generators.dropout import DropoutGenerator
-from pyro_apd.index_stream import Generators
-from pyro_apd.layout import Layout
-from pyro_apd.minibatch import Call, RowSubsample
-from pyro_apd.posterior import DistilledPosterior
-from pyro_apd.potential import Potential
-from pyro_apd.pyro_state import preserved_param_store, seeded
-from pyro_apd.scaling import examine, run_model
+from pyro_apd.models.layout import Layout
+from pyro_apd.models.potential import Potential
+from pyro_apd.models.scaling import examine, run_model
+from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
 
 def mc_dropout(
@@ -159,7 +159,7 @@ class _MaskedRows(RowSubsample):
         self._masking = masking
 
     def start(self, generators: Generators) -> None:
-        """Begins with one network; see :class:`~pyro_apd.minibatch.RowSubsample`."""
+        """Begins with one network; see :class:`~pyro_apd.data.minibatch.RowSubsample`."""
         assert isinstance(generators, torch.Generator)
         super().start(generators)
         self._generator = generators

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from pyro_apd.baselines.descent import check_counts
-from pyro_apd.distill.probes import Probes
-from pyro_apd.distill.source import Source, read_source
-from pyro_apd.predictive import function_values
-from pyro_apd.pyro_state import preserved_param_store, seeded
+from pyro_apd.distillation.probes import Probes
+from pyro_apd.distillation.source import Source, read_source
+from pyro_apd.predictive.predictive import function_values
+from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
 _METHODS = ("thinned", "herded")
 # Inputs at which draws are compared as functions.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_apd.baselines.descent import Descent, Start, check_counts, descend
 from pyro_apd.generators import LowRankGenerator
-from pyro_apd.posterior import DistilledPosterior
+from pyro_apd.posterior.posterior import DistilledPosterior
 
 
 def swag(

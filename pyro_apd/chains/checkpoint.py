@@ -4,7 +4,7 @@
 """Checkpoints of a run: safetensors with a JSON description and a checksum; nothing in them is pickled.
 
 A checkpoint holds what makes the continuation of every chain bit for bit, how far each chain had come, and what run it
-belongs to. Draws are not in it: they are in a :class:`~pyro_apd.chains.disk_store.DiskStore` beside it, to which a run
+belongs to. Draws are not in it: they are in a :class:`~pyro_apd.chains.stores.disk.DiskStore` beside it, to which a run
 only ever appends. A file appears whole or not at all, and the one before it stays as ``PATH.previous``.
 """
 
@@ -26,9 +26,9 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_apd.chains.store import as_bytes
-from pyro_apd.row_reader import is_stored
-from pyro_apd.trees import tree_flatten_with_path
+from pyro_apd.chains.stores.base import as_bytes
+from pyro_apd.data.row_reader import is_stored
+from pyro_apd.runtime.trees import tree_flatten_with_path
 
 FORMAT_VERSION = 1
 _KEY, _TENSOR = "pyro_apd_checkpoint", "__tensor__"

@@ -6,7 +6,7 @@
 All that a chain does follows from its number in the whole run. While chains run, processes say nothing to each other;
 only a step size that is to be found is one for all chains, and so found together during warm-up.
 
-Or each process has some of the data, and all run all chains in step (:mod:`pyro_apd.kernels.split_data`).
+Or each process has some of the data, and all run all chains in step (:mod:`pyro_apd.kernels.engine.data_parallel`).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from pyro_apd.chains.checkpoint import (
     from_bytes_of,
     previous_path,
 )
-from pyro_apd.chains.disk_store import DiskStore, open_store
 from pyro_apd.chains.group import Group
 from pyro_apd.chains.run import Run, Settings, constructor_settings
-from pyro_apd.chains.store import DrawStore, MemoryStore
-from pyro_apd.layout import Layout
-from pyro_apd.ranks import Ranks
-from pyro_apd.trees import tree_leaves
+from pyro_apd.chains.stores.base import DrawStore, MemoryStore
+from pyro_apd.chains.stores.disk import DiskStore, open_store
+from pyro_apd.models.layout import Layout
+from pyro_apd.runtime.ranks import Ranks
+from pyro_apd.runtime.trees import tree_leaves
 
 #: Who gets the draws of all chains, and what is split over processes.
 GATHERS, SPLITS = ("rank0", "all", "none"), ("chains", "data")

@@ -21,14 +21,14 @@ from pyro.infer.mcmc.util import diagnostics as diagnostics_by_site
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_apd.chains.disk_store import open_store
 from pyro_apd.chains.distributed import GATHERS, SPLITS, RankRun
 from pyro_apd.chains.group import Hook, Plan, rebuilt_error
 from pyro_apd.chains.run import Run, Settings, draws_path
-from pyro_apd.chains.store import DrawStore
+from pyro_apd.chains.stores.base import DrawStore
+from pyro_apd.chains.stores.disk import open_store
 from pyro_apd.errors import DivergenceError
-from pyro_apd.pyro_state import preserved_param_store
-from pyro_apd.ranks import joined
+from pyro_apd.runtime.global_state import preserved_param_store
+from pyro_apd.runtime.ranks import joined
 
 __all__ = ["MCMC", "open_store"]
 

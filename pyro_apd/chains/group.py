@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pyro_apd.chains.checkpoint import Progress
-from pyro_apd.chains.store import STATISTICS, DrawStore, kept_columns
+from pyro_apd.chains.stores.base import STATISTICS, DrawStore, kept_columns
 from pyro_apd.errors import DivergenceError
-from pyro_apd.ranks import Ranks
+from pyro_apd.runtime.ranks import Ranks
 
 Hook = Callable[[Any, dict[str, Tensor], str, int], None]
 

@@ -33,12 +33,12 @@ from pyro_apd.chains.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from pyro_apd.chains.disk_store import DiskStore, open_store
 from pyro_apd.chains.group import Group, GroupRun, Plan, begin
-from pyro_apd.chains.store import DrawStore, MemoryStore, kept_layout
+from pyro_apd.chains.stores.base import DrawStore, MemoryStore, kept_layout
+from pyro_apd.chains.stores.disk import DiskStore, open_store
 from pyro_apd.chains.workers import Job, run_workers
-from pyro_apd.kernels.temperature import Temperature
-from pyro_apd.layout import Layout
+from pyro_apd.kernels.engine.temperature import Temperature
+from pyro_apd.models.layout import Layout
 
 logger = logging.getLogger("pyro_apd")
 

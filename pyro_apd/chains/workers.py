@@ -26,8 +26,8 @@ import torch
 import torch.multiprocessing
 
 from pyro_apd.chains.checkpoint import Progress
-from pyro_apd.chains.disk_store import open_store
 from pyro_apd.chains.group import Group, GroupRun, Plan, begin
+from pyro_apd.chains.stores.disk import open_store
 
 # Seconds between what a worker reports for the progress bar, and between looks whether workers are alive.
 _REPORT_EVERY, _LOOK_EVERY = 0.2, 1.0
@@ -54,7 +54,7 @@ class Job:
     :ivar kernel: a kernel of this package.
     :ivar Plan plan: what the run was asked for.
     :ivar int chain: the worker's chain.
-    :ivar Path store_path: the folder of a :class:`~pyro_apd.chains.disk_store.DiskStore`.
+    :ivar Path store_path: the folder of a :class:`~pyro_apd.chains.stores.disk.DiskStore`.
     :ivar Progress progress: how far the chain had come.
     :ivar int seed: of the worker's global generator, for hooks and models that use it.
     :ivar bool is_reporting: whether anybody watches.

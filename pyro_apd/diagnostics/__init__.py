@@ -6,21 +6,21 @@
 from typing import TYPE_CHECKING, Any
 
 from pyro_apd.diagnostics import plots
-from pyro_apd.diagnostics.arviz import save_netcdf, to_arviz
-from pyro_apd.diagnostics.convergence import convergence
-from pyro_apd.diagnostics.fidelity import compare
-from pyro_apd.diagnostics.report import report
+from pyro_apd.diagnostics.arviz_export.export import save_netcdf, to_arviz
+from pyro_apd.diagnostics.comparison.fidelity import compare
+from pyro_apd.diagnostics.html.report import report
+from pyro_apd.diagnostics.mixing.convergence import convergence
 
 __all__ = ["Fidelity", "compare", "convergence", "plots", "report", "save_netcdf", "to_arviz"]
 
 if TYPE_CHECKING:
-    from pyro_apd.diagnostics.fidelity_table import Fidelity
+    from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity
 
 
 def __getattr__(name: str) -> Any:
     """``Fidelity`` on first use: it is a DataFrame, and pandas takes half a second to import."""
     if name == "Fidelity":
-        from pyro_apd.diagnostics.fidelity_table import Fidelity
+        from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity
 
         return Fidelity
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_apd.chains.store import all_finite
-from pyro_apd.pyro_state import seeded
+from pyro_apd.chains.stores.base import all_finite
+from pyro_apd.runtime.global_state import seeded
 
 Draws = dict[str, Tensor]
 

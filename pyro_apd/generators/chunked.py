@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_apd import precision
+from pyro_apd.generators import precision
 from pyro_apd.generators.draw_blocks import DrawBlocks, together
 from pyro_apd.generators.network import GaussianFit, Generator, MixtureGenerator, check_sizes
 from pyro_apd.generators.residual import Block, MatrixNoise

@@ -3,10 +3,11 @@
 
 """MCMC kernels with mini-batch gradients for Pyro's drivers."""
 
+from pyro_apd.kernels.adaptation.drift import WarmupWarning
+from pyro_apd.kernels.engine import schedules
+from pyro_apd.kernels.engine.schedules import Constant, Cyclical, PolynomialDecay
 from pyro_apd.kernels.psgld import PSGLD
-from pyro_apd.kernels.relaxation import WarmupWarning
-from pyro_apd.kernels.schedules import Constant, Cyclical, PolynomialDecay
 from pyro_apd.kernels.sghmc import SGHMC
 from pyro_apd.kernels.sgld import SGLD
 
-__all__ = ["PSGLD", "SGHMC", "SGLD", "Constant", "Cyclical", "PolynomialDecay", "WarmupWarning"]
+__all__ = ["PSGLD", "SGHMC", "SGLD", "Constant", "Cyclical", "PolynomialDecay", "WarmupWarning", "schedules"]

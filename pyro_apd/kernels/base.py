@@ -22,19 +22,19 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from pyro_apd.kernels.chain import Chain
-from pyro_apd.kernels.dynamics import Dynamics
-from pyro_apd.kernels.schedules import Schedule, as_schedule
-from pyro_apd.kernels.split_data import SplitPotential
-from pyro_apd.kernels.step import SMALL, Step
-from pyro_apd.kernels.temperature import Temperature
-from pyro_apd.kernels.tuning import MAX_INFLATION, AutoStep, checked_max_inflation
-from pyro_apd.kernels.warm_start import checked_warm_start
-from pyro_apd.kernels.warmup import WarmUp
-from pyro_apd.layout import Layout
-from pyro_apd.potential import Pieces, Potential, build_potential
-from pyro_apd.pyro_state import seeded
-from pyro_apd.ranks import Ranks
+from pyro_apd.kernels.adaptation.dynamics import Dynamics
+from pyro_apd.kernels.adaptation.step_size import MAX_INFLATION, AutoStep, checked_max_inflation
+from pyro_apd.kernels.adaptation.warm_start import checked_warm_start
+from pyro_apd.kernels.adaptation.warmup import WarmUp
+from pyro_apd.kernels.engine.chain import Chain
+from pyro_apd.kernels.engine.data_parallel import SplitPotential
+from pyro_apd.kernels.engine.schedules import Schedule, as_schedule
+from pyro_apd.kernels.engine.step import SMALL, Step
+from pyro_apd.kernels.engine.temperature import Temperature
+from pyro_apd.models.layout import Layout
+from pyro_apd.models.potential import Pieces, Potential, build_potential
+from pyro_apd.runtime.global_state import seeded
+from pyro_apd.runtime.ranks import Ranks
 
 
 class StochasticGradientKernel(MCMCKernel):
@@ -46,14 +46,16 @@ class StochasticGradientKernel(MCMCKernel):
         indices; give the run the full data, and the kernel draws the indices;
     (ii) ``batch_size=B``: give the run the full tensors and write the model as for full-batch NUTS; every tensor
         argument with N rows is passed on B rows at a time. What is not a tensor, such as ``numpy.memmap`` or any object
-        with a length that gives rows for an array of indices, is read batch by batch (see :mod:`pyro_apd.row_reader`);
+        with a length that gives rows for an array of indices, is read batch by batch
+        (see :mod:`pyro_apd.data.row_reader`);
     (iii) give the run one iterable of batches, such as a :class:`~torch.utils.data.DataLoader` (with ``num_data=N``
         where the iterable has no sized ``dataset``).
 
     :param model: a Pyro model with continuous latents. Weights must be drawn outside the data plate.
     :param step_size: epsilon: a positive number, a callable from the Langevin step (from 0, warm-up included) to it, or
         ``"auto"``: chosen during warm-up, from measured curvature and gradient noise, and then kept (see
-        :mod:`pyro_apd.kernels.tuning`). What was chosen and why is logged, and is ``diagnostics()["tuning"]``.
+        :mod:`pyro_apd.kernels.adaptation.step_size`). What was chosen and why is logged, and is
+        ``diagnostics()["tuning"]``.
     :param float max_inflation: with ``step_size="auto"``, the share by which variances may come out too large.
     :param int warm_start: optimise each chain for so many steps of Adam before it warms up; None for none.
     :param int batch_size: rows a mini-batch, style (ii); None uses whatever the model and the arguments say.
@@ -69,11 +71,11 @@ class StochasticGradientKernel(MCMCKernel):
     :param int seed: makes the run reproducible without touching the global generator. Chains of one run differ. If
         None, the seed is taken from the global generator.
     :param bool control_variates: remove mini-batch noise near the state that sampling starts from, for two gradients a
-        step (Baker et al. 2019; see :mod:`~pyro_apd.kernels.control_variates`). It wants a start at a mode.
+        step (Baker et al. 2019; see :mod:`~pyro_apd.kernels.engine.control_variates`). It wants a start at a mode.
     :param compile: compile each step, which costs some ten seconds at first. ``"auto"`` does so in runs long enough to
         gain from it: where the steps known of beforehand, or taken, come to 30,000 over all chains that advance
         together. What was chosen is logged, and is ``diagnostics()["path"]``.
-    :param bool capture: capture the potential as a graph of tensor operations (see :mod:`pyro_apd.potential`);
+    :param bool capture: capture the potential as a graph of tensor operations (see :mod:`pyro_apd.models.potential`);
         otherwise the model is traced at every step.
     :raises ValueError: if a number is out of range.
     """
@@ -335,8 +337,8 @@ class StochasticGradientKernel(MCMCKernel):
     def temperatures(self) -> list[Temperature]:
         """Temperatures of the chain that ran last, over all weights and by site, each with its standard error.
 
-        A chain as hot as it should be reads the kernel's temperature; see :mod:`~pyro_apd.kernels.temperature`. Empty
-        where no chain has drawn yet.
+        A chain as hot as it should be reads the kernel's temperature; see :mod:`~pyro_apd.kernels.engine.temperature`.
+        Empty where no chain has drawn yet.
         """
         return self._temperatures if self._chain is None else self._chain.temperatures(self.temperature)
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_apd.kernels.adaptation.dynamics import Dynamics
 from pyro_apd.kernels.base import StochasticGradientKernel
-from pyro_apd.kernels.chain import Chain
-from pyro_apd.kernels.dynamics import Dynamics
-from pyro_apd.kernels.schedules import Schedule
-from pyro_apd.kernels.step import Step
-from pyro_apd.potential import Pieces
+from pyro_apd.kernels.engine.chain import Chain
+from pyro_apd.kernels.engine.schedules import Schedule
+from pyro_apd.kernels.engine.step import Step
+from pyro_apd.models.potential import Pieces
 
 
 class SGHMC(StochasticGradientKernel):

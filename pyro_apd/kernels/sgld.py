@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pyro_apd.kernels.base import StochasticGradientKernel
-from pyro_apd.kernels.step import Step
+from pyro_apd.kernels.engine.step import Step
 
 
 class SGLD(StochasticGradientKernel):

@@ -10,8 +10,8 @@ import torch
 
 from pyro_apd.active_learning.history import History, HistoryFile, Round
 from pyro_apd.generators import PaperGenerator
-from pyro_apd.layout import Layout
-from pyro_apd.posterior import DistilledPosterior
+from pyro_apd.models.layout import Layout
+from pyro_apd.posterior.posterior import DistilledPosterior
 
 SETTINGS = {"seed": 0, "acquisition": "bald"}
 

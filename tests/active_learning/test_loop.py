@@ -12,7 +12,7 @@ from torch import nn
 from pyro_apd import BNN, active_learning
 from pyro_apd.active_learning import History, balanced
 from pyro_apd.errors import ModelError
-from tests.models import Classifier
+from tests.support.models import Classifier
 
 pytestmark = pytest.mark.thorough
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from pyro_apd import DistilledPosterior
 from pyro_apd.active_learning import Baseline, Chain, Distilled
-from tests.models import Classifier
+from tests.support.models import Classifier
 
 pytestmark = pytest.mark.thorough
 

@@ -17,9 +17,9 @@ from pyro_apd import BNN
 from pyro_apd.adversarial import METHODS, THROUGH, Attack, attack
 from pyro_apd.adversarial.attacks import _Victim
 from pyro_apd.errors import ModelError
-from pyro_apd.layout import Layout
-from pyro_apd.networks import Ensemble
-from tests.models import Classifier
+from pyro_apd.models.layout import Layout
+from pyro_apd.models.networks import Ensemble
+from tests.support.models import Classifier
 
 pytest.importorskip("foolbox")
 

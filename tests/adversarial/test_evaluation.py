@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from pyro_apd import BNN, metrics, uncertainty
 from pyro_apd.adversarial import Attack, attack, evaluate
-from pyro_apd.predictive import outputs
+from pyro_apd.predictive.predictive import outputs
 
 pytest.importorskip("foolbox")
 

@@ -13,10 +13,10 @@ from torch.testing import assert_close
 from pyro_apd.baselines import dark_knowledge
 from pyro_apd.errors import ModelError
 from pyro_apd.generators import CoordinateGenerator
-from pyro_apd.layout import Layout
-from pyro_apd.posterior import DistilledPosterior
-from pyro_apd.predictive import outputs
-from tests.models import Classifier
+from pyro_apd.models.layout import Layout
+from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.predictive.predictive import outputs
+from tests.support.models import Classifier
 
 X = torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
 SITES = {"first.weight": (6, 4), "first.bias": (6,), "second.weight": (3, 6), "second.bias": (3,)}

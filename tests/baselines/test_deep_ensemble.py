@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from pyro_apd.baselines import deep_ensemble, map_estimate
-from tests.models import Classifier, Conjugate
+from tests.support.models import Classifier, Conjugate
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
 Y = (X[:, 0] > 0).long() + (X[:, 1] > 0).long()

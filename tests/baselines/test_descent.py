@@ -12,10 +12,10 @@ from torch.testing import assert_close
 
 from pyro_apd.baselines import map_estimate
 from pyro_apd.baselines.descent import Best, Descent, Start, descend, init_to_layers
-from pyro_apd.bnn import BNN
 from pyro_apd.metrics import accuracy
-from pyro_apd.predictive import outputs
-from tests.models import Conjugate
+from pyro_apd.models.bnn import BNN
+from pyro_apd.predictive.predictive import outputs
+from tests.support.models import Conjugate
 
 
 def start(problem, batch_size=None, num_networks=None, model=None):

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from pyro_apd.baselines import map_estimate
 from pyro_apd.errors import ModelError
-from tests.models import Conjugate, null
+from tests.support.models import Conjugate, null
 
 
 def test_the_mode_of_a_gaussian_posterior_is_found():

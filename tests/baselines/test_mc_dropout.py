@@ -16,7 +16,7 @@ from pyro_apd.baselines import mc_dropout
 from pyro_apd.baselines.descent import init_to_layers
 from pyro_apd.baselines.mc_dropout import _prepare
 from pyro_apd.errors import ModelError
-from tests.models import Classifier, Conjugate
+from tests.support.models import Classifier, Conjugate
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
 Y = (X[:, 0] > 0).long() + (X[:, 1] > 0).long()

@@ -11,7 +11,7 @@ import torch
 
 import pyro_apd as apd
 from pyro_apd import baselines
-from tests.models import Classifier
+from tests.support.models import Classifier
 
 X = torch.randn(30, 4, generator=torch.Generator().manual_seed(1))
 Y = (X[:, 0] > 0).long() + (X[:, 1] > 0).long()

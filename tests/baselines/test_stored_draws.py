@@ -8,7 +8,7 @@ import torch
 
 from pyro_apd.baselines import stored_draws
 from pyro_apd.baselines.stored_draws import herded
-from tests.models import Conjugate
+from tests.support.models import Conjugate
 
 DRAWS = {"w": torch.arange(20.0)[:, None].expand(20, 3)}
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from pyro_apd.baselines import swag
 from pyro_apd.baselines.swag import SwagMoments
-from tests.models import Conjugate
+from tests.support.models import Conjugate
 
 
 def test_moments_are_those_of_algorithm_1():

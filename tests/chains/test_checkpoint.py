@@ -20,7 +20,7 @@ from pyro_apd.chains.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from pyro_apd.kernels.schedules import Constant
+from pyro_apd.kernels.engine.schedules import Constant
 
 IDENTITY = {"kernel": "SGLD", "seed": 3, "layout": ["w[3]"]}
 

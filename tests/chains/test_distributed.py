@@ -17,12 +17,12 @@ from pyro_apd.chains.distributed import RankRun, path_of_rank
 from pyro_apd.chains.driver import MCMC, open_store
 from pyro_apd.errors import DivergenceError
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
-from pyro_apd.kernels.relaxation import WarmupWarning
-from pyro_apd.kernels.tuning import AutoStep
-from pyro_apd.ranks import RankError
+from pyro_apd.kernels.adaptation.drift import WarmupWarning
+from pyro_apd.kernels.adaptation.step_size import AutoStep
+from pyro_apd.runtime.ranks import RankError
 from tests.chains.walk import Walk
-from tests.models import Classifier, Conjugate
-from tests.processes import on_ranks
+from tests.support.models import Classifier, Conjugate
+from tests.support.processes import on_ranks
 
 pytestmark = pytest.mark.thorough
 

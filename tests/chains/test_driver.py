@@ -25,11 +25,11 @@ from pyro.infer import NUTS
 from tqdm import tqdm
 
 from pyro_apd.chains.checkpoint import CheckpointError
-from pyro_apd.chains.disk_store import DiskStore
 from pyro_apd.chains.driver import MCMC, open_store
+from pyro_apd.chains.stores.disk import DiskStore
 from pyro_apd.chains.workers import WorkerError
 from pyro_apd.errors import DivergenceError
-from pyro_apd.layout import Layout
+from pyro_apd.models.layout import Layout
 from tests.chains.walk import LAYOUT, Walk
 
 METHODS = ["vectorized", "sequential", "parallel"]

@@ -17,7 +17,7 @@ from pyro_apd.chains.driver import MCMC, open_store
 from pyro_apd.errors import DivergenceError, ModelError
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
 from tests.chains.test_driver import METHODS, forked, theta, wait_until
-from tests.models import Classifier, Conjugate, constrained, null
+from tests.support.models import Classifier, Conjugate, constrained, null
 
 pytestmark = pytest.mark.thorough
 

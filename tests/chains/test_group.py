@@ -6,7 +6,7 @@ import torch
 
 from pyro_apd.chains.checkpoint import Checkpoint, Progress, read_checkpoint, write_checkpoint
 from pyro_apd.chains.group import Group, GroupRun, Plan, begin, rebuilt_error
-from pyro_apd.chains.store import MemoryStore, kept_layout
+from pyro_apd.chains.stores.base import MemoryStore, kept_layout
 from tests.chains.walk import LAYOUT, Walk
 
 
@@ -187,7 +187,7 @@ def test_a_chain_that_diverged_before_the_checkpoint_is_noted_once(tmp_path):
 
 
 def test_no_latents():
-    from pyro_apd.layout import Layout
+    from pyro_apd.models.layout import Layout
 
     calls = []
     plan = Plan(2, 1, 1, hook=lambda *call: calls.append(call[1]))

@@ -12,12 +12,12 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_apd as apd
-from pyro_apd import index_stream
 from pyro_apd.chains.checkpoint import CheckpointError
-from pyro_apd.kernels.tuning import epoch_length
-from pyro_apd.potential import build_potential
-from pyro_apd.prefetch import THREAD_NAME
-from tests.models import Classifier, Conjugate
+from pyro_apd.data import index_stream
+from pyro_apd.kernels.adaptation.step_size import epoch_length
+from pyro_apd.models.potential import build_potential
+from pyro_apd.runtime.prefetch import THREAD_NAME
+from tests.support.models import Classifier, Conjugate
 
 PROBLEM = Conjugate()
 X, Y = PROBLEM.x, PROBLEM.y

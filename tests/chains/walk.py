@@ -9,7 +9,7 @@ import torch
 from torch.distributions import constraints
 
 from pyro_apd.errors import DivergenceError
-from pyro_apd.layout import Layout
+from pyro_apd.models.layout import Layout
 
 LAYOUT = Layout({"w": (3,), "scale": (), "b": (2, 2)}, {"scale": constraints.positive})
 

@@ -17,7 +17,7 @@ from pyro_apd.diagnostics.draws import (
     posterior_bytes,
     read_chain,
 )
-from pyro_apd.layout import Layout
+from pyro_apd.models.layout import Layout
 
 
 @given(st.integers(1, 300), st.integers(1, 300))

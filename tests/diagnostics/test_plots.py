@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from pyro_apd import metrics
 from pyro_apd.diagnostics import compare, plots
-from pyro_apd.diagnostics.convergence import statistics
+from pyro_apd.diagnostics.mixing.convergence import statistics
 
 
 @pytest.fixture(autouse=True)

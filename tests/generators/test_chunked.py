@@ -6,12 +6,11 @@
 import pytest
 import torch
 
-from pyro_apd import precision
-from pyro_apd.generators import ChunkedGenerator, CoordinateGenerator, build_generator, chunked
+from pyro_apd.generators import ChunkedGenerator, CoordinateGenerator, build_generator, chunked, precision
 from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.generators.residual import Block
-from pyro_apd.layout import Layout
-from pyro_apd.posterior import DistilledPosterior
+from pyro_apd.models.layout import Layout
+from pyro_apd.posterior.posterior import DistilledPosterior
 
 SIZES = (6, 120, 10)
 BLOCK = Block(6, 6, 20, 4)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.errors import DataError, DivergenceError
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
-from tests.models import Classifier, Conjugate, constrained, null
+from tests.support.models import Classifier, Conjugate, constrained, null
 
 KERNELS = [SGLD, PSGLD, SGHMC]
 PROBLEM = Conjugate()

@@ -11,7 +11,7 @@ from pyro.infer import MCMC
 
 import pyro_apd
 from pyro_apd.kernels import PSGLD
-from pyro_apd.kernels.step import Step
+from pyro_apd.kernels.engine.step import Step
 
 # Curvatures 1 and 100 along the axes: condition number 100.
 CURVATURE = torch.tensor([100.0, 10.0, 1.0])

@@ -9,7 +9,7 @@ from pyro.infer import MCMC
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.kernels import SGLD
-from tests.models import Conjugate
+from tests.support.models import Conjugate
 
 PROBLEM = Conjugate()
 DATA = (PROBLEM.x, PROBLEM.y)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from pyro_apd.diagnostics.convergence import statistics
 from pyro_apd.diagnostics.draws import evenly_spaced
+from pyro_apd.diagnostics.mixing.convergence import statistics
 from pyro_apd.diagnostics.plots.style import (
     DASHES,
     MAX_POINTS,

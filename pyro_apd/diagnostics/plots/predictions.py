@@ -27,7 +27,7 @@ from pyro_apd.diagnostics.plots.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pyro_apd.diagnostics.fidelity_table import Fidelity
+    from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity
 
 
 def score_scatter(

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_apd import predictive, uncertainty
+from pyro_apd import uncertainty
 from pyro_apd.diagnostics.plots.style import new_figure, series_colours, to_numpy
-from pyro_apd.pyro_state import preserved_param_store
+from pyro_apd.predictive import predictive
+from pyro_apd.runtime.global_state import preserved_param_store
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,335 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Draws in files: a folder that a run writes in constant memory, and that can be read whether or not it is complete.
+
+::
+
+    draws.json       format, layout, dtype, shape; written last, so that a folder with it is a store
+    theta.npy        (C, S, D), unconstrained draws
+    statistics.npy   (C, S, 4): 1 where a draw is there, then potential, grad_norm and step_size
+    constrained.npy  (C, S, K), values of the sites that are not real, as the model sees them; made when they are read
+
+Files are written with plain writes and read through a mapping. What is written then takes no memory of the process, a
+full disk is an error and not a crash, and a draw counts only once its ``1`` stands behind it, so that a killed process
+leaves a store that can be read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_apd.chains.stores.base import STATISTICS, DrawStore, as_bytes
+from pyro_apd.models.layout import Layout
+
+logger = logging.getLogger("pyro_apd")
+
+FORMAT_VERSION = 1
+_KIND = "pyro_apd draws"
+_FILES = ("draws.json", "theta.npy", "statistics.npy", "constrained.npy")
+_DTYPES = {torch.float32: "<f4", torch.float64: "<f8", torch.float16: "<f2", torch.bfloat16: "<i2"}
+# Draws on an accelerator wait for this many others, since each copy to the host waits for the device.
+_PENDING = 32
+
+
+class DiskStore(DrawStore):
+    """Draws in a folder, as this module lays it out. Made by :meth:`create` or :func:`open_store`.
+
+    Tensors that it gives map the files: they take memory as they are read, which the system takes back when it needs
+    it. Changing them in place does not change the files.
+
+    :ivar Path path: the folder.
+    :ivar dict info: what the writer noted, anything that JSON holds.
+    """
+
+    def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
+        layout = Layout.from_json(description["layout"])
+        super().__init__(layout, *description["shape"][:2])
+        self.path, self.info = path, dict(description.get("info", {}))
+        self.dtype: torch.dtype = getattr(torch, description["dtype"])
+        self._figure_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self._maps: dict[str, Tensor] = {}
+        self._files: dict[str, tuple[int, int]] = {}
+        self._pending: list[tuple[int, int, Tensor, Tensor]] = []
+
+    @classmethod
+    def create(
+        cls, path: str | os.PathLike[str], layout: Layout, num_chains: int, num_draws: int, dtype: torch.dtype,
+        info: Mapping[str, Any] | None = None,
+    ) -> DiskStore:  # fmt: skip
+        """Makes the folder and files of the full size, which take room on disk as they fill.
+
+        A store that was there is replaced; tensors that map it stay what they are.
+
+        :raises FileExistsError: if ``path`` is a file, or a folder with other things in it.
+        :raises OSError: if the disk has no room for the draws.
+        """
+        path = Path(path).absolute()
+        # A run that was killed while it made the files leaves some of them.
+        if path.exists() and not (path.is_dir() and set(os.listdir(path)) <= {*_FILES, "draws.json.tmp"}):
+            raise FileExistsError(f"store_path='{path}' is there already, and is no store of draws; give another path.")
+        path.mkdir(parents=True, exist_ok=True)
+        if (path / "draws.json").exists():
+            logger.warning("Replacing the store of draws at '%s'.", path)
+        for name in _FILES:
+            (path / name).unlink(missing_ok=True)
+        shape = (num_chains, num_draws, layout.size)
+        needed, free = int(np.prod(shape)) * dtype.itemsize, shutil.disk_usage(path).free
+        if needed > free:
+            raise OSError(
+                f"The draws take {needed / 1e6:,.0f} MB ({num_chains} chains of {num_draws} draws of {layout.size} "
+                f"numbers), and '{path}' has {free / 1e6:,.0f} MB left. Keep fewer draws (thinning, save_params), or "
+                "give another store_path."
+            )
+        description = {
+            "kind": _KIND, "format": FORMAT_VERSION, "layout": layout.to_json(), "shape": list(shape),
+            "dtype": str(dtype).removeprefix("torch."), "statistics": ["is_kept", *STATISTICS],
+            "info": dict(info or {}),
+        }  # fmt: skip
+        store = cls(path, description)
+        store.layout = layout
+        _make_npy(path / "theta.npy", shape, dtype)
+        _make_npy(path / "statistics.npy", (num_chains, num_draws, 1 + len(STATISTICS)), store._figure_dtype)
+        temporary = path / "draws.json.tmp"
+        temporary.write_text(json.dumps(description, indent=1) + "\n")
+        os.replace(temporary, path / "draws.json")
+        return store
+
+    @property
+    def counts(self) -> list[int]:
+        """Draws there are, by chain: those before the first that is not marked as kept."""
+        self.flush()
+        # Read afresh: another process may be writing, and what a private mapping shows of that is up to the system.
+        shape, dtype, offset = _npy_header(self.path / "statistics.npy")
+        figures = np.fromfile(self.path / "statistics.npy", dtype, int(np.prod(shape)), offset=offset)
+        kept_CS = torch.from_numpy(figures.reshape(shape)[:, :, 0] == 1)
+        return [self.num_draws if bool(row.all()) else int(row.int().argmin()) for row in kept_CS]
+
+    @property
+    def theta_CSD(self) -> Tensor:
+        """All draws, unconstrained, mapped."""
+        self.flush()
+        mapped = self._map("theta.npy")
+        return mapped.view(torch.bfloat16) if self.dtype == torch.bfloat16 else mapped
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """Figures of every draw, ``(C, S)`` each, mapped."""
+        self.flush()
+        figures = self._map("statistics.npy")
+        return {name: figures[:, :, 1 + i] for i, name in enumerate(STATISTICS)}
+
+    def write(self, chain: int, draw: int, theta_CD: Tensor, statistics: Mapping[str, Any]) -> None:
+        """Writes to the files; from an accelerator, several draws at a time.
+
+        :raises OSError: if the disk is full.
+        """
+        figures = theta_CD.new_ones((len(theta_CD), 1 + len(STATISTICS)), dtype=self._figure_dtype)
+        for i, name in enumerate(STATISTICS):
+            figures[:, 1 + i] = statistics[name]
+        if theta_CD.device.type == "cpu":
+            self._put_draw(chain, draw, theta_CD, figures)
+            return
+        self._pending.append((chain, draw, theta_CD.clone(), figures))
+        if len(self._pending) >= _PENDING:
+            self.flush()
+
+    def truncate(self, chain: int, count: int) -> None:
+        """Forgets draws of a chain from ``count`` on."""
+        self.flush()
+        for draw in range(count, self.counts[chain]):
+            self._put("statistics.npy", chain, draw, torch.zeros(1 + len(STATISTICS), dtype=self._figure_dtype))
+
+    def flush(self, durably: bool = False) -> None:
+        """Writes what waits; ``durably``, down to the disk."""
+        pending, self._pending = self._pending, []
+        if pending:
+            # A chain's draws come over in one copy.
+            for _, group in _by_shape(pending).items():
+                theta_NCD = torch.stack([theta for _, _, theta, _ in group]).cpu()
+                figures_NCK = torch.stack([figures for *_, figures in group]).cpu()
+                for (chain, draw, _, _), theta_CD, figures in zip(group, theta_NCD, figures_NCK, strict=True):
+                    self._put_draw(chain, draw, theta_CD, figures)
+        if durably:
+            for file, _ in self._files.values():
+                os.fsync(file)
+
+    def close(self) -> None:
+        """Closes the files for writing; draws stay readable."""
+        self.flush()
+        for file, _ in self._files.values():
+            os.close(file)
+        self._files = {}
+
+    def remove(self) -> None:
+        """Deletes the folder. Tensors that it gave stay valid."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.flush()
+        return {**self.__dict__, "_maps": {}, "_files": {}, "_pending": []}
+
+    def __del__(self) -> None:
+        for file, _ in getattr(self, "_files", {}).values():
+            os.close(file)
+
+    def _put_draw(self, chain: int, draw: int, theta_CD: Tensor, figures_CK: Tensor) -> None:
+        for i in range(len(theta_CD)):
+            self._put("theta.npy", chain + i, draw, theta_CD[i])
+        # After the draws: a figure says that its draw is there.
+        for i in range(len(theta_CD)):
+            self._put("statistics.npy", chain + i, draw, figures_CK[i])
+
+    def _put(self, name: str, chain: int, draw: int, values: Tensor) -> None:
+        if name not in self._files:
+            self._files[name] = (os.open(self.path / name, os.O_WRONLY | getattr(os, "O_BINARY", 0)),
+                                 _npy_header(self.path / name)[2])  # fmt: skip
+        file, start = self._files[name]
+        data = as_bytes(values)
+        _write_all(file, data, start + (chain * self.num_draws + draw) * data.nbytes)
+
+    def _map(self, name: str) -> Tensor:
+        if name not in self._maps:
+            self._maps[name] = _map_npy(self.path / name)
+        return self._maps[name]
+
+    def _buffer(self, size: int) -> Tensor:
+        # A file of the present run's; one left by an earlier reading may be of fewer draws.
+        (self.path / "constrained.npy").unlink(missing_ok=True)
+        self._maps.pop("constrained.npy", None)
+        if "constrained.npy" in self._files:
+            os.close(self._files.pop("constrained.npy")[0])
+        _make_npy(self.path / "constrained.npy", (self.num_chains, self.num_draws, size), self.dtype)
+        return torch.empty(0)
+
+    def _fill(self, buffer: Tensor, chain: int, start: int, values: Tensor) -> None:
+        for i, row in enumerate(values.to(self.dtype)):
+            self._put("constrained.npy", chain, start + i, row)
+
+    def _filled(self, buffer: Tensor) -> Tensor:
+        mapped = self._map("constrained.npy")
+        return mapped.view(torch.bfloat16) if self.dtype == torch.bfloat16 else mapped
+
+
+def open_store(path: str | os.PathLike[str]) -> DiskStore:
+    """Opens the store that a run with ``store="disk"`` wrote, finished or not, also while it is being written.
+
+    What it gives can be used in place of the run: ``distill(open_store(path), model, data=(x, y))``.
+
+    :raises FileNotFoundError: if there is no store at ``path``.
+    :raises ValueError: if it is damaged, or of a newer format.
+    """
+    path = Path(path).absolute()
+    try:
+        description = json.loads((path / "draws.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"'{path}' holds no store of draws: it has no 'draws.json'. Give the store_path of a run with store='disk'."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"The store at '{path}' is damaged: draws.json is not JSON ({error}).") from error
+    _check_description(path, description)
+    store = DiskStore(path, description)
+    chains, draws, size = description["shape"]
+    expected = {
+        "theta.npy": ((chains, draws, size), _DTYPES[store.dtype]),
+        "statistics.npy": ((chains, draws, 1 + len(STATISTICS)), _DTYPES[store._figure_dtype]),
+    }
+    for name, (shape, dtype) in expected.items():
+        found_shape, found_dtype, offset = _npy_header(path / name)
+        needed = offset + int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if found_shape != shape or np.dtype(found_dtype) != np.dtype(dtype) or (path / name).stat().st_size < needed:
+            raise ValueError(
+                f"The store at '{path}' is damaged: {name} is {found_dtype} of shape {found_shape}, "
+                f"{(path / name).stat().st_size} bytes, and draws.json asks for {dtype} of shape {shape}, {needed}."
+            )
+    return store
+
+
+def _check_description(path: Path, description: Any) -> None:
+    if not isinstance(description, dict) or description.get("kind") != _KIND:
+        raise ValueError(f"'{path}/draws.json' does not describe a store of draws.")
+    version = description.get("format")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"The store at '{path}' has format {version!r}; this pyro_apd reads up to {FORMAT_VERSION}. Update it: "
+            "pip install -U pyro-apd."
+        )
+    try:
+        layout = Layout.from_json(description["layout"])
+        chains, draws, size = description["shape"]
+        sound = size == layout.size and all(isinstance(n, int) and n >= 0 for n in (chains, draws))
+        sound = sound and getattr(torch, description["dtype"]) in _DTYPES
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"The store at '{path}' is damaged: draws.json is malformed ({error!r}).") from error
+    if not sound:
+        raise ValueError(f"The store at '{path}' is damaged: its layout, shape and dtype do not go together.")
+
+
+def _by_shape(pending: list[tuple[int, int, Tensor, Tensor]]) -> dict[Any, list[tuple[int, int, Tensor, Tensor]]]:
+    groups: dict[Any, list[tuple[int, int, Tensor, Tensor]]] = {}
+    for item in pending:
+        groups.setdefault(tuple(item[2].shape), []).append(item)
+    return groups
+
+
+def _write_all(file: int, data: memoryview, position: int) -> None:
+    while data:
+        written = os.pwrite(file, data, position)
+        data, position = data[written:], position + written
+
+
+def _make_npy(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A new file with NumPy's header and zeros that take no room yet."""
+    number = np.dtype(_DTYPES[dtype])
+    with path.open("xb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(number), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + int(np.prod(shape)) * number.itemsize)
+
+
+def _npy_header(path: Path) -> tuple[tuple[int, ...], str, int]:
+    """Shape, dtype and where the numbers begin.
+
+    :raises ValueError: if the file is missing, or is none of NumPy's in C order.
+    """
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                raise ValueError(f"version {version}")
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            if is_fortran and len(shape) > 1:
+                raise ValueError("Fortran order")
+            return tuple(shape), dtype.str, file.tell()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The store at '{path.parent}' is damaged: {path.name} cannot be read ({error}).") from error
+
+
+def _map_npy(path: Path) -> Tensor:
+    """The numbers of a file as a tensor that reads them when they are looked at."""
+    shape, dtype, offset = _npy_header(path)
+    if int(np.prod(shape)) == 0:
+        return torch.from_numpy(np.empty(shape, dtype))
+    with path.open("rb") as file:
+        if sys.platform == "linux":
+            # Private, so that changing a tensor cannot change the file; unreserved, or a store could not be larger
+            # than the memory. Python names the flag from 3.13 on.
+            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
+            mapping = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        else:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return torch.from_numpy(np.frombuffer(mapping, dtype, int(np.prod(shape)), offset).reshape(shape))

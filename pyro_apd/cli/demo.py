@@ -1,0 +1,186 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The main job from end to end on embedded data: chains, generator, comparison, files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pyro_apd import diagnostics
+from pyro_apd.chains import MCMC
+from pyro_apd.datasets import Dataset, digits, inverted, noise
+from pyro_apd.distillation import distill
+from pyro_apd.kernels import SGLD
+from pyro_apd.models.bnn import BNN
+from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.predictive.predictive import Predictive
+
+logger = logging.getLogger("pyro_apd")
+
+NUM_PREDICTIVE_DRAWS = 200
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much work the demo does.
+
+    :ivar num_chains: chains, each started at its own draw from the prior.
+    :ivar num_samples: draws kept of each chain.
+    :ivar warmup_steps: draws of each chain thrown away first.
+    :ivar thinning: Langevin steps a draw.
+    :ivar num_steps: training steps of the generator; None for the default of :func:`pyro_apd.distill`.
+    """
+
+    num_chains: int = 4
+    num_samples: int = 300
+    warmup_steps: int = 150
+    thinning: int = 40
+    num_steps: int | None = None
+
+
+FULL = Budget()
+QUICK = Budget(num_chains=2, num_samples=60, warmup_steps=30, thinning=20, num_steps=40)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made, and where it put it."""
+
+    fidelity: diagnostics.Fidelity
+    posterior_path: Path
+    chains_path: Path
+    report_path: Path
+    seconds: float
+
+
+def run_demo(out: Path, *, seed: int = 0, budget: Budget = FULL, device: str = "cpu") -> DemoResult:
+    """Samples, distils and compares on the handwritten digits of scikit-learn, and writes three files.
+
+    :param Path out: folder for ``posterior.safetensors``, ``chains.nc`` and ``report.html``; made if missing.
+    :param int seed: makes chains, generator and table reproducible.
+    :param Budget budget: amount of work.
+    :param str device: where to compute.
+    """
+    with one_thread():
+        return _run_demo(out, seed, budget, device)
+
+
+def _run_demo(out: Path, seed: int, budget: Budget, device: str) -> DemoResult:
+    start = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    data = digits(seed=seed).to(device)
+    model = BNN(digit_network().to(device), likelihood="categorical", prior_scale=0.4)
+    ood = {"noise": noise(data.x_test, seed=seed), "inverted": inverted(data.x_test)}
+
+    with stage(f"Sampling {budget.num_chains} chains with SGLD"):
+        mcmc = sample_chains(model, data, seed, budget)
+    with stage("Distilling the chains into a generator"):
+        posterior = distill(mcmc, num_steps=budget.num_steps, seed=seed)
+    with stage("Predicting from both"):
+        report_predictions(model, mcmc, posterior, data)
+    with stage("Comparing chain and generator"):
+        fidelity = diagnostics.compare(
+            mcmc, posterior, model, data.x_test, data.y_test, ood=ood, num_samples=NUM_PREDICTIVE_DRAWS, seed=seed
+        )
+    with stage("Writing files"):
+        posterior_path = out / "posterior.safetensors"
+        posterior.save(posterior_path)
+        chains_path = diagnostics.save_netcdf(diagnostics.to_arviz(mcmc, posterior, seed=seed), out / "chains.nc")
+        report_path = diagnostics.report(
+            mcmc,
+            posterior,
+            model,
+            data.x_test,
+            data.y_test,
+            ood=ood,
+            fidelity=fidelity,
+            path=out / "report.html",
+            title="Digits: 64-50-10 Bayesian neural network",
+            seed=seed,
+        )
+        draw_summary(fidelity, out / "summary.png")
+    return DemoResult(fidelity, posterior_path, Path(chains_path), report_path, time.monotonic() - start)
+
+
+def draw_summary(fidelity: diagnostics.Fidelity, path: Path) -> None:
+    """The comparison in three panels: agreement input by input, and what either makes of noise and inverted digits."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
+    chain, generator = fidelity.per_input["chain"], fidelity.per_input["generator"]
+    diagnostics.plots.score_scatter(chain["mi"], generator["mi"], axes[0])
+    axes[0].set_title("each test image")
+    upper = float(max(chain["mi[noise]"].max(), generator["mi[noise]"].max(), chain["mi[inverted]"].max()))
+    for ax, scores, title in zip(axes[1:], (chain, generator), ("SGLD chains", "distilled posterior"), strict=True):
+        outside = {name: scores[f"mi[{name}]"] for name in ("noise", "inverted")}
+        diagnostics.plots.score_histograms(
+            scores["mi"], outside, ax, score="mutual information (nats)", upper=upper, title=title
+        )
+    figure.savefig(path, dpi=110)
+
+
+def digit_network() -> nn.Module:
+    """The 64-50-10 network."""
+    return nn.Sequential(nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 10))
+
+
+def sample_chains(model: BNN, data: Dataset, seed: int, budget: Budget) -> MCMC:
+    """SGLD on mini-batches of 100, all chains as one computation."""
+    kernel = SGLD(model, step_size=1e-4, batch_size=100, thinning=budget.thinning, seed=seed)
+    mcmc = MCMC(kernel, budget.num_samples, budget.warmup_steps, num_chains=budget.num_chains)
+    mcmc.run(data.x_train, data.y_train)
+    return mcmc
+
+
+def report_predictions(model: BNN, mcmc: MCMC, posterior: DistilledPosterior, data: Dataset) -> None:
+    """Labels drawn through ``Predictive`` from either, and how often the majority of draws is right."""
+    stored = Predictive(model, posterior_samples=mcmc.get_samples(NUM_PREDICTIVE_DRAWS))
+    generated = Predictive(model, guide=posterior, num_samples=NUM_PREDICTIVE_DRAWS)
+    for name, predictive in (("chain", stored), ("generator", generated)):
+        labels_SN: Tensor = predictive(data.x_test)["obs"]
+        accuracy = (labels_SN.mode(0).values == data.y_test).float().mean()
+        logger.info("  %s: %d label draws an image, majority right on %.1f %%", name, len(labels_SN), 100 * accuracy)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One CPU thread inside, and in processes begun there: for small matrices threads cost more than they give."""
+    before, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if variable is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = variable
+
+
+@contextmanager
+def stage(title: str) -> Iterator[None]:
+    """Announces a stage and says how long it took."""
+    logger.info("%s ...", title)
+    start = time.monotonic()
+    yield
+    logger.info("  done in %.0f s", time.monotonic() - start)
+
+
+def require_device(device: str) -> None:
+    """Raises ValueError if torch cannot compute on ``device``."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: torch cannot use it here ({error}). Try --device cpu.") from error

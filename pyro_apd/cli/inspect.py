@@ -1,0 +1,87 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a file of a distilled posterior says of itself, for ``pyro-apd inspect``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from pyro_apd.posterior import artifact
+from pyro_apd.posterior.posterior import DistilledPosterior
+
+# Longest value that is printed whole.
+_WIDTH = 100
+
+
+def describe(path: str | os.PathLike[str]) -> str:
+    """Several lines of text: format, versions, sites with their transforms, generator, tensors, figures, notes.
+
+    The file is loaded, so that one which describes itself well but is damaged raises.
+
+    :raises ArtifactError: if the file is truncated, damaged, of another kind, or of a newer format.
+    :raises FileNotFoundError: if there is none.
+    """
+    contents, table = artifact.read_description(path), artifact.read_table(path)
+    DistilledPosterior.load(path)
+    versions = ", ".join(f"{_printable(name)} {_printable(value)}" for name, value in contents.versions.items())
+    lines = [
+        f"{path}: distilled posterior, format {contents.format}, {Path(path).stat().st_size:,} bytes, {contents.dtype}",
+        f"written by  {versions}",
+        f"draws       {contents.layout.size:,} numbers in {len(contents.layout)} sites; {contents.num_samples:,} by "
+        "default",
+    ]
+    for site in contents.layout:
+        transform = "" if site.is_real else f", {_printable(site.support)}, by {type(site.transform).__name__}"
+        lines.append(f"  {_printable(site.name)} {list(site.shape)}{transform}")
+    settings = ", ".join(f"{_printable(name)}={_printable(value)}" for name, value in contents.generator.items())
+    lines.append(f"generator   {settings}")
+    for name, entry in table.items():
+        size = math.prod(entry.shape) * entry.dtype.itemsize
+        lines.append(f"  {_printable(name)} {list(entry.shape)} {entry.code}, {size:,} bytes")
+    lines += [f"metadata    {'' if contents.metadata else 'none'}".rstrip(), *_tree(contents.metadata)]
+    logs = ", ".join(f"{_printable(name)} ({len(values):,} numbers)" for name, values in contents.training_log.items())
+    lines.append(f"training    {logs or 'no log'}")
+    return "\n".join(lines)
+
+
+def as_json(path: str | os.PathLike[str]) -> str:
+    """The description in a file as indented JSON, without the training log's numbers.
+
+    :raises ArtifactError: as :func:`describe`, but for damage to the tensors.
+    :raises FileNotFoundError: if there is none.
+    """
+    contents = artifact.read_description(path)
+    description = {
+        "format": contents.format,
+        "versions": contents.versions,
+        "dtype": contents.dtype,
+        "layout": contents.layout.to_json(),
+        "generator": contents.generator,
+        "num_samples": contents.num_samples,
+        "metadata": contents.metadata,
+        "training_log": {name: len(values) for name, values in contents.training_log.items()},
+    }
+    return json.dumps(description, indent=1)
+
+
+def _tree(value: dict[str, Any], indent: str = "  ") -> list[str]:
+    """Nested tables line by line."""
+    lines = []
+    for name, item in value.items():
+        if isinstance(item, dict) and item and len(indent) < 20:
+            lines += [f"{indent}{_printable(name)}", *_tree(item, indent + "  ")]
+        else:
+            lines.append(f"{indent}{_printable(name)}: {_printable(item)}")
+    return lines
+
+
+def _printable(value: object) -> str:
+    """On one line, shortened, and without control characters: a file must not write to someone's terminal."""
+    text = value if isinstance(value, str) else str(value)
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."

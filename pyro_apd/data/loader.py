@@ -1,0 +1,274 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Mini-batches from an iterable of batches, such as a :class:`~torch.utils.data.DataLoader`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
+
+from pyro_apd.data.index_stream import Generators
+from pyro_apd.data.minibatch import Call, MinibatchSource
+from pyro_apd.errors import DataError
+from pyro_apd.runtime.global_state import other_random_states
+from pyro_apd.runtime.prefetch import Ahead, Sender, Sent, Worker
+from pyro_apd.runtime.trees import tree_flatten, tree_unflatten
+
+# What an iterator over an epoch gives when it is over.
+_END: Any = object()
+
+
+class LoaderBatches(MinibatchSource):
+    """Batches from an iterable, such as a :class:`~torch.utils.data.DataLoader`, epoch after epoch.
+
+    A tuple or list becomes positional arguments of the model, a dict keyword arguments, a tensor its one argument.
+    Batches go to ``device``. A sized iterable that covers the data once an epoch scales every batch by the number of
+    batches, also a shorter last one: the mean over an epoch is then exact, and a batch of one row does not count
+    N-fold. Others scale by N over the rows of the batch.
+
+    With ``prefetch``, a thread reads from the second batch of an epoch on. Who reads there must draw nothing from the
+    global generators of torch, numpy and Python, which are also the caller's: the first batch of each epoch, where
+    samplers are seeded, is read in the calling thread, and so are all others where the second one is found to draw from
+    them (random crops, say).
+
+    :param int num_data: N.
+    :raises ValueError: if ``num_data`` is neither given nor known from ``loader.dataset``.
+    """
+
+    def __init__(
+        self, loader: Iterable[Any], kwargs: Mapping[str, Any], num_data: int | None, device: torch.device | None = None
+    ) -> None:
+        if num_data is None:
+            try:
+                num_data = len(loader.dataset)  # type: ignore[attr-defined]
+            except (AttributeError, TypeError):
+                raise ValueError(
+                    "The number of data behind an iterable of batches is not known, so the likelihood of a batch "
+                    "cannot be scaled to the full data. Pass num_data=N to the kernel."
+                ) from None
+        self.num_data = num_data
+        self.device = device
+        self._loader, self._kwargs = loader, dict(kwargs)
+        self._iterator: Iterator[Any] | None = None
+        self._spec: Any = None
+        self._plain: dict[int, Any] = {}  # specs of batches that are tuples of tensors, by length
+        self._full_rows = 0
+        self._random_state: Tensor | None = None
+        self._before_epoch: Tensor | None = None
+        self._num_taken = 0
+        self._by_chain: list[LoaderBatches] = []
+        self._worker = Worker()  # one for all copies: nobody else reads while it does
+        self._queue: Ahead[Any] = Ahead(self._worker)
+        self._sender = Sender(device)
+        self._is_quiet: bool | None = None
+
+    def start(self, generators: Generators) -> None:
+        """Begins chains: the loader shuffles by a seed drawn from each generator; the global one is left alone."""
+        super().start(generators)
+        self._worker.settle()
+        self._by_chain, self._iterator, self._num_taken = [], None, 0
+        self._queue, self._sender = Ahead(self._worker), Sender(self.device)
+        if not isinstance(generators, torch.Generator):
+            self._by_chain = [copy.copy(self) for _ in generators]
+            for source, generator in zip(self._by_chain, generators, strict=True):
+                source.start(generator)
+            return
+        seed = torch.randint(2**62, (), generator=generators, device=generators.device)
+        self._random_state = torch.Generator().manual_seed(int(seed)).get_state()
+
+    def close(self) -> None:
+        """Ends the thread that reads."""
+        self._worker.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random state before this epoch, and the number of batches taken from it."""
+        if self._by_chain:
+            return {"by_chain": [source.state_dict() for source in self._by_chain]}
+        before = self._random_state if self._iterator is None else self._before_epoch
+        return {"before_epoch": before, "num_taken": self._num_taken}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Begins the epoch anew and passes over the batches that were taken: as dear as reading these once more."""
+        for source, source_state in zip(self._by_chain, state.get("by_chain", ()), strict=True):
+            source.load_state_dict(source_state)
+        if not self._by_chain:
+            self._queue.drop()
+            self._random_state, self._iterator, self._num_taken = state["before_epoch"], None, 0
+            for _ in range(int(state["num_taken"])):
+                self._next_batch()
+
+    def draw(self) -> tuple[Tensor, ...]:
+        """The tensors of the next batch, flattened.
+
+        :raises DataError: if the iterable is exhausted or a batch holds no tensors.
+        :raises: what the iterable raises, also where a thread met it.
+        """
+        if self._by_chain:
+            batches = [source.draw() for source in self._by_chain]
+            self._spec = self._by_chain[0]._spec
+            self._full_rows = self._by_chain[0]._full_rows
+            return tuple(torch.stack(leaves) for leaves in zip(*batches, strict=True))
+        return self._received(*self._next_sent())
+
+    def _next_sent(self) -> tuple[Sent, Any]:
+        if self.ahead and self._is_quiet and self._iterator is not None:
+            while len(self._queue) <= self.ahead:
+                self._queue.ask(self._read, [(self._iterator,)] * self.at_once, [None] * self.at_once)
+            found = self._queue.take()
+            if found is not _END:
+                self._num_taken += 1
+                return found  # type: ignore[no-any-return]
+            self._queue.drop()
+            self._iterator = None
+        if self._num_taken != 1 or self._is_quiet is not None:
+            return self._sent(self._next_batch())
+        before, others = self._random_state, other_random_states()
+        batch = self._next_batch()
+        if self._num_taken == 2:
+            assert before is not None
+            assert self._random_state is not None
+            self._is_quiet = torch.equal(before, self._random_state) and others == other_random_states()
+        return self._sent(batch)
+
+    def _read(self, iterator: Iterator[Any]) -> Any:
+        """In the thread: the next batch, on its way to the device."""
+        batch = next(iterator, _END)
+        return batch if batch is _END else self._sent(batch)
+
+    def _sent(self, batch: Any) -> tuple[Sent, Any]:
+        if type(batch) in (tuple, list) and batch and all(type(leaf) is Tensor and leaf.dim() > 0 for leaf in batch):
+            if len(batch) not in self._plain:  # worked out for each batch, it takes as long as a small one
+                self._plain[len(batch)] = tree_flatten(self._as_call(batch))[1]
+            return self._sender.send(batch), self._plain[len(batch)]
+        leaves, spec = tree_flatten(self._as_call(batch))
+        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        if len(tensors) != len(leaves) or not tensors or tensors[0].dim() == 0:
+            raise DataError(
+                f"A batch must consist of tensors with rows; got {[type(leaf).__name__ for leaf in leaves]}. Pass what "
+                "does not change as a keyword of mcmc.run(...)."
+            )
+        return self._sender.send(tensors), spec
+
+    def _received(self, sent: Sent, spec: Any) -> tuple[Tensor, ...]:
+        self._spec = spec
+        self._full_rows = max(self._full_rows, sent.tensors[0].shape[0])
+        return sent.received()
+
+    def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
+        """One epoch of the iterable.
+
+        :raises ValueError: if an epoch does not hold each datum once.
+        """
+        self._worker.settle()
+        random_state = torch.get_rng_state()
+        try:
+            batches = [self._received(*self._sent(batch)) for batch in self._loader]
+        finally:
+            torch.set_rng_state(random_state)
+        rows = sum(batch[0].shape[0] for batch in batches)
+        if rows != self.num_data:
+            raise ValueError(
+                f"An epoch of the iterable holds {rows} rows, the data {self.num_data}: batches must cover the data "
+                "once. Leave out drop_last=True and samplers that draw with replacement."
+            )
+        for batch in batches:
+            yield batch, 1 / self.scale(batch)
+
+    def bind(self, inputs: tuple[Tensor, ...]) -> Call:
+        """The batch as the model's arguments."""
+        args, kwargs = tree_unflatten(list(inputs), self._spec)
+        return Call(args, {**self._kwargs, **kwargs})
+
+    def scale(self, inputs: tuple[Tensor, ...]) -> float:
+        """N/B, with B the average over an epoch where that is known."""
+        assert self.num_data is not None
+        rows = inputs[0].shape[0]
+        try:
+            num_batches = len(self._loader)  # type: ignore[arg-type]
+        except TypeError:
+            return self.num_data / rows
+        covers_once = num_batches == -(-self.num_data // max(self._full_rows, rows))
+        covers_once = covers_once and not getattr(self._loader, "drop_last", False)
+        return float(num_batches) if covers_once else self.num_data / rows
+
+    def _next_batch(self) -> Any:
+        """The next batch, drawn under our own random state, so that the global one stays as it was."""
+        self._worker.settle()
+        before = torch.get_rng_state()
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state)
+        try:
+            for _ in range(2):
+                if self._iterator is None:
+                    self._before_epoch, self._num_taken = torch.get_rng_state(), 0
+                    self._iterator = _epoch(self._loader)
+                try:
+                    batch = next(self._iterator)
+                    self._num_taken += 1
+                    return batch
+                except StopIteration:
+                    self._iterator = None
+            raise DataError(
+                "The iterable of batches is exhausted. Pass one that can be iterated again, such as a DataLoader or a "
+                "list, not an iterator or generator."
+            )
+        finally:
+            if self._random_state is not None:
+                self._random_state = torch.get_rng_state()
+                torch.set_rng_state(before)
+
+    @staticmethod
+    def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if isinstance(batch, Mapping):
+            return (), dict(batch)
+        return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
+def is_loader(args: Sequence[Any], num_data: int | None) -> bool:
+    """Whether the arguments of a run are one iterable of batches, rather than arguments of the model."""
+    if len(args) != 1 or isinstance(args[0], (Tensor, np.ndarray, str, bytes, Mapping)):
+        return False
+    is_iterable = isinstance(args[0], Iterable)
+    return isinstance(args[0], (DataLoader, Iterator)) or (is_iterable and num_data is not None)
+
+
+def model_arguments(
+    args: Sequence[Any], kwargs: Mapping[str, Any], num_data: int | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments that the model can be called with: the first batch of a loader, else what came.
+
+    :param num_data: the kernel's ``num_data``; where given, any iterable counts as a loader.
+    """
+    if not is_loader(args, num_data) or isinstance(args[0], Iterator):
+        return tuple(args), dict(kwargs)
+    source = LoaderBatches(args[0], kwargs, num_data=0)
+    source.start(torch.Generator().manual_seed(0))
+    call = source.bind(source.draw())
+    return call.args, call.kwargs
+
+
+def _epoch(loader: Iterable[Any]) -> Iterator[Any]:
+    """Iterates over a loader. Batches of a plain one over tensors are taken in one go, and are the same tensors."""
+    iterator = iter(loader)
+    if (
+        type(loader) is not DataLoader
+        or type(loader.dataset) is not TensorDataset
+        or type(loader.batch_sampler) is not BatchSampler
+        or type(loader.sampler) not in (RandomSampler, SequentialSampler)
+        or loader.collate_fn is not default_collate
+        or loader.num_workers > 0
+        or loader.pin_memory
+    ):
+        return iterator
+    # The iterator has drawn what it draws when it is made; the sampler begins with the first batch, as in it.
+    tensors = loader.dataset.tensors
+    batches = (torch.as_tensor(rows) for rows in loader.batch_sampler)
+    return ([tensor.index_select(0, rows.to(tensor.device)) for tensor in tensors] for rows in batches)

@@ -1,0 +1,253 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a set of draws says about some inputs, and the figures that sum it up."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_apd import metrics, uncertainty
+from pyro_apd.data.loader import is_loader
+from pyro_apd.data.row_reader import shown_arguments
+from pyro_apd.diagnostics.draws import Draws, flat
+from pyro_apd.predictive import predictive
+
+# Quantiles over weights of the ratio of standard deviations.
+_SD_QUANTILES = (5, 50, 95)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What draws are evaluated on.
+
+    :ivar tuple args: arguments of the model without targets.
+    :ivar dict kwargs: keyword arguments of the model.
+    :ivar labelled: arguments of the model with targets; None where these are unknown.
+    :ivar targets: the targets, one a datum; None where unknown.
+    :ivar ood: arguments of the model by name of an out-of-distribution set.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labelled: tuple[Any, ...] | None
+    targets: Tensor | None
+    ood: Mapping[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``S`` draws say, before it is averaged.
+
+    :ivar theta_SD: the draws themselves, constrained values side by side.
+    :ivar kind: ``classes``, ``numbers`` (regression) or ``weights`` (no function values).
+    :ivar values: of classes ``{"": probs_SNK}``; of numbers ``{"": (2, S, N)}``, means and variances. Other keys are
+        the out-of-distribution sets.
+    :ivar log_prob_SN: log-likelihood of the targets.
+    :ivar targets: the targets, ``(N,)``.
+    """
+
+    theta_SD: Tensor
+    kind: str
+    values: Mapping[str, Tensor]
+    log_prob_SN: Tensor | None = None
+    targets: Tensor | None = None
+
+    @property
+    def num_draws(self) -> int:
+        """Draws, ``S``."""
+        return self.theta_SD.shape[0]
+
+    def take(self, index: Sequence[int]) -> Evaluation:
+        """The same of some of the draws."""
+        i = torch.as_tensor(index, dtype=torch.long, device=self.theta_SD.device)
+        return replace(
+            self,
+            theta_SD=self.theta_SD[i],
+            values={k: v[i] if self.kind == "classes" else v[:, i] for k, v in self.values.items()},
+            log_prob_SN=None if self.log_prob_SN is None else self.log_prob_SN[i],
+        )
+
+    def scores(self, which: str = "") -> dict[str, Tensor]:
+        """Uncertainty of each datum of a set, ``(N,)``: of everything, and of the model alone."""
+        if self.kind == "classes":
+            probs = self.values[which]
+            total, model = uncertainty.predictive_entropy(probs), uncertainty.mutual_information(probs)
+            return {"entropy": total, "mi": _without_rounding(model, 1.0)}
+        mean_SN, variance_SN = self.values[which]
+        epistemic = (mean_SN - mean_SN.mean(0)).square().mean(0)
+        total = variance_SN.mean(0) + epistemic
+        return {"sd": total.sqrt(), "epistemic": _without_rounding(epistemic, mean_SN.square().mean(0) + total)}
+
+    def mean(self) -> Tensor:
+        """Averaged prediction: probabilities ``(N, K)`` or numbers ``(N,)``."""
+        return self.values[""].mean(0) if self.kind == "classes" else self.values[""][0].mean(0)
+
+    def spread(self) -> Tensor:
+        """Variance of the prediction over draws, unbiased, summed over everything that is predicted."""
+        values = self.values[""] if self.kind == "classes" else self.values[""][0]
+        return values.var(0).sum()
+
+    def figures(self) -> dict[str, float]:
+        """All figures of these draws by themselves."""
+        if self.kind == "weights":
+            return {}
+        figures: dict[str, float] = {}
+        if self.kind == "classes" and self.targets is not None:
+            probs, mean = self.values[""], self.mean()
+            figures["accuracy"] = metrics.accuracy(mean, self.targets)
+            figures["one_draw_accuracy"] = float((probs.argmax(-1) == self.targets).double().mean())
+        if self.kind == "numbers" and self.targets is not None:
+            figures["rmse"] = float((self.mean() - self.targets).square().mean().sqrt())
+        if self.log_prob_SN is not None:
+            averaged = self.log_prob_SN.double().logsumexp(0) - math.log(self.num_draws)
+            figures["nll"] = float(-averaged.mean())
+        if self.kind == "classes" and self.targets is not None:
+            figures["ece"] = metrics.expected_calibration_error(mean, self.targets)
+        inside = self.scores()
+        figures |= {f"mean_{name}": float(score.double().mean()) for name, score in inside.items()}
+        for which in self.values:
+            if which:
+                outside = self.scores(which)
+                model = list(outside)[-1]
+                figures[f"mean_{model}[{which}]"] = float(outside[model].double().mean())
+                figures |= {f"auroc_{n}[{which}]": metrics.auroc(inside[n], s) for n, s in outside.items()}
+        return figures
+
+
+def similarities(reference: Evaluation, other: Evaluation) -> dict[str, float]:
+    """How alike two sets of draws are: figures of the pair.
+
+    Agreement (share of data given the same class) and total variation (half the L1 distance of averaged predictions,
+    mean over data) as in Izmailov et al. 2021, section 6; correlation over data of the uncertainty of the model; and
+    5, 50 and 95 % quantiles over weights of sd(other) / sd(reference).
+    """
+    found: dict[str, float] = {}
+    scores = {} if reference.kind == "weights" else reference.scores()
+    if scores:
+        name = list(scores)[-1]
+        found[f"{name}_correlation"] = _correlation(scores[name], other.scores()[name])
+    if reference.kind == "classes":
+        first, second = reference.mean(), other.mean()
+        found["agreement"] = float((first.argmax(-1) == second.argmax(-1)).double().mean())
+        found["total_variation"] = float((first - second).abs().sum(-1).double().mean() / 2)
+    elif reference.kind == "numbers":
+        shift = (reference.mean() - other.mean()).abs() / scores["sd"]
+        found["mean_shift"] = float(shift.double().mean())
+    reference_sd, other_sd = reference.theta_SD.std(0), other.theta_SD.std(0)
+    moving = reference_sd > 0
+    if bool(moving.any()):
+        ratio = (other_sd[moving] / reference_sd[moving]).double().sort().values
+        # A sort instead of torch.quantile, which takes at most 16 million entries.
+        positions = [round(q / 100 * (len(ratio) - 1)) for q in _SD_QUANTILES]
+        found |= {f"weight_sd_ratio_{q}": float(ratio[i]) for q, i in zip(_SD_QUANTILES, positions, strict=True)}
+    return found
+
+
+def model_of(mcmc: Any, model: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """``model`` where it is given, else that of the kernel, if there is one."""
+    return model if model is not None else getattr(getattr(mcmc, "kernel", None), "model", None)
+
+
+def find_inputs(
+    mcmc: Any, model: Any, x: Any, y: Tensor | None, ood: Mapping[str, Any] | None
+) -> tuple[Inputs | None, list[str]]:
+    """What to evaluate on: ``x``, ``y`` and ``ood``, else the arguments of ``mcmc.run``; and what a reader should know.
+
+    :raises ValueError: if targets or sets come without inputs, or inputs without a model.
+    """
+
+    def as_args(value: Any) -> tuple[Any, ...]:
+        return value if isinstance(value, tuple) else (value,)
+
+    def without_targets(value: Any) -> tuple[Any, ...]:
+        args = as_args(value)
+        try:
+            inspect.signature(getattr(model, "forward", model)).bind(*args)
+        except TypeError:
+            return (*args, None)  # a model that insists on targets takes None for none
+        return args
+
+    if x is None and (y is not None or ood):
+        raise ValueError("`y` and `ood` need `x`, the inputs that they are compared on; got none.")
+    if x is not None and model is None:
+        raise ValueError("`x` was given but no model: pass `model`, since a dict of draws knows none.")
+    if x is not None:
+        labelled = None if y is None else (*as_args(x), y)
+        sets = {name: without_targets(value) for name, value in (ood or {}).items()}
+        return Inputs(without_targets(x), {}, labelled, y, sets), []
+    run_args, run_kwargs = getattr(mcmc, "_args", None), getattr(mcmc, "_kwargs", None)
+    num_data, has_all_data = getattr(getattr(mcmc, "kernel", None), "num_data", None), False
+    if model is not None and run_args is not None and not is_loader(run_args, num_data):
+        run_args, run_kwargs, has_all_data = shown_arguments(run_args, run_kwargs or {}, num_data)
+    if run_args is None or not has_all_data:
+        return None, ["Weights alone were compared, which are unidentified: pass `x` (and a model) for predictions."]
+    note = "Compared on the data that the chain was conditioned on; held-out inputs say more."
+    return Inputs(run_args, dict(run_kwargs or {}), run_args, None, {}), [note]
+
+
+def evaluate(model: Callable[..., Any] | None, draws: Draws, names: Sequence[str], inputs: Inputs | None) -> Evaluation:
+    """Runs the model under all draws on all inputs.
+
+    :raises ValueError: if targets are not one a datum.
+    """
+    theta_SD = flat(draws, names)
+    if model is None or inputs is None:
+        return Evaluation(theta_SD, "weights", {})
+    kind, values = _values(model, draws, inputs.args, inputs.kwargs)
+    if kind == "weights":
+        return Evaluation(theta_SD, kind, {})
+    sets = {name: _values(model, draws, args, inputs.kwargs)[1] for name, args in inputs.ood.items()}
+    targets, log_prob_SN = _targets(inputs.targets, kind, values), None
+    if inputs.labelled is not None:
+        log_prob_SN = predictive.log_likelihood(model, draws, *inputs.labelled, **inputs.kwargs).flatten(1)
+    return Evaluation(theta_SD, kind, {"": values, **sets}, log_prob_SN, targets)
+
+
+def _targets(targets: Tensor | None, kind: str, values: Tensor) -> Tensor | None:
+    """One target a datum: a class, or a number."""
+    if targets is None:
+        return None
+    if kind == "classes" and targets.dim() == 2 and targets.shape == values.shape[1:]:
+        targets = targets.argmax(-1)  # of a one-hot likelihood
+    num_data = values.shape[1] if kind == "classes" else values.shape[2]
+    if targets.numel() != num_data:
+        raise ValueError(
+            f"`y` has {targets.numel()} entries, but the model predicts {num_data} on `x`; it takes one target a datum."
+        )
+    return targets.reshape(-1).to(values.device)
+
+
+def _values(
+    model: Callable[..., Any], draws: Draws, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, Tensor]:
+    out = predictive.outputs(model, draws, *args, **kwargs)
+    if out.probs_SNK is not None:
+        return "classes", out.probs_SNK
+    if out.mean_SN is not None and out.variance_SN is not None:
+        return "numbers", torch.stack([out.mean_SN, out.variance_SN])
+    return "weights", torch.empty(0)
+
+
+def _without_rounding(score_N: Tensor, scale: Tensor | float) -> Tensor:
+    """Zero where a score is no more than rounding makes of equal draws; it would rank data as if it meant something.
+
+    Equal networks need not predict equally, since matrix products round by position in a batch.
+    """
+    return torch.where(score_N > torch.finfo(score_N.dtype).eps ** 1.5 * scale, score_N, 0.0)
+
+
+def _correlation(first: Tensor, second: Tensor) -> float:
+    """Pearson's; zero if the second alone is constant (a collapsed generator), NaN if the first is."""
+    first, second = first.double() - first.double().mean(), second.double() - second.double().mean()
+    if not bool((first != 0).any()):
+        return math.nan
+    norm = float(first.norm() * second.norm())
+    return float(first @ second) / norm if norm > 0 else 0.0

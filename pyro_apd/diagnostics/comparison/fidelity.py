@@ -1,0 +1,134 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What distillation lost: a generator against the chain it was fitted to, function space first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_apd.diagnostics.comparison.evaluation import Evaluation, evaluate, find_inputs, model_of
+from pyro_apd.diagnostics.comparison.figures import figure_rows
+from pyro_apd.diagnostics.comparison.split import Split, split_draws
+from pyro_apd.diagnostics.comparison.verdict import Row, overall
+from pyro_apd.diagnostics.draws import ChainDraws, draw_shapes, posterior_bytes, read_chain
+from pyro_apd.runtime.global_state import preserved_param_store, seeded
+
+if TYPE_CHECKING:
+    from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity
+
+__all__ = ["compare"]
+
+
+def compare(
+    mcmc: Any,
+    posterior: Any,
+    model: Callable[..., Any] | None = None,
+    x: Any = None,
+    y: Tensor | None = None,
+    *,
+    ood: Mapping[str, Any] | None = None,
+    num_samples: int = 100,
+    seed: int | None = 0,
+    group_by_chain: bool | None = None,
+) -> Fidelity:
+    """What the generator lost of the chain.
+
+    Figures of ``num_samples`` draws of the chain, evenly thinned, against as many of the generator, and against the
+    draws that could be stored in the bytes of the generator's file (taken from between those of the first column where
+    there are enough). Likenesses (agreement, total variation, correlation, sd ratios) are between half sets: the
+    chain's column holds one half of the chain against the other, the generator's a half of the chain against half of
+    the generator's draws, so that the two are of like size.
+
+    ``resolution`` is four standard errors of the difference, which come from ways of halving the chain (in time, and
+    chains against chains, where these say more) and the generator's draws: no p-value, since draws of a chain are not
+    independent. Function space and memorised draws decide the verdict; weights are unidentified.
+
+    The chain's column is of the draws that :func:`pyro_apd.distill` held out, where there are as many as asked for.
+
+    :param mcmc: a :class:`pyro.infer.MCMC` after ``run``, or a dict of draws ``(S, ...)`` or ``(C, S, ...)``.
+    :param posterior: a :class:`~pyro_apd.posterior.posterior.DistilledPosterior`, or a dict of draws ``(S, ...)``.
+    :param model: the Pyro model, called as ``model(x)`` and, for the likelihood, ``model(x, y)``; default that of the
+        kernel.
+    :param x: inputs, a tensor or a tuple of arguments; preferably not those that the chain was conditioned on. Default
+        the arguments of ``mcmc.run``; without any, weights alone are compared.
+    :param Tensor y: targets, one a datum. Without them there is no accuracy, NLL or ECE.
+    :param ood: out-of-distribution inputs by name.
+    :param int num_samples: draws of either, at least 8; rounded down to the same number of each chain, one or more.
+    :param int seed: for the generator's draws; the same seed gives the same figures.
+    :param bool group_by_chain: whether a dict ``mcmc`` is ``(C, S, ...)``; default by the shapes of ``posterior``.
+    :raises ValueError: if there are fewer than 8 draws, sites differ, or arguments do not belong together.
+    :raises TypeError: if an argument is of a kind that holds no draws.
+    """
+    from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity  # brings pandas, which takes a while
+
+    if num_samples < 8:
+        raise ValueError(f"`num_samples` must be at least 8, or its halves say nothing; got {num_samples}.")
+    chain = read_chain(mcmc, draw_shapes(posterior), group_by_chain)
+    model = model_of(mcmc, model)
+    inputs, notes = find_inputs(mcmc, model, x, y, ood)
+    split = split_draws(chain, posterior, num_samples, seed)
+    # Finding the structure of the model draws from its prior.
+    with preserved_param_store(), seeded(seed, chain.device), torch.no_grad():
+        sets = {name: evaluate(model, draws, list(chain.values), inputs) for name, draws in split.draws.items()}
+        rows, mixing = figure_rows(chain, sets, split)
+    status, verdict = overall(rows, mixing, spread=bool((sets["chain"].theta_SD.std(0) > 0).any()))
+    sizes = {"num_samples": sets["chain"].num_draws, "num_stored": split.num_stored}
+    return Fidelity(
+        rows, status, verdict[0].upper() + verdict[1:], **sizes, num_bytes=_num_bytes(chain, posterior, split),
+        mixing=mixing, chain_name=chain.name, notes=notes + _notes(rows, chain, mixing, split),
+        per_input=_per_input(sets),
+    )  # fmt: skip
+
+
+def _num_bytes(chain: ChainDraws, posterior: Any, split: Split) -> dict[str, int]:
+    return {
+        "chain": chain.num_bytes,
+        "generator": posterior_bytes(posterior),
+        "stored": split.num_stored * chain.bytes_per_draw,
+        "network": chain.bytes_per_draw,
+    }
+
+
+def _notes(rows: Sequence[Row], chain: ChainDraws, mixing: float, split: Split) -> list[str]:
+    notes = []
+    if chain.num_chains == 1:
+        notes.append("One chain: modes that it never visited are unknown to it and to the generator alike.")
+    if mixing == mixing:
+        notes.append(
+            f"{mixing:.0%} of the variance of the chain's predictions lies between half-chains (none if it mixes)."
+        )
+    closer = [r for r in rows if abs(r.generator - r.chain) < abs(r.stored - r.chain)]
+    comparable = [r for r in rows if r.stored == r.stored and r.chain == r.chain]
+    if split.num_stored == 0:
+        notes.append("The generator's file is smaller than one network, so no stored draw is a rival.")
+    else:
+        notes.append(
+            f"Closer to the chain than {split.num_stored} stored draws of the same bytes in {len(closer)} of "
+            f"{len(comparable)} figures."
+        )
+    if split.is_fitted:
+        notes.append("The chain's column holds draws that the generator may have been fitted to.")
+    if split.overlap:
+        notes.append("Stored draws include draws of the chain's own column, which flatters them.")
+    return notes
+
+
+def _per_input(sets: Mapping[str, Evaluation]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for name in ("chain", "generator"):
+        evaluation = sets[name]
+        if evaluation.kind == "weights":
+            return {}
+        found[name] = {"mean": evaluation.mean().cpu()}
+        for which in evaluation.values:
+            suffix = f"[{which}]" if which else ""
+            found[name] |= {f"{score}{suffix}": value.cpu() for score, value in evaluation.scores(which).items()}
+    targets = sets["chain"].targets
+    if targets is not None:
+        found["targets"] = {"y": targets.cpu()}
+    return found

@@ -1,0 +1,183 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""One self-contained HTML page about a distilled posterior: verdict first, then what it rests on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from pyro_apd.diagnostics.arviz_export.export import sample_stats, versions
+from pyro_apd.diagnostics.comparison.evaluation import Inputs, find_inputs, model_of
+from pyro_apd.diagnostics.comparison.fidelity import compare
+from pyro_apd.diagnostics.comparison.split import split_draws
+from pyro_apd.diagnostics.draws import (
+    ChainDraws,
+    draw_posterior,
+    draw_shapes,
+    evenly_spaced,
+    flat,
+    kernel_settings,
+    read_chain,
+)
+from pyro_apd.diagnostics.formatting import format_bytes, format_number
+from pyro_apd.diagnostics.html import pictures
+from pyro_apd.diagnostics.mixing.function_space import FunctionProbe
+from pyro_apd.diagnostics.mixing.health import Health, chain_health, layer_health
+from pyro_apd.runtime.files import written_whole
+from pyro_apd.runtime.global_state import seeded
+
+if TYPE_CHECKING:
+    from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity
+
+_FUNCTIONS, _FUNCTION_DRAWS = 6, 1000
+
+
+def report(
+    mcmc: Any,
+    posterior: Any,
+    model: Callable[..., Any] | None = None,
+    x: Any = None,
+    y: Tensor | None = None,
+    *,
+    path: str | os.PathLike[str],
+    ood: Mapping[str, Any] | None = None,
+    fidelity: Fidelity | None = None,
+    title: str = "A distilled posterior against its chain",
+    num_samples: int = 100,
+    seed: int | None = 0,
+    group_by_chain: bool | None = None,
+) -> Path:
+    """Writes one HTML page that needs no network and no JavaScript, and returns its path.
+
+    Verdict and table of function space come first, then pictures of predictions, weights, health of the chain,
+    training, and where everything came from. It follows the reader's light or dark setting. The same arguments and
+    seed give the same file. It appears whole or not at all.
+
+    Arguments not named here are those of :func:`~pyro_apd.diagnostics.compare`.
+
+    :param path: the file to write.
+    :param Fidelity fidelity: of :func:`~pyro_apd.diagnostics.compare` on the same arguments, if at hand.
+    :param str title: heading of the page.
+    :raises FileNotFoundError: if the folder does not exist.
+    :raises ValueError: as :func:`~pyro_apd.diagnostics.compare`.
+    """
+    # Opened first, so that a folder that does not exist costs no computation.
+    with written_whole(path) as temporary:
+        if fidelity is None:
+            fidelity = compare(
+                *(mcmc, posterior, model, x, y),
+                ood=ood,
+                num_samples=num_samples,
+                seed=seed,
+                group_by_chain=group_by_chain,
+            )
+        chain = read_chain(mcmc, draw_shapes(posterior), group_by_chain)
+        page = {"title": title, "seed": seed, **_of_fidelity(fidelity)}
+        page |= _of_draws(chain, posterior, fidelity, seed)
+        model = model_of(mcmc, model)
+        inputs = find_inputs(mcmc, model, x, y, ood)[0]
+        page["functions"] = _functions(chain, posterior, model, inputs, fidelity, seed)
+        page |= _of_run(mcmc, chain, model, inputs, seed)
+        temporary.write_text(_render(page), encoding="utf-8")
+    return Path(path)
+
+
+def _of_fidelity(fidelity: Fidelity) -> dict[str, Any]:
+    return {
+        "fidelity": fidelity,
+        "function_rows": [row for row in fidelity.rows if row.group != "weight space"],
+        "weight_rows": [row for row in fidelity.rows if row.group == "weight space"],
+        "predictions": pictures.of_predictions(fidelity),
+        "ledger": _ledger(fidelity),
+    }
+
+
+def _of_draws(chain: ChainDraws, posterior: Any, fidelity: Fidelity, seed: int | None) -> dict[str, Any]:
+    """Weights, and what the posterior says of itself."""
+    draws = split_draws(chain, posterior, fidelity.num_samples, seed).draws
+    thetas = {which: flat(draws[which], list(chain.values)) for which in ("chain", "generator")}
+    return {
+        "weights": pictures.of_weights(thetas["chain"], thetas["generator"], (fidelity.chain_name, "APD")),
+        "training": pictures.of_training(getattr(posterior, "training_log", None) or {}),
+        "metadata": _metadata(posterior),
+    }
+
+
+def _of_run(mcmc: Any, chain: ChainDraws, model: Any, inputs: Inputs | None, seed: int | None) -> dict[str, Any]:
+    """Health and provenance of the chain."""
+    stats = sample_stats(mcmc, chain)
+    with seeded(seed, chain.device):
+        health = chain_health(chain, stats, model, inputs)
+    return {
+        "health": [_health(row) for row in health],
+        "layers": layer_health(chain),
+        "num_chains": chain.num_chains,
+        "num_draws": chain.num_draws,
+        "divergences": int(stats["diverging"].sum()) if "diverging" in stats else None,
+        "traces": pictures.of_chain(stats, chain.name),
+        "settings": kernel_settings(mcmc),
+        "versions": versions(),
+    }
+
+
+def _functions(
+    chain: ChainDraws, posterior: Any, model: Any, inputs: Inputs | None, fidelity: Fidelity, seed: int | None
+) -> list[pictures.Picture]:
+    """Function values on a few inputs, where there are any."""
+    if model is None or inputs is None:
+        return []
+    steps = evenly_spaced(chain.num_draws, max(10, _FUNCTION_DRAWS // chain.num_chains))
+    with seeded(seed, chain.device):
+        probe = FunctionProbe(model, inputs, _FUNCTIONS)
+        chain_SF = probe(chain.pooled(steps))
+        draws = draw_posterior(posterior, max(fidelity.num_samples, 200), seed)
+        generator_SF = probe({name: value.to(chain.device) for name, value in draws.items()})
+    if chain_SF is None or generator_SF is None:
+        return []
+    by_chain = chain_SF.reshape(chain.num_chains, len(steps), -1)
+    return pictures.of_functions(by_chain, generator_SF, probe.names, (fidelity.chain_name, "APD"))
+
+
+def _render(page: Mapping[str, Any]) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"number": format_number, "bytes": format_bytes}
+    source = resources.files("pyro_apd.diagnostics.html").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(source).render(page)
+
+
+def _health(row: Health) -> dict[str, Any]:
+    if math.isnan(row.rhat):
+        words = "one chain: no R-hat" if not math.isnan(row.ess_bulk) else "constant, or too few draws"
+    else:
+        words = "mixes" if row.rhat < 1.05 else "slow" if row.rhat < 1.2 else "chains disagree"
+    return {
+        "name": row.name,
+        "group": row.group,
+        "rhat": row.rhat,
+        "bulk": row.ess_bulk,
+        "tail": row.ess_tail,
+        "words": words,
+    }
+
+
+def _ledger(fidelity: Fidelity) -> list[tuple[str, int, float]]:
+    size = fidelity.num_bytes
+    entries = [("one network", size["network"]), ("all draws of the chain", size["chain"])]
+    entries += [("the generator's file", size["generator"]), (f"{fidelity.num_stored} stored draws", size["stored"])]
+    return [(name, value, value / size["network"]) for name, value in entries]
+
+
+def _metadata(posterior: Any) -> str:
+    metadata = getattr(posterior, "metadata", None)
+    return json.dumps(metadata, indent=2, sort_keys=True, default=str) if isinstance(metadata, Mapping) else ""

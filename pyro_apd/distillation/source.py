@@ -1,0 +1,190 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Where a distillation starts: draws in flat unconstrained form, and the model they belong to where it is known."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_apd.chains.stores.base import DrawStore, all_finite
+from pyro_apd.data.row_reader import shown_arguments
+from pyro_apd.models.layout import Layout
+from pyro_apd.runtime.global_state import preserved_param_store
+
+logger = logging.getLogger("pyro_apd")
+
+#: No generator is fitted to fewer draws than this, over all chains.
+MIN_DRAWS = 10
+#: Of every ``period`` draws of a chain, ``length`` from ``start`` on are held out; of fewer, none can be spared.
+HELD_OUT = {"period": 25, "start": 10, "length": 5}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Draws and their model.
+
+    :ivar Tensor theta_CSD: draws by chain.
+    :ivar Layout layout: which entry belongs to which site.
+    :ivar model: the Pyro model, or None.
+    :ivar args: arguments that the model can be called with, or None where they are not known.
+    :ivar kwargs: keyword arguments likewise.
+    :ivar bool has_all_data: whether the arguments hold all data, rather than some that a loader or a file gave.
+    """
+
+    theta_CSD: Tensor
+    layout: Layout
+    model: Callable[..., Any] | None = None
+    args: tuple[Any, ...] | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    has_all_data: bool = True
+
+
+def read_source(
+    source: Any,
+    model: Callable[..., Any] | None = None,
+    data: Sequence[Any] | None = None,
+    group_by_chain: bool = False,
+) -> Source:
+    """Draws of an ``MCMC`` after ``run``, of a store, or of a dict. Arguments as in :func:`~pyro_apd.distill`.
+
+    Draws that this package's driver keeps are taken as they are, without a copy.
+
+    :raises TypeError: if ``source`` is none of them, or ``data`` is not a tuple.
+    :raises ValueError: if draws are missing, malformed, not finite, or not of the model's sites.
+    """
+    if data is not None and not isinstance(data, (tuple, list)):
+        raise TypeError(
+            f"`data` must be the tuple of the model's arguments, such as (x, y); got {type(data).__name__}."
+        )
+    kernel = None
+    args: tuple[Any, ...] | None = None if data is None else tuple(data)
+    kwargs: dict[str, Any] = {}
+    has_all_data = True
+    if isinstance(source, Mapping):
+        draws = dict(source) if group_by_chain else {name: _unsqueezed(name, v) for name, v in source.items()}
+    else:
+        kernel = getattr(source, "kernel", None)
+        model = getattr(kernel, "model", None) if model is None else model
+        if args is None and getattr(source, "_args", None) is not None:
+            num_data = getattr(kernel, "num_data", None)
+            run_kwargs = getattr(source, "_kwargs", None) or {}
+            args, kwargs, has_all_data = shown_arguments(source._args, run_kwargs, num_data)
+    store = source if isinstance(source, DrawStore) else getattr(source, "store", None)
+    if isinstance(store, DrawStore):
+        theta_CSD = store.unconstrained()
+        _check_count(*theta_CSD.shape[:2])
+        _check_finite(store, theta_CSD)
+        return Source(theta_CSD, store.layout, model, args, kwargs, has_all_data)
+    if not isinstance(source, Mapping):
+        draws = _draws_of_mcmc(source)
+    _check_draws(draws)
+    layout = _find_layout(kernel, model, args, kwargs, draws)
+    theta_CSD = layout.unconstrain({name: value.detach() for name, value in draws.items()})
+    _check_interior(layout, theta_CSD)
+    return Source(theta_CSD, layout, model, args, kwargs, has_all_data)
+
+
+def split_held_out(num_draws: int) -> tuple[Tensor, Tensor]:
+    """Indices of a chain's draws to train on, and to hold out: the middle fifth of every 25 draws.
+
+    Neighbouring draws resemble each other, so runs of draws are held out rather than single ones. Runs all along
+    rather than the end: a chain that still moves has its end elsewhere than its middle, and a generator judged there
+    would be judged on what it was never shown. What resemblance is left between the two cannot flatter by much: a
+    generator is far too small to learn draws by heart.
+    """
+    index = torch.arange(num_draws)
+    if num_draws < HELD_OUT["period"]:
+        return index, index
+    start, length = HELD_OUT["start"], HELD_OUT["length"]
+    is_held_out = (index % HELD_OUT["period"] >= start) & (index % HELD_OUT["period"] < start + length)
+    return index[~is_held_out], index[is_held_out]
+
+
+def _unsqueezed(name: str, value: Any) -> Any:
+    return value.unsqueeze(0) if isinstance(value, Tensor) and value.dim() > 0 else value
+
+
+def _draws_of_mcmc(source: Any) -> dict[str, Tensor]:
+    if not callable(getattr(source, "get_samples", None)):
+        raise TypeError(
+            f"`source` must be an MCMC after run(), or a dict of draws by site; got {type(source).__name__}."
+        )
+    if getattr(source, "_samples", ()) is None:
+        raise ValueError("`source` has no draws yet: call mcmc.run(...) first.")
+    return dict(source.get_samples(group_by_chain=True))
+
+
+def _check_draws(draws: Mapping[str, Any]) -> None:
+    if not draws:
+        raise ValueError("`source` holds no sites.")
+    for name, value in draws.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
+            what = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"Draws of site '{name}' are {what}; accepted are floating-point tensors (S, ...), or (C, S, ...) with "
+                "group_by_chain=True."
+            )
+    leading = {name: tuple(value.shape[:2]) for name, value in draws.items()}
+    if len(set(leading.values())) > 1:
+        raise ValueError(f"Sites of `source` disagree about (chains, draws): {leading}.")
+    _check_count(*next(iter(leading.values())))
+    for name, value in draws.items():
+        if not all_finite(value):
+            _refuse_not_finite(name, int((~value.isfinite()).sum()))
+
+
+def _check_count(num_chains: int, num_draws: int) -> None:
+    if num_chains * num_draws < MIN_DRAWS:
+        raise ValueError(
+            f"`source` holds {num_chains * num_draws} draws ({num_chains} chains of {num_draws}); at least {MIN_DRAWS} "
+            "are needed to fit a generator, and a few hundred to fit it well. Run the chain for longer."
+        )
+
+
+def _check_finite(store: DrawStore, theta_CSD: Tensor) -> None:
+    for name, value in store.layout.split(theta_CSD).items():
+        if not all_finite(value):
+            _refuse_not_finite(name, sum(int((~row.isfinite()).sum()) for row in value.flatten(0, 1)))
+
+
+def _refuse_not_finite(name: str, count: int) -> NoReturn:
+    raise ValueError(
+        f"Draws of site '{name}' hold {count} NaN or infinite numbers: the chain diverged. Sample again with a smaller "
+        "step size."
+    )
+
+
+def _check_interior(layout: Layout, theta_CSD: Tensor) -> None:
+    """Draws on the very edge of a support have no unconstrained value."""
+    for name, value in layout.split(theta_CSD).items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(
+                f"Draws of site '{name}' lie on or outside the boundary of its support, {layout[name].support}."
+            )
+
+
+def _find_layout(
+    kernel: Any,
+    model: Callable[..., Any] | None,
+    args: tuple[Any, ...] | None,
+    kwargs: Mapping[str, Any],
+    draws: Mapping[str, Tensor],
+) -> Layout:
+    """The kernel's, else the model's, else one in which every site is real."""
+    layout = getattr(kernel, "layout", None)
+    if isinstance(layout, Layout) and set(layout.names) == set(draws):
+        return layout
+    if model is not None and args is not None:
+        with preserved_param_store(), torch.no_grad(), poutine.block(), torch.random.fork_rng(devices=[]):
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+        return Layout.from_trace(trace, list(draws))
+    logger.info("The supports of sites are not known without model and data: every site counts as real.")
+    return Layout({name: value.shape[2:] for name, value in draws.items()})

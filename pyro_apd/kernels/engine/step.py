@@ -1,0 +1,256 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""One step of a sampler as a function of tensors, run as it stands or compiled.
+
+The state is kept by site, each tensor with a storage of its own: compiled code then writes products of matrices where
+they belong and moves the weights in the same pass. Noise comes in from outside, since generators do not compile well.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_apd.data.minibatch import MinibatchSource
+from pyro_apd.kernels.engine.cuda_graphs import replayed
+from pyro_apd.kernels.engine.noise import Noise
+from pyro_apd.models.capture import capture
+from pyro_apd.models.potential import GradientFunction, Inputs, Pieces
+from pyro_apd.runtime.trees import tree_flatten, tree_unflatten
+
+logger = logging.getLogger("pyro_apd")
+
+#: Steps, over all chains, from which compiling is taken to pay: it costs some ten seconds, and gains about 0.3 ms each.
+COMPILE_STEPS = 30_000
+#: Weights, over all chains, up to which calls from Python are felt among the arithmetic.
+SMALL = 200_000
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a sampler's update has before it. Tensors are by site, ``(n,)`` or ``(C, n)``.
+
+    :ivar theta: the state, to be moved in place.
+    :ivar auxiliary: what the sampler keeps beside it, to be changed in place.
+    :ivar gradient: of U at theta, on this step's mini-batch.
+    :ivar noise: standard normal.
+    :ivar Tensor size: epsilon, ``()``, or ``(C, 1)`` where chains may differ.
+    :ivar gradient_at: gradient of U at another state, on the same mini-batch.
+    :ivar int num_data: N, or 1 where the model has no data.
+    """
+
+    theta: Pieces
+    auxiliary: Mapping[str, Pieces]
+    gradient: Pieces
+    noise: Pieces
+    size: Tensor
+    gradient_at: Callable[[Pieces], Pieces]
+    num_data: int
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is known of a step, ``()`` or ``(C,)`` each.
+
+    :ivar energy: U before the step, on its mini-batch.
+    :ivar squared_norm: of the gradient; None where it was not asked for.
+    """
+
+    energy: Tensor
+    squared_norm: Tensor | None = None
+
+
+class Gradients(Protocol):
+    """What a stepper needs of a potential, or of what stands in for it."""
+
+    path: str
+    source: MinibatchSource
+
+    @property
+    def num_data(self) -> int | None:
+        """N."""
+
+    def gradient_function(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
+        """As :meth:`pyro_apd.models.potential.Potential.gradient_function`."""
+
+
+Update = Callable[[Step], None]
+
+
+class Stepper:
+    """Takes steps: by the captured or traced gradient and the update as written, or several compiled into one program.
+
+    :param potential: gives gradients.
+    :param sizes: number of weights by site.
+    :param update: a sampler's update.
+    :param noise: where noise comes from.
+    :param compile: True, False, or ``"auto"``: once ``expected_steps``, or the steps taken, reach
+        :data:`COMPILE_STEPS`. By steps and not by time, so that a seed gives the same draws again.
+    :param expected_steps: steps that the run will take at least, over all chains.
+    :param int unroll: steps in a compiled program, which share the price of a call.
+    :ivar str path: ``"compiled"``, or the potential's ``"captured"`` or ``"traced"``.
+    """
+
+    def __init__(
+        self,
+        potential: Gradients,
+        sizes: Sequence[int],
+        update: Update,
+        noise: Noise,
+        compile: bool | str,
+        expected_steps: int,
+        unroll: int,
+    ) -> None:
+        self.potential, self._sizes, self._update, self._noise = potential, list(sizes), update, noise
+        self._compile, self._expected_steps, self._unroll = compile, expected_steps, unroll
+        self._programs: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
+        self.path = "traced"
+
+    def num_at_once(self, num_left: int, step: int, steps_taken: int) -> int:
+        """How many of ``num_left`` steps from ``step`` on the next :meth:`take` should have."""
+        is_whole = num_left >= self._unroll and step % self._unroll == 0
+        return self._unroll if is_whole and self._is_compiling(steps_taken) else 1
+
+    def take(
+        self,
+        theta: Pieces,
+        auxiliary: Mapping[str, Pieces],
+        sizes: Tensor,
+        inputs: Sequence[Inputs],
+        *,
+        steps_taken: int,
+        is_measured: bool,
+    ) -> Measures:
+        """Moves ``theta`` and ``auxiliary`` in place by a step on each of the batches ``inputs``.
+
+        :param sizes: epsilon for each step, ``(K,)`` or ``(K, C, 1)``.
+        :param steps_taken: over all chains, so far.
+        :param is_measured: whether to say more than the energy.
+        """
+        state = (theta, auxiliary)
+        program = self._program(state, sizes, inputs, steps_taken)
+        if program is not None:
+            return Measures(*program(*_leaves(state, self._noise.raw(len(inputs)), sizes, inputs)))
+        for size, batch in zip(sizes, inputs, strict=True):
+            gradients = self.potential.gradient_function(theta, batch)
+            measures = self._step(gradients, state, self._noise.normal(), size, batch, is_measured)
+        if self.path != "compiled":
+            self.path = self.potential.path
+        return Measures(*measures)
+
+    def _step(
+        self, gradients: GradientFunction, state: Any, noise: Tensor, size: Tensor, inputs: Inputs, is_measured: bool
+    ) -> tuple[Tensor, ...]:
+        theta, auxiliary = state
+        gradient, energy = gradients(theta, inputs)
+        measures: tuple[Tensor, ...] = (energy,)
+        if is_measured:
+            measures = (energy, torch.stack([(g * g).sum(-1) for g in gradient]).sum(0))
+        pieces = tuple(noise.split(self._sizes, -1))
+        num_data = self.potential.num_data or 1
+        self._update(Step(theta, auxiliary, gradient, pieces, size, lambda at: gradients(at, inputs)[0], num_data))
+        return measures
+
+    def _is_compiling(self, steps_taken: int) -> bool:
+        # The first step goes by the captured graph, which has its say about models and starting points that do not do.
+        if not self._compile or steps_taken == 0:
+            return False
+        return self._compile is True or max(self._expected_steps, steps_taken) >= COMPILE_STEPS
+
+    def _program(
+        self, state: Any, sizes: Tensor, inputs: Sequence[Inputs], steps_taken: int
+    ) -> Callable[..., Any] | None:
+        """The compiled steps for inputs of these shapes; None where it is not wanted, not yet, or cannot be had."""
+        if len(inputs) != self._unroll or not self._is_compiling(steps_taken):
+            return None
+        key, *others = (tuple((tuple(t.shape), t.dtype) for t in batch) for batch in inputs)
+        if any(other != key for other in others):
+            return None  # a shorter last batch somewhere among them: not worth a program for every place
+        if key not in self._programs:
+            self._programs[key] = self._build(state, sizes, tuple(inputs))
+        return self._programs[key]
+
+    def _build(self, state: Any, sizes: Tensor, inputs: tuple[Inputs, ...]) -> Callable[..., Any] | None:
+        functions = [self.potential.gradient_function(state[0], batch) for batch in inputs]
+        if self.potential.path != "captured":
+            logger.info("Steps are not compiled: the model could not be captured.")
+            return None
+
+        def steps(state: Any, raw: Tensor, sizes: Tensor, inputs: tuple[Inputs, ...]) -> tuple[Tensor, ...]:
+            noise = self._noise.to_normal(raw)
+            for i, batch in enumerate(inputs):
+                is_last = i == len(inputs) - 1
+                measures = self._step(functions[i], state, noise[i], sizes[i], batch, is_last)
+            return measures
+
+        began = time.monotonic()
+        try:
+            raw = self._noise.raw_like(len(inputs))
+            is_small = sum(piece.numel() for piece in state[0]) <= SMALL
+            program = compiled(steps, state, raw, sizes, inputs, is_small=is_small)
+            if raw.is_cuda:
+                leaves = _leaves(state, raw, sizes, inputs)
+                num_kept = len(_leaves(state, raw, sizes, ())) - 2
+                program = replayed(program, leaves[:num_kept], leaves[num_kept:])
+        except Exception as error:  # no compiler, or a model that it fails on: the captured graph still works
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            logger.warning("Steps are not compiled, which is slower: %s.", reason)
+            return None
+        logger.info("Compiled %d steps in %.1f s.", len(inputs), time.monotonic() - began)
+        self.path = "compiled"
+        return program
+
+
+def compiled(function: Callable[..., Any], *examples: Any, is_small: bool = False) -> Callable[..., Any]:
+    """``function``, of trees of tensors, compiled for such trees: a function of their leaves.
+
+    It is captured as a flat graph, and that is given to the compiler. By way of :func:`torch.compile` the same graph
+    would be traced once more, and its arguments checked at each call for changes that cannot be, which takes a small
+    step longer than its arithmetic.
+
+    :param is_small: whether calls from Python would be felt among the arithmetic: then they are compiled as well, which
+        takes the compiler twice as long.
+    """
+    leaves, spec = tree_flatten(examples)
+
+    def flat(*tensors: Tensor) -> Any:
+        return function(*tree_unflatten(list(tensors), spec))
+
+    copies = [leaf.clone() for leaf in leaves]  # the first call is a rehearsal
+    graph = capture(flat, *copies)
+    for node in graph.graph.nodes:  # type: ignore[attr-defined]
+        node.meta.clear()  # shapes noted while capturing, which the compiler takes for its own
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's, about itself
+        for options in ({"cpp_wrapper": True}, {}) if is_small else ({},):
+            try:
+                program = _inductor(graph, copies, options)
+                program(*copies)
+                return program
+            except Exception as error:  # not of torch's stable interface
+                logger.debug("Compiling in another way, since %s.", error)
+        program = torch.compile(graph.forward, fullgraph=True, dynamic=False)  # type: ignore[attr-defined]
+        program(*copies)
+    return program
+
+
+def _inductor(graph: Any, examples: list[Tensor], options: dict[str, Any]) -> Callable[..., Any]:
+    from torch._inductor import compile as compile_graph
+
+    compiled: Callable[..., Any] = compile_graph(graph, examples, options=options)  # type: ignore[arg-type]
+    return compiled
+
+
+def _leaves(state: Any, raw: Tensor, sizes: Tensor, inputs: Sequence[Inputs]) -> list[Tensor]:
+    """The tensors of a program's arguments, in :mod:`pyro_apd.runtime.trees`' order, and at a tenth of its price."""
+    theta, auxiliary = state
+    kept = [piece for pieces in auxiliary.values() for piece in pieces]
+    return [*theta, *kept, raw, sizes, *(tensor for batch in inputs for tensor in batch)]

@@ -1,0 +1,136 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Turning a Pyro model's density into a graph of tensor operations, and the priors that need no graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_apd.models.layout import Layout
+
+Function = Callable[..., Any]
+
+
+def capture(function: Function, *examples: Any) -> Function:
+    """The operations of ``function`` on tensors like ``examples``, as a flat graph; Python code in it is gone.
+
+    :param function: of tensors, and of tuples and dicts of tensors.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with pyro.validation_enabled(False), torch.no_grad():
+        graph = make_fx(function)(*examples)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+@dataclass(frozen=True)
+class GaussianPriors:
+    """The sites whose prior is an independent Gaussian with constant parameters: their part of U in closed form.
+
+    It is half of ``precision * (theta - loc)**2`` up to a constant, which is kept, so that energies agree.
+
+    :ivar parameters: ``(loc, precision)`` by site: numbers where they are the same for all entries of the site, else
+        flat tensors.
+    :ivar float constant: what does not depend on theta.
+    """
+
+    parameters: Mapping[str, tuple[float | Tensor, float | Tensor]]
+    constant: float
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The sites covered."""
+        return frozenset(self.parameters)
+
+    @classmethod
+    def of(cls, layout: Layout, traces: Sequence[poutine.Trace]) -> GaussianPriors:
+        """Finds them in runs of the model at different points: parameters that moved belong to a hierarchy."""
+        parameters, constant = {}, 0.0
+        for site in layout:
+            here, *others = (_gaussian_parameters(trace.nodes[site.name]) for trace in traces)
+            if here is None or any(there is None or not all(map(torch.equal, here, there)) for there in others):
+                continue
+            loc, scale = (value.reshape(-1) for value in here)
+            parameters[site.name] = (_as_number(loc), _as_number(scale.square().reciprocal()))
+            normaliser = scale.double().log().sum() + 0.5 * scale.numel() * torch.log(torch.tensor(2 * torch.pi))
+            constant += float(normaliser)
+        return cls(parameters, constant)
+
+    def add_to(
+        self, layout: Layout, pieces: Sequence[Tensor], gradients: Sequence[Tensor], energy: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Gradients by site and U ``()`` or ``(C,)`` with this prior's part added."""
+        total = list(gradients)
+        for i, site in enumerate(layout):
+            if site.name in self.parameters:
+                loc, precision = self.parameters[site.name]
+                deviation = pieces[i] if isinstance(loc, float) and loc == 0.0 else pieces[i] - loc
+                # In few operations, as each is felt where graphs are not compiled.
+                if isinstance(precision, float):
+                    total[i] = torch.add(total[i], deviation, alpha=precision)
+                    energy = energy + _square(deviation) * (0.5 * precision)
+                else:
+                    total[i] = torch.addcmul(total[i], deviation, precision)
+                    energy = energy + 0.5 * (precision * deviation.square()).sum(-1)
+        return tuple(total), energy + self.constant
+
+
+def _square(values: Tensor) -> Tensor:
+    """Sum of squares over the last dimension."""
+    return torch.dot(values, values) if values.dim() == 1 else values.square().sum(-1)
+
+
+def _as_number(values: Tensor) -> float | Tensor:
+    first = float(values[0]) if values.numel() else 0.0
+    return first if bool((values == first).all()) else values
+
+
+def _gaussian_parameters(site: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Mean and sd, each of the site's full shape; None if it is not an unscaled, unmasked independent Gaussian."""
+    fn, shape = site["fn"], site["value"].shape
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    # ExpandedDistribution and MaskedDistribution are other types: they stay with autograd unless exactly Normal.
+    if type(fn) not in (dist.Normal, torch.distributions.Normal) or site["mask"] is not None or site["scale"] != 1.0:
+        return None
+    return fn.loc.detach().expand(shape), fn.scale.detach().expand(shape)
+
+
+class UnvalidatedInstances(Messenger):
+    """Switches argument validation off in distributions that were built before, until :meth:`restore`.
+
+    ``pyro.validation_enabled(False)`` reaches only those built inside. Densities are taken after the model has run,
+    so leaving the context does not switch it on again. A torch that renames the attribute makes the capture fail, and
+    the model is then traced at every step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changed: list[tuple[Any, bool]] = []
+
+    def restore(self) -> None:
+        """Switches validation on again where it was."""
+        while self._changed:
+            fn, flag = self._changed.pop()
+            fn._validate_args = flag
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        while fn is not None:
+            flag = getattr(fn, "_validate_args", False)
+            if flag:
+                self._changed.append((fn, flag))
+                fn._validate_args = False
+            fn = getattr(fn, "base_dist", None)

@@ -1,0 +1,148 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Drawn weights in plain :class:`torch.nn.Module` networks, for what knows nothing of Pyro: exporters, attack tools."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_apd.models.bnn import BNN
+from pyro_apd.models.layout import Layout
+
+#: From a network's outputs to predictions, by name.
+LINKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda output: output.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "identity": lambda output: output,
+}
+_LINK_OF = {"categorical": "softmax", "bernoulli": "sigmoid", "gaussian": "identity"}
+
+
+def plain_network(architecture: nn.Module, layout: Layout, values: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a network with the values of one draw as its parameters, in evaluation mode.
+
+    :param architecture: a :class:`~pyro_apd.BNN`, or a network whose parameters are named as the sites are, or as
+        they are behind a common prefix.
+    :param layout: the sites.
+    :param values: one draw by site.
+    :raises ValueError: if a trainable parameter has no site, or one of another shape.
+    """
+    net, sites = _sites_of(architecture, layout)
+    made: dict[str, nn.Parameter] = {}
+    for name, site in sites.items():
+        owner, _, leaf = name.rpartition(".")
+        module = net.get_submodule(owner)
+        if site not in made:
+            made[site] = nn.Parameter(values[site].detach().clone())
+        delattr(module, leaf)  # a buffer in a BNN
+        module.register_parameter(leaf, made[site])
+    return net.eval()
+
+
+class Ensemble(nn.Module):
+    """The average prediction of many networks, as one module; differentiable in its input.
+
+    :param architecture: as for :func:`plain_network`.
+    :param layout: the sites.
+    :param draws: values ``(S, ...)`` by site.
+    :param str link: of :data:`LINKS`: what is averaged, as a function of the network's outputs. None takes that of the
+        likelihood of a BNN.
+    :param int chunk_size: networks evaluated together; None: all.
+    :raises ValueError: as :func:`plain_network`, or if ``link`` is not known, or missing.
+    """
+
+    def __init__(
+        self,
+        architecture: nn.Module,
+        layout: Layout,
+        draws: Mapping[str, Tensor],
+        *,
+        link: str | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.link = _checked_link(link, architecture)
+        self.chunk_size = chunk_size
+        self.num_networks = len(next(iter(draws.values())))
+        self.net = plain_network(architecture, layout, {n: v[0] for n, v in draws.items()}).requires_grad_(False)
+        self._sites = _sites_of(architecture, layout)[1]
+        self._buffers_of = {site: f"draws_{i}" for i, site in enumerate(dict.fromkeys(self._sites.values()))}
+        for site, buffer in self._buffers_of.items():
+            self.register_buffer(buffer, draws[site].detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Average over the networks of what the link makes of their outputs, shaped as one network's outputs."""
+
+        def one(weights: dict[str, Tensor]) -> Tensor:
+            return LINKS[self.link](torch.func.functional_call(self.net, weights, (x,)))
+
+        stacked = {name: self.get_buffer(self._buffers_of[site]) for name, site in self._sites.items()}
+        mean: Tensor = torch.vmap(one, chunk_size=self.chunk_size)(stacked).mean(0)
+        return mean
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows of it."""
+        return f"num_networks={self.num_networks}, link={self.link!r}"
+
+
+def _sites_of(architecture: nn.Module, layout: Layout) -> tuple[nn.Module, dict[str, str]]:
+    """A copy of the network, and the site of each parameter by every name that it has."""
+    if isinstance(architecture, BNN):
+        net, sites = copy.deepcopy(architecture.net), dict(architecture.parameter_sites)
+    else:
+        if not isinstance(architecture, nn.Module) or any(isinstance(m, PyroModule) for m in architecture.modules()):
+            raise ValueError(
+                f"`net` must be a pyro_apd.BNN, or a torch.nn.Module without Pyro in it whose parameters are named as "
+                f"the sites {list(layout.names)} are; got {type(architecture).__name__}."
+            )
+        net = copy.deepcopy(architecture)
+        first: dict[int, str] = {}
+        named = [(n, p) for n, p in net.named_parameters(remove_duplicate=False) if p.requires_grad]
+        names = {name: first.setdefault(id(parameter), name) for name, parameter in named}
+        prefix = _prefix(set(names.values()), layout)
+        sites = {name: prefix + first_name for name, first_name in names.items()}
+    shapes = {**{n: p.shape for n, p in net.named_parameters(remove_duplicate=False)}, **_buffer_shapes(net)}
+    for name, site in sites.items():
+        if site not in layout.names or layout[site].shape != tuple(shapes[name]):
+            has = f"of shape {layout[site].shape}" if site in layout.names else "missing"
+            raise ValueError(
+                f"`net` is of another architecture: parameter '{name}' has shape {tuple(shapes[name])}, site '{site}' "
+                f"is {has}. The posterior draws {layout!r}."
+            )
+    return net, sites
+
+
+def _buffer_shapes(net: nn.Module) -> dict[str, torch.Size]:
+    return {name: buffer.shape for name, buffer in net.named_buffers(remove_duplicate=False)}
+
+
+def _prefix(names: set[str], layout: Layout) -> str:
+    """What the sites have before the names of the parameters: '' or 'net.', say."""
+    if not names:
+        raise ValueError("`net` has no trainable parameters, so there is nothing to draw.")
+    example = min(names)
+    for site in layout.names:
+        prefix = site.removesuffix(example)
+        if site.endswith(example) and all(prefix + name in layout.names for name in names):
+            return prefix
+    raise ValueError(
+        f"`net` has parameters {sorted(names)}, which are not the sites {list(layout.names)}, with or without a common "
+        "prefix. Give it the architecture that the posterior is of."
+    )
+
+
+def _checked_link(link: str | None, architecture: nn.Module) -> str:
+    if link is None and isinstance(architecture, BNN):
+        link = _LINK_OF[architecture.likelihood]
+    if link not in LINKS:
+        raise ValueError(
+            f"`link` must be one of {', '.join(map(repr, LINKS))}, what is averaged over networks; got {link!r}. A "
+            "plain network does not say whether its outputs are logits; a pyro_apd.BNN does."
+        )
+    return link

@@ -1,0 +1,365 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A Pyro model as a potential U(theta, mini-batch) and its gradient.
+
+    U(theta) = - log p(theta) - log |d constrained / d theta| - (N/B) sum over the batch of log p(y | theta)
+
+The model's Python code, with all of Pyro's handlers, runs a few times. What it computes is captured as a graph of
+tensor operations in (theta, what changes with the batch), and that graph runs at every step. Independent Gaussian
+priors, which carry most weights of a Bayesian neural network, enter in closed form. A graph is used only after it has
+reproduced the model at points it was not captured at; otherwise the model is traced at every step, as Pyro would.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import unwrap
+from torch import Tensor
+
+from pyro_apd.data.arguments import check_one_device
+from pyro_apd.data.loader import LoaderBatches, is_loader
+from pyro_apd.data.minibatch import Call, FullBatch, MinibatchSource, PlateSubsample, RowSubsample, check_finite
+from pyro_apd.data.row_reader import RowReader, has_stored_rows
+from pyro_apd.errors import DataError
+from pyro_apd.models.capture import GaussianPriors, UnvalidatedInstances, capture
+from pyro_apd.models.scaling import Anatomy, check_densities, examine, run_model, subsampled_plates
+from pyro_apd.runtime.trees import tree_leaves
+
+logger = logging.getLogger("pyro_apd")
+
+# Full batches of so many rows are more likely forgotten than meant.
+_MANY_ROWS = 5000
+
+Inputs = tuple[Tensor, ...]
+#: A state by site, in the order of the layout: flat unconstrained tensors ``(n,)`` or, for C chains, ``(C, n)``.
+Pieces = tuple[Tensor, ...]
+GradientFunction = Callable[[Pieces, Inputs], tuple[Pieces, Tensor]]
+
+
+class Potential:
+    """The potential of a model under a source of mini-batches.
+
+    Every gradient is taken of one chain or, where tensors have a leading dimension, of C chains at once, each on a
+    mini-batch of its own.
+
+    :param model: a Pyro model.
+    :param source: where its mini-batches come from.
+    :param Anatomy anatomy: what :func:`~pyro_apd.models.scaling.examine` established about the model.
+    :param Call example: a call of the model.
+    :param bool capture: whether to try the captured graph; otherwise the model is traced at every step.
+    :param bool latents_only: leave out what is observed.
+    :ivar str path: ``"captured"`` or ``"traced"``, once a gradient was asked for.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        source: MinibatchSource,
+        anatomy: Anatomy,
+        example: Call,
+        *,
+        capture: bool = True,
+        latents_only: bool = False,
+    ) -> None:
+        self.model, self.source, self.layout = model, source, anatomy.layout
+        self._anatomy, self._example = anatomy, example
+        self._is_capturing, self._latents_only = capture, latents_only
+        self._graphs: dict[tuple[Any, ...], GradientFunction] = {}
+        self._priors: GaussianPriors | None = None
+        self.path = "traced"
+
+    def draw_start(self) -> dict[str, Tensor]:
+        """Another draw of the latents from the prior, or from whatever the model's init strategy is; constrained."""
+        trace = run_model(self.model, self._example)
+        return {name: trace.nodes[name]["value"].detach() for name in self.layout.names}
+
+    @property
+    def num_data(self) -> int | None:
+        """N; None where there are no rows."""
+        return self.source.num_data
+
+    def agreed(self, value: Any) -> Any:
+        """What all processes that share this potential have: ``value``, as there are no others."""
+        return value
+
+    def prior_alone(self) -> Potential:
+        """The part of U that does not depend on data; on no batches."""
+        call = self._call(self.source.draw())
+        anatomy = Anatomy(self.layout, self._anatomy.start)
+        source = FullBatch.calling(call)
+        source.start(torch.Generator().manual_seed(0))
+        return Potential(self.model, source, anatomy, call, capture=self._is_capturing, latents_only=True)
+
+    def value(self, theta: Tensor, inputs: Inputs) -> Tensor:
+        """U at ``theta`` ``(D,)``, by running the model; a scalar."""
+        return self._by_trace(self.model, self.layout.split(theta), inputs, frozenset())
+
+    def gradient(self, theta: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Gradient of U and U at ``theta``, on the batch ``inputs`` that the source drew.
+
+        :param theta: ``(D,)``, or ``(C, D)`` with ``inputs`` of C chains.
+        :returns: ``(D,)`` and ``()``, or ``(C, D)`` and ``(C,)``.
+        """
+        gradients, energy = self.gradients(self._contiguous_pieces(theta), inputs)
+        return torch.cat(gradients, -1) if gradients else torch.zeros_like(theta), energy
+
+    def gradients(self, pieces: Pieces, inputs: Inputs) -> tuple[Pieces, Tensor]:
+        """The same by site, without joining what the model keeps apart."""
+        return self.gradient_function(pieces, inputs)(pieces, inputs)
+
+    def gradient_function(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
+        """What :meth:`gradients` calls for tensors of these shapes: the captured graph, or the model's own code."""
+        if not self._is_capturing:
+            return self._traced_gradients
+        key = (pieces[0].shape[:-1] if pieces else (), *((tuple(t.shape), t.dtype) for t in inputs))
+        if key not in self._graphs:
+            self._graphs[key] = self._prepare(pieces, inputs)
+        return self._graphs[key]
+
+    @property
+    def gaussian_priors(self) -> GaussianPriors:
+        """The independent Gaussian priors that were found when the potential was captured; none if it was not."""
+        return GaussianPriors({}, 0.0) if self._priors is None else self._priors
+
+    def traced_gradient(self, theta: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """As :meth:`gradient`, through the model's own code: slower, and right for any model that Pyro can run."""
+        gradients, energy = self._traced_gradients(self.pieces(theta), inputs)
+        return torch.cat(gradients, -1) if gradients else torch.zeros_like(theta), energy
+
+    def pieces(self, theta: Tensor) -> Pieces:
+        """``(..., D)`` by site, as views ``(..., n)``."""
+        return tuple(theta.split([site.size for site in self.layout], dim=-1)) if len(self.layout) else ()
+
+    def _contiguous_pieces(self, theta: Tensor) -> Pieces:
+        """What a graph takes: the views of several chains are not laid out as the tensors that it was captured with."""
+        return tuple(piece.contiguous() for piece in self.pieces(theta))
+
+    def _traced_gradients(self, pieces: Pieces, inputs: Inputs) -> tuple[Pieces, Tensor]:
+        if pieces and pieces[0].dim() > 1:
+            by_chain = [
+                self._traced_gradients(tuple(p[c] for p in pieces), tuple(t[c] for t in inputs))
+                for c in range(len(pieces[0]))
+            ]
+            gradients = tuple(torch.stack(parts) for parts in zip(*(g for g, _ in by_chain), strict=True))
+            return gradients, torch.stack([energy for _, energy in by_chain])
+        with torch.enable_grad(), pyro.validation_enabled(False):
+            leaves = [piece.detach().requires_grad_() for piece in pieces]
+            energy = self._by_trace(self.model, self._unconstrained(leaves), inputs, frozenset())
+            return tuple(torch.autograd.grad(energy, leaves, materialize_grads=True)), energy.detach()
+
+    def _unconstrained(self, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {s.name: p.reshape(s.unconstrained_shape) for s, p in zip(self.layout, pieces, strict=True)}
+
+    def _by_trace(
+        self, model: Callable[..., Any], unconstrained: Mapping[str, Tensor], inputs: Inputs, skipped: frozenset[str]
+    ) -> Tensor:
+        trace = run_model(model, self._call(inputs), self.layout.constrain_sites(unconstrained))
+        scaled, latents = self._anatomy.scaled, frozenset(self.layout.names)
+
+        def is_as_it_is(name: str, site: Any) -> bool:
+            return name not in scaled and name not in skipped and (name in latents or not self._latents_only)
+
+        log_joint = trace.log_prob_sum(is_as_it_is)
+        if scaled:
+            by_kernel, by_model = self.source.scale(inputs), 1.0
+            if any(scaled.values()):
+                # A plate's own N/B is exact for its batch; see LoaderBatches for why an epoch may want another.
+                assert self.source.num_data is not None
+                by_model = by_kernel * inputs[0].shape[0] / self.source.num_data
+            for is_scaled, factor in ((False, by_kernel), (True, by_model)):
+                names = frozenset(name for name, flag in scaled.items() if flag == is_scaled)
+                if names:
+                    log_joint = log_joint + factor * trace.log_prob_sum(lambda name, site, n=names: name in n)
+        log_joint = log_joint + self.layout.log_abs_det_jacobian_sites(unconstrained)
+        if not isinstance(log_joint, Tensor):
+            # Where every site has a closed form, what is left is a number, and still must be a function of theta.
+            log_joint = log_joint + 0.0 * sum(value.sum() for value in unconstrained.values())
+        potential: Tensor = -log_joint
+        return potential
+
+    def _call(self, inputs: Inputs) -> Call:
+        """What the model is called with on a batch."""
+        call = self.source.bind(inputs)
+        if not self._anatomy.pass_through:
+            return call
+        indices = {name: torch.arange(inputs[0].shape[0]) for name in self._anatomy.pass_through}
+        return Call(call.args, call.kwargs, {**call.indices, **indices})
+
+    def _prepare(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
+        """The captured graph for inputs of these shapes, or the traced path with the reason logged."""
+        where = self.source.state_dict()  # the comparison below draws batches, which belong to no chain
+        try:
+            if self._priors is None:
+                self._priors = self._find_priors(pieces, inputs)
+            graph = self._capture(pieces, inputs)
+            self._verify(graph, pieces, inputs)
+        except DataError:
+            raise
+        except Exception as error:  # whatever a model does that a graph cannot, tracing still can
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            logger.warning("The model is traced at every step, which is slower: it cannot be captured (%s).", reason)
+            self.path = "traced"
+            return self._traced_gradients
+        finally:
+            self.source.load_state_dict(where)
+        self.path = "captured"
+        logger.debug("Captured the potential; Gaussian priors in closed form: %s.", sorted(self._priors.names))
+        return graph
+
+    def _find_priors(self, pieces: Pieces, inputs: Inputs) -> GaussianPriors:
+        first = [piece.detach() if piece.dim() == 1 else piece[0].detach() for piece in pieces]
+        call = self.source.bind(inputs if not pieces or pieces[0].dim() == 1 else tuple(t[0] for t in inputs))
+        with pyro.validation_enabled(False):
+            traces = [
+                run_model(self.model, call, self.layout.constrain_sites(self._unconstrained(point)))
+                for point in (first, [0.5 * piece + 0.1 for piece in first])
+            ]
+        return GaussianPriors.of(self.layout, traces)
+
+    def _capture(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
+        priors, unvalidated = self._priors, UnvalidatedInstances()
+        assert priors is not None
+        model = unvalidated(self.model)
+
+        def rest(pieces: Pieces, inputs: Inputs) -> Tensor:
+            return self._by_trace(model, self._unconstrained(pieces), inputs, priors.names)
+
+        def gradients_and_energy(pieces: Pieces, inputs: Inputs) -> tuple[Pieces, Tensor]:
+            function = torch.func.grad_and_value(rest)
+            if pieces[0].dim() > 1:
+                function = torch.vmap(function, in_dims=(0, 0 if inputs else None))
+            gradients, energy = function(pieces, inputs)
+            return priors.add_to(self.layout, pieces, gradients, energy)
+
+        try:
+            return capture(gradients_and_energy, tuple(piece.detach().clone() for piece in pieces), inputs)
+        finally:
+            unvalidated.restore()
+
+    def _verify(self, graph: GradientFunction, pieces: Pieces, inputs: Inputs) -> None:
+        """Compares the graph with the model at new points, and on other batches where there are any."""
+        theta = torch.cat(pieces, -1).detach()
+        generator = torch.Generator(device=theta.device).manual_seed(0)
+        for scale in (0.0, 0.1, 1.0):
+            noise = torch.empty_like(theta).normal_(generator=generator)
+            point = theta + scale * noise * (theta.std() if theta.numel() > 1 else 1.0)
+            drawn = self.source.draw()
+            other = drawn if [t.shape for t in drawn] == [t.shape for t in inputs] else inputs
+            parts, energy = graph(self._contiguous_pieces(point), other)
+            gradient = torch.cat(parts, -1)
+            if theta.dim() > 1:  # one chain of several tells, and another of which the batch is not the first
+                gradient, energy, point, other = gradient[-1], energy[-1], point[-1], tuple(t[-1] for t in other)
+            expected, expected_energy = self.traced_gradient(point, other)
+            error = (gradient - expected).norm()
+            close = error <= 1e-3 * expected.norm() + 1e-6
+            if not bool(close) and bool(torch.isfinite(expected).all()):
+                raise RuntimeError(f"its graph gives another gradient than the model, relative error {error:.1e}")
+            if not torch.allclose(energy, expected_energy, rtol=1e-3, equal_nan=True):
+                raise RuntimeError(f"its graph gives U = {float(energy):g}, the model {float(expected_energy):g}")
+
+
+def build_potential(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    batch_size: int | None = None,
+    num_data: int | None = None,
+    replacement: bool = False,
+    generator: torch.Generator | None = None,
+    capture: bool = True,
+) -> tuple[Potential, dict[str, Tensor]]:
+    """The potential of ``model`` on the arguments of a run, in whichever of the three mini-batch styles they are.
+
+    :param args: the model's arguments, or one iterable of batches.
+    :param kwargs: its keyword arguments.
+    :param int batch_size: rows a batch, for a model written for the full data.
+    :param int num_data: size of the full data, where ``args`` does not show it.
+    :param bool replacement: draw the rows of a batch independently, rather than in epochs.
+    :param generator: source of the first batch.
+    :returns: the potential, and one draw of the latents from the prior (constrained), to start from.
+    :raises ModelError: if the scaling of a likelihood cannot be established; the message says how to mend the model.
+    :raises DataError: if data are NaN or infinite, or outside the likelihood's support.
+    :raises ValueError: if ``batch_size`` does not fit the data, or ``replacement`` the way that batches are drawn.
+    """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    source, first_call, trace = _open_source(model, args, kwargs, batch_size, num_data, replacement, generator)
+    call = first_call
+    plates = subsampled_plates(trace)
+    if plates and isinstance(source, FullBatch):
+        source = PlateSubsample(args, kwargs, plates, replacement)
+        source.start(generator)
+        call = source.bind(source.draw())
+    if replacement and isinstance(source, FullBatch):
+        raise ValueError(
+            "replacement=True is about mini-batches, and every step here uses all data. Give the kernel batch_size=, "
+            "or the plate subsample_size=."
+        )
+    if isinstance(source, FullBatch) and (source.num_data or 0) >= _MANY_ROWS:
+        logger.warning(
+            "Every step uses all %d rows. For mini-batches give the kernel batch_size=, or the plate subsample_size=.",
+            source.num_data,
+        )
+    anatomy = examine(model, source, call, trace)
+    source.start(generator)  # the batch looked at belongs to no epoch
+    return Potential(model, source, anatomy, first_call, capture=capture), anatomy.start
+
+
+def _open_source(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    batch_size: int | None,
+    num_data: int | None,
+    replacement: bool,
+    generator: torch.Generator,
+) -> tuple[MinibatchSource, Call, poutine.Trace]:
+    """The source of batches, the first call that it makes, and the model's run on it."""
+    source: MinibatchSource
+    if is_loader(args, num_data):
+        if batch_size is not None:
+            raise ValueError(
+                f"batch_size={batch_size} is for full tensors; this run was given an iterable of batches, which has "
+                "its own. Leave batch_size out."
+            )
+        if replacement:
+            raise ValueError(
+                "replacement=True is for batch_size= and plates; an iterable of batches draws by itself. Give the "
+                "DataLoader sampler=RandomSampler(dataset, replacement=True)."
+            )
+        source = LoaderBatches(args[0], kwargs, num_data, _accelerator(model, kwargs))
+    elif batch_size is not None and has_stored_rows(args, kwargs):
+        source = RowReader(args, kwargs, batch_size, num_data, replacement, _accelerator(model, kwargs))
+    elif batch_size is not None:
+        source = RowSubsample(args, kwargs, batch_size, num_data, replacement)
+    else:
+        source = FullBatch(args, kwargs)
+    comes_in_batches = isinstance(source, (LoaderBatches, RowReader))
+    if not comes_in_batches:
+        check_one_device(args, kwargs)
+        check_finite(Call(args, dict(kwargs)))
+    source.start(generator)
+    call = source.bind(source.draw())
+    if comes_in_batches:
+        check_one_device(() if isinstance(source, LoaderBatches) else call.args, kwargs)
+        check_finite(call)
+    with pyro.validation_enabled(True):
+        trace = run_model(model, call)
+        check_densities(trace)
+    return source, call, trace
+
+
+def _accelerator(model: Callable[..., Any], kwargs: Mapping[str, Any]) -> torch.device | None:
+    """Where batches go before a chain says so: the device of fixed arguments or of the model, if it is not the CPU."""
+    tensors = [leaf for leaf in tree_leaves(dict(kwargs)) if isinstance(leaf, Tensor)]
+    module = unwrap(model)  # out of the messenger that its first run is under
+    if isinstance(module, torch.nn.Module):
+        tensors += [*module.parameters(), *module.buffers()]
+    return next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), None)

@@ -1,0 +1,406 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The distilled posterior: a generator that draws networks, with the interface of Pyro's posteriors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_apd.errors import ArtifactError
+from pyro_apd.generators import Generator, build_generator, precision
+from pyro_apd.models.layout import Layout
+from pyro_apd.models.networks import Ensemble, plain_network
+from pyro_apd.posterior import artifact, estimates
+from pyro_apd.posterior.estimates import Estimates
+from pyro_apd.predictive.vmap_draws import DrawSource
+from pyro_apd.runtime.global_state import preserved_param_store, seeded
+
+#: Name of the auxiliary sample site that holds the latent of a draw when the posterior runs as a guide. Without a
+#: site of its own, Pyro's vectorised Predictive would see S times the same draw.
+NOISE_SITE = "_apd_noise"
+
+_NO_DENSITY = (
+    "A distilled posterior has no log_prob: its density is implicit. Use its draws (get_samples, Predictive); SVI, "
+    "WeighedPredictive and importance sampling need a guide with a density, such as an AutoNormal."
+)
+
+
+class _LatentNoise(dist.Normal):
+    """Standard normal latents whose density is no one's to ask for: it is not that of the draw made from them.
+
+    Inference that would take it for one stops here, instead of returning weights that mean nothing.
+    """
+
+    def log_prob(self, value: Tensor) -> NoReturn:
+        raise NotImplementedError(_NO_DENSITY)
+
+
+class DistilledPosterior(nn.Module):
+    """A generator of draws from a posterior, distilled from draws of a chain (Wang et al., ICML 2018).
+
+    It stands in wherever Pyro takes a posterior: :meth:`get_samples` as after :class:`~pyro.infer.MCMC`, called as a
+    guide as after :class:`~pyro.infer.SVI`. Draws are independent, and there is no end to them. One latent vector is
+    one network: ``sample(latent=z)`` gives it again.
+
+    The density of what it draws is implicit, as for any generative adversarial network: there is no ``log_prob``.
+
+    :param Layout layout: the latent sites of the model.
+    :param Generator generator: from latents ``(S, L)``, standard normal, to unconstrained draws ``(S, D)``.
+    :param int num_samples: draws that :meth:`get_samples` gives by default.
+    :param dict metadata: what JSON holds: seed, figures, notes. It travels in the file.
+    :param dict training_log: numbers by step, by name.
+    :param str storage_dtype: precision of the file, see :attr:`storage_dtype`.
+    :raises ValueError: if generator and layout disagree in size, or ``storage_dtype`` is not known.
+    """
+
+    #: Draws are independent, hence of one chain.
+    num_chains = 1
+
+    def __init__(
+        self,
+        layout: Layout,
+        generator: Generator,
+        *,
+        num_samples: int = 100,
+        metadata: dict[str, Any] | None = None,
+        training_log: dict[str, list[float]] | None = None,
+        storage_dtype: str = "float32",
+    ) -> None:
+        super().__init__()
+        if generator.output_size != layout.size:
+            raise ValueError(
+                f"The generator gives {generator.output_size} numbers a draw, but the layout has {layout.size}: "
+                f"{layout!r}."
+            )
+        self.layout = layout
+        self.generator: Generator = generator
+        self.num_samples = num_samples
+        self.metadata = {} if metadata is None else metadata
+        self.training_log = {} if training_log is None else training_log
+        self.storage_dtype = storage_dtype
+        self._architecture: tuple[nn.Module, ...] = ()
+
+    @property
+    def storage_dtype(self) -> str:
+        """Precision in which :meth:`save` keeps the generator, and :attr:`num_bytes` counts it.
+
+        ``"float32"`` keeps each number at the dtype that the generator has; ``"float16"`` and ``"bfloat16"`` take two
+        bytes a number; ``"int8"`` one, in large matrices, with a scale a row, and two elsewhere (see
+        ``docs/format.md``). The generator in memory is not touched; :meth:`rounded` gives what a file would draw.
+        """
+        return self._storage_dtype
+
+    @storage_dtype.setter
+    def storage_dtype(self, value: str) -> None:
+        self._storage_dtype = precision.check_dtype(value, "storage_dtype")
+
+    @property
+    def latent_size(self) -> int:
+        """Length ``L`` of the latent vector of a draw."""
+        return self.generator.latent_size
+
+    def sample(self, sample_shape: Sequence[int] = (), *, latent: Tensor | None = None) -> dict[str, Tensor]:
+        """Draws networks: constrained values ``(*sample_shape, *site.shape)`` by site.
+
+        Each is a draw from the posterior; those of one call are spread evenly over chains and along them, as draws of
+        an MCMC run are, so that averages over them vary less than over independent draws.
+
+        :param sample_shape: leading dimensions of the draws.
+        :param Tensor latent: latents ``(..., L)`` of the draws wanted, instead of fresh ones.
+        :raises ValueError: if both are given, or ``latent`` is of another length than ``latent_size``.
+        """
+        with torch.no_grad():
+            if latent is None:
+                like = self._like()
+                count = torch.Size(sample_shape).numel()
+                latent = self.generator.latents(count, like).reshape(*sample_shape, self.latent_size)
+            elif len(tuple(sample_shape)) > 0:
+                raise ValueError("`latent` fixes how many draws there are; leave `sample_shape` out.")
+            if latent.shape[-1:] != (self.latent_size,):
+                raise ValueError(
+                    f"`latent` has shape {tuple(latent.shape)}; its last dimension must be {self.latent_size}."
+                )
+            theta = self.generator(latent.reshape(-1, self.latent_size).to(self._like()))
+            return self.layout.constrain(theta.reshape(*latent.shape[:-1], self.layout.size))
+
+    def get_samples(
+        self, num_samples: int | None = None, group_by_chain: bool = False, *, seed: int | None = None
+    ) -> dict[str, Tensor]:
+        """Fresh draws as ``MCMC.get_samples()`` gives them: ``(S, ...)`` by site, or ``(1, S, ...)`` by chain.
+
+        :param int num_samples: S; by default :attr:`num_samples`, which is 100 unless the posterior says otherwise.
+        :param bool group_by_chain: add a leading dimension for the one chain.
+        :param int seed: makes the draws reproducible without touching the global generator.
+        :raises ValueError: if ``num_samples`` is not positive.
+        """
+        num_samples = self._number(num_samples)
+        with seeded(seed, self._like().device):
+            draws = self.sample((num_samples,))
+        return {name: value.unsqueeze(0) for name, value in draws.items()} if group_by_chain else draws
+
+    def stream(self, num_samples: int | None = None, *, seed: int | None = None) -> DrawSource:
+        """The draws that :meth:`get_samples` gives, each made when it is used and again when it is used again.
+
+        :func:`pyro_apd.outputs` and its kin take it in place of draws, and never hold more networks than a chunk.
+
+        :param int num_samples: S; by default :attr:`num_samples`.
+        :param int seed: makes the draws reproducible without touching the global generator.
+        :raises ValueError: if ``num_samples`` is not positive.
+        """
+        latent_SL = self._latents(self._number(num_samples), seed)
+        return DrawSource(lambda latent: self.sample(latent=latent), latent_SL, self.layout.names)
+
+    def mean_and_sd(self, num_samples: int = 1000, *, seed: int | None = None) -> tuple[Estimates, Estimates]:
+        """Mean and standard deviation of every site, each a dict of values shaped as the site.
+
+        They are estimates: ``.error`` of either holds the Monte-Carlo standard error of every entry.
+
+        :param int num_samples: draws to take them from, at least 2; all are in memory together.
+        :param int seed: makes them reproducible without touching the global generator.
+        :raises ValueError: if there are fewer than 2 draws.
+        """
+        return estimates.mean_and_sd(self.get_samples(self._number(num_samples, least=2), seed=seed))
+
+    def quantiles(
+        self, quantiles: float | Sequence[float] | Tensor, num_samples: int = 1000, *, seed: int | None = None
+    ) -> Estimates:
+        """Quantiles of every site as of an autoguide, ``(Q, *site.shape)``: of the unconstrained numbers, constrained.
+
+        They are estimates: ``.error`` holds the Monte-Carlo standard error of every entry. A site such as a simplex,
+        whose entries determine each other, gets values that it can take.
+
+        :param quantiles: levels from 0 to 1.
+        :param int num_samples: draws to take them from, at least 2; all are in memory together.
+        :param int seed: makes them reproducible without touching the global generator.
+        :raises ValueError: if a level is not from 0 to 1, or there are fewer than 2 draws.
+        """
+        levels = estimates.check_levels(quantiles)
+        latent_SL = self._latents(self._number(num_samples, least=2), seed)
+        with torch.no_grad():
+            return estimates.quantiles(self.layout, self.generator(latent_SL), levels)
+
+    def median(self, num_samples: int = 1000, *, seed: int | None = None) -> Estimates:
+        """Median of every site, shaped as the site; see :meth:`quantiles`.
+
+        :param int num_samples: draws to take it from, at least 2.
+        :param int seed: makes it reproducible without touching the global generator.
+        :raises ValueError: if there are fewer than 2 draws.
+        """
+        found = self.quantiles([0.5], num_samples, seed=seed)
+        error = {name: value[0] for name, value in found.error.items()}
+        return Estimates({name: value[0] for name, value in found.items()}, error, found.num_samples)
+
+    def bind(self, net: nn.Module) -> DistilledPosterior:
+        """Remembers the architecture for :meth:`network` and :meth:`ensemble`; it does not travel in the file.
+
+        :param net: a :class:`~pyro_apd.BNN`, or a :class:`torch.nn.Module` without Pyro in it whose parameters have the
+            sites' names, with or without a prefix such as ``net.``.
+        :returns: this posterior.
+        :raises ValueError: if ``net`` has parameters that are not drawn here, or of other shapes.
+        """
+        plain_network(net, self.layout, self._draw_of_zeros())
+        self._architecture = (net,)  # a tuple, so that it is no part of this module
+        return self
+
+    def network(self, sample: Mapping[str, Tensor] | None = None, *, net: nn.Module | None = None) -> nn.Module:
+        """A plain network with the weights of one draw as its parameters, in evaluation mode.
+
+        :param dict sample: one draw by site, as :meth:`sample` gives; None draws one.
+        :param net: the architecture, as in :meth:`bind`; needed unless it was called.
+        :raises ValueError: if there is no architecture, or it does not fit the draw.
+        """
+        sample = self.sample() if sample is None else sample
+        unlike = {
+            n: tuple(v.shape) for n, v in sample.items() if n in self.layout.names and v.shape != self.layout[n].shape
+        }
+        if unlike:
+            raise ValueError(f"`sample` must be one draw, as sample() gives; sites have shapes {unlike}.")
+        return plain_network(self._architecture_or(net), self.layout, sample)
+
+    def ensemble(
+        self,
+        num_samples: int | None = None,
+        *,
+        net: nn.Module | None = None,
+        link: str | None = None,
+        chunk_size: int | None = None,
+        seed: int | None = None,
+    ) -> Ensemble:
+        """A module that returns the average prediction of so many networks, differentiable in its input.
+
+        :param int num_samples: S; by default :attr:`num_samples`.
+        :param net: the architecture, as in :meth:`bind`; needed unless it was called.
+        :param str link: what is averaged: ``"softmax"``, ``"sigmoid"`` or ``"identity"`` of the outputs; a BNN knows.
+        :param int chunk_size: networks evaluated together; None: all.
+        :param int seed: makes the draws reproducible without touching the global generator.
+        :raises ValueError: if there is no architecture, it does not fit, ``link`` is not known or missing, or
+            ``num_samples`` is not positive.
+        """
+        architecture = self._architecture_or(net)
+        draws = self.get_samples(num_samples, seed=seed)
+        return Ensemble(architecture, self.layout, draws, link=link, chunk_size=chunk_size)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """One draw as a guide: an auxiliary noise site and a Delta at every latent site. The arguments are ignored."""
+        like = self._like()
+        noise = _LatentNoise(torch.zeros_like(like), torch.ones_like(like)).expand([self.latent_size]).to_event(1)
+        latent = pyro.sample(NOISE_SITE, noise, infer={"is_auxiliary": True})
+        values = self.sample(latent=latent)
+        return {
+            site.name: pyro.sample(site.name, dist.Delta(values[site.name], event_dim=len(site.shape)))
+            for site in self.layout
+        }
+
+    def log_prob(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """There is none: a generator's density is implicit.
+
+        :raises NotImplementedError: always.
+        """
+        raise NotImplementedError(_NO_DENSITY)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """As ``MCMC.diagnostics()``, of which only ``divergences`` has a meaning here: there are none."""
+        return {"divergences": {}}
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file that :meth:`save` writes at :attr:`storage_dtype`, in bytes."""
+        return len(artifact.to_bytes(self._artifact()))
+
+    def save(self, path: str | os.PathLike[str], dtype: str | None = None) -> None:
+        """Writes everything needed to draw to one safetensors file, at once or not at all.
+
+        :param path: file to write; what is there is replaced.
+        :param str dtype: precision of the numbers in the file, by default :attr:`storage_dtype`, whose values it takes.
+        :raises ValueError: if ``dtype`` is not known, or metadata do not fit into JSON.
+        """
+        artifact.write(self._artifact(dtype), path)
+
+    def rounded(self, dtype: str | None = None) -> DistilledPosterior:
+        """The posterior that :meth:`save` and :meth:`load` would give at that precision, without a file.
+
+        :param str dtype: as in :meth:`save`.
+        :returns: a posterior of its own, on the same device, whose ``storage_dtype`` is ``dtype``.
+        :raises ValueError: if ``dtype`` is not known.
+        """
+        contents = self._artifact(dtype)
+        tensors = precision.decode(precision.encode(contents.tensors, contents.dtype), contents.dtype)
+        rounded = self._from_artifact(replace(contents, tensors=tensors)).to(self._like().device)
+        rounded._architecture = self._architecture
+        return rounded
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> DistilledPosterior:
+        """Reads what :meth:`save` wrote, at any precision. Nothing in the file is executed.
+
+        A file at reduced precision gives a generator in ``float32``, and remembers its precision in
+        :attr:`storage_dtype`: saved again, it has the same bytes.
+
+        :raises ArtifactError: if the file is truncated, damaged, of another kind, or of a newer format.
+        :raises FileNotFoundError: if there is none.
+        """
+
+        def expected(config: dict[str, Any]) -> dict[str, Tensor]:
+            with torch.device("meta"):
+                return dict(build_generator(config).state_dict())
+
+        contents = artifact.read(path, expected)
+        try:
+            posterior = cls._from_artifact(contents)
+            sizes = {name: tuple(value.shape) for name, value in posterior._draw_of_zeros().items()}
+            if sizes != {site.name: site.shape for site in contents.layout}:
+                raise ValueError(f"its draws have shapes {sizes}.")
+        except (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError, OverflowError) as error:
+            raise ArtifactError(f"{path} describes a posterior that cannot be built: {error}") from error
+        return posterior.to(device)
+
+    @classmethod
+    def _from_artifact(cls, contents: artifact.Artifact) -> DistilledPosterior:
+        # Without memory or numbers of its own: it takes the tensors that there are.
+        with torch.device("meta"):
+            generator = build_generator(contents.generator)
+        tensors = {name: value.detach() for name, value in contents.tensors.items()}
+        generator.load_state_dict(tensors, assign=True)
+        return cls(
+            contents.layout,
+            generator.requires_grad_(False).eval(),
+            num_samples=contents.num_samples,
+            metadata=contents.metadata,
+            training_log=contents.training_log,
+            storage_dtype=contents.dtype,
+        )
+
+    def _draw_of_zeros(self) -> dict[str, Tensor]:
+        return self.sample(latent=self._like().expand(self.latent_size))
+
+    def check_model(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Makes sure that ``model``, called with these arguments, has the latent sites that are drawn here.
+
+        :raises ArtifactError: if a site is missing on either side, or differs in shape or support.
+        """
+        with poutine.block(), preserved_param_store(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+        known = {name for name, site in trace.iter_stochastic_nodes()}
+        names = [name for name in self.layout.names if name in known]
+        missing = [name for name in self.layout.names if name not in known]
+        theirs = {d["name"]: d for d in Layout.from_trace(trace, names).to_json()}
+        ours = {d["name"]: d for d in self.layout.to_json()}
+        unlike = [f"{n}: {theirs[n]['shape']} {theirs[n]['support']['kind']}" for n in names if theirs[n] != ours[n]]
+        if missing or unlike:
+            raise ArtifactError(
+                f"This posterior is of another model. It draws {self.layout!r}; the model lacks {missing} and differs "
+                f"in {unlike}."
+            )
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows of it."""
+        return f"sites={list(self.layout.names)}, weights={self.layout.size}, latent_size={self.latent_size}"
+
+    def _artifact(self, dtype: str | None = None) -> artifact.Artifact:
+        return artifact.Artifact(
+            layout=self.layout,
+            generator=self.generator.config,
+            tensors=dict(self.generator.state_dict()),
+            num_samples=self.num_samples,
+            metadata=self.metadata,
+            training_log=self.training_log,
+            dtype=self.storage_dtype if dtype is None else precision.check_dtype(dtype),
+        )
+
+    def _latents(self, num_samples: int, seed: int | None) -> Tensor:
+        like = self._like()
+        with seeded(seed, like.device):
+            return self.generator.latents(num_samples, like)
+
+    def _architecture_or(self, net: nn.Module | None) -> nn.Module:
+        if net is None and not self._architecture:
+            raise ValueError(
+                "A posterior draws weights and does not know the network that they are of. Pass net=, the "
+                "pyro_apd.BNN or a torch.nn.Module of its architecture, or call posterior.bind(net) once."
+            )
+        return self._architecture[0] if net is None else net
+
+    def _number(self, num_samples: int | None, least: int = 1) -> int:
+        num_samples = self.num_samples if num_samples is None else num_samples
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < least:
+            kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+            raise ValueError(f"num_samples={num_samples!r} must be {kind}.")
+        return num_samples
+
+    def _like(self) -> Tensor:
+        """A scalar of the generator's floating dtype and device."""
+        for value in self.generator.state_dict().values():
+            if value.is_floating_point():
+                scalar: Tensor = value.new_zeros(())
+                return scalar
+        return torch.zeros(())

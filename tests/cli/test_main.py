@@ -1,0 +1,144 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyro_apd
+from pyro_apd.cli.demo import one_thread, require_device
+from pyro_apd.cli.main import main
+from pyro_apd.posterior.posterior import DistilledPosterior
+
+
+@pytest.fixture(scope="module")
+def quick_runs(tmp_path_factory):
+    """Two quick demos with one seed and one with another: folder and printed text of each."""
+    import contextlib
+    import io
+
+    runs = []
+    for i, seed in enumerate(("3", "3", "4")):
+        out = tmp_path_factory.mktemp(f"demo{i}")
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+            # Quick is too quick for a chain to forget its start, and it says so.
+            warnings.simplefilter("ignore", pyro_apd.WarmupWarning)
+            assert main(["demo", "--quick", "--seed", seed, "--out", str(out)]) == 0
+        runs.append((out, printed.getvalue()))
+    return runs
+
+
+def table(text):
+    """The comparison alone: without timings and paths."""
+    return [line for line in text.splitlines() if re.match(r"accuracy|NLL|ECE|mean |AUROC|weight sd|bytes", line)]
+
+
+@pytest.mark.slow
+def test_demo_writes_its_files_and_says_where(quick_runs):
+    out, text = quick_runs[0]
+    for name in ("posterior.safetensors", "chains.nc", "report.html"):
+        assert (out / name).stat().st_size > 1000
+        assert str(out / name) in text
+    assert (out / "report.html").stat().st_size < 5_000_000
+    loaded = pyro_apd.DistilledPosterior.load(out / "posterior.safetensors")
+    assert loaded.num_bytes == (out / "posterior.safetensors").stat().st_size
+
+
+@pytest.mark.slow
+def test_same_seed_same_table_and_file(quick_runs):
+    (one, text_one), (two, text_two), (_, text_other) = quick_runs
+    assert len(table(text_one)) >= 8
+    assert table(text_one) == table(text_two)
+    assert table(text_one) != table(text_other)
+    assert (one / "posterior.safetensors").read_bytes() == (two / "posterior.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_demo_chains_open_in_arviz(quick_runs):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import arviz as az
+
+        idata = az.from_netcdf(quick_runs[0][0] / "chains.nc")
+    assert idata.posterior.sizes["chain"] == 2
+    assert bool((idata.posterior["net.0.weight"].std("draw") > 0).all())
+
+
+def test_one_thread_inside_and_as_before_after(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(2)
+    with one_thread():
+        assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"]) == 1
+    assert torch.get_num_threads() == 2
+    assert "OMP_NUM_THREADS" not in os.environ
+    torch.set_num_threads(1)
+
+
+def test_unusable_device():
+    with pytest.raises(ValueError, match="--device nonsense"):
+        require_device("nonsense")
+
+
+def test_errors_are_one_line_and_status_2(capsys):
+    assert main(["demo", "--quick", "--device", "nonsense"]) == 2
+    assert "Try --device cpu" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert pyro_apd.__version__ in capsys.readouterr().out
+
+
+FILES = Path(__file__).parents[1] / "files"
+
+
+def test_inspect_prints_what_a_file_holds(capsys):
+    assert main(["inspect", str(FILES / "posterior_v2_int8.safetensors")]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "format 2, 14,206 bytes, int8",
+        "pyro_apd 0.1.0",
+        "521 numbers in 4 sites; 50 by default",
+        "mix [3], Simplex(), by StickBreakingTransform",
+        "kind=paper",
+        "layers.6.weight [521, 16] I8, 8,336 bytes",
+        "notes: second format",
+        "loss (2 numbers)",
+    ):
+        assert part in text, part
+
+
+def test_inspect_as_json(capsys):
+    assert main(["inspect", "--json", str(FILES / "posterior_v1_paper.safetensors")]) == 0
+    description = json.loads(capsys.readouterr().out)
+    assert description["format"] == 1
+    assert description["metadata"]["notes"] == "first format"
+    assert [site["name"] for site in description["layout"]] == ["net.0.weight", "scale", "mix"]
+
+
+def test_inspect_refuses_what_is_no_posterior(capsys, tmp_path):
+    (tmp_path / "notes").write_text("not a posterior, but long enough to have a header")
+    assert main(["inspect", str(tmp_path / "notes")]) == 2
+    assert "not a safetensors file" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "none")]) == 2
+
+
+def test_inspect_writes_no_control_characters(capsys, tmp_path):
+    posterior = DistilledPosterior.load(FILES / "posterior_v1_paper.safetensors")
+    posterior.metadata["notes"] = "\x1b[2Jwiped\n" + "long " * 100
+    posterior.save(tmp_path / "p")
+    assert main(["inspect", str(tmp_path / "p")]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert "\\x1b[2Jwiped\\n" in text
+    assert max(map(len, text.splitlines()[1:])) < 130

@@ -1,0 +1,126 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a new user meets first: each mistake is named, and the message says what to do."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import MCMC
+from torch import nn
+
+import pyro_apd as apd
+from pyro_apd.data.arguments import check_one_device, drawn, explained, named_tensors
+from pyro_apd.errors import DataError, DivergenceError, ModelError
+from tests.support.models import Classifier
+
+X, Y = torch.randn(40, 4), torch.arange(40) % 3
+
+
+def run(model, *args, step_size=1e-3, batch_size=10, num_samples=12):
+    kernel = apd.SGLD(model, step_size, batch_size=batch_size, seed=0)
+    mcmc = MCMC(kernel, num_samples=num_samples, warmup_steps=1, disable_progbar=True)
+    mcmc.run(*args)
+    return mcmc
+
+
+def regression(x, y=None):
+    w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+
+def inside(x, y=None):
+    """As many write it at first."""
+    with pyro.plate("data", len(x)):
+        w = pyro.sample("w", dist.Normal(torch.zeros(4, 3), 1.0).to_event(2))
+        pyro.sample("obs", dist.Categorical(logits=x @ w), obs=y)
+
+
+def forgot_to_take_rows(x, y=None):
+    w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+    with pyro.plate("data", len(x), subsample_size=10):
+        pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+
+MISTAKES = {
+    "network inside the plate": (lambda: run(inside, X, Y), ModelError, "before"),
+    "plate subsamples, rows not taken": (
+        lambda: run(forgot_to_take_rows, X, X[:, 0], batch_size=None),
+        ModelError,
+        "subsample",
+    ),
+    "step size too large": (lambda: run(regression, X, X[:, 0], step_size=1e3), DivergenceError, "try step_size="),
+    "labels as floats": (lambda: run(apd.BNN(nn.Linear(4, 3)), X, Y.float()), DataError, r"y\.long\(\)"),
+    "labels from 1": (lambda: run(Classifier(), X, Y + 1), DataError, "from 0 to K-1"),
+    "a column of labels": (lambda: run(Classifier(), X, Y[:, None]), DataError, r"y\.squeeze\(-1\)"),
+    "a column of targets": (lambda: run(regression, X, X[:, :1]), DataError, r"y\.squeeze\(-1\)"),
+    "a label too few": (lambda: run(Classifier(), X, Y[:-1]), DataError, "as many rows as inputs"),
+    "inputs in double precision": (lambda: run(Classifier(), X.double(), Y), DataError, r"x\.to\(torch\.float32\)"),
+    "inputs as whole numbers": (lambda: run(Classifier(), X.long(), Y), DataError, r"x\.to\(torch\.float32\)"),
+    "labels on another device": (lambda: run(Classifier(), X, Y.to("meta")), DataError, "#0 on cpu, #1 on meta"),
+    "no labels": (lambda: run(Classifier(), X), ModelError, "was the target given"),
+    "no targets": (lambda: run(regression, X), ModelError, "was the target given"),
+    "a plain network": (lambda: run(nn.Linear(4, 3), X, Y), ModelError, r"apd\.BNN\(net\)"),
+    "a class for a model": (lambda: run(Classifier, X, Y), ValueError, r"Classifier\(\)"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_message_says_what_to_do(mistake):
+    make, kind, words = MISTAKES[mistake]
+    with pytest.raises(kind, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "is_said"), [(5000, {}, True), (5000, {"batch_size": 10}, False), (40, {}, False)]
+)
+def test_a_forgotten_batch_size_is_said(rows, settings, is_said, caplog):
+    kernel = apd.SGLD(regression, 1e-6, **settings)
+    kernel.begin((torch.randn(rows, 4), torch.randn(rows)), {}, warmup_steps=0)
+    assert ("subsample_size=" in caplog.text) == is_said
+
+
+def test_predictions_on_data_of_another_dtype():
+    model = Classifier()
+    draws = run(model, X, Y).get_samples()
+    for predict in (
+        lambda: apd.Predictive(model, draws)(X.double()),
+        lambda: apd.outputs(model, draws, X.double()),
+    ):
+        with pytest.raises(DataError, match=r"argument #0 is torch.float64 .* x.to\(torch.float32\)"):
+            predict()
+
+
+def test_a_model_on_another_device_than_its_data():
+    """Without a second device: torch's own words for it."""
+    latents = {"w": torch.zeros(2, device="meta")}
+    with (
+        pytest.raises(DataError, match=r"argument #0 is on cpu and latent site 'w' on meta. Move the data"),
+        explained((X,), {}, lambda: latents),
+    ):
+        raise RuntimeError("Expected all tensors to be on the same device")
+
+
+def test_other_failures_are_left_as_they_are():
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as caught:
+        run(Classifier(), X[:, :2], Y)
+    assert not isinstance(caught.value, DataError)
+    with pytest.raises(TypeError, match="unsupported"), explained((X,), {}, dict):
+        object() + 1
+    with pytest.raises(TypeError, match="argument"), explained((X,), {}, lambda: {"w": X}):
+        raise TypeError("bad argument, of something that the model calls")
+
+
+def test_arguments_have_names():
+    assert list(named_tensors((X, [Y]), {"mask": X})) == ["#0", "#1[0]", "'mask'"]
+    check_one_device((X, torch.zeros((), device="meta")), {})  # a single number may lie anywhere
+
+
+def test_what_a_failed_model_drew():
+    tracer = pyro.poutine.trace(inside)
+    with pytest.raises(RuntimeError):
+        tracer.get_trace(X[:, :1], Y)
+    assert list(drawn(tracer.msngr.trace)) in (["w"], ["data", "w"])

@@ -1,0 +1,131 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+
+import pytest
+import torch
+from pyro.infer import MCMC
+
+from pyro_apd.kernels import SGHMC, SGLD
+from pyro_apd.kernels.engine.temperature import Thermometer
+from tests.support.models import Classifier, Conjugate
+
+PROBLEM = Conjugate()
+# With a posterior mean near the prior's readings are not noisy.
+PROBLEM.y = PROBLEM.y - PROBLEM.x @ PROBLEM.mean
+
+
+@pytest.fixture(autouse=True)
+def _readings_come_often(monkeypatch):
+    """The chains here forget within some ten steps."""
+    monkeypatch.setattr("pyro_apd.kernels.engine.chain.READ_EVERY", 20)
+
+
+def run(kernel, num_samples=1000, **settings):
+    mcmc = MCMC(kernel, num_samples=num_samples, warmup_steps=50, disable_progbar=True, **settings)
+    mcmc.run(PROBLEM.x, PROBLEM.y)
+    return mcmc
+
+
+def reading(temperatures, kind, site="all"):
+    (found,) = (t for t in temperatures if (t.kind, t.site) == (kind, site))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+@pytest.mark.parametrize("kernel_class", [SGLD, SGHMC])
+def test_a_right_chain_reads_its_temperature(kernel_class, temperature):
+    kernel = kernel_class(
+        PROBLEM.full, 1e-4 * (10 if kernel_class is SGLD else 1), temperature=temperature, thinning=20, seed=2
+    )
+    run(kernel)
+    for kind in ("configurational", "kinetic") if kernel_class is SGHMC else ("configurational",):
+        found = reading(kernel.temperatures(), kind)
+        assert found.target == temperature
+        assert abs(found.mean / temperature - 1) < 0.03 + 4 * found.standard_error / temperature
+        assert found.standard_error < 0.1 * temperature
+
+
+@pytest.mark.slow
+def test_steps_that_are_too_large_read_too_hot():
+    step_size = 2 / PROBLEM.largest_curvature  # half way to instability: that direction is twice as wide
+    kernel = SGLD(PROBLEM.full, step_size, thinning=20, seed=2)
+    mcmc = run(kernel)
+    draws = mcmc.get_samples()["w"]
+    found = reading(kernel.temperatures(), "configurational")
+    precision = torch.linalg.inv(PROBLEM.covariance)
+    exact = float((torch.cov(draws.T) @ precision).trace()) / 3
+    assert exact > 1.4
+    assert found.mean == pytest.approx(exact, abs=4 * found.standard_error)
+
+
+@pytest.mark.thorough
+def test_sites_are_read_apart_and_the_diagnostics_hold_them():
+    x, y = torch.randn(40, 4), torch.arange(40) % 3
+    kernel = SGHMC(Classifier(), 1e-4, thinning=50, seed=1)
+    mcmc = MCMC(kernel, num_samples=60, warmup_steps=5, disable_progbar=True)
+    mcmc.run(x, y)
+    names = ["all", "first.bias", "first.weight", "second.bias", "second.weight"]
+    temperatures = kernel.temperatures()
+    assert sorted({t.site for t in temperatures}) == names
+    assert {t.kind for t in temperatures} == {"configurational", "kinetic"}
+    assert mcmc.diagnostics()["temperatures"]["chain 0"] == temperatures
+    assert "configurational all" in str(temperatures[0])
+
+
+def test_a_resumed_chain_reads_as_if_it_had_not_stopped():
+    kernel = SGHMC(PROBLEM.full, 1e-4, batch_size=50, seed=3)
+    chain, resumed = (kernel.begin((PROBLEM.x, PROBLEM.y), {}, warmup_steps=0, first_chain=0) for _ in range(2))
+
+    def read(chain, times):
+        with torch.no_grad():
+            for _ in range(times):
+                chain.advance(20)
+                chain.observe()
+
+    read(chain, 5)
+    resumed.load_state_dict(chain.state_dict())
+    read(chain, 5)
+    read(resumed, 5)
+    assert resumed.temperatures(1.0)[0].mean == chain.temperatures(1.0)[0].mean
+    assert len(chain.state_dict()["thermometers"][0]["readings"]) == 10
+
+
+def test_no_readings_before_a_chain_has_drawn():
+    kernel = SGLD(PROBLEM.full, 1e-3)
+    assert kernel.temperatures() == []
+    kernel.setup(0, PROBLEM.x, PROBLEM.y)
+    assert kernel.temperatures() == []
+
+
+def test_readings_by_hand():
+    thermometer = Thermometer("configurational", [2, 3])
+    for i in range(40):
+        thermometer.add(torch.tensor([2.0 + (i % 2), 6.0]))
+    everything, first, second = thermometer.readings(["a", "b"], 1.0)
+    assert everything.mean == pytest.approx((2.5 + 6.0) / 5)
+    assert (first.mean, second.mean) == (pytest.approx(1.25), pytest.approx(2.0))
+    assert first.standard_error == pytest.approx(0.0, abs=1e-12)  # each block holds one of either
+    assert second.standard_error == 0.0
+
+
+def test_standard_error_allows_for_autocorrelation():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(20_000, generator=generator)
+    slow, value = [], 0.0
+    for draw in noise.tolist():
+        value = 0.9 * value + math.sqrt(1 - 0.81) * draw
+        slow.append(value)
+    thermometer = Thermometer("kinetic", [1])
+    for value in slow:
+        thermometer.add(torch.tensor([value]))
+    exact = math.sqrt((1 + 0.9) / (1 - 0.9) / len(slow))
+    assert thermometer.readings(["a"], 1.0)[0].standard_error == pytest.approx(exact, rel=0.4)
+
+
+def test_too_few_readings_have_no_error():
+    thermometer = Thermometer("kinetic", [1])
+    thermometer.add(torch.tensor([1.0]))
+    assert math.isnan(thermometer.readings(["a"], 1.0)[0].standard_error)

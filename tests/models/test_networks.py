@@ -1,0 +1,120 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Drawn weights in plain networks."""
+
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.nn import PyroModule, PyroSample
+from torch import nn
+from torch.testing import assert_close
+
+import pyro_apd as apd
+from pyro_apd.generators import PaperGenerator
+from pyro_apd.models.layout import Layout
+from pyro_apd.posterior.posterior import DistilledPosterior
+
+X = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
+
+
+def architecture(outputs=3):
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, outputs))
+
+
+def posterior(prefix="net.", **extra):
+    sites = {f"{prefix}{n}": tuple(p.shape) for n, p in architecture().named_parameters()}
+    layout = Layout({**sites, **extra})
+    return DistilledPosterior(layout, PaperGenerator(layout.size, 3, 8))
+
+
+@pytest.mark.parametrize("prefix", ["", "net.", "a.b."])
+def test_a_plain_network_computes_what_the_draw_computes(prefix):
+    distilled = posterior(prefix)
+    draw = distilled.sample()
+    net = distilled.network(draw, net=architecture())
+    first, second = ((draw[f"{prefix}{i}.weight"], draw[f"{prefix}{i}.bias"]) for i in (0, 2))
+    assert_close(net(X), torch.tanh(X @ first[0].T + first[1]) @ second[0].T + second[1])
+    assert type(net) is nn.Sequential
+    assert len(list(net.parameters())) == 4
+    assert not net.training
+    assert set(net.state_dict()) == set(architecture().state_dict())
+
+
+def test_of_a_bnn():
+    bnn = apd.BNN(architecture())
+    distilled = posterior()
+    draw = distilled.sample()
+    net = distilled.bind(bnn).network(draw)
+    logits = apd.Predictive(bnn, {n: v.unsqueeze(0) for n, v in draw.items()}, return_sites=("_RETURN",))(X)["_RETURN"]
+    assert_close(net(X), logits[0])
+    assert len(list(net.parameters())) == 4
+    assert list(bnn.net.parameters()) == []
+    exported = torch.export.export(net, (X,)).module()
+    assert_close(exported(X), net(X))
+
+
+def test_tied_weights_stay_tied():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)))
+
+    layout = Layout({"net.a.weight": (4, 4)})
+    distilled = DistilledPosterior(layout, PaperGenerator(16, 3, 4))
+    draw = distilled.sample()
+    w = draw["net.a.weight"]
+    for source in (Tied(), apd.BNN(Tied())):
+        net = distilled.network(draw, net=source)
+        assert net.a.weight is net.b.weight
+        assert_close(net(X), torch.tanh(X @ w.T) @ w.T)
+
+
+def test_parameters_that_are_not_latent_keep_their_values():
+    net = architecture()
+    net[0].requires_grad_(False)
+    layout = Layout({"net.2.weight": (3, 5), "net.2.bias": (3,)})
+    distilled = DistilledPosterior(layout, PaperGenerator(layout.size, 3, 4))
+    assert torch.equal(distilled.network(net=net)[0].weight, net[0].weight)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_an_ensemble_averages_and_has_gradients(chunk_size):
+    distilled = posterior().bind(apd.BNN(architecture()))
+    ensemble = distilled.ensemble(5, seed=3, chunk_size=chunk_size)
+    draws = distilled.get_samples(5, seed=3)
+    nets = [distilled.network({n: v[s] for n, v in draws.items()}) for s in range(5)]
+    x = X.clone().requires_grad_()
+    expected = torch.stack([net(x).softmax(-1) for net in nets]).mean(0)
+    assert_close(ensemble(x), expected)
+    (ours,) = torch.autograd.grad(ensemble(x)[:, 0].sum(), x)
+    (theirs,) = torch.autograd.grad(expected[:, 0].sum(), x)
+    assert_close(ours, theirs)
+    assert not [p for p in ensemble.parameters() if p.requires_grad]
+    assert ensemble.to(torch.float64)(X.double()).dtype == torch.float64
+    assert_close(distilled.ensemble(5, seed=3, link="identity")(X), torch.stack([net(X) for net in nets]).mean(0))
+
+
+def test_what_has_no_network():
+    distilled = posterior()
+    with pytest.raises(ValueError, match=r"Pass net=.*posterior.bind"):
+        distilled.network()
+    with pytest.raises(ValueError, match="must be one draw"):
+        distilled.network(distilled.get_samples(2), net=architecture())
+    with pytest.raises(ValueError, match=r"'2.weight' has shape \(4, 5\), site 'net.2.weight' is of shape \(3, 5\)"):
+        distilled.bind(architecture(4))
+    with pytest.raises(ValueError, match="are not the sites"):
+        distilled.bind(nn.Sequential(nn.Linear(4, 5), nn.PReLU()))
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        distilled.bind(nn.ReLU())
+    with pytest.raises(ValueError, match="`link` must be one of 'softmax'"):
+        distilled.ensemble(3, net=architecture())
+    pyro_module = PyroModule[nn.Linear](4, 3)
+    pyro_module.weight = PyroSample(dist.Normal(torch.zeros(3, 4), 1.0).to_event(2))
+    for wrong in (pyro_module, "net"):
+        with pytest.raises(ValueError, match="without Pyro in it"):
+            distilled.bind(wrong)

@@ -1,0 +1,223 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+import os
+import struct
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch.distributions import constraints
+
+from pyro_apd.errors import ArtifactError
+from pyro_apd.models.layout import Layout
+from pyro_apd.posterior import artifact, container
+from pyro_apd.posterior.artifact import METADATA_KEY, Artifact
+from pyro_apd.posterior.container import DIGEST_NAME
+
+
+def example():
+    layout = Layout({"w": (2, 3), "scale": ()}, {"scale": constraints.positive})
+    tensors = {
+        "a": torch.arange(6.0).reshape(2, 3),
+        "b": torch.tensor([1, 2], dtype=torch.int64),
+        "c": torch.ones(2, 3),
+    }
+    return Artifact(layout, {"kind": "some", "size": 3}, tensors, 50, {"seed": 3, "note": "é"}, {"loss": [1.0, 0.5]})
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "posterior.safetensors"
+    artifact.write(example(), path)
+    return path
+
+
+def edited(path, change):
+    """The file with its header, and the description in it, changed; tensors as they were."""
+    contents = path.read_bytes()
+    (length,) = struct.unpack("<Q", contents[:8])
+    header = json.loads(contents[8 : 8 + length])
+    description = json.loads(header["__metadata__"][METADATA_KEY])
+    change(header, description)
+    if METADATA_KEY in header.get("__metadata__", {}):
+        header["__metadata__"][METADATA_KEY] = json.dumps(description)
+    text = json.dumps(header).replace('"twice": null', '"a": {}').encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + contents[8 + length :])
+    return path
+
+
+def test_round_trip(path):
+    again, expected = artifact.read(path), example()
+    assert again.layout == expected.layout
+    assert again.generator == expected.generator
+    assert again.metadata == expected.metadata
+    assert again.training_log == expected.training_log
+    assert again.num_samples == 50
+    assert again.versions["torch"] == torch.__version__
+    for name, value in expected.tensors.items():
+        assert torch.equal(again.tensors[name], value)
+        assert again.tensors[name].dtype == value.dtype
+
+
+def test_same_artifact_same_bytes(path, tmp_path):
+    artifact.write(example(), tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == path.read_bytes() == artifact.to_bytes(example())
+
+
+def test_description_without_tensors(path):
+    assert artifact.read_description(path).metadata["seed"] == 3
+    assert artifact.read_description(path).tensors == {}
+
+
+def test_failed_write_leaves_what_was_there(path, monkeypatch):
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        artifact.write(Artifact(example().layout, {}, {}), path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_metadata_must_be_json(tmp_path):
+    with pytest.raises(ValueError, match="metadata must be what JSON holds"):
+        artifact.write(Artifact(example().layout, {}, {}, metadata={"a": torch.ones(1)}), tmp_path / "x")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 50, -1])
+def test_truncated(path, kept):
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ArtifactError, match=r"truncated|damaged"):
+        artifact.read(path)
+
+
+def test_surplus_bytes(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(ArtifactError, match="truncated or damaged"):
+        artifact.read(path)
+
+
+def test_other_files(tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("not a posterior, but long enough to have a header")
+    with pytest.raises(ArtifactError, match="not a safetensors file"):
+        artifact.read(text)
+    foreign = tmp_path / "weights.safetensors"
+    save_file({"a": torch.zeros(2)}, foreign)
+    with pytest.raises(ArtifactError, match="no distilled posterior"):
+        artifact.read(foreign)
+    with pytest.raises(FileNotFoundError):
+        artifact.read(tmp_path / "nowhere")
+
+
+def set_format(value):
+    return lambda header, description: description.update(format=value)
+
+
+CHANGES = {
+    "newer format": (set_format(3), "reads up to 2. Update it"),
+    "format is text": (set_format("1"), "format version is '1'"),
+    "no format": (lambda h, d: d.pop("format"), "cannot be read"),
+    "no generator": (lambda h, d: d.pop("generator"), "'generator'"),
+    "layout is a table": (lambda h, d: d.update(layout={}), "'layout'"),
+    "unknown support": (lambda h, d: d["layout"][0].update(support={"kind": "x"}), "sites that cannot be"),
+    "enormous tensor": (lambda h, d: h["a"].update(shape=[2**40, 2**40]), "does not fill"),
+    "negative shape": (lambda h, d: h["a"].update(shape=[-2, -3]), "malformed"),
+    "overlap": (lambda h, d: h["b"].update(data_offsets=h["a"]["data_offsets"]), r"does not fill|truncated"),
+    "unknown dtype": (lambda h, d: h["a"].update(dtype="PICKLE"), "malformed"),
+    "tensor is text": (lambda h, d: h.update(a="x"), "malformed"),
+    "offsets are text": (lambda h, d: h["a"].update(data_offsets="x"), "malformed"),
+    "name twice": (lambda h, d: h.update(twice=None), "name occurs twice"),
+    "version of no digest": (set_format(1), "of version 1, it has a digest"),
+    "digest of another kind": (lambda h, d: h[DIGEST_NAME].update(shape=[4, 8]), "its digest is U8"),
+    "no digest": (lambda h, d: h.update(other=h.pop(DIGEST_NAME)), "of version 2, it lacks a digest"),
+    "tensors swapped": (lambda h, d: h.update(a=h["c"], c=h["a"]), "SHA-256"),
+    "tensor renamed": (lambda h, d: h.update(z=h.pop("a")), "SHA-256"),
+    "other notes": (lambda h, d: d["metadata"].update(note="e"), "SHA-256"),
+    "dtype unknown": (lambda h, d: d.update(dtype="int4"), "dtype 'int4' is none of"),
+    "no draws by default": (lambda h, d: d.update(num_samples=0), "num_samples is 0"),
+    "endless draws by default": (lambda h, d: d.update(num_samples=10**12), "num_samples is 1000000000000"),
+    "true draws by default": (lambda h, d: d.update(num_samples=True), "num_samples is True"),
+    "sites out of nothing": (
+        lambda h, d: d["layout"].append({"name": "m", "shape": [10**9, 1], "support": {"kind": "simplex"}}),
+        "sites of 1000000007 numbers",
+    ),
+    "sites whose size overflows": (
+        lambda h, d: d["layout"].append({"name": "m", "shape": [2**32, 2**32], "support": {"kind": "real"}}),
+        "far more than its generator determines",
+    ),
+    "many dimensions": (lambda h, d: h["a"].update(shape=[1] * 10_000), "malformed"),
+    "no metadata": (lambda h, d: h.pop("__metadata__"), "no distilled posterior"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_damaged_or_hostile_headers(path, name):
+    change, message = CHANGES[name]
+    with pytest.raises(ArtifactError, match=message):
+        artifact.read(edited(path, change))
+
+
+def test_enormous_header_is_not_read(path):
+    contents = path.read_bytes()
+    path.write_bytes(struct.pack("<Q", 2**60) + contents[8:])
+    with pytest.raises(ArtifactError, match="header claims"):
+        artifact.read(path)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_flipped_bytes_read_right_or_are_refused(path, data):
+    contents = bytearray(artifact.to_bytes(example()))
+    for _ in range(data.draw(st.integers(1, 3))):
+        contents[data.draw(st.integers(0, len(contents) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(contents)
+    try:
+        again = artifact.read(path)
+    except ArtifactError:
+        return
+    assert artifact.to_bytes(again) == artifact.to_bytes(example())
+
+
+def test_tensors_are_held_to_what_is_expected(path):
+    expected = {n: torch.empty_like(v, device="meta") for n, v in example().tensors.items()}
+    assert set(artifact.read(path, lambda config: expected).tensors) == set(expected)
+    meta = {"device": "meta"}
+    for change, message in (
+        ({"d": torch.zeros(2, **meta)}, r"missing \['d'\]"),
+        ({"a": torch.zeros(3, 2, **meta)}, r"asks for torch.float32 of shape \(3, 2\)"),
+        ({"b": torch.zeros(2, **meta)}, "'b' is torch.int64"),
+    ):
+        with pytest.raises(ArtifactError, match=message):
+            artifact.read(path, lambda config, change=change: {**expected, **change})
+    with pytest.raises(ArtifactError, match=r"not known \['a'\]"):
+        artifact.read(path, lambda config: {n: v for n, v in expected.items() if n != "a"})
+
+
+def test_expectations_are_checked_before_anything_is_read(path, monkeypatch):
+    monkeypatch.setattr(container, "read_tensors", lambda *args: pytest.fail("tensors were read"))
+    with pytest.raises(ArtifactError, match="missing"):
+        artifact.read(path, lambda config: {"z": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_must_be_finite(tmp_path, value):
+    artifact.write(Artifact(example().layout, {}, {"a": torch.tensor([1.0, value])}), tmp_path / "p")
+    with pytest.raises(ArtifactError, match="'a' holds NaN or infinite"):
+        artifact.read(tmp_path / "p")
+
+
+@pytest.mark.parametrize("num_samples", [0, -1, 10**7])
+def test_unusable_default_numbers_of_draws_are_not_written(num_samples):
+    with pytest.raises(ValueError, match="num_samples="):
+        artifact.to_bytes(Artifact(example().layout, {}, {}, num_samples))
+
+
+def test_scales_belong_to_integers(tmp_path):
+    wrong = Artifact(example().layout, {}, {"a": torch.ones(2, 3), "a#scale": torch.ones(2)}, dtype="int8")
+    artifact.write(wrong, tmp_path / "p")
+    with pytest.raises(ArtifactError, match="with scales"):
+        artifact.read(tmp_path / "p")

@@ -1,0 +1,70 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Estimates by sampling, and their errors, against laws that are known."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import constraints
+from torch.testing import assert_close
+
+from pyro_apd.models.layout import Layout
+from pyro_apd.posterior import estimates
+
+S = 400
+
+
+def normal(repetitions=200, num_samples=S):
+    return torch.randn(repetitions, num_samples, generator=torch.Generator().manual_seed(0))
+
+
+def test_mean_and_sd_are_those_of_the_draws():
+    draws = {"a": 3 + torch.randn(50, 2, 3), "b": torch.ones(50)}
+    mean, sd = estimates.mean_and_sd({name: value.clone() for name, value in draws.items()})
+    for name, value in draws.items():
+        assert_close(mean[name], value.mean(0))
+        assert_close(sd[name], value.std(0))
+        assert_close(mean.error[name], value.std(0) / math.sqrt(50))
+    assert sd.error["b"] == 0
+    assert mean.num_samples == 50
+
+
+def test_stated_errors_are_the_errors_made():
+    """Of estimates from 400 draws of a standard normal, repeated 200 times."""
+    draws = normal()
+    mean, sd = estimates.mean_and_sd({"x": draws.T.clone()})
+    assert_close(mean.error["x"].mean(), mean["x"].std(), rtol=0.15, atol=0.0)
+    assert_close(sd.error["x"].mean(), sd["x"].std(), rtol=0.15, atol=0.0)
+    layout = Layout({"x": (len(draws),)})
+    found = estimates.quantiles(layout, draws.T, [0.05, 0.5])
+    for value, error, level in zip(found["x"], found.error["x"], (0.05, 0.5), strict=True):
+        assert_close(value.mean(), torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(level)), atol=0.03, rtol=0.0)
+        assert_close(error.mean(), value.std(), rtol=0.2, atol=0.0)
+
+
+def test_quantiles_are_torchs(monkeypatch):
+    monkeypatch.setattr(estimates, "_BLOCK", 2)
+    theta = torch.randn(31, 5)
+    found = estimates.quantiles(Layout({"x": (5,)}), theta, [0.0, 0.3, 1.0])["x"]
+    assert_close(found, theta.quantile(torch.tensor([0.0, 0.3, 1.0]), dim=0))
+
+
+def test_quantiles_live_where_the_site_does():
+    layout = Layout({"scale": (), "mix": (3,)}, {"scale": constraints.positive, "mix": constraints.simplex})
+    theta = torch.randn(101, layout.size)
+    found = estimates.quantiles(layout, theta, [0.1, 0.5])
+    assert_close(found["scale"], theta[:, 0].exp().quantile(torch.tensor([0.1, 0.5])), rtol=1e-4, atol=1e-4)
+    assert_close(found["mix"].sum(-1), torch.ones(2))
+
+
+@pytest.mark.parametrize("levels", [[], [1.5], [-0.1], "0.5", None, ["a"], torch.tensor([2.0])])
+def test_levels_that_are_none(levels):
+    with pytest.raises(ValueError, match=r"must be numbers from 0 to 1"):
+        estimates.check_levels(levels)
+
+
+def test_levels():
+    assert estimates.check_levels(0.5) == [0.5]
+    assert estimates.check_levels(torch.tensor([0.25, 1.0])) == [0.25, 1.0]

@@ -1,0 +1,63 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Files of every format version that was ever written, which must be read for ever. Add files, never replace them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pyro_apd.posterior import artifact
+from pyro_apd.posterior.posterior import DistilledPosterior
+
+FILES = Path(__file__).parents[1] / "files"
+# How far the precision of the file moves a draw.
+TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2, "int8": 3e-2}
+
+
+def latents(posterior):
+    """Those of the draws beside the files."""
+    return torch.linspace(-1.5, 1.5, 2 * posterior.latent_size).reshape(2, -1)
+
+
+def assert_draws(posterior, expected, tolerance=1e-6):
+    draws = posterior.sample(latent=latents(posterior))
+    assert set(draws) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(draws[name], value, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["coordinates", "paper"])
+def test_version_1(kind):
+    path = FILES / f"posterior_v1_{kind}.safetensors"
+    posterior = DistilledPosterior.load(path)
+    draws = load_file(FILES / "draws_v1.safetensors")
+    assert_draws(posterior, {n.removeprefix(f"{kind}."): v for n, v in draws.items() if n.startswith(kind)})
+    assert posterior.metadata == {"seed": 7, "notes": "first format"}
+    assert posterior.training_log == {"loss": [1.0, 0.5]}
+    assert posterior.num_samples == 50
+    assert posterior.storage_dtype == "float32"
+    assert artifact.read_description(path).format == 1
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_version_2(dtype):
+    path = FILES / f"posterior_v2_{dtype}.safetensors"
+    posterior = DistilledPosterior.load(path)
+    assert_draws(posterior, load_file(FILES / "draws_v2.safetensors"), TOLERANCE[dtype])
+    assert posterior.metadata == {"seed": 7, "notes": "second format"}
+    assert posterior.storage_dtype == dtype
+    assert posterior.generator.layers[-1].weight.dtype == torch.float32
+    assert artifact.read_description(path).format == 2
+
+
+def test_precisions_differ_in_size():
+    sizes = [(FILES / f"posterior_v2_{dtype}.safetensors").stat().st_size for dtype in ("float32", "float16", "int8")]
+    assert sizes[0] > 1.6 * sizes[1] > 2.1 * sizes[2]
+
+
+def test_an_old_file_saved_again_is_of_the_present_version(tmp_path):
+    DistilledPosterior.load(FILES / "posterior_v1_paper.safetensors").save(tmp_path / "p")
+    assert artifact.read_description(tmp_path / "p").format == artifact.FORMAT_VERSION
