@@ -13,6 +13,8 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from tests.support.rounding import OtherRounding
+
 # Matrices here are small: threads cost more than they give, and on a shared machine they wait for each other.
 torch.set_num_threads(1)
 # Tests fork: a thread of tqdm's that has its lock at that moment would leave it locked in the child.
@@ -24,6 +26,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if not any(item.iter_markers("slow")) and not any(item.iter_markers("thorough")):
             item.add_marker("fast")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _other_rounding():
+    """On request, the arithmetic of another processor."""
+    salt = os.environ.get("PYRO_APD_TEST_ROUNDING")
+    if salt is None:
+        yield
+        return
+    with OtherRounding(salt):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -172,10 +172,12 @@ class MCMC(pyro.infer.MCMC):
         """Runs all chains; a second call starts over, or from the checkpoint.
 
         With ``chain_method="distributed"`` every process makes the same call, with all the data, on its own device.
-        Each runs its part of the chains, vectorised: of C chains over R processes C/R, or one more. What chain c draws
-        follows from the seed and c alone: it does not depend on R. (On a CPU, steps that are not compiled give the same
-        draws bit for bit; compiled ones, and those on a GPU, up to the rounding of sums that are taken in another order
-        for another number of chains.) What the kernel says at the end (``temperatures``, ``path``) is said of the
+        Each runs its part of the chains, vectorised: of C chains over R processes C/R, or one more. The start, the
+        mini-batches and the noise of chain c follow from the seed and c alone; they do not depend on R. The same R
+        gives the same draws again bit for bit. Another R gives them up to rounding: libraries choose their routines by
+        the shape of a batch of chains, and the last bits differ by routine. Chains that amplify rounding, and
+        ``step_size="auto"`` where a choice hangs on the last bits, then agree in distribution.
+        What the kernel says at the end (``temperatures``, ``path``) is said of the
         chains of one process together. A ``store="disk"`` is one for all, on a file system that all see, or with
         ``gather="none"`` one for each, at ``STORE_PATH.rank0`` and so on; each process has its checkpoint, at
         ``CHECKPOINT.rank0`` and so on, and resumes with as many processes as there were. Under ``torchrun`` a

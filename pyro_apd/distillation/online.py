@@ -88,10 +88,10 @@ def distill_online(
     With ``chain_method="distributed"`` every process of ``torchrun``, or of the process group that there is, makes the
     same call with all the data. Each runs its part of the chains and holds its part of the buffer; in a round all get
     the whole of it, and train one generator by averaged gradients, each on draws of its own and on its share of the
-    probe inputs. All return the same posterior. Chains and buffer do not depend on the number of processes; what the
-    generator's random steps come to does. A process that is gone ends the others with a :class:`~pyro_apd.RankError`;
-    each has its checkpoint, ``CHECKPOINT.rank0`` and so on, and the same call of as many processes goes on from the
-    last that all wrote, as under ``torchrun --max-restarts=1``.
+    probe inputs. All return the same posterior. Chains and buffer depend on the number of processes by rounding alone;
+    what the generator's random steps come to depends on it. A process that is gone ends the others with a
+    :class:`~pyro_apd.RankError`; each has its checkpoint, ``CHECKPOINT.rank0`` and so on, and the same call of as many
+    processes goes on from the last that all wrote, as under ``torchrun --max-restarts=1``.
 
     A generator that collapsed, diverged or came of an interrupted run is returned with a
     :class:`~pyro_apd.DistillationWarning`. Ctrl-C gives the last round's, or, before the first, the start.
