@@ -3,8 +3,8 @@
 
 """A posterior of a billion weights on 64 GPUs, on paper: ``python -m benchmarks.billion``.
 
-Nothing is measured here. The tables of docs/scaling.md, each figure from the assumptions below, which are there to be
-changed; a test holds the page to them.
+Nothing is measured here. It prints the tables of docs/scaling.md, computed from the assumptions below, which you can
+change. A test compares the page with these tables.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ GB, TB = 1e9, 1e12
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs, and what connects them: data sheets of the H100 SXM and of nodes with eight; bytes and operations a second.
+    """GPUs and their connections, from data sheets of the H100 SXM and of nodes with eight; all rates are per second.
 
     :ivar float bf16, tf32, fp32: operations of a GPU, dense.
     :ivar float hbm, nvlink, ib, pcie: bytes of a GPU, the last three each way.
     :ivar float disk_read, disk_write: bytes of a node's own disks.
-    :ivar float normals: normal numbers that a GPU makes.
-    :ivar float compute_share, bandwidth_share: what is reached of the peaks.
+    :ivar float normals: normal random numbers that a GPU generates.
+    :ivar float compute_share, bandwidth_share: share of the peaks that is reached.
     """
 
     num_gpus: int = 64
@@ -51,15 +51,15 @@ class Machine:
         return self.num_gpus // self.per_node
 
     def compute(self, operations: float, num_gpus: int, peak: float) -> float:
-        """Seconds of so many operations over so many GPUs."""
+        """Seconds for this number of operations on this number of GPUs."""
         return operations / (num_gpus * peak * self.compute_share)
 
     def move(self, num_bytes: float, bandwidth: float) -> float:
-        """Seconds."""
+        """Seconds to move this number of bytes."""
         return num_bytes / (bandwidth * self.bandwidth_share)
 
     def all_reduce(self, num_bytes: float, num_gpus: int) -> float:
-        """Seconds of a ring within a node, and between nodes on each GPU's share of what its node has summed."""
+        """Seconds for a ring within a node, then between nodes for each GPU's share of its node's sum."""
         inside = min(num_gpus, self.per_node)
         seconds = 2 * self.move((inside - 1) / inside * num_bytes, self.nvlink)
         nodes = num_gpus // inside
@@ -70,7 +70,7 @@ class Machine:
 class Work:
     """A vision transformer of the shape of ViT-g/14 on images of 224 x 224, and a run of SGLD on ImageNet.
 
-    :ivar int tokens: a row of data.
+    :ivar int tokens: per row of data.
     :ivar float step_size: the paper's 1e-6 for 50,000 images, times 50,000 / N.
     """
 
@@ -96,16 +96,16 @@ class Work:
 
     @property
     def warmup(self) -> float:
-        """Steps after which a direction that the data do not see has forgotten 95 % of its start: 6 sd^2 / epsilon."""
+        """Steps after which 5 % of the start is left where only the prior acts: 6 sd^2 / epsilon."""
         return 6 * self.prior_sd**2 / self.step_size
 
     def operations(self, rows: float, passes: int = 3) -> float:
-        """Of a forward pass 2 a weight and token; of a gradient three times that (Kaplan et al. 2020)."""
+        """Forward pass: 2 per weight and token; gradient: three times as many (Kaplan et al. 2020)."""
         return passes * 2 * self.weights * self.tokens * rows
 
     def activations(self, rows: float, itemsize: int = 2) -> float:
-        """Bytes kept for a gradient: 34 a token, layer and unit of width at 2 bytes (Korthikanti et al. 2022, without
-        attention's own, which fused attention does not keep)."""
+        """Bytes kept for a gradient: 34 per token, layer and unit of width at 2 bytes (Korthikanti et al. 2022, without
+        those of attention, which fused attention does not keep)."""
         return 17 * itemsize * self.layers * self.width * self.tokens * rows
 
 
@@ -113,16 +113,16 @@ M, W = Machine(), Work()
 
 
 def state_table() -> str:
-    """Bytes of a chain's state on a GPU: as the package keeps it today, and in shares of an eighth."""
+    """Bytes of a chain's state on a GPU: in the package today, and split over eight GPUs."""
     net, gb = 4 * W.weights, "{:.1f}".format
     share = M.per_node
     today = {
         "weights, float32": (net, net / share),
         "weights for the passes, bfloat16": (0, net / 2),
         "gradient": (net, net / 2),
-        "two earlier states, to go back to from a divergence": (2 * net, 2 * net / share),
+        "two earlier states, to restore after a divergence": (2 * net, 2 * net / share),
         "noise of a step": (net, net / share),
-        "a draw on its way out": (net, net / share),
+        "a draw being written": (net, net / share),
     }
     rows = [[name, gb(a / GB), gb(b / GB)] for name, (a, b) in today.items()]
     sums = [sum(column) for column in zip(*today.values(), strict=True)]
@@ -136,16 +136,16 @@ def state_table() -> str:
 
 
 def step_seconds(num_gpus: int) -> tuple[float, float, float]:
-    """Seconds of computing, of summing gradients, and of the update, of a step of a chain over so many GPUs."""
+    """Seconds of computing, of summing gradients and of the update, in one step of a chain on this number of GPUs."""
     compute = M.compute(W.operations(W.batch), num_gpus, M.bf16)
     share = W.weights / num_gpus
-    # Read weights and gradient, write weights in both precisions; and the noise.
+    # Reads weights and gradient, writes weights in both precisions; generates the noise.
     update = M.move(12 * share, M.hbm) + share / M.normals
     return compute, M.all_reduce(2 * W.weights, num_gpus) if num_gpus > 1 else 0.0, update
 
 
 def step_table() -> str:
-    """Time of a step and of a run, by how many GPUs a chain has."""
+    """Time of a step and of a run, by the number of GPUs per chain."""
     rows = []
     for num_gpus in (1, M.per_node, M.num_gpus):
         chains = M.num_gpus // num_gpus
@@ -162,8 +162,8 @@ def step_table() -> str:
                 f"{warmup + draws:.0f}",
             ]
         )
-    header = ["chains of GPUs", "passes, ms", "gradients' sum, ms", "update, ms", "chain-steps a second"]
-    return markdown_table([*header, "warm-up, h", f"{W.draws:,} draws, h", "together, h"], rows)
+    header = ["chains of GPUs", "passes, ms", "gradients' sum, ms", "update, ms", "chain-steps per second"]
+    return markdown_table([*header, "warm-up, h", f"{W.draws:,} draws, h", "total, h"], rows)
 
 
 def precision_table() -> str:
@@ -172,7 +172,7 @@ def precision_table() -> str:
     for name, peak in (("float32 (today's default)", M.fp32), ("TF32", M.tf32), ("bfloat16", M.bf16)):
         seconds = M.compute(W.operations(W.batch), 1, peak)
         rows.append([name, f"{seconds:.1f}", f"{W.warmup * seconds / 86400:.1f}"])
-    return markdown_table(["products in", "s a step", "warm-up on one GPU, days"], rows)
+    return markdown_table(["products in", "s per step", "warm-up on one GPU, days"], rows)
 
 
 def distil_table() -> str:
@@ -188,18 +188,18 @@ def distil_table() -> str:
             (M.num_nodes - 1) / M.num_nodes * per_node * net / M.per_node, M.ib
         ),
         "products of all pairs of draws": gram,
-        f"basis of {W.rank} from them": M.compute(2 * W.rank * W.draws * W.weights, M.num_gpus, M.tf32),
+        f"basis of {W.rank} from these products": M.compute(2 * W.rank * W.draws * W.weights, M.num_gpus, M.tf32),
     }
     networks = W.networks * W.probes
     step = {
-        f"{W.networks} networks from the basis, a 1/8 of each on each GPU; put together": M.move(
+        f"{W.networks} networks from the basis, a 1/8 of each on each GPU, then combined": M.move(
             W.rank * W.weights / M.per_node, M.hbm
         )
         + M.move((M.per_node - 1) / M.per_node * net, M.nvlink),
         f"their outputs at {W.probes} probes, and gradients": M.compute(W.operations(networks), M.num_gpus, M.bf16),
         "the gradients back onto the basis": M.move(W.rank * W.weights / M.per_node, M.hbm)
         + M.move((M.per_node - 1) / M.per_node * net, M.nvlink),
-        f"{W.networks} stored draws, one a GPU, from host memory": M.move(net * W.networks / M.num_gpus, M.pcie),
+        f"{W.networks} stored draws, one per GPU, from host memory": M.move(net * W.networks / M.num_gpus, M.pcie),
         "their outputs": M.compute(W.operations(networks, 1), M.num_gpus, M.bf16),
     }
     rows = [[name, f"{1e3 * seconds:,.0f}", "1", f"{seconds:.1f}"] for name, seconds in parts.items()]
@@ -210,7 +210,7 @@ def distil_table() -> str:
 
 
 def limits_table() -> str:
-    """What each part of today's package takes a weight, and how many weights 80 GB are good for."""
+    """Bytes per weight of each part of the package today, and the number of weights for which 80 GB are enough."""
     measured = 40e6 / 79_510
     cases = [
         ("`distill`, training, as measured on 784-100-10: 40 MB for 79,510 weights", measured),
@@ -228,7 +228,7 @@ def limits_table() -> str:
             f"batches of {fits:.0f}",
         ]
     )
-    return markdown_table(["part", "bytes a weight", "GB at 10⁹", "80 GB are enough for"], rows)
+    return markdown_table(["part", "bytes per weight", "GB at 10⁹", "80 GB are enough for"], rows)
 
 
 def traffic_table() -> str:
@@ -238,14 +238,14 @@ def traffic_table() -> str:
     hours = (W.warmup + W.draws / M.num_nodes * W.thinning) * step / 3600
     gpu_hours, per_node = hours * M.num_gpus, W.draws / M.num_nodes
     rows = [
-        ["images read by a node", f"{W.batch / step * W.row_bytes / GB:.2f} GB/s", f"{M.disk_read / GB:.0f} GB/s"],
-        ["all images", f"{W.rows * W.row_bytes / GB:.0f} GB", f"{M.disk / TB:.0f} TB of disk a node"],
+        ["images read per node", f"{W.batch / step * W.row_bytes / GB:.2f} GB/s", f"{M.disk_read / GB:.0f} GB/s"],
+        ["all images", f"{W.rows * W.row_bytes / GB:.0f} GB", f"{M.disk / TB:.0f} TB of disk per node"],
         [
             f"a draw, every {W.thinning * step:.0f} s",
             f"{M.move(net, M.disk_write):.2f} s",
             f"{M.disk_write / GB:.0f} GB/s",
         ],
-        ["draws of a node", f"{per_node * net / TB:.1f} TB", f"{M.host_memory / TB:.0f} TB of host memory"],
+        ["draws per node", f"{per_node * net / TB:.1f} TB", f"{M.host_memory / TB:.0f} TB of host memory"],
         [
             "a checkpoint of a chain, three states",
             f"{3 * net / GB:.0f} GB, {M.move(3 * net, M.disk_write):.2f} s",

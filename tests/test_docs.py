@@ -1,10 +1,11 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Every code block of the site and the README runs, with little work in it; links lead somewhere."""
+"""Every code block of the site and the README runs, with a small workload; links and paths exist."""
 
 import re
 import runpy
+import tomllib
 import warnings
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import pyro_apd as apd
+from tests.test_architecture import LEVELS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -29,7 +31,7 @@ def run(path, scope, chosen=slice(None)):
 
 @pytest.fixture
 def little_work(monkeypatch, tmp_path):
-    """The package with short chains and short training; everything else is as it is."""
+    """The package with short chains and short training; everything else is unchanged."""
 
     class ShortMCMC(apd.MCMC):
         def __init__(self, kernel, num_samples, warmup_steps=5, **settings):
@@ -46,7 +48,7 @@ def little_work(monkeypatch, tmp_path):
     monkeypatch.setattr(apd.baselines, "dark_knowledge", partial(student, num_steps=3, progress=False))
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # chains as short as these are not mixed, and say so
+        warnings.simplefilter("ignore")  # chains this short are not mixed, and warn about it
         yield tmp_path
 
 
@@ -83,6 +85,37 @@ def test_links_within_the_site(page):
     for target in re.findall(r"\]\(([^)#\s]+)", prose):
         if not target.startswith("http") and target not in made:
             assert (DOCS / target).exists(), target
+
+
+def test_paths_in_the_contributing_guide_exist():
+    """Paths in backticks are below the root, or below the package."""
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    # `kernels/sgld.py` or `chains/stores/`; globs and bare names of files stand for something else.
+    paths = set(re.findall(r"`([\w.]+/[\w./]*)`", guide))
+    assert len(paths) > 30
+    folders = (ROOT, ROOT / "pyro_apd")
+    assert not sorted(path for path in paths if not any((folder / path).exists() for folder in folders))
+
+
+def test_rooms_in_the_contributing_guide_have_the_levels_of_the_architecture():
+    diagram = re.search(r"^ level\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL | re.MULTILINE)[
+        1
+    ]
+    rows = [re.split(r" {5,}", line.strip()) for line in diagram.splitlines()]
+    drawn = {int(row[0].split()[0]): row for row in rows}
+    for level, rooms in enumerate(LEVELS, start=1):
+        words = set(" ".join(drawn[level]).split())
+        assert rooms <= words, (level, rooms - words)
+    assert len(drawn) == len(LEVELS)
+
+
+def test_the_version_is_stated_once():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {apd.__version__}\n" in citation
+    assert f"## {apd.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "pyro_apd._version.__version__"}
 
 
 def test_every_page_is_in_the_menu():

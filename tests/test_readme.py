@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The README's examples run as they stand."""
+"""The README's examples run unchanged."""
 
 import re
 from pathlib import Path

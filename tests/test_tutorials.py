@@ -1,9 +1,9 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Tutorials run, and their notebooks are what the sources say, executed and whole.
+"""Tutorials run, and their notebooks are the sources, executed completely.
 
-Here the sources run as scripts, which needs no Jupyter; ``make tutorials`` runs the notebooks themselves, by nbmake.
+Here the sources run as scripts, which needs no Jupyter; ``make tutorials`` runs the notebooks with nbmake.
 """
 
 import json
@@ -24,7 +24,7 @@ MOST_BYTES = 1_000_000
 
 
 def parts_of(source, is_prose):
-    """Code cells of a percent script, or its prose as it is written there, without blank lines at either end."""
+    """Code cells of a percent script, or its prose cells, without blank lines at either end."""
     parts = re.split(r"^# %%(.*)\n", source.read_text(), flags=re.MULTILINE)[1:]
     return [b.strip() for kind, b in zip(parts[::2], parts[1::2], strict=True) if ("[markdown]" in kind) == is_prose]
 
@@ -52,7 +52,7 @@ def test_it_runs(source, monkeypatch):
     monkeypatch.setenv("PYRO_APD_TUTORIAL_QUICK", "1")
     with warnings.catch_warnings():
         for category in (WarmupWarning, DistillationWarning):
-            warnings.simplefilter("default", category)  # so little work leaves chains unmixed, and they say so
+            warnings.simplefilter("default", category)  # with so little work chains are not mixed, and warn about it
         scope = runpy.run_path(str(source))
     plt.close("all")
     pyro.clear_param_store()

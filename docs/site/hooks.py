@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What mkdocs needs to show pages that live elsewhere in the repository: results, and tutorials as executed."""
+"""Adds pages to the site that are elsewhere in the repository: the results, and the executed tutorials."""
 
 import base64
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
-# Links that are right in the repository, and where the same is on the site.
+# Links within the repository, and the same targets on the site.
 _ELSEWHERE = {
     r"\]\((?:\.\./)*benchmarks/RESULTS\.md": "](results.md",
     r"\]\((?:\.\./)*pyro_apd/kernels/psgld\.py\)": "](reference/sampling.md#pyro_apd.PSGLD)",
@@ -20,7 +20,7 @@ _ELSEWHERE = {
 
 
 def on_files(files, config):
-    """Adds a page for each tutorial, and for the results with the pictures that they show."""
+    """Adds a page for each tutorial, and one for the results with their pictures."""
     results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
     files.append(File.generated(config, "results.md", content=results))
     for name in sorted(set(re.findall(r"\]\((results/\w+\.png)\)", results))):
@@ -37,7 +37,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, **_):
-    """Turns links into the repository into links within the site."""
+    """Rewrites links to files of the repository as links within the site."""
     depth = page.file.src_uri.count("/")
     for pattern, target in _ELSEWHERE.items():
         markdown = re.sub(pattern, target.replace("](", "](" + "../" * depth), markdown)
@@ -45,7 +45,7 @@ def on_page_markdown(markdown, page, **_):
 
 
 def _cells(path):
-    """Cells of the notebook of a source; of the source itself, without outputs, where it was not executed."""
+    """Cells of the notebook of a source; if it was not executed, cells of the source, without outputs."""
     notebook = path.with_suffix(".ipynb")
     if notebook.exists():
         return json.loads(notebook.read_text())["cells"]
@@ -64,7 +64,7 @@ def _page(path):
     for cell in _cells(path):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            # Links between tutorials, and to pages beside the folder.
+            # Links between tutorials, and to pages outside the folder.
             source = re.sub(r"\]\((\d\d_\w+)\.ipynb", r"](\1.md", source)
             source = source.replace("](../docs/", "](../").replace(
                 "](../CONTRIBUTING.md)", "](../how_to.md#add-a-kernel)"

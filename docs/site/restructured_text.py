@@ -9,7 +9,7 @@ import griffe
 
 _ROLE = re.compile(r":(?:\w+:)?\w+:`(?:[^`<]*<)?~?([^`>]+)>?`")
 _LITERAL_BLOCK = re.compile(r"^(\s*)\.\. (?:math|code-block)::.*$", flags=re.MULTILINE)
-# ``:ivar type name:`` says in one line what the parser wants in two.
+# The parser needs two lines for ``:ivar type name:``.
 _TYPED_ATTRIBUTE = re.compile(r"^:ivar ([\w.\[\], ]+) (\w+):", flags=re.MULTILINE)
 
 
@@ -26,6 +26,6 @@ class RestructuredText(griffe.Extension):
     """Rewrites each docstring before its sections are read."""
 
     def on_object(self, *, obj: griffe.Object, **_: object) -> None:
-        """Griffe calls this for everything that it loads."""
+        """Called by griffe for every object that it loads."""
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)
