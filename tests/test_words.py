@@ -20,7 +20,7 @@ WORDS = {
     r"dear(?:er|est|ly)?": "expensive, more expensive",
     r"do(?:es)? not do(?=[.,;:\"])": "fails, is not enough",
     r"fellows?|fellow_ranks": "peer_ranks, other chains",
-    r"(?:figures?|gradients?|networks?|one|steps?|words?) an? (?:chain|datum|draw|epoch|input|process|second|step|weight)": (
+    r"(?:figures?|gradients?|networks?|one|steps?) an? (?:chain|datum|draw|epoch|input|second|step|weight)": (
         "per chain, per draw, per second"
     ),
     r"for ever": "indefinitely, any number of",

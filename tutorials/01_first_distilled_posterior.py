@@ -14,10 +14,10 @@
 # %% [markdown]
 # # 1. Your first distilled posterior
 #
-# What the posterior of a Bayesian neural network looks like, how to sample it with Pyro's own driver, and how to put
-# the samples into one small file that draws new networks for ever. Twenty points in the plane, so that everything can
-# be seen; it is the toy problem of the paper (Wang et al., ICML 2018, figure 2). You need to know what a Pyro model
-# is.
+# This tutorial shows what the posterior of a Bayesian neural network looks like, how to sample it with Pyro's own
+# driver, and how to turn the samples into one small file that generates any number of new networks. The data are twenty
+# points in the plane, so that everything can be plotted. It is the toy problem of the paper (Wang et al., ICML 2018,
+# figure 2). You need to know what a Pyro model is.
 
 # %%
 import os
@@ -42,7 +42,7 @@ def size(full, quick):
 # %% [markdown]
 # ## The data
 #
-# Two clouds of ten points.
+# Two clusters of ten points.
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -52,9 +52,9 @@ x = (4.0 * y[:, None] - 2.0) + 0.3**0.5 * torch.randn(20, 2, generator=generator
 # %% [markdown]
 # ## The model
 #
-# `apd.BNN` puts a prior on every weight of a `torch.nn.Module` and adds a likelihood. It is an ordinary Pyro model;
-# you can as well write your own, as [tutorial 9](09_your_own_network_and_prior.ipynb) does. The prior says what
-# networks are possible before any data: here every weight is a normal number of standard deviation 1.
+# `apd.BNN` puts a prior on every weight of a `torch.nn.Module` and adds a likelihood. It is an ordinary Pyro model. You
+# can also write your own model, as in [tutorial 9](09_your_own_network_and_prior.ipynb). The prior says which networks
+# are possible before any data: here every weight is normal with standard deviation 1.
 
 # %%
 model = apd.BNN(
@@ -65,11 +65,12 @@ print(model)
 # %% [markdown]
 # ## Sampling
 #
-# `SGLD` is a kernel for Pyro's `MCMC`. Each *Langevin step* goes down the gradient of the potential (the negative log
-# joint density) and adds noise of just the right size; `thinning` steps make a draw. `apd.MCMC` is Pyro's driver,
-# too; it runs several chains at once as one batched computation. Twenty points need no mini-batches.
+# `SGLD` is a kernel for Pyro's `MCMC`. Each *Langevin step* follows the negative gradient of the potential (the
+# negative log joint density) and adds noise of the matching variance. One draw is kept every `thinning` steps.
+# `apd.MCMC` is Pyro's driver with additions: it runs several chains as one batched computation. Twenty points need no
+# mini-batches.
 #
-# The progress bar is off here, so that it does not fill the page; leave `disable_progbar` out when you try it.
+# The progress bar is switched off here to keep the page short; leave `disable_progbar` out when you try it.
 
 # %%
 kernel = apd.SGLD(model, step_size=0.02, thinning=20, seed=0)
@@ -79,11 +80,11 @@ draws = mcmc.get_samples()
 print({name: tuple(value.shape) for name, value in draws.items()})
 
 # %% [markdown]
-# ### Is the step size all right?
+# ### Is the step size right?
 #
-# SGLD has no accept step, so that a step size which is too large does not fail: the draws come out too wide. The
-# chain's *temperature* shows it. It is read from the gradients, and 1 is what was asked for; a few per cent above 1
-# is the price of a finite step.
+# SGLD has no accept step, so a step size that is too large gives no error: the draws are too wide. The chain's
+# *temperature* shows this. It is estimated from the gradients. The correct value is 1; a few per cent above 1 is the
+# effect of a finite step size.
 
 # %%
 for reading in kernel.temperatures():
@@ -92,8 +93,9 @@ for reading in kernel.temperatures():
 # %% [markdown]
 # ## What a posterior looks like
 #
-# Every draw is a whole network. Six of them, each with the probability of class 1 that it gives to every point of the
-# plane: near the data they agree, because the data leave no choice. Elsewhere they do not, and that is the point.
+# Every draw is a complete network. The figure shows six of them, each with its probability of class 1 at every point of
+# the plane. Near the data they agree, because the data determine the prediction. Elsewhere they disagree, and this
+# disagreement is the uncertainty of the model.
 
 # %%
 sides = torch.linspace(-5, 5, 60)
@@ -112,20 +114,21 @@ figure.colorbar(image, ax=axes, label="probability of class 1")
 _ = figure.suptitle("Six networks of one posterior")
 
 # %% [markdown]
-# ## Distilling
+# ## Distillation
 #
-# The chain's draws are many networks. `distill` trains a generator, from noise to weights, that draws from the same
-# distribution. It holds back a fifth of the chain and ships the state that was nearest to those.
+# The chain's draws are many networks. `distill` trains a generator, a function from noise to weights, that draws from
+# the same distribution. It holds out a fifth of the chain, and returns the state of the generator that was nearest to
+# these held-out draws.
 
 # %%
 posterior = apd.distill(mcmc, num_steps=size(400, 20), seed=0, progress=False)
 posterior
 
 # %% [markdown]
-# It stands wherever Pyro takes a posterior: `get_samples` as after MCMC, or as a guide as after SVI. Below, from each
-# side 300 networks: left the averaged prediction, right how much the networks disagree (the mutual information of
-# label and weights). What the chain knows about its own ignorance, the generator has to know too. The two rows are
-# alike, and not the same: compare them close to the points.
+# The generator can be used wherever Pyro accepts a posterior: with `get_samples` as after MCMC, or as a guide as after
+# SVI. Below are 300 networks of the chain (SGLD) and of the generator (labelled APD). Left: the averaged prediction.
+# Right: how much the networks disagree (the mutual information of label and weights). The generator must reproduce this
+# uncertainty of the chain. The two rows are similar but not equal: compare them close to the points.
 
 # %%
 generated = posterior.get_samples(300)
@@ -134,12 +137,12 @@ figure, axes = plt.subplots(2, 2, figsize=(9, 7.4), layout="constrained")
 _ = plots.decision_surfaces(model, {"SGLD": thinned, "APD": generated}, x, y, axes=list(axes.flat))
 
 # %% [markdown]
-# ## In the space of weights
+# ## In weight space
 #
 # The same draws in the plane of their first two principal components. Chains that started at different draws from the
-# prior can settle in different modes; networks have many that are mirror images, with the same predictions. That is
-# why the tables of this package look at functions first, and at weights last. Here the clouds do not quite lie on each
-# other, although the surfaces above are alike.
+# prior can end in different modes. Networks have many equivalent modes with the same predictions. For this reason the
+# tables of this package compare functions first and weights last. Here the two sets of points do not lie exactly on
+# each other, although the surfaces above are similar.
 
 
 # %%
@@ -153,9 +156,10 @@ _ = plots.principal_pair(flat(draws), flat(posterior.get_samples(len(draws["net.
 # %% [markdown]
 # ## What was lost
 #
-# `compare` puts draws of both side by side, with the verdict on top, which rests on functions. *Resolution* is the
-# difference that chance alone would make. [Tutorial 3](03_is_it_any_good.ipynb) reads such tables. Of networks this
-# small, as many draws fit in the file's bytes as the third column has; they are hard to beat.
+# `compare` shows metrics of both side by side, with the verdict above the table. The verdict is based on functions.
+# *Resolution* is the difference that chance alone would cause. [Tutorial 3](03_is_it_any_good.ipynb) explains these
+# tables. The column of stored draws has as many draws as fit into the bytes of the file. For networks as small as this,
+# these are many draws, and they are hard to beat.
 
 # %%
 x_new = 8 * torch.rand(200, 2, generator=generator) - 4
@@ -165,7 +169,7 @@ print(fidelity)
 # %% [markdown]
 # ## One small file
 #
-# The file is plain tensors and JSON; nothing in it is executed when it is read. The same seed draws the same
+# The file contains plain tensors and JSON; nothing in it is executed when it is read. The same seed gives the same
 # networks.
 
 # %%
@@ -177,6 +181,6 @@ chain_bytes = sum(value.numel() * value.element_size() for value in draws.values
 print(f"chain: {chain_bytes:,} bytes   file: {path.stat().st_size:,} bytes")
 
 # %% [markdown]
-# For a network of 162 weights the gain is small: a part of the generator has a fixed size. On a network of 100,000
-# weights a file costs about twenty networks, and draws as many as you like. Next: [digits end to
+# For a network of 162 weights little is gained, because a part of the generator has a fixed size. For a network of
+# 100,000 weights a file is as large as about twenty networks, and gives any number of draws. Next: [digits end to
 # end](02_digits_end_to_end.ipynb).

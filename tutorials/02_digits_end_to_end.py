@@ -14,9 +14,10 @@
 # %% [markdown]
 # # 2. Digits end to end
 #
-# Handwritten digits, from a model to a file that draws networks: mini-batches in three ways, diagnostics, distilling,
-# a report, saving and loading. It is the toy problem of [tutorial 1](01_first_distilled_posterior.ipynb) no longer:
-# 3,760 weights and 1,438 images of 8 x 8 pixels, which come with scikit-learn.
+# This tutorial goes from a model of handwritten digits to a file that generates networks: mini-batches in three ways,
+# diagnostics, distillation, a report, saving and loading. The problem is larger than in [tutorial
+# 1](01_first_distilled_posterior.ipynb): 3,760 weights and 1,438 images of 8 x 8 pixels, which are part of
+# scikit-learn.
 
 # %%
 import os
@@ -51,12 +52,12 @@ print(
 # %% [markdown]
 # ## Mini-batches, three ways
 #
-# The full-data potential counts the prior once and every datum once. On a batch of B rows out of N, the likelihood
-# has to be multiplied by N/B; forgetting it, or doing it twice, gives a posterior of the wrong width and no error. So
-# the kernel takes it over, in whichever way your code is written.
+# The full-data potential counts the prior once and every datum once. On a batch of B rows out of N, the likelihood has
+# to be multiplied by N/B. If this is forgotten, or done twice, the posterior has the wrong width, and there is no
+# error. So the kernel does it, for each of three ways to write the code.
 #
-# **(i) The model subsamples itself**, with `subsample_size` in its plate and `pyro.subsample` on what is subsampled.
-# Mind that the network stays *outside* the data plate, so that weights are drawn once and not once a datum.
+# **(i) The model subsamples itself**, with `subsample_size` in its plate and `pyro.subsample` on its data. The network
+# must be *outside* the data plate, so that weights are drawn once and not once per datum.
 
 
 # %%
@@ -93,9 +94,9 @@ plain, subsampling = Digits(), Digits(subsample_size=100)
 draws = {"(i) plate subsamples": sample(subsampling, data.x_train, data.y_train)}
 
 # %% [markdown]
-# **(ii) The model is as for full-batch NUTS**: give `batch_size`, and the full tensors.
+# **(ii) The model is written as for full-batch NUTS**: set `batch_size`, and pass the full tensors.
 #
-# **(iii) You have a `DataLoader`**: give it to `run` as it is.
+# **(iii) You have a `DataLoader`**: pass it to `run`.
 
 # %%
 loader = DataLoader(TensorDataset(data.x_train, data.y_train), batch_size=100, shuffle=True, drop_last=True)
@@ -108,9 +109,9 @@ for name, values in draws.items():
     print(f"{name:22s} accuracy of the average {accuracy:.3f}, sd of a weight {values['out.weight'].std(0).mean():.3f}")
 
 # %% [markdown]
-# Three ways, one posterior. These chains are short, and where a warm-up was too short for the draws that follow, a
-# warning says so; the four chains below take longer. A model whose scaling cannot be established is refused. Here the
-# network is inside the plate, where Pyro would draw other weights for each row:
+# All three sample the same posterior. These chains are short. If a warm-up is too short for the draws that follow, a
+# warning says so; the four chains below run longer. A model whose scaling cannot be verified is rejected. Here the
+# network is inside the plate, where Pyro would draw different weights for each row:
 
 
 # %%
@@ -127,8 +128,8 @@ except apd.ModelError as error:
 # %% [markdown]
 # ## Four chains
 #
-# `apd.BNN` writes such a model in a line. Four chains advance together; they start at draws from the prior. Read
-# [gotchas](../docs/gotchas.md) before you trust a chain of your own: its step size, its warm-up.
+# `apd.BNN` declares such a model in one line. Four chains advance together; they start at draws from the prior. Read
+# [gotchas](../docs/gotchas.md) on step size and warm-up before you trust your own chain.
 
 # %%
 model = apd.BNN(nn.Sequential(nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 10)), "categorical", prior_scale=0.4)
@@ -140,9 +141,9 @@ print(mcmc.diagnostics()["temperatures"]["chain 0"][0])
 # %% [markdown]
 # ### Has it mixed?
 #
-# R-hat and effective sizes of all weights at once, and the potential of every draw. For a network, look at function
-# values as well: weights have mirror images that no chain visits, and predictions do not. An R-hat near 1 would mean
-# that the chains agree.
+# The code prints R-hat and effective sample sizes of all weights at once, and plots the potential of every draw. For a
+# network, look at function values as well: weights have equivalent modes that one chain does not visit, predictions do
+# not. An R-hat near 1 would mean that the chains agree.
 
 # %%
 found = apd.diagnostics.convergence(mcmc)
@@ -159,15 +160,15 @@ figure, ax = plt.subplots(figsize=(7, 3), layout="constrained")
 _ = plots.trace(torch.stack([by_chain[f"chain {i}"] for i in range(4)]), ax)
 
 # %% [markdown]
-# The potential is level, and yet R-hat says that the chains have *not* mixed, in predictions less badly than in
-# weights. They are kept short here, to be done in a minute; for anything that matters, let them run until R-hat of the
-# predictions is close to 1. A generator is as good as what it was made of, and `compare` below says in its last lines
-# how much the chains differ among themselves.
+# The potential is constant on average, but R-hat says that the chains have *not* mixed, less clearly for predictions
+# than for weights. They are kept short here, to finish in a minute. For real use, let them run until R-hat of the
+# predictions is close to 1. A generator is only as good as its chains, and the last lines of `compare` below say how
+# much the chains differ from each other.
 #
-# ## Distilling, and what was lost
+# ## Distillation, and what was lost
 #
-# The figures of the chain are of draws that `distill` held back. The column of stored draws says what as many bytes
-# of plain draws would do; a generator is worth having where it comes nearer to the chain than they.
+# The chain's metrics are of draws that `distill` held out. The column of stored draws shows the result of stored draws
+# of the same number of bytes. A generator is useful where it is nearer to the chain than these are.
 
 # %%
 posterior = apd.distill(mcmc, num_steps=size(400, 10), seed=0, progress=False)
@@ -178,7 +179,8 @@ fidelity = apd.diagnostics.compare(
 print(fidelity)
 
 # %% [markdown]
-# In pictures: each test image's mutual information by either side, and how both keep digits apart from what is none.
+# The figure shows each test image's mutual information by chain and generator, and how well both separate digits from
+# other images.
 
 # %%
 chain, generator = fidelity.per_input["chain"], fidelity.per_input["generator"]
@@ -191,9 +193,9 @@ for ax, scores, title in zip(axes[1:], (chain, generator), ("SGLD", "APD"), stri
 # %% [markdown]
 # ## Save, load, predict
 #
-# `int8` takes about a quarter of the bytes. On the other side nothing of the training code is needed, and nothing in
-# the file is executed. Pyro's own `Predictive` takes the loaded posterior as a guide; `apd.Predictive` is the same
-# call, vectorised.
+# `int8` needs about a quarter of the bytes. To use the file, none of the training code is needed, and nothing in the
+# file is executed. Pyro's own `Predictive` accepts the loaded posterior as a guide; `apd.Predictive` is the same call,
+# vectorised.
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -207,7 +209,7 @@ labels_SN = apd.Predictive(model, guide=loaded, num_samples=100)(data.x_test)["o
 print(f"majority of 100 drawn labels is right on {(labels_SN.mode(0).values == data.y_test).float().mean():.1%}")
 
 # %% [markdown]
-# Which digits does it find hard? The eight test images on which its networks disagree most:
+# Which digits are difficult? The eight test images on which its networks disagree most:
 
 # %%
 probs_SNK = apd.outputs(model, loaded.get_samples(200, seed=0), data.x_test).probs_SNK
@@ -221,7 +223,7 @@ for ax, n in zip(axes, scores.argsort(descending=True)[:8].tolist(), strict=True
 # %% [markdown]
 # ## The report
 #
-# One HTML page with all of this, to send to somebody: no network, no JavaScript. `pyro-apd report` makes it from
+# One HTML page with all of this, to send to others: no network access, no JavaScript. `pyro-apd report` makes it from
 # files.
 
 # %%

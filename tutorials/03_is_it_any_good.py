@@ -14,10 +14,10 @@
 # %% [markdown]
 # # 3. Is it any good?
 #
-# A generator can give the right labels and be worthless as a posterior: if it always draws the same network, accuracy
-# is as it should be and nothing is left of the uncertainty. This tutorial reads the table of `compare` on what
-# `distill` made and on three that are broken on purpose, and shows what it says when the fault is the chain's. The data
-# are two half moons, so that every fault can be seen.
+# A generator can give the right labels and still be useless as a posterior: if it always draws the same network, the
+# accuracy is right and the uncertainty is lost. This tutorial reads the table of `compare` for a generator from
+# `distill` and for three candidates with planted faults. It also shows the result when the chain itself is bad. The
+# data are two half moons, so that every fault can be plotted.
 
 # %%
 import os
@@ -71,22 +71,21 @@ print(fidelity)
 # %% [markdown]
 # ## Reading the table
 #
-# * **The first line is the verdict** on the whole. It rests on function space and on copies; weights are
-#   unidentified, and their rows only explain.
-# * **SGLD**: the figure of held-out draws of the chain. It is what the generator should reproduce, *not* to be
-#   beaten.
-# * **generator**: the same of as many of its draws.
-# * **stored**: the same of as many stored draws as fit in the bytes of the generator's file. On a network this small
-#   there are many of them, and they are hard to beat.
-# * **resolution**: differences up to this are Monte-Carlo error. A large one means that nothing can be said, not that
-#   all is well: more draws of a longer chain make it smaller.
-# * **verdict** by row. *loses* and *overstates* are losses beyond the resolution; *departs* is a difference to the
-#   better side, which is a difference all the same.
+# * **The first line is the verdict** on the whole posterior. It is based on function space and on copied draws. Weights
+#   are not identified, so their rows only help to explain.
+# * **SGLD**: the metric of held-out draws of the chain. The generator should reproduce it, *not* exceed it.
+# * **generator**: the same metric of as many draws of the generator.
+# * **stored**: the same metric of stored draws, as many as fit into the bytes of the generator's file. For a network
+#   this small they are many, and hard to beat.
+# * **resolution**: differences up to this value are Monte-Carlo error. A large one means that nothing can be decided,
+#   not that everything is right. More draws of a longer chain make it smaller.
+# * **verdict** per row. *loses* and *overstates* are losses beyond the resolution; *departs* is a difference in the
+#   better direction, which is also a difference.
 #
-# Likenesses (agreement, total variation, correlations) compare halves: the chain's column is one half of the chain
-# against the other, and a perfect generator gets that number, not 1.
+# Metrics of similarity (agreement, total variation, correlations) compare halves: the chain's column compares one half
+# of the chain with the other, and a perfect generator reaches that number, not 1.
 #
-# It is a `pandas.DataFrame`, so you can ask it things.
+# The table is a `pandas.DataFrame`, so you can query it.
 
 # %%
 print(fidelity.status)
@@ -97,11 +96,11 @@ fidelity.loc[fidelity["status"] != "indistinguishable", ["label", "chain", "gene
 # %% [markdown]
 # ## Far from the data
 #
-# `far` lies up to four units from any datum. A generator is trained to agree with the chain at inputs near the data
-# and on variations of them, so that this is where it is worst. If you will look there, say so: `probe_inputs` are the
-# model's arguments at whose rows the two are to agree, here points all over the plane (other ones than in `far`). Both
-# figures of `far` come nearer to the chain's with them; the table above says how little of that this chain can
-# resolve.
+# `far` has inputs up to four units from any datum. A generator is trained to agree with the chain at inputs near the
+# data and on variations of them, so this is where it is worst. If you need other inputs, pass them as `probe_inputs`:
+# model arguments on whose rows generator and chain are trained to agree. Here these are points all over the plane
+# (different from those in `far`). With them, both metrics of `far` are nearer to the chain's. The table above shows how
+# little of this difference this chain can resolve.
 
 # %%
 plane = torch.rand(400, 2, generator=torch.Generator().manual_seed(5)) * 10 - 3
@@ -112,13 +111,13 @@ for name in ("mean_mi", "mean_mi[far]", "auroc_entropy[far]"):
     print(f"{name:18s} chain {row.chain:.3f}, distilled {row.generator:.3f}, with probes {other.generator:.3f}")
 
 # %% [markdown]
-# ## Broken on purpose
+# ## Planted faults
 #
-# `compare` takes a dict of draws for a posterior as well, so faults are easily planted:
+# `compare` also accepts a dict of draws as a posterior, so faults are easy to plant:
 #
 # * **collapsed**: always the same network, with a little noise;
 # * **narrow**: every weight halfway between the draws and one of them;
-# * **memorised**: twenty draws of the chain, again and again.
+# * **memorised**: twenty draws of the chain, repeated.
 
 # %%
 chain = mcmc.get_samples()
@@ -145,11 +144,12 @@ for name, result in found.items():
     print(f"{name:10s} {result.status}: {result.verdict}\n")
 
 # %% [markdown]
-# ### Figures that see it, and figures that do not
+# ### Metrics that detect it, and metrics that do not
 #
-# By accuracy and NLL alone one would ship the collapsed generator, and the memorised draws. The mutual information, the
-# distance between two draws and the share of new draws see the one; of the rows below, only the share of new draws sees
-# the other. The narrow one loses accuracy first of all: halfway between two networks there need not be one that works.
+# By accuracy and NLL alone, the collapsed generator and the memorised draws would pass. The mutual information, the
+# distance between two draws and the share of new draws detect the collapsed one. Of the rows below, only the share of
+# new draws detects the memorised one. The narrow one mainly loses accuracy: halfway between two good networks there
+# need not be a good one.
 
 # %%
 names = ["accuracy", "nll", "mean_mi", "mean_mi[far]", "auroc_mi[far]", "disagreement", "new_draws"]
@@ -162,8 +162,8 @@ for name in names:
 print("\n* differs from the chain by more than the resolution")
 
 # %% [markdown]
-# And to see: the uncertainty of the model over the plane. The collapsed generator has a border between the moons, that
-# of its one network, and no doubts about any place at all.
+# The figure shows the model's uncertainty over the plane. The collapsed generator has a border between the moons, that
+# of its one network, and no uncertainty anywhere.
 
 # %%
 shown = {"SGLD": {name: value[index] for name, value in chain.items()}, "APD": posterior.get_samples(count, seed=0)}
@@ -172,9 +172,9 @@ figure, axes = plt.subplots(3, 2, figsize=(9, 10.5), layout="constrained")
 _ = plots.decision_surfaces(model, shown, x, y, axes=list(axes.flat))
 
 # %% [markdown]
-# Input by input: on the diagonal the two agree, on the floor one has collapsed. The one distilled lies along the
-# diagonal, a little above it: it is somewhat less sure than the chain. The mutual information of the narrow one is
-# right on average, and has little to do with the chain's.
+# The next figure compares them input by input: on the diagonal the two agree, at zero the generator has collapsed. The
+# distilled generator lies along the diagonal, a little above it: it is slightly less certain than the chain. The mutual
+# information of the narrow one is right on average, but has little relation to the chain's.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
@@ -184,11 +184,11 @@ for ax, name in zip(axes, ("distilled", "collapsed", "narrow"), strict=True):
     ax.set_title(name)
 
 # %% [markdown]
-# ## When the chain is at fault
+# ## When the chain is bad
 #
-# A generator can be no better than its chain. Here a step size far too small and no warm-up: the chains have hardly
-# left where they started. Sampling may notice by itself, and would then warn; here it does not, and no warning is
-# printed below. Whatever the generator does, `compare` does not pass it.
+# A generator cannot be better than its chain. Here the step size is far too small and there is no warm-up, so the
+# chains have hardly left their starting points. Sampling may detect this and warn. Here it does not, and no warning is
+# printed below. But whatever the generator does, `compare` does not accept it.
 
 # %%
 kernel = apd.SGLD(model, step_size=2e-5, thinning=size(20, 2), seed=0)
@@ -202,7 +202,8 @@ fitted = apd.distill(unmixed, num_steps=size(100, 5), seed=0, progress=False)
 print(apd.diagnostics.compare(unmixed, fitted, model, x_test, y_test, seed=0).verdict)
 
 # %% [markdown]
-# The trace of the potential shows why: the good chains are level and overlap, these wander, each in a place of its own.
+# The trace of the potential shows the reason: the good chains are level and overlap; these drift, each in a different
+# region.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained")
@@ -216,8 +217,8 @@ for ax, (name, run) in zip(axes, {"mixed": mcmc, "on its way": unmixed}.items(),
 #
 # * *too poorly mixed*: longer chains, more warm-up, a larger step size (`step_size="auto"` finds one).
 # * *loses mutual information*: more training steps (`num_steps`), more coordinates (`rank`), more draws.
-# * *draws that copy no other* below 1: too few draws for the generator's size, or not a generator at all.
-# * *too few independent draws to tell*: `num_samples=` larger, and a chain that is long enough for it.
+# * *draws that copy no other* below 1: too few draws for the generator's size, or memorised draws.
+# * *too few independent draws to tell*: a larger `num_samples=`, and a chain that is long enough for it.
 #
-# `apd.diagnostics.report` puts all of this on one page. More in [diagnostics](../docs/diagnostics.md). Next:
+# `apd.diagnostics.report` puts all of this on one page. See also [diagnostics](../docs/diagnostics.md). Next:
 # [regression](07_regression_with_learned_noise.ipynb).

@@ -14,10 +14,10 @@
 # %% [markdown]
 # # 4. Out of distribution
 #
-# A network that was trained on digits says a digit to everything. A posterior has something to say besides: how far its
-# networks *disagree*. This tutorial trains on the digits 0 to 7, shows the posterior what
-# is none of them, and measures whether it notices: for the chain, for the generator distilled from it, and for two
-# cheap rivals. Then it makes a rule of it that a program can follow.
+# A network that was trained on digits classifies every image as a digit. A posterior gives one more signal: how much
+# its networks *disagree*. This tutorial trains on the digits 0 to 7, shows the posterior images that are none of these,
+# and measures whether it detects them: for the chain, for the generator distilled from it, and for two cheap baselines.
+# Then it derives a rule that a program can apply.
 
 # %%
 import os
@@ -40,15 +40,16 @@ def size(full, quick):
 
 
 # %% [markdown]
-# ## What is inside, and what is outside
+# ## In-distribution and out-of-distribution images
 #
-# Inside are the digits 0 to 7 of scikit-learn's 8 x 8 images; 60 % of them to train with, the rest in two halves: one
-# to choose a threshold with, one to test with. Outside are four sets, from near to far:
+# In-distribution ("inside") are the digits 0 to 7 of scikit-learn's 8 x 8 images. 60 % of them are for training. The
+# rest is split in two halves: one to choose a threshold, one to test. Out-of-distribution ("outside") are four sets,
+# from near to far:
 #
-# * **8 and 9**, which are as much digits as the others, only that the network has never met them;
-# * **photographs**: patches of the two that come with scikit-learn, in grey;
+# * **8 and 9**: digits like the others, but the network has never seen them;
+# * **photographs**: patches of the two photographs in scikit-learn, in grey;
 # * **inverted**: the test images with light and dark exchanged;
-# * **noise**: every pixel on its own.
+# * **noise**: independent pixels.
 
 # %%
 data = apd.datasets.digits(seed=0, test_size=0.4)
@@ -79,9 +80,9 @@ _ = figure.suptitle("What the network is meant for, and what it is not")
 # %% [markdown]
 # ## Four posteriors
 #
-# Everything below takes any posterior: an `MCMC` after its run, draws by site, a generator, or one of
-# `apd.baselines`. **SGLD** is the chain, **APD** the generator distilled from it. **MC-dropout** trains one network
-# and leaves units out at random. **One network** is trained as usual and stands for no posterior at all.
+# Everything below accepts any posterior: an `MCMC` after its run, draws by site, a generator, or one of
+# `apd.baselines`. **SGLD** is the chain, **APD** is the label of the generator distilled from it. **MC-dropout** trains
+# one network and drops units at random. **One network** is trained as usual and has no posterior.
 
 # %%
 net = nn.Sequential(nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 8))
@@ -99,10 +100,10 @@ posteriors = {
 }
 
 # %% [markdown]
-# ## How sure is a wrong answer?
+# ## How certain is a wrong answer?
 #
-# Whatever is said of an 8 or a 9 is wrong here. How sure is each of its answer? A hundred networks of each posterior,
-# their probabilities averaged; the higher a curve, the better.
+# Every answer to an 8 or a 9 is wrong here. How certain is each posterior of its answer? The figure uses a hundred
+# networks of each posterior, with their probabilities averaged. On the left, a higher curve is better.
 
 
 # %%
@@ -136,18 +137,18 @@ for name, draws in networks.items():
     print(f"{name:12s} is at least 90 % sure of its answer to {(confidence >= 0.9).float().mean():6.1%} of 8 and 9")
 
 # %% [markdown]
-# The single network is the surest of its wrong answers, by some way, although not often very sure: trained with a
-# prior, which is weight decay, even one small network has some modesty. The chain and its generator are less sure of
-# wrong answers, and on the right just as sure of right ones. MC-dropout pays for its modesty: it doubts its right
-# answers, too.
+# The single network is clearly the most certain of its wrong answers, although it is not often very certain: it was
+# trained with a prior, which acts as weight decay. The chain and its generator are less certain of wrong answers, and
+# on the right equally certain of right answers. MC-dropout is less certain of wrong answers too, but also of right
+# answers.
 #
-# ## Two kinds of doubt
+# ## Two kinds of uncertainty
 #
-# Of many networks' class probabilities, two numbers can be had for each image. The *expected entropy* is the mean
-# doubt of single networks: this may be a 1 or a 7. The *mutual information* (MI) of label and weights is how far the
-# networks contradict each other, each perhaps quite sure of itself. Their sum is the *predictive entropy*, the doubt
-# of the averaged prediction. One network alone has the first kind only: its mutual information is zero, whatever it
-# is shown.
+# From the class probabilities of many networks, two numbers are computed for each image. The *expected entropy* is the
+# mean uncertainty of single networks: this may be a 1 or a 7. The *mutual information* (MI) of label and weights
+# measures how much the networks contradict each other, while each may be certain. Their sum is the *predictive
+# entropy*, the uncertainty of the averaged prediction. A single network has only the first kind: its mutual information
+# is zero for every image.
 
 # %%
 colours = {"inside": "#767676", "8 and 9": "#0072B2", "photographs": "#009E73", "inverted": "#CC79A7",
@@ -166,17 +167,17 @@ ax.set(
 _ = ax.legend(title="an image a point", fontsize="small", markerscale=1.5)
 
 # %% [markdown]
-# What is inside lies in the corner at the lower left, nearly all of it; 8 and 9 lie next to it. Inverted digits lie
-# highest: there, networks contradict each other, and each is rather sure. Photographs are in two clumps, one as high
-# (the dark ones, whose pixels are all ink), one lower and further to the right than anything else: there, single
-# networks are in doubt themselves. So neither kind of doubt is the one to look at in general.
+# Nearly all images from inside lie in the lower left corner; 8 and 9 lie next to it. Inverted digits have the highest
+# mutual information: networks contradict each other, and each is fairly certain. Photographs form two clusters. One is
+# as high (dark ones, whose pixels are all ink). The other is lower and further to the right than anything else: there
+# single networks are uncertain. So neither kind of uncertainty is the right one in general.
 #
-# ## How well does it tell them apart?
+# ## How well are they separated?
 #
-# `evaluate` scores what is inside and each set outside. *AUROC* is the chance that an image from outside scores above
-# one from inside; 0.5 is guessing. *FPR95* is how many images from inside are sent away if 95 % of those from outside
-# are to be found. The intervals say how far a figure depends on which images there are; another run of the chain, or
-# other training data, are not in them.
+# `evaluate` scores the images inside and each set outside. *AUROC* is the probability that an image from outside scores
+# higher than one from inside; 0.5 is guessing. *FPR95* is the share of images from inside that are rejected if 95 % of
+# those from outside are to be detected. The intervals describe the variation due to the choice of images. They do not
+# include variation due to another run of the chain or other training data.
 
 # %%
 scores = ("predictive_entropy", "mutual_information")
@@ -203,13 +204,13 @@ axes[0].set_ylabel("AUROC, with 95 % interval")
 _ = axes[0].legend(loc="lower left", fontsize="small")
 
 # %% [markdown]
-# Told by entropy, on the left, all four are good, and a single network is about as good as the posterior. Small images
-# of digits are an easy case, and a table of nothing else would flatter everybody. On the right is what a posterior
-# adds: disagreement, which the single network does not have (it stays at guessing), and which MC-dropout gets wrong:
-# on noise and photographs, below the dashed line, its networks agree *more* than on digits. Nothing asked them to
-# differ there; the prior asks the networks of a posterior.
+# By predictive entropy, on the left, all four are good, and a single network is about as good as the posterior. Small
+# images of digits are an easy case, so a table of such results alone would be too favourable for every method. On the
+# right is what a posterior adds: disagreement. The single network has none (it stays at guessing). For MC-dropout it
+# fails on noise and photographs: below the dashed line, its networks agree *more* than on digits. Nothing in its
+# training makes them differ there; in a posterior the prior does.
 #
-# The generator stands where its chain does. Image by image:
+# The generator is close to its chain. Image by image:
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
@@ -220,13 +221,14 @@ for ax, name in zip(axes, ("SGLD", "APD"), strict=True):
 _ = axes[0].set_ylim(0, 5)
 
 # %% [markdown]
-# (The bars of what is inside go on above the picture: most of it is near zero.) Lowest of what is outside, and
-# overlapping with what is inside, are 8 and 9, and the photographs without much ink.
+# (The bars of the images inside continue above the figure: most values are near zero.) The sets outside with the lowest
+# values, which overlap with those inside, are 8 and 9, and the photographs without much ink.
 #
 # ## A rule for a program
 #
-# AUROC goes over all thresholds; a program needs one. It is chosen on data from inside alone, since nobody knows what
-# will come: here, so that 5 % of the images kept for it are sent to a person. How many of the others are?
+# AUROC averages over all thresholds; a program needs one. It is chosen on data from inside alone, because future inputs
+# are unknown: here, so that 5 % of the images reserved for this are sent to a person. What share of the other sets is
+# sent?
 
 
 # %%
@@ -241,18 +243,19 @@ for name in posteriors:
     print(f"{name:12s}" + "".join(f"{share:13.1%}" for share in shares))
 
 # %% [markdown]
-# The first column should be 5 % and is a little more in each row: a threshold chosen on a few hundred images is known
-# only so well, and FPR95 above, which chooses it on the very data that it is stated for, does not show that. The hard
-# column is the second: chain and generator send on the most of it, with the fewest false alarms; some still pass.
+# The first column should be 5 % and is slightly larger in each row: a threshold chosen on a few hundred images has an
+# error. FPR95 above does not show this, because it chooses the threshold on the data for which it is reported. The
+# difficult column is the second. The chain and the generator send the largest share of it, with the fewest false
+# alarms; some images still pass.
 #
 # ## What to remember
 #
-# * State each figure with its set, and have a set near to the data among them: noise says little.
-# * Compare with one network's entropy. Where that is as good, the posterior has to earn its keep elsewhere: in how
-#   sure it is of wrong answers, as in the first picture, or in [active learning](05_active_learning.ipynb).
-# * A generator agrees with its chain where it was trained to. For inputs far from the data that you know of, give
-#   `distill` some of them as `probe_inputs`, as in [tutorial 3](03_is_it_any_good.ipynb).
-# * Somebody who *wants* to be taken for a digit is another matter:
-#   [tutorial 6](06_adversarial_examples.ipynb).
+# * Report each metric with its set, and include a set that is near to the data: noise says little.
+# * Compare with one network's entropy. Where that is as good, the posterior must be better elsewhere: in its certainty
+#   of wrong answers, as in the first figure, or in [active learning](05_active_learning.ipynb).
+# * A generator agrees with its chain where it was trained to. If you know of inputs far from the data, give some of
+#   them to `distill` as `probe_inputs`, as in [tutorial 3](03_is_it_any_good.ipynb).
+# * Images made *on purpose* to be classified as a digit are a different problem: [tutorial
+#   6](06_adversarial_examples.ipynb).
 #
 # Next: [active learning](05_active_learning.ipynb).

@@ -14,11 +14,10 @@
 # %% [markdown]
 # # 5. Active learning
 #
-# Labels cost money. A model that knows what it does not know can say which datum it would like to have labelled next,
-# and disagreement between the networks of a posterior is the natural measure of it (BALD, Houlsby et al. 2011). This
-# tutorial watches it choose in the plane, then lets it label digits from a pool in which half of the classes are
-# rare, and looks at why a whole batch of questions should not be chosen one by one. It does not always win here, and
-# that is part of the lesson.
+# Labels are expensive. A model that knows its uncertainty can choose which datum to label next, and disagreement
+# between the networks of a posterior is the natural measure (BALD, Houlsby et al. 2011). This tutorial first shows such
+# choices in the plane. Then it labels digits from a pool in which half of the classes are rare, and shows why the data
+# of a batch should not be chosen one by one. Active learning does not always win here, and this is part of the result.
 
 # %%
 import os
@@ -44,10 +43,10 @@ def size(full, quick):
 # %% [markdown]
 # ## In the plane
 #
-# Two half moons, of which four points are labelled; three more are asked for at a time. `al.run` is the loop: fit a
-# posterior, state its accuracy on test data, choose what to have labelled next, and again from scratch. `posterior`
-# says what to fit; `al.Chain` is SGLD on what is labelled so far. U grows with the number of labels, so that the step
-# size may be a function of it.
+# The data are two half moons with four labelled points; three more are labelled in each round. `al.run` is the loop:
+# fit a posterior, measure its accuracy on test data, choose what to label next, and start again from scratch.
+# `posterior` says what to fit; `al.Chain` is SGLD on the data labelled so far. U grows with the number of labels, so
+# the step size may be a function of that number.
 
 
 # %%
@@ -68,8 +67,8 @@ runs = {
 print(runs["bald"])
 
 # %% [markdown]
-# The colour below is how far the networks disagree once all of these are labelled; the numbers say in which order the
-# points were asked for.
+# The colour shows how much the networks disagree after all of these are labelled. The numbers are the order in which
+# the points were chosen.
 
 # %%
 sides = torch.linspace(-1.8, 2.8, 50), torch.linspace(-1.4, 1.9, 50)
@@ -93,17 +92,17 @@ axes[0].legend(loc="lower left", fontsize="small")
 _ = figure.colorbar(image, ax=axes, label="mutual information (nats)")
 
 # %% [markdown]
-# The points that BALD asks for lie at the rims of the moons, where the networks disagree most. But look at the numbers:
-# 1, 2 and 3 are neighbours, and so are 4, 5 and 6, and the next. Each of the three was wanted most *by itself*, and the
-# second and third said little that the first had not said. Labels drawn at random lie all over the moons, and, from
-# this start, come to the better accuracy. With one question at a time (`batch_size=1`) the rule has its chance, and
-# takes three times as long.
+# The points chosen by BALD lie at the edges of the moons, where the networks disagree most. But look at the numbers: 1,
+# 2 and 3 are neighbours, and so are 4, 5 and 6, and the next three. Each of the three had the highest score
+# *individually*, but after the first, the second and third added little information. Labels drawn at random are spread
+# over the moons, and give the better accuracy from this start. With one label per round (`batch_size=1`) the rule works
+# better, and takes three times as long.
 #
 # ## Digits, half of them rare
 #
-# A pool as it might come from the field: of the digits 0 to 4 all that there are, of 5 to 9 one in eight. The test
-# data have all alike. Whoever labels at random sees little of the rare ones. The first twenty labels are two of each
-# digit; from there on, 25 a round. Four ways to choose them, one without a posterior among them:
+# The pool is unbalanced, as in practice: all images of the digits 0 to 4, and one in eight of those of 5 to 9. The test
+# data are balanced. Labels drawn at random contain few rare digits. The first twenty labels are two of each digit; then
+# there are 25 per round. There are four ways to choose them, one of which uses no posterior:
 
 # %%
 data = apd.datasets.digits(seed=0)
@@ -141,8 +140,8 @@ histories = {
 }
 
 # %% [markdown]
-# Thin lines are runs, which differ in the first twenty labels and in the chains; thick ones are their means. The
-# generator is distilled anew in each round, which takes longest, so it has one run only: read it as an example.
+# Thin lines are runs, which differ in the first twenty labels and in the chains; thick lines are their means. The
+# generator is distilled again in each round, which takes longest, so it has only one run: read it as an example.
 
 # %%
 styles = {"SGLD, random": ("#767676", "o"), "SGLD, BALD": ("#0072B2", "s"), "APD, BALD": ("#D55E00", "^"),
@@ -163,13 +162,13 @@ for ax in axes:
 _ = axes[0].legend(fontsize="small")
 
 # %% [markdown]
-# The right picture has the mechanism. Labels drawn at random come ever closer to the pool's share of rare digits; those
-# who ask keep more of them, and in the end have the better accuracy. (That all fall at first is no mistake: after a
-# start with equal shares come many labels of common digits, and the test has all alike.)
+# The right figure shows the mechanism. Labels drawn at random approach the pool's share of rare digits. The methods
+# that choose keep a larger share of them, and have the better accuracy at the end. (It is no error that all fall at
+# first: after a start with equal shares many labels of common digits follow, and the test data are balanced.)
 #
-# It also has a result that does not flatter: one network, trained as usual, which asks for what its own entropy is
-# highest on, does best here, at a fraction of the cost. With a hundred labels and chains this short the posterior is
-# wide and its average careful, and the disagreement that BALD ranks by is a noisy number of few draws.
+# There is also an unfavourable result for the posterior: one network, trained as usual, which chooses by its own
+# entropy, is best here, at a fraction of the cost. With a hundred labels and chains this short the posterior is wide
+# and its average cautious, and the disagreement by which BALD ranks is a noisy estimate from few draws.
 
 # %%
 for name, several in histories.items():
@@ -178,13 +177,13 @@ for name, several in histories.items():
     print(f"{name:22s} last accuracy {last.mean():.3f}, mean over rounds {mean.mean():.3f}, of {len(several)} runs")
 
 # %% [markdown]
-# Two runs are two runs: thin lines of different colours cross, and a fair comparison takes many more of them.
+# Two runs are only two runs: thin lines of different colours cross, and a fair comparison needs many more.
 #
 # ## A batch at a time
 #
-# In the plane, three questions of a round were neighbours. *BatchBALD* (Kirsch et al. 2019) takes the information that
-# the labels of a batch have *together*, so that a second image like the first adds little. From the chain on the
-# first labels, what either would ask next:
+# In the plane, the three points of a round were neighbours. *BatchBALD* (Kirsch et al. 2019) uses the *joint*
+# information of the labels of a batch, so that a second image similar to the first adds little. Below are the next
+# choices of both, from the chain on the first labels:
 
 # %%
 index = torch.tensor(histories["SGLD, BALD"][0].labelled[:45])
@@ -203,17 +202,17 @@ for row, (name, chosen) in zip(axes, {"BALD": alone, "BatchBALD": together}.item
 _ = figure.suptitle("Ten questions, the most wanted first, with the true digit")
 
 # %% [markdown]
-# BALD asks about the same few digits again and again; BatchBALD has more kinds among its ten, although it repeats
-# itself, too: two images of one digit can be a question of their own each. It costs more, and looks at a third of the
-# pool here; in the loop it is `acquisition="batch_bald"`, with `pool_subset` for that.
+# BALD chooses the same few digits again and again. BatchBALD has more kinds of digits among its ten. It also repeats
+# some, because two images of one digit can each be informative. It is more expensive, and considers a third of the pool
+# here; in the loop it is `acquisition="batch_bald"`, with `pool_subset` for this.
 #
 # ## What to remember
 #
-# * Compare with random labels, and with the entropy of a single network. Either may be as good, and both are cheap.
-# * Several seeds, or no claim: the start decides much of what follows.
-# * Ask for few labels at a time, or use `"batch_bald"`.
-# * The posterior needs not be perfect to choose well, but chains as short as these are a compromise with a tutorial's
-#   time: where their warm-up is too short, the library warns; the warnings are switched off above.
-# * A run is kept on disk with `history_path=`, and goes on from there after an interruption.
+# * Compare with random labels, and with the entropy of a single network. Both can be as good, and both are cheap.
+# * Use several seeds, or make no claim: the start has a large effect on the result.
+# * Choose few labels per round, or use `"batch_bald"`.
+# * The posterior does not have to be perfect to choose well, but chains as short as these are a compromise with a
+#   tutorial's time. If their warm-up is too short, the library warns; the warnings are switched off above.
+# * `history_path=` stores a run on disk, so that it continues after an interruption.
 #
-# Next: [adversarial examples, and why weak attacks flatter you](06_adversarial_examples.ipynb).
+# Next: [adversarial examples, and why weak attacks are misleading](06_adversarial_examples.ipynb).

@@ -12,12 +12,12 @@
 # ---
 
 # %% [markdown]
-# # 6. Adversarial examples, and why weak attacks flatter you
+# # 6. Adversarial examples, and why weak attacks are misleading
 #
-# A change of an image that a person hardly sees can change what a network says. It is tempting to show that a posterior
-# notices: attack it, look at its uncertainty, report that the attacks stand out. This tutorial does so, gets a fine
-# figure, and then takes it apart, because the attack that gave it was one that knew next to nothing of what it
-# attacked.
+# A change of an image that a person can hardly see can change the output of a network. It is tempting to show that a
+# posterior detects this: attack it, look at its uncertainty, and report that the attacks have high uncertainty. This
+# tutorial does so and gets a good result. Then it shows why the result is wrong: the attack knew almost nothing about
+# the predictor that it attacked.
 
 # %%
 import os
@@ -41,9 +41,9 @@ def size(full, quick):
 # %% [markdown]
 # ## What is attacked
 #
-# Digits, as in [tutorial 2](02_digits_end_to_end.ipynb): a chain (**SGLD**), the generator distilled from it (**APD**),
-# and **one network** trained as usual. Pixels are in [-1, 1], which the attacks have to be told: sizes of changes are
-# in the units of the inputs.
+# Digits, as in [tutorial 2](02_digits_end_to_end.ipynb): a chain (**SGLD**), the generator distilled from it (labelled
+# **APD**), and **one network** trained as usual. Pixels are in [-1, 1]. The attacks must be told this, because sizes of
+# changes are in the units of the inputs.
 
 # %%
 data = apd.datasets.digits(seed=0)
@@ -64,12 +64,12 @@ posteriors = {
 # %% [markdown]
 # ## Attacks, from weak to strong
 #
-# An attack goes up the gradient of the loss, and an `Attack` says two things about it. *Method*: `"fgsm"` takes one
-# step; `"fgsm_minimal"` the smallest one that is enough; `"pgd"` takes many, and stays within `epsilon` of the image.
-# *Through*: whose gradient. A predictor that averages many networks can be attacked through `"one"` of them, which is
-# cheap and knows nothing of the others; through the `"mean"` of some; or through their `"expectation"`, with networks
-# drawn anew at each step, as the predictor itself draws them. The last is what somebody would do who knows what he is
-# up against (Athalye, Carlini and Wagner 2018).
+# An attack follows the gradient of the loss upwards. An `Attack` has two settings. *Method*: `"fgsm"` takes one step;
+# `"fgsm_minimal"` takes the smallest single step that succeeds; `"pgd"` takes many steps, and stays within `epsilon` of
+# the image. *Through*: which gradient. A predictor that averages many networks can be attacked through `"one"` of them,
+# which is cheap and ignores the others; through the `"mean"` of some; or through their `"expectation"`, with networks
+# drawn again at each step, as the predictor itself draws them. An attacker who knows the predictor would use the last
+# one (Athalye, Carlini and Wagner 2018).
 
 # %%
 epsilon = 0.3
@@ -101,14 +101,14 @@ for ax, name in zip(axes[0], seen, strict=True):
 _ = figure.suptitle("What 100 networks of the generator say, how surely, and how far they disagree")
 
 # %% [markdown]
-# To the eye, a row is the same digit six times, on a dirty background. Minimal FGSM stops as soon as the one network
-# that it looks at is fooled, and there the other networks mostly stand by the truth. PGD through the expectation is
-# the one that gets the average wrong most often.
+# To a person, each row is the same digit six times, on a noisy background. Minimal FGSM stops as soon as the one
+# network that it uses is wrong, and there most other networks still give the right answer. PGD through the expectation
+# most often makes the average wrong.
 #
-# ## The flattering figure
+# ## The misleading result
 #
-# Does uncertainty give the attacks away? By the mutual information, as in [tutorial 4](04_out_of_distribution.ipynb),
-# and against the cheapest attack: the least step, through one network.
+# Does uncertainty reveal the attacks? First by mutual information, as in [tutorial 4](04_out_of_distribution.ipynb),
+# and against the weakest attack: the smallest step, through one network.
 
 # %%
 common = {"bounds": bounds, "num_draws": 100, "seed": 0, "scores": ("mutual_information",)}
@@ -116,12 +116,13 @@ cheapest = {name: attacks[name] for name in ("FGSM minimal, one network",)}
 print(evaluate(model, posteriors["APD"], x, y, cheapest, **common))
 
 # %% [markdown]
-# *Robust* is the accuracy under attack, hardly below that without. *Successes* are images that were right and no longer
-# are; AUROC is the chance that one of them has more mutual information than a clean image that was right. Nearly all
-# the accuracy is left, and what does succeed is nearly always noticed: this could be the last line of a paper. Look at
-# how few successes it rests on. The attack has fooled the network that it was made for; the predictor is another.
+# *Robust* is the accuracy under attack, which is hardly below that without. *Successes* are images whose prediction was
+# right and is now wrong. AUROC is the probability that one of them has more mutual information than a clean image with
+# a right prediction. Nearly all the accuracy is left, and nearly all successes are detected: this could be the
+# conclusion of a paper. But it is based on very few successes. The attack deceived the network for which it was made;
+# the predictor is a different one.
 #
-# ## The same, by stronger attacks
+# ## The same with stronger attacks
 
 # %%
 found = {name: evaluate(model, posterior, x, y, attacks, **common) for name, posterior in posteriors.items()}
@@ -147,19 +148,19 @@ for ax in axes:
 axes[0].invert_yaxis()
 
 # %% [markdown]
-# The two attacks through the expectation, at the bottom, leave much less than the three through one network. Under the
-# strongest, chain and generator keep *less* of their accuracy than one ordinary network does: the average has a smooth
-# gradient that points the right way, and that is all an attacker needs. Detection falls as well, although at this size
-# it does not break down. Mind also that PGD is no better than FGSM as long as both look at one network: more steps in
-# the wrong direction make no stronger attack.
+# The two attacks through the expectation, at the bottom, leave much less accuracy than the three through one network.
+# Under the strongest, chain and generator keep *less* of their accuracy than one ordinary network: the average has a
+# smooth gradient in the right direction, and an attacker needs nothing else. Detection is also worse, although at this
+# size it does not fail completely. Note also that PGD is no better than FGSM when both use one network: more steps in
+# the wrong direction do not make a stronger attack.
 #
-# Chain and generator are nearly the same, here as elsewhere: a generator inherits what its chain has, weaknesses
-# included.
+# Chain and generator are nearly the same, here as elsewhere: a generator has the properties of its chain, including its
+# weaknesses.
 #
 # ## Against the size of the change
 #
-# A figure at one epsilon can be had as one likes. Over all of them, for the generator, with random noise of the same
-# size to compare with:
+# A result at one epsilon depends on the choice of epsilon. So the figure shows the whole range, for the generator, with
+# random noise of the same size for comparison:
 
 # %%
 sizes = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6][:: size(1, 3)]
@@ -199,12 +200,13 @@ for ax in axes:
     ax.legend(loc="lower left", fontsize="small")
 
 # %% [markdown]
-# By the two attacks through one network one would say: disagreement gives the attack away, whatever its size. By PGD
-# through the expectation one has to say: the larger the change, the less it does, and where no accuracy is left at all,
-# much of the way to guessing is done. Random noise, of the same size in every pixel, does nearly nothing; a model that
-# withstands that has shown nothing.
+# By the two attacks through one network, the conclusion would be: disagreement reveals the attack at any size. By PGD
+# through the expectation the conclusion is: the larger the change, the less it is revealed, and where no accuracy is
+# left, detection is much closer to guessing. Random noise, of the same size in every pixel, has almost no effect, so
+# robustness to it shows nothing.
 #
-# Where does the difference come from? The images that fooled the generator, and what is clean and was right:
+# What causes the difference? The figure compares the images that deceived the generator with the clean images that were
+# classified correctly:
 
 # %%
 scores = {name: apd.uncertainty.mutual_information(value) for name, value in probs.items()}
@@ -219,14 +221,14 @@ _ = plots.score_histograms(
 _ = ax.set_ylim(0, 5)
 
 # %% [markdown]
-# Disagreement is what the cheap attack leaves behind: it has moved an image to where one network is wrong, and others
-# are not. Whoever goes down the gradient of the average looks for places where *most* are wrong, and finds some where
+# Disagreement is a side effect of the weak attack: it moves an image to where one network is wrong and others are not.
+# An attack along the gradient of the average searches for images where *most* networks are wrong, and finds some where
 # they even agree.
 #
 # ## Is this the strongest attack?
 #
-# One never knows; but there are signs that an attack is *not* (Carlini et al. 2019). At a large epsilon the accuracy
-# must go to zero, as it does above. More steps should not help any more:
+# This cannot be proved, but there are signs that an attack is *not* the strongest (Carlini et al. 2019). At a large
+# epsilon the accuracy must go to zero, as it does above. More steps should not help any more:
 
 # %%
 for num_steps in (1, 5, 20, 40, 80)[:: size(1, 3)]:
@@ -235,25 +237,25 @@ for num_steps in (1, 5, 20, 40, 80)[:: size(1, 3)]:
     print(f"{num_steps:3d} steps: accuracy {accuracy(images):.3f}")
 
 # %% [markdown]
-# And an attack made on another model, without any knowledge of this one, should do less harm than one made on this
-# one. Here on the network that was trained as usual, and moved over to the generator:
+# And an attack made on another model, without knowledge of this one, should have less effect than one made on this one.
+# Here it is made on the network that was trained as usual, and applied to the generator:
 
 # %%
 elsewhere = {"PGD, on the one network": attacks["PGD, one network"]}
 print(evaluate(model, posteriors["APD"], x, y, elsewhere, source=posteriors["one network"], **common))
 
 # %% [markdown]
-# It does less harm than PGD through the expectation, and *more* than PGD through one network of the posterior itself.
-# That is the sign: whoever reports the latter alone reports an attack that is weaker than one from outside. A single
-# draw of a posterior is a noisy network, and its gradient leads astray.
+# It has less effect than PGD through the expectation, but *more* than PGD through one network of the posterior itself.
+# This is the sign: the attack through one network is weaker than an attack made on a different model. A single draw of
+# a posterior is a noisy network, and its gradient points in a wrong direction.
 #
 # ## What to report
 #
-# * Attacks through the expectation, or the mean, of as many networks as the predictor averages; with enough steps.
-# * The accuracy under attack beside each AUROC, and the AUROC of the attacks that *succeeded*: over all of them it
-#   counts images that were no danger.
-# * Curves over epsilon, up to where nothing is left, and random noise of the same size.
-# * One ordinary network beside it. Being Bayesian is no defence by itself (Feng et al. 2024).
+# * Attacks through the expectation, or the mean, of as many networks as the predictor averages, with enough steps.
+# * The accuracy under attack beside each AUROC, and the AUROC of the attacks that *succeeded*: over all attacks it also
+#   counts images that were not misclassified.
+# * Curves over epsilon, up to where no accuracy is left, and random noise of the same size.
+# * One ordinary network for comparison. Being Bayesian alone is no defence (Feng et al. 2024).
 #
-# And even then the attacker here does not try to evade detection; one who adds the mutual information to what is
-# minimised may do better still. Next: [regression with learned noise](07_regression_with_learned_noise.ipynb).
+# Moreover, the attacker here does not try to avoid detection. An attack that also minimises the mutual information may
+# be stronger. Next: [regression with learned noise](07_regression_with_learned_noise.ipynb).

@@ -14,12 +14,12 @@
 # %% [markdown]
 # # 7. Regression with learned noise
 #
-# How strong is concrete of a given recipe and age? A network predicts it, and the noise of the measurements is
-# learned with the weights: one more latent variable, positive, which the kernel samples in an unconstrained space and
-# the generator reproduces. The step size is found during warm-up.
+# How strong is concrete of a given recipe and age? A network predicts it, and the noise of the measurements is learned
+# together with the weights. The noise scale is one more latent variable. It is positive, and the kernel samples it in
+# an unconstrained space; the generator reproduces it. The step size is found during warm-up.
 #
-# The data are UCI's concrete compressive strength (Yeh 1998; 1,030 rows, 8 columns) where the environment variable
-# `PYRO_APD_DATA` names a folder with `uci/concrete.txt`; otherwise the diabetes data that come with scikit-learn.
+# The data are UCI's concrete compressive strength (Yeh 1998; 1,030 rows, 8 columns) if the environment variable
+# `PYRO_APD_DATA` names a folder with `uci/concrete.txt`. Otherwise they are the diabetes data in scikit-learn.
 
 # %%
 import os
@@ -50,10 +50,10 @@ else:
 print(f"{name}: {rows.shape[0]} rows, {rows.shape[1] - 1} columns, target in {unit}")
 
 # %% [markdown]
-# ## Data in units that a prior can talk about
+# ## Data in suitable units
 #
-# Columns and target to mean 0 and sd 1, by the training rows alone. Badly scaled inputs are the surest way to a chain
-# that does not mix: SGLD has one step size for all directions.
+# Scale columns and target to mean 0 and sd 1, using the training rows only. Badly scaled inputs are the most common
+# reason for a chain that does not mix: SGLD has one step size for all directions.
 
 # %%
 order = np.random.default_rng(0).permutation(len(rows))
@@ -67,7 +67,8 @@ x_test, y_test = standard[test, :-1], standard[test, -1]
 # ## The model
 #
 # `"gaussian"` adds a latent `noise_scale` with a half-Cauchy prior, unless its value is given. `"fan_in"` gives a
-# weight the standard deviation 1/sqrt(inputs), so that units neither drown nor shout, however wide the layer.
+# weight the standard deviation 1/sqrt(inputs), so that the size of a unit's output does not depend on the width of the
+# layer.
 
 # %%
 net = nn.Sequential(nn.Linear(x_train.shape[1], 50), nn.ReLU(), nn.Linear(50, 1))
@@ -76,9 +77,9 @@ model = apd.BNN(net, likelihood="gaussian", prior_scale="fan_in", noise_prior="h
 # %% [markdown]
 # ## Sampling without choosing a step size
 #
-# `step_size="auto"` measures curvature and the noise of the mini-batches during warm-up and keeps the step for which
-# the draws come out at most 10 % too wide; `warm_start` optimises each chain first. The *temperatures* say how wide
-# they did come out; of a chain that has not yet been everywhere they are off, or have large errors, or both.
+# `step_size="auto"` measures curvature and the noise of the mini-batches during warm-up, and uses the step size for
+# which the draws are at most 10 % too wide. `warm_start` first optimises each chain. The *temperatures* say how wide
+# the draws are. For a chain that has not yet explored the posterior they are biased, or have large errors, or both.
 
 # %%
 kernel = apd.SGLD(model, step_size="auto", batch_size=100, thinning=size(20, 4), warm_start=size(500, 20), seed=0)
@@ -90,11 +91,11 @@ for reading in mcmc.diagnostics()["temperatures"]["chain 0"]:
     print(reading)
 
 # %% [markdown]
-# ## Distilling
+# ## Distillation
 #
-# The noise scale stays positive in every draw: the generator works in the unconstrained space, and the site's own
-# transform brings it back. Where the histogram has more than one hump, chains have settled in different places; the
-# generator has the same humps, since it is made of what the chains gave it.
+# The noise scale is positive in every draw: the generator works in the unconstrained space, and the site's own
+# transform maps it back. If the histogram has more than one peak, chains have settled in different modes. The generator
+# has the same peaks, because it is trained on these chains.
 
 # %%
 posterior = apd.distill(mcmc, num_steps=size(400, 10), seed=0, progress=False)
@@ -107,10 +108,10 @@ ax.legend()
 print(f"smallest noise scale drawn: {generated['noise_scale'].min():.3f}")
 
 # %% [markdown]
-# ## Predicting
+# ## Prediction
 #
-# `outputs` gives each draw's mean and variance by datum. The variance of what will be measured is that of the noise
-# (*aleatoric*) and of the networks' means (*epistemic*); more data would shrink the second alone.
+# `outputs` gives each draw's mean and variance per datum. The variance of a new measurement is that of the noise
+# (*aleatoric*) plus that of the networks' means (*epistemic*); more data would reduce only the second.
 
 
 # %%
@@ -138,11 +139,12 @@ for label, draws in (("SGLD", chain), ("APD", generated)):
     print(f"{label:5s} RMSE {rmse:.2f} {unit}, NLL {nll:.3f}; intervals and what they cover: {covered}")
 
 # %% [markdown]
-# One split of the data, so figures of a hundred test rows: no more than a check. On twenty standard splits of the
-# concrete data the published test RMSE of like networks lies between 4.8 and 6.0 MPa (Lakshminarayanan et al. 2017).
-# Where intervals cover more than they say, they are too wide.
+# This is one split of the data, so these are metrics of a hundred test rows: no more than a check. On twenty standard
+# splits of the concrete data the published test RMSE of similar networks lies between 4.8 and 6.0 MPa (Lakshminarayanan
+# et al. 2017). If intervals cover more than their nominal level, they are too wide.
 #
-# Where the model is unsure, it should be wrong more often. Each test row with its interval of ±2 sd:
+# Where the model is uncertain, it should be wrong more often. The figure shows each test row with its interval of ±2
+# sd:
 
 # %%
 mean, noise_sd, model_sd = predicted(generated)
@@ -172,8 +174,8 @@ _ = plots.score_scatter(
 # ## What was lost
 #
 # Read the first line before the table. If it says that the chain is too poorly mixed to tell, the generator may agree
-# with it in every row, and that is worth no more than the chain: a network of this kind on these data needs longer
-# chains than a tutorial has time for. How much the chains differ among themselves stands in the last lines.
+# with the chain in every row, but the chain itself is not reliable: a network of this kind on these data needs longer
+# chains than a tutorial has time for. The last lines say how much the chains differ from each other.
 
 # %%
 print(fidelity)

@@ -12,13 +12,13 @@
 # ---
 
 # %% [markdown]
-# # 8. Online distillation: never store the chain
+# # 8. Online distillation without storing the chain
 #
-# The tutorials so far ran a chain to its end, kept every draw, and distilled. A long chain of a large network does not
-# fit anywhere: ten thousand draws of half a million weights are 20 GB. `distill_online` lets chains and generator
-# advance together and holds a fixed number of draws, whatever the length of the run (algorithm 2 of the paper). This
-# tutorial shows what it holds, what it loses against the stored chain, how an interrupted run goes on, and how to feed
-# it from other drivers.
+# The tutorials so far ran a chain to its end, stored every draw, and distilled. A long chain of a large network can be
+# too large to store: ten thousand draws of half a million weights are 20 GB. `distill_online` advances chains and
+# generator together and holds a fixed number of draws, whatever the length of the run (algorithm 2 of the paper). This
+# tutorial shows what it holds, what it loses compared with the stored chain, how an interrupted run continues, and how
+# to use it with other drivers.
 
 # %%
 import os
@@ -47,9 +47,9 @@ def size(full, quick):
 # %% [markdown]
 # ## What is held
 #
-# A buffer of draws. Not the last ones, which a chain that drifts would make a poor choice, nor random ones: evenly
-# spaced ones. When it is full, every second goes, and from then on every second draw is taken; and so on. The rule in
-# a few lines, for a buffer of 16:
+# It holds a buffer of draws. These are not the last draws, which would be a poor choice if the chain drifts, nor random
+# ones, but evenly spaced ones. When the buffer is full, every second draw is removed, and from then on every second new
+# draw is taken; and so on. The rule in a few lines, for a buffer of 16:
 
 
 # %%
@@ -82,14 +82,14 @@ axes[1].set(title="four chains of a 64-50-10 network", xlabel="draws made by eac
 _ = axes[1].legend()
 
 # %% [markdown]
-# Left, a column is a moment: the draws held reach from the first to the last at any time, and thin out evenly. Right,
-# what that means in bytes: between half of the buffer and all of it, while the stored chain grows without end.
+# Left: each column is one moment. The draws held always range from the first to the last, and are evenly spaced. Right:
+# the same in bytes. The buffer is between half full and full, while the stored chain grows without limit.
 #
 # ## Running it
 #
-# The call is that of a kernel and the model's arguments; there is no driver, since no chain comes out. Rounds are
-# trained when a quarter and a half of the draws are made, and at the end. `on_round` gets each round's posterior; here
-# it says how good that is on test data, and after the second round it acts as somebody who presses Ctrl-C.
+# The call takes a kernel and the model's arguments. There is no driver, because no chain is returned. The generator is
+# trained in rounds: when a quarter and a half of the draws are made, and at the end. `on_round` receives each round's
+# posterior. Here it prints metrics on test data, and after the second round it simulates Ctrl-C.
 
 # %%
 data = apd.datasets.digits(seed=0)
@@ -133,9 +133,9 @@ with warnings.catch_warnings(record=True) as caught:
 print(caught[-1].message)
 
 # %% [markdown]
-# What comes back is the posterior of the last round, and a warning that says so: an interrupted run leaves something
-# that can be used. With `checkpoint=` it also goes on: the same call finds the file, which was written a little before
-# the second round, and that round is done again, to the same figures as before.
+# The result is the posterior of the last round, with a warning that says so: an interrupted run returns a usable
+# posterior. With `checkpoint=` it can also continue: the same call finds the file, which was written shortly before the
+# second round. That round is repeated, with the same metrics as before.
 
 # %%
 online = apd.distill_online(
@@ -146,8 +146,8 @@ print(f"{online.num_bytes:,} bytes, of {online.metadata['draws_seen']} draws a c
 # %% [markdown]
 # ## What does it lose?
 #
-# With the same kernel and seed, `apd.MCMC` makes the very same chains, and `distill` sees all their draws where the
-# online generator saw those in the buffer. `compare` sets both against the stored chain.
+# With the same kernel and seed, `apd.MCMC` gives exactly the same chains. `distill` sees all their draws, while the
+# online generator saw those in the buffer. `compare` compares both with the stored chain.
 
 # %%
 mcmc = apd.MCMC(new_kernel(), disable_progbar=True, **lengths)
@@ -170,10 +170,10 @@ for key, label in table.items():
     print(f"{label:26s}{rows[0].chain:9.4f}{cells}{rows[0].resolution:12.4f}")
 
 # %% [markdown]
-# All of it is within the chain's resolution, which is to say that these chains are too short to tell more. What shows
-# without proof: on inverted digits, far from the data, the mutual information falls from left to right, as each
-# generator has seen less of the chains. The warnings above and here say what would help most: chains that were given
-# longer to warm up.
+# All differences are within the chain's resolution: these chains are too short to tell more. But a tendency can be
+# seen, although it is not significant: on inverted digits, far from the data, the mutual information decreases from
+# left to right, as each generator has seen less of the chains. The warnings above and here say what would help most: a
+# longer warm-up of the chains.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(11.5, 3.8), layout="constrained")
@@ -183,14 +183,14 @@ for ax, (name, result) in zip(axes, found.items(), strict=True):
     ax.set_title(name)
 
 # %% [markdown]
-# The cloud about the diagonal is narrow for the generator that saw all draws, wider for that of the buffer, and widest
-# for that of half a run, which was also trained for a quarter of the steps.
+# The scatter around the diagonal is narrow for the generator that saw all draws, wider for that of the buffer, and
+# widest for that of half a run, which was also trained for a quarter of the steps.
 #
-# ## From another driver
+# ## With another driver
 #
-# `distill_online` needs a kernel of this package. For anything else that draws, such as Pyro's NUTS, there is
-# `OnlineDistillation`, which keeps such a buffer and distils when it is asked: as the statistics of Pyro's
-# `StreamingMCMC`, which never keeps draws, or by its `hook` as `hook_fn` of `MCMC`. A small regression:
+# `distill_online` needs a kernel of this package. For any other sampler, such as Pyro's NUTS, use `OnlineDistillation`,
+# which holds the same kind of buffer and distils on request. It works as the statistics of Pyro's `StreamingMCMC`,
+# which never stores draws, or with its `hook` as `hook_fn` of `MCMC`. A small regression:
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -219,17 +219,17 @@ for name, values in posterior.get_samples(1000, seed=0).items():
     print(f"{name:12s} mean {values.mean(0).tolist()}, sd {values.std(0).tolist()}")
 
 # %% [markdown]
-# The slopes were 1 and -0.5 and the noise 0.3, and they come out near that. The posterior is an ordinary one: it can be
-# saved, drawn from, used as a guide. For three weights it is of no use but to show how; NUTS on a model this small has
-# no need of it.
+# The slopes were 1 and -0.5 and the noise 0.3, and the estimates are close to these. The posterior is an ordinary one:
+# it can be saved, drawn from, and used as a guide. For three weights this only shows how it is done; NUTS on a model
+# this small does not need it.
 #
 # ## When to use which
 #
-# * The draws fit in memory or on the disk (`store="disk"`): run the chain, look at it, then `distill`. The chain can be
+# * The draws fit in memory or on disk (`store="disk"`): run the chain, look at it, then use `distill`. The chain can be
 #   diagnosed, and distilled again with other settings.
-# * They do not: `distill_online`. Diagnose a shorter run of the same kernel first, since of this one there is no chain
-#   left to look at, and what `compare` needs is draws.
-# * `restart=True` puts the chains at draws of the generator after each round, the "infinite chains" of the authors'
-#   code. What the generator lacks, the chains then lack as well, and a warning says so.
+# * They do not fit: use `distill_online`. First diagnose a shorter run of the same kernel, because after this one there
+#   is no chain to look at, and `compare` needs draws.
+# * `restart=True` moves the chains to draws of the generator after each round: the "infinite chains" of the authors'
+#   code. If the generator has lost something, the chains then lose it as well, and a warning says so.
 #
 # Next: [your own network and prior](09_your_own_network_and_prior.ipynb).

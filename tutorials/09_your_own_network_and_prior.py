@@ -14,8 +14,8 @@
 # %% [markdown]
 # # 9. Your own network and prior
 #
-# From any `torch.nn.Module` to a posterior: a convolutional network, priors by layer, a prior that is learned; then
-# what long runs need: another device, checkpoints, several processes.
+# This tutorial goes from any `torch.nn.Module` to a posterior: a convolutional network, priors per layer, and a prior
+# that is learned. Then it shows what long runs need: another device, checkpoints, several processes.
 
 # %%
 import os
@@ -42,13 +42,13 @@ def size(full, quick):
 
 
 # %% [markdown]
-# ## A network and its prior in a line
+# ## A network and its prior in one line
 #
 # `apd.BNN` copies the network and puts a prior on every parameter that requires gradients. Batch normalisation and
 # dropout are switched to evaluation mode, with a warning: given its weights, a Bayesian network is a function.
 #
-# `prior_scale` takes a number (the standard deviation of a normal prior), `"fan_in"`, a distribution, or a mapping
-# from names of layers to these, of which the longest matching name wins.
+# `prior_scale` accepts a number (the standard deviation of a normal prior), `"fan_in"`, a distribution, or a mapping
+# from names of layers to these, in which the longest matching name is used.
 
 # %%
 data = apd.datasets.digits(seed=0)
@@ -72,10 +72,10 @@ for site, prior in model.priors.items():
     print(f"{site:14s} {tuple(prior.shape())!s:18s} {type(base).__name__}, sd {base.stddev.flatten()[0]:.3f}")
 
 # %% [markdown]
-# ## A checkpointed run
+# ## A run with checkpoints
 #
-# A GPU is used when the data are on one; nothing else changes. With `checkpoint=` a run that was killed goes on where
-# it was, bit for bit. Below it is interrupted on purpose, as by Ctrl-C.
+# A GPU is used if the data are on one; nothing else changes. With `checkpoint=` a run that was killed resumes where it
+# stopped, bit for bit. Below it is interrupted on purpose, as by Ctrl-C.
 
 # %%
 x_train, x_test = images(data.x_train).to(device), images(data.x_test).to(device)
@@ -110,7 +110,7 @@ same = all(torch.equal(whole.get_samples()[name], value) for name, value in resu
 print("the resumed run and one in a single piece have the same draws:", same)
 
 # %% [markdown]
-# `store="disk"` keeps draws in files instead of memory, and everything that takes an `MCMC` takes them from there.
+# `store="disk"` keeps draws in files instead of memory, and everything that accepts an `MCMC` reads them from there.
 #
 # ## Distil, predict
 #
@@ -125,7 +125,7 @@ for name in ("accuracy", "nll", "mean_mi"):
     print(f"{row.label:16s} chain {row.chain:.4f}   generator {row.generator:.4f}   resolution {row.resolution:.4f}")
 
 # %% [markdown]
-# One draw as a plain `nn.Module`, for exporters and for code that knows nothing of Pyro; its filters are a picture:
+# One draw as a plain `nn.Module`, for exporters and for code without Pyro. The figure shows its filters:
 
 # %%
 figure, axes = plt.subplots(2, 8, figsize=(10, 2.8), layout="constrained")
@@ -139,9 +139,9 @@ _ = figure.suptitle("The first layer of two draws")
 # %% [markdown]
 # ## A model of your own
 #
-# Any Pyro model with continuous latents will do, as long as weights are drawn *outside* the data plate. Here the
-# scale of the prior is a latent itself: each layer learns how large its weights are (MacKay 1992, Neal 1996). It is
-# positive, and sampled in an unconstrained space like any other.
+# Any Pyro model with continuous latents works if weights are drawn *outside* the data plate. Here the scale of the
+# prior is itself a latent: each layer learns how large its weights are (MacKay 1992, Neal 1996). It is positive, and
+# sampled in an unconstrained space like any other latent.
 
 
 # %%
@@ -182,10 +182,9 @@ for site in ("scale_0", "scale_1"):
 # %% [markdown]
 # ## Several processes
 #
-# Chains know nothing of each other, so that several machines or GPUs need no communication while they sample. Under
-# `torchrun --nproc-per-node 4 chains.py`, each process reads its rank, runs chains of its own with a seed of its own,
-# and writes them to a folder of its own; one process then reads them all. Here the same function is called for two
-# ranks, one after the other.
+# Chains are independent, so several machines or GPUs need no communication while they sample. Under `torchrun
+# --nproc-per-node 4 chains.py`, each process reads its rank, runs its own chains with its own seed, and writes them to
+# its own folder; one process then reads them all. Here the same function is called for two ranks, one after the other.
 
 
 # %%

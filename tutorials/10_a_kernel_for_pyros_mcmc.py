@@ -14,10 +14,9 @@
 # %% [markdown]
 # # 10. Writing a kernel for Pyro's MCMC
 #
-# Pyro's `MCMC` drives any object that keeps a small contract. This tutorial writes one from scratch: stochastic
-# gradient Langevin dynamics in fifty lines, held to a posterior that is known exactly. Then it names the traps that
-# such a kernel falls into without an error, and writes a second sampler on top of this package's base class, where
-# they are taken care of.
+# Pyro's `MCMC` runs any object with a small interface. This tutorial writes one from scratch: stochastic gradient
+# Langevin dynamics in fifty lines, tested on a posterior that is known exactly. Then it lists the errors that such a
+# kernel can make without a message, and writes a second sampler with this package's base class, which avoids them.
 
 # %%
 import os
@@ -44,10 +43,10 @@ def size(full, quick):
 
 
 # %% [markdown]
-# ## A posterior that can be written down
+# ## A posterior in closed form
 #
-# Linear regression with known noise and a normal prior. Mean *and* covariance are known; a test of the mean alone
-# would pass a sampler of any temperature, and a wrong temperature is what goes wrong most often in this field.
+# Linear regression with known noise and a normal prior. Mean *and* covariance are known. A test of the mean alone would
+# accept a sampler of any temperature, and a wrong temperature is the most common error of such samplers.
 
 # %%
 N = 200
@@ -73,22 +72,23 @@ def check(name, draws):
 
 
 # %% [markdown]
-# ## The contract
+# ## The interface
 #
 # | member | who calls it, and when |
 # |---|---|
 # | `setup(warmup_steps, *args, **kwargs)` | the driver, once before each chain, with the arguments of `run` |
 # | `initial_params` | the driver reads the chain's start from it, *unconstrained* values by site; users may set it |
-# | `sample(params)` | the driver, once a draw: from the last draw to the next |
-# | `transforms` | the driver, at the end: draws are unconstrained, and these bring them back |
+# | `sample(params)` | the driver, once per draw: from the last draw to the next |
+# | `transforms` | the driver, at the end: draws are unconstrained, and these map them back |
 # | `end_warmup()`, `cleanup()` | after the warm-up; after the chain |
 # | `logging()` | what the progress bar shows |
-# | `diagnostics()` | a dict (not None: several chains run in processes of their own, and send it) |
+# | `diagnostics()` | a dict (not None: several chains run in separate processes, and send it) |
 #
-# Pyro's `initialize_model` finds where to start, and the transforms to unconstrained space. Its potential is of no
-# use here: it refuses models that subsample, because HMC needs the same potential at every step. So the kernel writes
-# its own: the negative log joint density of a trace, less the change of volume by the transforms. In that trace the
-# plate draws a batch of B rows and multiplies their likelihood by N/B, which makes the gradient an unbiased estimate.
+# Pyro's `initialize_model` finds a starting point, and the transforms to unconstrained space. Its potential cannot be
+# used here: it rejects models that subsample, because HMC needs the same potential at every step. So the kernel
+# computes its own: the negative log joint density of a trace, corrected by the log Jacobian of the transforms. In that
+# trace the plate draws a batch of B rows and multiplies their likelihood by N/B, which makes the gradient an unbiased
+# estimate.
 
 
 # %%
@@ -143,9 +143,9 @@ mcmc.run(x, y)
 check("SGLD, written by hand", mcmc.get_samples()["w"])
 
 # %% [markdown]
-# It works, with everything that the driver brings: warm-up, several chains, `summary()`, ArviZ. A little above 1 is
-# right: there is no accept step, and a step of size ε makes the variance along a direction of curvature λ too large
-# by 1/(1 − ελ/4).
+# It works, with everything that the driver provides: warm-up, several chains, `summary()`, ArviZ. A ratio slightly
+# above 1 is correct: there is no accept step, and a step of size ε makes the variance in a direction of curvature λ too
+# large by the factor 1/(1 − ελ/4).
 
 # %%
 curvature = torch.linalg.eigvalsh(precision)
@@ -153,12 +153,12 @@ print("what the step size explains:", (1 / (1 - 8e-4 * curvature / 4)).tolist())
 print(az.summary({"w": mcmc.get_samples(group_by_chain=True)["w"].numpy()}, kind="stats"))
 
 # %% [markdown]
-# ## Traps
+# ## Silent errors
 #
 # None of these raises an error.
 #
-# **1. The likelihood of the batch is not multiplied by N/B**, because the model does not subsample and the batch is
-# given to it as if it were all. The posterior comes out as if there were B data.
+# **1. The likelihood of the batch is not multiplied by N/B**, because the model does not subsample and receives the
+# batch as if it were the full data. The posterior is that of B data.
 
 
 # %%
@@ -178,8 +178,8 @@ wrong.run(x, y)
 check("batch taken for all the data", wrong.get_samples()["w"])
 
 # %% [markdown]
-# **2. The noise has the wrong variance.** The mean is right, the posterior is not: at a hundredth of the variance, it
-# is gradient descent with a little jitter. Papers write steps as ε or ε/2 and noise as a variance or a standard
+# **2. The noise has the wrong variance.** The mean is right, but the posterior is not: at a hundredth of the variance,
+# this is gradient descent with little noise. Papers write steps as ε or ε/2, and noise as a variance or a standard
 # deviation, and code mixes them.
 
 
@@ -198,25 +198,25 @@ def cold_draws(num_draws, thinning=5):
 check("a hundredth of the noise", cold_draws(settings["num_samples"] + 100))
 
 # %% [markdown]
-# What is left of the spread is the mini-batches' own noise.
+# The remaining spread is the noise of the mini-batches.
 #
 # **3. The network is inside the data plate.** Pyro then draws weights for every row. **4. A site has a constrained
-# support**: step in unconstrained space, and count the change of volume in the potential, as above. **5. The driver
-# has other ideas of state than you**: a chain can be resumed with `initial_params`, runs in another process with
-# `num_chains > 1` (the kernel is pickled), and `StreamingMCMC` never keeps draws. **6. The trace is what takes the
-# time.** Pyro runs the model at every step, which is several times the cost of its arithmetic.
+# support**: step in unconstrained space, and include the log Jacobian in the potential, as above. **5. The driver
+# handles state differently than you expect**: a chain can be resumed with `initial_params`, runs in another process
+# with `num_chains > 1` (the kernel is pickled), and `StreamingMCMC` never stores draws. **6. Tracing takes most of the
+# time.** Pyro runs the model at every step, which costs several times as much as its arithmetic.
 
 # %% [markdown]
-# ## On top of this package's base class
+# ## With this package's base class
 #
-# `StochasticGradientKernel` deals with all of them: mini-batches in three styles with their scale checked,
-# unconstrained space, seeds, divergence, vectorised chains, a potential that is captured once. A sampler is one
-# method. Here is the multivariate stochastic gradient Nosé-Hoover thermostat (Ding et al. 2014, Gan et al. 2015),
-# which `apd` does not have: momentum with friction that is not fixed but rises where weights move too fast. It takes
-# up noise of the mini-batches that nobody measured. Two things below are not in the papers' one-line formula, and the
-# check against the truth is what asked for them: a factor for steps of finite size (at friction ξ, momentum comes out
-# 1/(1 − ξ/2) as large as it should), and a rate, since a thermostat that turns slowly has not arrived when a chain as
-# short as this one ends.
+# `StochasticGradientKernel` handles all of them: mini-batches in three styles with verified scaling, unconstrained
+# space, seeds, divergence, vectorised chains, a potential that is captured once. A sampler is then one method. The
+# example is the multivariate stochastic gradient Nosé-Hoover thermostat (Ding et al. 2014, Gan et al. 2015), which
+# `apd` does not have: momentum with a friction that is not fixed but increases where weights move too fast. It
+# compensates for mini-batch noise of unknown size. Two things below are not in the papers' one-line formula; the check
+# against the exact posterior showed that they are needed. The first is a factor for steps of finite size (at friction
+# ξ, the squared momentum is 1/(1 − ξ/2) times as large as it should be). The second is a rate, because a slow
+# thermostat does not reach its stationary value within a chain as short as this one.
 
 
 # %%
@@ -261,13 +261,13 @@ at_half = run(SGNHT(plain, 2e-4, temperature=0.5, **common), x, y)
 check("SGNHT at temperature 0.5 (expect 0.5)", at_half)
 
 # %% [markdown]
-# The thermostat leaves the covariance some per cent too small, more so at the lower temperature, and that is no
-# chance. Kernels of this package draw mini-batches epoch by epoch, without replacement, so that the noise of one step
-# is undone by the next ones of its epoch. It shakes the momentum and moves the weights little; the thermostat sees
-# the momentum alone, takes this for heat, and cools too much. SGLD has no such opinion. A kernel is not done before
-# such a check.
+# With the thermostat the covariance is some per cent too small, more so at the lower temperature, and this is
+# systematic. Kernels of this package draw mini-batches epoch by epoch, without replacement, so that the noise of one
+# step is cancelled by the following steps of its epoch. This noise changes the momentum but moves the weights little.
+# The thermostat depends on the momentum alone, treats the noise as heat, and cools too much. SGLD has no thermostat and
+# no such bias. A kernel is not finished before it passes such a check.
 #
-# In pictures: the first two weights, with the ellipse that should hold 95 % of the draws.
+# The figure shows the first two weights, with the ellipse that should contain 95 % of the draws.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), sharex=True, sharey=True, layout="constrained")
@@ -286,6 +286,6 @@ for ax, (name, draws) in zip(axes, shown.items(), strict=True):
 _ = axes[0].set_ylabel("$w_1$")
 
 # %% [markdown]
-# To add a kernel to this package: the class in a file of its own in `pyro_apd/kernels/`, a line in
-# `pyro_apd/kernels/__init__.py`, and its name in the list of `tests/kernels/test_protocol.py`, where it is held to
-# exact posteriors with all the others. [CONTRIBUTING](../CONTRIBUTING.md) says more.
+# To add a kernel to this package: put the class in its own file in `pyro_apd/kernels/`, add a line in
+# `pyro_apd/kernels/__init__.py`, and add its name to the list in `tests/kernels/test_protocol.py`, where all kernels
+# are tested on exact posteriors. [CONTRIBUTING](../CONTRIBUTING.md) says more.
