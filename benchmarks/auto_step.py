@@ -5,13 +5,13 @@
 
 ``python -m benchmarks.auto_step [--data conjugate|digits|mnist|concrete|yacht|all] [--quick]``
 
-Conjugate: by how much trace and single directions of the covariance come out too large on linear regressions whose
-posterior can be written down (3 weights, and 3 of condition number 100; 100 weights); 10 % are allowed.
+Conjugate: how much too large the trace and single directions of the covariance are, on linear regressions with a
+posterior in closed form (3 weights; 3 of condition number 100; 100 weights). 10 % are allowed.
 
-Networks: test NLL of SGLD's predictive by the automatic step against each step of a grid, with the same number of
-Langevin steps, a third of them warm-up, and one chain a seed. The best of the grid is the best on the test rows, by its
-mean over seeds: a choice that the automatic step does not have. ``short`` is a quarter of the steps, without and with
-``warm_start``, whose steps count.
+Networks: test NLL of SGLD's predictive with the automatic step size, against each step size of a grid. All have the
+same number of Langevin steps, a third of them warm-up, and one chain per seed. The best of the grid is chosen on the
+test rows, by its mean over seeds; the automatic step size does not have this advantage. ``short`` has a quarter of the
+steps, without and with ``warm_start``, whose steps count.
 
 Data other than the digits are read from the folder named by PYRO_APD_DATA.
 """
@@ -49,7 +49,7 @@ DATA = Path(os.environ.get("PYRO_APD_DATA", "../shared/data"))
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its data and the work to do on it: training rows ``(x, y)``, test rows ``(x_test, y_test)``."""
+    """A model, its data and how long to sample it: training rows ``(x, y)``, test rows ``(x_test, y_test)``."""
 
     model: BNN
     train: tuple[Tensor, Tensor]
@@ -60,7 +60,7 @@ class Task:
 
 
 def digits_task(seed: int) -> Task:
-    """64-50-10, the demo's model and number of steps a chain."""
+    """64-50-10, the demo's model and number of steps per chain."""
     data = digits(seed=seed)
     model = BNN(digit_network(), prior_scale=0.4)
     train, test = (data.x_train, data.y_train), (data.x_test, data.y_test)
@@ -86,7 +86,7 @@ def uci_task(name: str, batch_size: int) -> Callable[[int], Task]:
 
     def task(seed: int) -> Task:
         table = np.loadtxt(DATA / "uci" / f"{name}.txt")
-        state = np.random.RandomState(1)  # the published splits are this generator's
+        state = np.random.RandomState(1)  # the published splits come from this generator
         for _ in range(seed + 1):
             order = state.choice(range(len(table)), len(table), replace=False)
         train, test = np.split(table[order], [round(0.9 * len(table))])
@@ -109,7 +109,7 @@ TASKS: dict[str, Callable[[int], Task]] = {
 
 
 def run_chain(task: Task, step_size: float | str, seed: int, num_steps: int, warm_start: int | None) -> dict[str, Any]:
-    """Test NLL of one chain of ``num_steps`` steps, those of the optimiser included; NaN if it diverged."""
+    """Test NLL of one chain of ``num_steps`` steps, including those of the optimiser; NaN if it diverged."""
     thinning = max(1, (num_steps - (warm_start or 0)) // (NUM_DRAWS * 3 // 2))
     kernel = SGLD(
         task.model,
@@ -162,7 +162,7 @@ def network(name: str, quick: bool) -> dict[str, Any]:
 
 
 class Regression:
-    """Linear regression with noise and prior sd 1 and a posterior that can be written down.
+    """Linear regression with noise and prior sd 1 and a posterior in closed form.
 
     :param condition: ratio of the largest to the smallest eigenvalue of x'x.
     """
@@ -177,14 +177,14 @@ class Regression:
         self.covariance = torch.linalg.inv(precision)
 
     def model(self, x: Tensor, y: Tensor) -> None:
-        """As for full-batch NUTS."""
+        """A model as for full-batch NUTS."""
         w = pyro.sample("w", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
         with pyro.plate("data", len(x)):
             pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
 
 
 def conjugate(quick: bool) -> list[dict[str, Any]]:
-    """Inflation predicted and achieved; prints the table."""
+    """Predicted and measured widening; prints the table."""
     easy, stiff, wide = Regression(3, 200, 2.0), Regression(3, 200, 100.0), Regression(100, 1000, 4.0)
     cases: list[tuple[str, Regression, type, dict[str, Any], int]] = []
     for kernel in (SGLD, SGHMC, PSGLD):
@@ -211,7 +211,7 @@ def conjugate(quick: bool) -> list[dict[str, Any]]:
 
 
 def _drawn(kernel: Any, problem: Regression, thinning: int, quick: bool) -> tuple[Tensor, dict[str, Any]]:
-    """Draws of 32 chains that advance together, in float64, and what they chose."""
+    """Draws of 32 chains that advance together, in float64, and the chosen step size."""
     num_draws, num_warmup = (20, 200) if quick else (200, 1000)
     chain = kernel.begin((problem.x, problem.y), {}, warmup_steps=num_warmup, num_samples=num_draws, num_chains=32)
     draws = []
@@ -228,18 +228,18 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=["conjugate", *TASKS, "all"], default="all")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the work, one seed: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the workload, one seed: checks that it runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     wanted = ["conjugate", *TASKS] if options.data == "all" else [options.data]
     results: dict[str, Any] = {}
     for name in wanted:
         if name not in ("conjugate", "digits") and not DATA.is_dir():
-            print(f"{name}: skipped; {DATA} is not there. Name the folder of the data in PYRO_APD_DATA.")
+            print(f"{name}: skipped; {DATA} does not exist. Set PYRO_APD_DATA to the folder with the data.")
             continue
         results[name] = conjugate(options.quick) if name == "conjugate" else network(name, options.quick)
         if not options.quick:
-            # Data sets are run one by one where time is short: what others found stays.
+            # Data sets can be run one by one: results of the others are kept.
             path = RESULTS / "auto_step.json"
             write_json("auto_step", {**(json.loads(path.read_text()) if path.exists() else {}), **results})
 

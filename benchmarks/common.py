@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What benchmarks share: where results go, and tables in Markdown."""
+"""What benchmarks share: where results are stored, and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def write_json(name: str, content: Any) -> Path:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that both a terminal and a page can show."""
+    """A table that can be read in a terminal and on a page."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

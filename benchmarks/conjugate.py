@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""SGLD against a posterior that can be written down: ``python -m benchmarks.conjugate``.
+"""SGLD against a posterior in closed form: ``python -m benchmarks.conjugate``.
 
 Linear regression, 3 weights, 200 rows, noise and prior sd 1; batches of 50; 4,000 draws of 12 steps, 3 seeds.
 """
@@ -27,14 +27,14 @@ def weights() -> Tensor:
 
 
 def full(x: Tensor, y: Tensor) -> None:
-    """Written as for full-batch NUTS."""
+    """A model as for full-batch NUTS."""
     w = weights()
     with pyro.plate("data", len(x)):
         pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
 
 
 def subsampling(x: Tensor, y: Tensor) -> None:
-    """Subsamples itself."""
+    """A model that subsamples itself."""
     w = weights()
     with pyro.plate("data", len(x), subsample_size=BATCH_SIZE) as rows:
         pyro.sample("obs", dist.Normal(x[rows] @ w, 1.0), obs=y[rows])

@@ -1,12 +1,12 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Does the verdict find what is wrong, and only that? ``python -m benchmarks.diagnostics``.
+"""Does the verdict detect what is wrong, and only that? ``python -m benchmarks.diagnostics``.
 
-Known posteriors, chains of 4 x 250 draws, generators with one planted defect each, 50 repeats: how often the verdict of
-``compare`` finds each, and how often it finds fault with an exact generator. ``--statistics`` times R-hat, effective
-sizes and Monte-Carlo errors of 80,000 weights. ``--reports DIR`` writes reports of a good, a collapsed and an unmixed
-case.
+Known posteriors, chains of 4 x 250 draws, generators with one planted defect each, 50 repeats. The results are how
+often the verdict of ``compare`` detects each defect, and how often it reports a defect of an exact generator.
+``--statistics`` measures the time of R-hat, effective sample sizes and Monte-Carlo errors of 80,000 weights.
+``--reports DIR`` writes reports of a good, a collapsed and an unmixed case.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def narrowed(problem: Problem, factor: float) -> Sampler:
 
 
 def shifted(problem: Problem, sds: float, generator: torch.Generator) -> Sampler:
-    """Every weight's mean moved by so many of its sds, up or down at random."""
+    """Every weight's mean shifted by this number of its sds, up or down at random."""
     sd_D = problem.draws(4000, generator).std(0)
     sign_D = torch.randint(2, (len(sd_D),), generator=generator) * 2.0 - 1.0
     return lambda n, g: problem.draws(n, g) + sds * sign_D * sd_D
 
 
 def memorised(problem: Problem, chain_CSD: Tensor, number: int, generator: torch.Generator) -> Sampler:
-    """So many draws of the chain over and over, with noise of a hundredth of an sd."""
+    """This number of draws of the chain, repeated, with noise of a hundredth of an sd."""
     pool = chain_CSD.flatten(0, 1)
     known_ND, sd_D = pool[torch.randperm(len(pool), generator=generator)[:number]], pool.std(0)
 
@@ -60,7 +60,7 @@ def memorised(problem: Problem, chain_CSD: Tensor, number: int, generator: torch
 
 
 def uncorrelated(problem: Problem) -> Sampler:
-    """Every weight drawn by itself: all marginals right, no dependence."""
+    """Every weight drawn independently: all marginals are right, there is no dependence."""
 
     def sampler(n: int, g: torch.Generator) -> Tensor:
         return torch.stack([column[torch.randperm(n, generator=g)] for column in problem.draws(n, g).T], 1)
@@ -83,7 +83,7 @@ def planted(problem: Problem, chain_CSD: Tensor, seed: int) -> dict[str, Sampler
 
 
 def smaller(problem: Problem, chain_CSD: Tensor, seed: int) -> dict[str, Sampler]:
-    """Defects of less than the stated size: where the verdict stops to find them."""
+    """Smaller defects, to find the size below which the verdict does not detect them."""
     generator = torch.Generator().manual_seed(seed)
     found = {f"sd x {factor}": narrowed(problem, factor) for factor in (0.8, 0.9, 1.1, 1.3)}
     found |= {f"mean + {sds} sd": shifted(problem, sds, generator) for sds in (0.25, 0.5)}
@@ -144,7 +144,7 @@ def study(repeats: int, first_seed: int) -> dict[str, dict[str, dict[str, int]]]
 
 
 def frontier(repeats: int, first_seed: int) -> dict[str, dict[str, dict[str, int]]]:
-    """The same of smaller defects, of the posteriors with one mode."""
+    """The same for smaller defects, on the posteriors with one mode."""
     counts: dict[str, dict[str, Counter]] = {}
     for problem in (line(False), clusters(False)):
         for seed in range(first_seed, first_seed + repeats):
@@ -169,12 +169,12 @@ def table(counts: dict[str, dict[str, dict[str, int]]]) -> str:
 
 
 def time_statistics(num_weights: int = 80_000) -> dict[str, float]:
-    """Seconds for all statistics of 4 x 500 draws of that many weights, and the largest difference to ArviZ."""
+    """Seconds for all statistics of 4 x 500 draws of this number of weights, and the largest difference to ArviZ."""
     from pyro_apd.diagnostics.arviz_export import compat
 
     torch.set_num_threads(2)
     values_CSD = torch.randn(4, 500, num_weights, generator=torch.Generator().manual_seed(0))
-    values_CSD[1:] += 0.5 * values_CSD[:-1].roll(1, 1)  # neither independent nor of one spread
+    values_CSD[1:] += 0.5 * values_CSD[:-1].roll(1, 1)  # neither independent nor with equal spread
     before = _peak_memory()
     start, cpu = time.monotonic(), time.process_time()
     found = statistics(values_CSD)
@@ -232,9 +232,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--smaller-repeats", type=int, default=20, help="repeats of the smaller defects")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--statistics", action="store_true", help="time the statistics of all weights, and no more")
+    parser.add_argument(
+        "--statistics", action="store_true", help="only measure the time of the statistics of all weights"
+    )
     parser.add_argument("--reports", nargs="?", const=Path("diagnostics-reports"), type=Path, metavar="DIR",
-                        help="write three reports, and no more")  # fmt: skip
+                        help="only write three reports")  # fmt: skip
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.reports is not None:

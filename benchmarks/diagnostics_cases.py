@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Posteriors that are known, chains that sample them, and generators with planted defects.
+"""Known posteriors, chains that sample them, and generators with planted defects.
 
-Both posteriors are normal in the weights, so that an exact generator exists: a regression on ten bumps, where that is
-the truth, and a 2-4-3 network with its Laplace approximation. Their weights are strongly correlated. Each also comes
-with two modes of equal weight.
+Both posteriors are normal in the weights, so that an exact generator exists: a regression on ten bumps, whose posterior
+is normal, and a 2-4-3 network with its Laplace approximation. Their weights are strongly correlated. Each also has a
+version with two modes of equal weight.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pyro_apd.models.layout import Layout
 Draws = dict[str, Tensor]
 
 NUM_CHAINS, NUM_DRAWS = 4, 250
-#: Autocorrelation of the chain from one draw to the next, and the chance that it draws its mode anew.
+#: Autocorrelation of the chain from one draw to the next, and the probability that it draws a new mode.
 AUTOCORRELATION, HOP = 0.5, 0.3
-#: Draws that a memorising generator knows by heart.
+#: Number of draws of a memorising generator.
 NUM_MEMORISED = 20
 
 
@@ -74,7 +74,7 @@ class Problem:
         return torch.stack(steps, 1)
 
     def unmixed(self, generator: torch.Generator) -> Tensor:
-        """Chains each of which stays near a place of its own, all places being draws of the posterior."""
+        """Chains that each stay near their own point; all points are draws of the posterior."""
         places = self.draws(NUM_CHAINS, generator)
         noise = torch.randn(NUM_CHAINS, NUM_DRAWS, len(self.factor_DD), generator=generator)
         return places[:, None] + 0.2 * noise @ self.factor_DD.T
@@ -82,7 +82,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Generator:
-    """What :func:`~pyro_apd.diagnostics.compare` looks at of a posterior: draws, and the bytes of its file."""
+    """What :func:`~pyro_apd.diagnostics.compare` uses of a posterior: draws, and the bytes of its file."""
 
     problem: Problem
     sampler: Callable[[int, torch.Generator], Tensor]
@@ -120,7 +120,7 @@ def network(x: Tensor, y: Tensor | None = None) -> Any:
 
 
 def line(two_modes: bool) -> Problem:
-    """Regression; the second mode is higher by 1.5 where there are few data."""
+    """Regression; the second mode is higher by 1.5 in a region with few data."""
     generator = torch.Generator().manual_seed(7)
     x = torch.cat([torch.rand(30, generator=generator) * 2 - 3, torch.rand(30, generator=generator) * 2 + 1])
     y = torch.sin(x) + 0.3 * torch.randn(60, generator=generator)
@@ -137,7 +137,7 @@ def line(two_modes: bool) -> Problem:
 
 
 def clusters(two_modes: bool) -> Problem:
-    """Three clusters of points; the second mode gives a fourth, ambiguous one to another class."""
+    """Three clusters of points; the second mode gives a fourth, ambiguous cluster to another class."""
     generator = torch.Generator().manual_seed(7)
     centres = torch.tensor([[0.0, 2.0], [2.0, -1.0], [-2.0, -1.0], [2.0, 2.0]])
 

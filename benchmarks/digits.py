@@ -3,7 +3,7 @@
 
 """Chain against generator on the digits, over seeds: ``python -m benchmarks.digits [--seeds 0 1 2]``.
 
-The demo's settings throughout; each seed has its own split of the data, its own chains and its own generator.
+All settings are the demo's. Each seed has its own split of the data, its own chains and its own generator.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pyro_apd.datasets import digits, inverted, noise
 
 
 def one_seed(seed: int) -> dict:
-    """Figures by name: chain, generator, stored draws of the same bytes; and seconds."""
+    """Metrics by name for chain, generator and stored draws of the same bytes; and seconds."""
     data = digits(seed=seed)
     model = BNN(digit_network(), likelihood="categorical", prior_scale=0.4)
     start = time.monotonic()
@@ -43,7 +43,7 @@ def one_seed(seed: int) -> dict:
 
 
 def main() -> None:
-    """Prints a table a seed, and the means over seeds."""
+    """Prints a table per seed, and the means over seeds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     torch.set_num_threads(1)

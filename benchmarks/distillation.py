@@ -1,16 +1,17 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What each way to keep a posterior loses, by bytes.
+"""What each way to store a posterior loses, by bytes.
 
 ``python -m benchmarks.distillation [--data toy|digits|digits8|concrete|yacht|uci|mnist|mnist400|all] [--quick]``
 
 Chains are sampled once and cached (see :mod:`benchmarks.distillation_cases`). Every method is fitted to the same draws
-and compared with as many draws that were held out from all of them; so are other draws of the chain, whose difference
-is the resolution of the comparison. Results are stored as they come: what is there is run again with ``--again`` only.
+and compared with the same number of draws that were held out from all methods. Other draws of the chain are compared in
+the same way; their difference is the resolution of the comparison. Results are stored one by one; stored results are
+computed again only with ``--again``.
 
-``--rows validation`` compares on rows that are neither trained on nor tested on, and without the sets out of
-distribution: what settings are to be chosen by.
+``--rows validation`` compares on rows that are neither for training nor for testing, and without the
+out-of-distribution sets. Settings are to be chosen by these.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from pyro_apd.models.layout import Layout
 from pyro_apd.predictive.predictive import outputs
 
 NUM_DRAWS = 100
-# What stands for several cases.
+# Names for several cases.
 SEVERAL = {"uci": ("concrete", "yacht"), "all": tuple(CASES)}
 METHODS: dict[str, Method] = {
     "stored, thinned": thinned,
@@ -59,21 +60,21 @@ METHODS: dict[str, Method] = {
     "ours": ours,
     "ours, int8": ours_int8,
 }
-# Of one size whatever is asked for.
+# Methods of one size only.
 FIXED: dict[str, Method] = {
     "default": default,
     "default, chains aligned": aligned,
     "mean field": mean_field,
     **{f"paper, {name}": paper(name, 300) for name in ("wgan-gp", "wgan", "lsgan", "non-saturating")},
 }
-# What the generator is to keep of 100 held-out draws, by figure: largest difference in points, or per cent.
+# Goals: largest difference from 100 held-out draws by metric, in points or per cent.
 POINTS = {"accuracy": 0.1, "one_draw_accuracy": 0.3, "auroc": 0.5}
 PER_CENT = {"nll": 1.0, "mean_mi": 5.0}
 SEVERAL_MODES = {"accuracy": 0.3, "one_draw_accuracy": 0.5, "auroc": 1.0, "nll": 2.0, "mean_mi": 8.0}
 
 
 def predictions(problem: Problem, layout: Layout, theta_SD: Tensor, rows: str) -> Evaluation:
-    """What draws say on the rows to compare on, and out of distribution."""
+    """Predictions of draws on the rows to compare on, and out of distribution."""
     x, y = problem.test if rows == "test" else problem.validation or problem.train
     ood = problem.ood if rows == "test" else {}
     draws = layout.constrain(theta_SD)
@@ -87,16 +88,16 @@ def predictions(problem: Problem, layout: Layout, theta_SD: Tensor, rows: str) -
 
 
 def compared(reference: Evaluation, other: Evaluation) -> dict[str, float]:
-    """All figures of a set of draws, and those beside the reference."""
+    """All metrics of a set of draws, and those relative to the reference."""
     return {**other.figures(), **similarities(reference, other)}
 
 
 def novelty(train_ND: Tensor, held_ND: Tensor, theta_SD: Tensor) -> dict[str, float]:
     """Whether draws are new, in units of each weight's standard deviation.
 
-    ``nearest``: how far a draw is from the nearest that was trained on, relative to held-out draws (medians); 0 is a
-    copy. ``support``: how many draws there seem to be, by the birthday paradox (Arora, Risteski & Zhang 2018): pairs
-    over pairs that are the same but for a third of the usual distance; at least the number of pairs where none is.
+    ``nearest``: distance of a draw to the nearest training draw, relative to held-out draws (medians); 0 is a
+    copy. ``support``: estimated number of distinct draws, by the birthday paradox (Arora, Risteski & Zhang 2018): pairs
+    divided by pairs closer than a third of the usual distance; the number of pairs if there are none of these.
     """
     mean_D, sd_D = train_ND.mean(0), train_ND.std(0).clamp_min(1e-12)
     train_ND, held_ND, theta_SD = ((value - mean_D) / sd_D for value in (train_ND, held_ND[:NUM_DRAWS], theta_SD))
@@ -111,7 +112,7 @@ def novelty(train_ND: Tensor, held_ND: Tensor, theta_SD: Tensor) -> dict[str, fl
 
 
 def run_seed(case: Case, seed: int, options: argparse.Namespace, stored: dict[str, Any]) -> None:
-    """Fits and compares what is missing of a case and seed; ``stored`` is filled in, and written after each."""
+    """Fits and compares what is missing for a case and seed; fills in ``stored``, and writes it after each."""
     problem = case.build(seed)
     store = case.sample(problem, seed, options.quick)
     train_CTD, held_CHD = split(store.theta_CSD)
@@ -123,7 +124,7 @@ def run_seed(case: Case, seed: int, options: argparse.Namespace, stored: dict[st
         reference, predictions(problem, store.layout, _spaced(material.interleaved(), NUM_DRAWS), options.rows)
     )
     wanted = [(f"{name}, {k:g}", method, k) for name, method in METHODS.items() for k in case.networks]
-    # There is nothing to align one chain with.
+    # One chain cannot be aligned.
     wanted += [(name, method, 0.0) for name, method in FIXED.items() if len(train_CTD) > 1 or method is not aligned]
     for label, method, networks in wanted:
         if label in stored or (options.methods and not any(label.startswith(name) for name in options.methods)):
@@ -147,14 +148,14 @@ def run_seed(case: Case, seed: int, options: argparse.Namespace, stored: dict[st
 
 
 def _memory(name: str) -> int:
-    """Resident bytes, now (``VmRSS``) or at most (``VmHWM``); 0 where the system does not tell."""
+    """Resident bytes, now (``VmRSS``) or at most (``VmHWM``); 0 if the system does not report it."""
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
 
 
 def _reset_peak() -> int:
-    """Lets the highest count from now on; what is resident now."""
+    """Resets the peak; returns the resident bytes now."""
     path = Path("/proc/self/clear_refs")
     if path.exists():
         path.write_text("5")
@@ -167,7 +168,7 @@ def _spaced(draws_ND: Tensor, count: int) -> Tensor:
 
 
 def brief(figures: Mapping[str, float], stored: Mapping[str, Any]) -> str:
-    """The differences that the goals are about."""
+    """The differences for the goals."""
     return ", ".join(f"{name} {text}" for name, text, _ in differences(figures, stored["held-out SGLD"]))
 
 
@@ -185,7 +186,7 @@ def differences(figures: Mapping[str, float], chain: Mapping[str, float]) -> lis
 
 
 def table(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
-    """Means over seeds, a row a method."""
+    """Means over seeds, one row per method."""
     labels = list(dict.fromkeys(label for stored in by_seed.values() for label in stored))
     chain_names = [name for name, _, _ in differences(*[next(iter(by_seed.values()))["held-out SGLD"]] * 2)]
     header = ["method", "networks", "s", "MB", *(name.replace("mean_", "").replace("_", " ") for name in chain_names)]
@@ -207,12 +208,12 @@ def table(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
         cells += [_mean(runs, "nearest", "{:.2f}"), _mean(runs, "support", "{:.0f}")]
         rows.append(cells)
     seeds = ", ".join(by_seed)
-    note = "Held-out SGLD: figures; below: differences from it, shares in points, the rest in per cent."
+    note = "Held-out SGLD: metrics; below: differences from it, shares in points, the rest in per cent."
     return f"\n### {case.name}, seeds {seeds}\n\n{note}\n\n{markdown_table(header, rows)}\n\n{goals(case, by_seed)}"
 
 
 def summary(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
-    """The same in few columns: of sets out of distribution, the smallest and the largest difference.
+    """The same in few columns: for out-of-distribution sets, the smallest and the largest difference.
 
     A regression has its RMSE for accuracies, its standard deviation for entropy, the model's variance for information.
     """
@@ -246,7 +247,7 @@ def _mean(runs: list[tuple[Mapping[str, float], Mapping[str, float]]], name: str
 
 
 def goals(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
-    """Which goals ours meets, on means over seeds."""
+    """Which goals our default generator meets, on means over seeds."""
     limits = {**POINTS, **PER_CENT} if case.chains.num_chains == 1 else SEVERAL_MODES
     lines = []
     labels = sorted({label for stored in by_seed.values() for label in stored if label.startswith(("ours", "default"))})
@@ -267,7 +268,7 @@ def goals(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def figure(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> None:
-    """Quality against bytes, one curve a method: ``results/distillation_CASE.png``."""
+    """Quality against bytes, one curve per method: ``results/distillation_CASE.png``."""
     from matplotlib.figure import Figure
 
     names = [name for name in ("nll", "mean_mi") if name in next(iter(by_seed.values()))["held-out SGLD"]]
@@ -296,16 +297,18 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=[*CASES, *SEVERAL], default=["digits"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", help="only methods whose names begin so")
+    parser.add_argument("--methods", nargs="+", help="only methods whose names begin with this")
     parser.add_argument("--rows", choices=["test", "validation"], default="test")
-    parser.add_argument("--again", action="store_true", help="run what is stored already")
+    parser.add_argument("--again", action="store_true", help="also run what is already stored")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="short chains, one seed, nothing stored: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="short chains, one seed, nothing stored: checks that it runs"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Prints a table a case."""
+    """Prints a table per case."""
     options = parse()
     torch.set_num_threads(options.threads)
     names = list(dict.fromkeys(name for choice in options.data for name in SEVERAL.get(choice, (choice,))))

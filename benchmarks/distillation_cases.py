@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What :mod:`benchmarks.distillation` distils: models, data and chains, which are kept in a cache on disk.
+"""What :mod:`benchmarks.distillation` distils: models, data and chains, which are cached on disk.
 
 Draws are split by their index in the chain: of every ten, the last two are held out from everything that is fitted. So
-a generator is compared with draws of the same stretches of the chain that it never saw. On MNIST the rows to look at
-while choosing settings are the 10,000 of the training file that no chain was conditioned on.
+a generator is compared with draws it never saw, from the same segments of the chain. On MNIST the rows for choosing
+settings are the 10,000 of the training file that no chain was conditioned on.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Problem:
 
     :ivar tuple train: inputs and targets that the chains are conditioned on.
     :ivar tuple test: inputs and targets to compare predictions on.
-    :ivar ood: inputs by name that are unlike the training data.
-    :ivar validation: inputs and targets for choosing settings; None where there are none apart.
+    :ivar ood: out-of-distribution inputs by name.
+    :ivar validation: inputs and targets for choosing settings; None if there are none.
     """
 
     model: BNN
@@ -58,7 +58,7 @@ class Chains:
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the rig's menu.
+    """A case of the benchmark.
 
     :ivar build: from a seed to the problem.
     :ivar tuple networks: sizes, in networks of float32, of the generators and stored draws to compare.
@@ -70,7 +70,7 @@ class Case:
     networks: tuple[float, ...] = (4, 8, 12, 32)
 
     def sample(self, problem: Problem, seed: int, quick: bool = False) -> DrawStore:
-        """The chains' draws: from the cache, else sampled and put there."""
+        """The chains' draws: from the cache, else sampled and cached."""
         chains = self.chains
         num_draws, warmup, thinning = chains.num_draws, chains.warmup, chains.thinning
         if quick:
@@ -141,7 +141,7 @@ def mnist(*hidden: int) -> Callable[[int], Problem]:
 
 
 def toy(seed: int) -> Problem:
-    """The paper's twenty points in the plane, and points far from them."""
+    """The paper's twenty points in the plane, and points far from these."""
     generator = torch.Generator().manual_seed(seed)
     centre = torch.tensor([[-2.0, -2.0]] * 10 + [[2.0, 2.0]] * 10)
     x, x_test = (centre + 0.3**0.5 * torch.randn(20, 2, generator=generator) for _ in range(2))

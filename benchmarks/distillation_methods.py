@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Ways to keep a posterior in few bytes, for :mod:`benchmarks.distillation`."""
+"""Ways to store a posterior in few bytes, for :mod:`benchmarks.distillation`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from pyro_apd.predictive.predictive import function_values
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a method made of the draws.
+    """Result of a method.
 
-    :ivar sample: so many draws ``(S, D)``, by torch's global generator.
-    :ivar int num_bytes: what it takes to keep.
+    :ivar sample: function from a number to as many draws ``(S, D)``, with torch's global generator.
+    :ivar int num_bytes: bytes to store it.
     """
 
     sample: Callable[[int], Tensor]
@@ -40,7 +40,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Material:
-    """What a method is fitted to: draws ``(C, T, D)`` and the problem that they belong to."""
+    """Input of a method: draws ``(C, T, D)`` and the problem that they belong to."""
 
     problem: Problem
     layout: Layout
@@ -71,7 +71,7 @@ def thinned(material: Material, networks: float) -> Fitted:
 def herded(material: Material, networks: float) -> Fitted:
     """k stored draws chosen by kernel herding (Chen, Welling & Smola 2010) with the energy kernel in function space.
 
-    Each draw added makes the distance of the chosen to all draws, averaged over probes, as small as it can.
+    Each draw is added to minimise the distance from the chosen draws to all draws, averaged over probes.
     """
     draws_ND = material.interleaved()
     inputs = Probes([material.problem.train[0]]).draw(64)
@@ -81,7 +81,7 @@ def herded(material: Material, networks: float) -> Fitted:
 
 
 def as_int8(method: Method) -> Method:
-    """Draws that ``method`` chooses, kept in int8 with a scale a draw: four times as many for the same bytes."""
+    """Draws that ``method`` chooses, stored in int8 with one scale per draw: four times as many for the same bytes."""
 
     def narrow(material: Material, networks: float) -> Fitted:
         chosen = method(material, min(4 * networks, material.theta_CTD.shape[:2].numel())).sample(0)
@@ -94,7 +94,7 @@ def as_int8(method: Method) -> Method:
 
 
 def mean_field(material: Material, networks: float) -> Fitted:
-    """Independent Gaussians: two networks, whatever is asked for."""
+    """Independent Gaussians: always two networks."""
     draws_ND = material.interleaved()
     mean_D, sd_D = draws_ND.mean(0), draws_ND.std(0)
     return Fitted(lambda count: mean_D + sd_D * torch.randn(count, len(mean_D)), 8 * len(mean_D))
@@ -108,7 +108,7 @@ def low_rank(material: Material, networks: float) -> Fitted:
 
 
 def flow_matching(material: Material, networks: float) -> Fitted:
-    """Flow matching (Lipman et al. 2023) in our own coordinates, without an adversary and blind to functions."""
+    """Flow matching (Lipman et al. 2023) in the same coordinates, without an adversary and without function space."""
     generator = CoordinateGenerator.fit(material.theta_CTD, max(1, round(networks) - 1))
     generator.fold()
     basis_RD, location_D = generator.basis.detach(), generator.location.detach()
@@ -138,15 +138,15 @@ def flow_matching(material: Material, networks: float) -> Fitted:
 
 
 def distilled(material: Material, networks: float, **options: Any) -> Fitted:
-    """:func:`pyro_apd.distill`; what a file of that precision draws."""
-    # As from an MCMC's own store: without a copy of the draws.
+    """:func:`pyro_apd.distill`; draws of a file of this precision."""
+    # As from the store of an MCMC: without a copy of the draws.
     source = Source(material.theta_CTD, material.layout, material.problem.model, material.problem.train)
     posterior, _ = distill_draws(source, Wishes(seed=material.seed, **options), None, progress=False)
     return of_posterior(posterior)
 
 
 def of_posterior(posterior: DistilledPosterior) -> Fitted:
-    """What a saved posterior draws."""
+    """Draws of a saved posterior."""
     shipped = posterior.rounded(posterior.storage_dtype)
 
     def sample(count: int) -> Tensor:
@@ -156,25 +156,25 @@ def of_posterior(posterior: DistilledPosterior) -> Fitted:
 
 
 def default(material: Material, networks: float) -> Fitted:
-    """Ours, as it is without settings."""
+    """Our generator with default settings."""
     return distilled(material, networks)
 
 
 def ours(material: Material, networks: float) -> Fitted:
-    """Ours, in float32."""
+    """Our generator in float32."""
     return distilled(material, networks, rank=max(1, int(networks - 1.4)), storage_dtype="float32")
 
 
 def ours_int8(material: Material, networks: float) -> Fitted:
-    """Ours, kept in int8: four times the coordinates for the same bytes."""
+    """Our generator in int8: four times the coordinates for the same bytes."""
     return distilled(material, networks, rank=max(1, int(4 * (networks - 0.8))), storage_dtype="int8")
 
 
 def aligned(material: Material, networks: float) -> Fitted:
-    """Ours on chains whose hidden units were first put into the order of the first chain's (Ainsworth et al. 2023).
+    """Our generator on chains whose hidden units were first permuted to match the first chain (Ainsworth et al. 2023).
 
     Weight matching on the means of the chains, layer by layer until nothing changes. A chain is permuted as a whole, so
-    that each network computes what it did. For perceptrons only.
+    that each network computes the same function. For perceptrons only.
     """
     means_CD = material.theta_CTD.mean(1)
     theirs = [perceptron(material.layout.split(mean_D)) for mean_D in means_CD]
@@ -200,7 +200,7 @@ def perceptron(values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def permuted(layer: tuple[Tensor, Tensor], i: int, orders: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Layer ``i`` with hidden units before and behind it in these orders."""
+    """Layer ``i`` with the hidden units before and after it in these orders."""
     weight, bias = layer
     if i > 0:
         weight = weight[..., orders[i - 1]]
@@ -210,12 +210,12 @@ def permuted(layer: tuple[Tensor, Tensor], i: int, orders: Sequence[Tensor]) -> 
 
 
 def matched(reference: Sequence[tuple[Tensor, Tensor]], layers: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """An order for each hidden layer, by which the weights' products with the reference are as large as they get."""
+    """An order for each hidden layer, that maximises the inner product of the weights with the reference."""
     orders = [torch.arange(len(bias)) for _, bias in layers[:-1]]
     for _ in range(20):
         before = [order.clone() for order in orders]
         for i in range(len(orders)):
-            # With the order of unit i left out, so that rows are as they come.
+            # Without the order of layer i, so that its rows are in their own order.
             others = [*orders[:i], torch.arange(len(orders[i])), *orders[i + 1 :]]
             here, behind = (permuted(layers[j], j, others) for j in (i, i + 1))
             gain = reference[i][0] @ here[0].T + torch.outer(reference[i][1], here[1])
@@ -227,7 +227,7 @@ def matched(reference: Sequence[tuple[Tensor, Tensor]], layers: Sequence[tuple[T
 
 
 def paper(objective: str, num_steps: int) -> Method:
-    """The paper's generator, as published but for the number of steps; about 101 networks, whatever is asked for."""
+    """The paper's generator, as published except for the number of steps; always about 101 networks."""
 
     def method(material: Material, networks: float) -> Fitted:
         return distilled(material, networks, generator="paper", objective=objective, num_steps=num_steps)
@@ -236,7 +236,7 @@ def paper(objective: str, num_steps: int) -> Method:
 
 
 def timed(method: Method, material: Material, networks: float) -> tuple[Fitted, float]:
-    """What a method made, and in how many seconds."""
+    """Result of a method, and its seconds."""
     torch.manual_seed(material.seed)
     start = time.monotonic()
     fitted = method(material, networks)

@@ -3,14 +3,14 @@
 
 """NUTS against the mini-batch kernels, in function space: ``python -m benchmarks.function_space [--quick]``.
 
-Two Bayesian networks small enough for NUTS, one hidden layer of tanh units, all weights N(0, 1) and each layer divided
-by the root of its fan-in: 1-16-1 regression on 50 points with a gap, noise sd 0.5, and 2-10-2 classification of 80
-points on two arcs. Weights are compared nowhere, since hidden units may change places; functions are, over a grid of
+Two Bayesian networks small enough for NUTS, with one hidden layer of tanh units, all weights N(0, 1) and each layer
+divided by the root of its fan-in: 1-16-1 regression on 50 points with a gap, noise sd 0.5, and 2-10-2 classification of
+80 points on two arcs. Weights are not compared, because hidden units can be permuted. Functions are, over a grid of
 inputs inside and outside the data.
 
-Four chains of Pyro's NUTS are the reference, and what they differ by among themselves is the resolution: each chain
-against the other three. Step sizes and the pilot chain are those of :mod:`benchmarks.tuning`; the reference has no part
-in them. Chains of every sampler start from the prior.
+Four chains of Pyro's NUTS are the reference. The resolution is the difference between each chain and the other three.
+Step sizes and the pilot chain are those of :mod:`benchmarks.tuning`, and do not use the reference. Chains of every
+sampler start from the prior.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from benchmarks.common import markdown_table, write_json
 from benchmarks.tuning import KERNELS, SETTINGS, Pilot, TracedPotential, explore, plan
 
 CHAINS = 4
-#: NUTS takes at most 2**TREE_DEPTH - 1 leapfrog steps a draw: a bound on its time, not on its correctness.
+#: NUTS takes at most 2**TREE_DEPTH - 1 leapfrog steps per draw: this limits its time, not its correctness.
 TREE_DEPTH = 6
 NOISE = 0.5
 #: By kernel and whether on mini-batches.
-RIVALS = (("SGLD", False), ("SGLD", True), ("SGHMC", False))
+SAMPLERS = (("SGLD", False), ("SGLD", True), ("SGHMC", False))
 
 
 def layer(name: str, x: Tensor, width: int) -> Tensor:
@@ -54,7 +54,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def regression(x: Tensor, y: Tensor) -> None:
-    """1-16-1, with inputs doubled, so that functions bend."""
+    """1-16-1, with inputs doubled, so that functions are more curved."""
     mean = layer("last", torch.tanh(layer("first", 2.0 * x, 16)), 1)[:, 0]
     with pyro.plate("data", len(x)):
         pyro.sample("obs", dist.Normal(mean, NOISE), obs=y)
@@ -68,7 +68,7 @@ def classification(x: Tensor, y: Tensor) -> None:
 
 
 def outputs(draws: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """What the last layer gives, ``(S, N, outputs)``, for draws ``(S, ...)`` by site."""
+    """Outputs of the last layer, ``(S, N, outputs)``, for draws ``(S, ...)`` by site."""
     hidden = torch.tanh(affine(2.0 * x, draws["first.weight"], draws["first.bias"]))
     return affine(hidden, draws["last.weight"], draws["last.bias"])
 
@@ -77,7 +77,7 @@ def outputs(draws: Mapping[str, Tensor], x: Tensor) -> Tensor:
 class Problem:
     """A model with data and a grid.
 
-    :ivar str name: what the table calls it.
+    :ivar str name: its name in the table.
     :ivar model: the Pyro model.
     :ivar args: inputs and targets.
     :ivar Tensor grid: inputs ``(M, F)`` to compare at.
@@ -85,7 +85,7 @@ class Problem:
     :ivar function: from draws and inputs to what is compared, ``(S, M)``.
     :ivar loss: from the last layer's outputs ``(N, outputs)`` and targets to -log p(targets | outputs), summed, up to a
         constant.
-    :ivar int batch_size: rows a mini-batch.
+    :ivar int batch_size: rows per mini-batch.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Problem:
     batch_size: int
 
     def potential(self, values: Mapping[str, Tensor]) -> Tensor:
-        """U by hand, up to a constant, of one value by site."""
+        """U written by hand, up to a constant, of one value per site."""
         prior = sum((0.5 * value.square().sum() for value in values.values()), torch.zeros(()))
         return prior + self.loss(outputs(values, self.args[0]), self.args[1])
 
@@ -148,7 +148,7 @@ def run(problem: Problem, kernel: Any, seed: int, num_draws: int, warmup: int, *
 
 
 def difference(one_SM: Tensor, other_SM: Tensor, is_inside: Tensor, is_probability: bool) -> dict[str, float]:
-    """How far two samples of functions are apart; means and sds in units of the other's sd at each input.
+    """Differences between two samples of functions; means and sds in units of the other's sd at each input.
 
     For probabilities also the total variation of the averaged prediction (its mean and largest over the grid) and the
     share of inputs where the more probable class is the same.
@@ -206,8 +206,8 @@ def between_chains(chains_CSM: Tensor, problem: Problem) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def rival(problem: Problem, name: str, is_batched: bool, pilot: Pilot, steps: int) -> dict[str, Any]:
-    """Chains of one kernel; draws are 1,000 a chain after a fifth of the steps as warm-up."""
+def sampled(problem: Problem, name: str, is_batched: bool, pilot: Pilot, steps: int) -> dict[str, Any]:
+    """Chains of one kernel; 1,000 draws per chain after a fifth of the steps as warm-up."""
     batch_size = problem.batch_size if is_batched else None
     how = plan(name, pilot, len(problem.args[0]), batch_size)
     thinning = max(1, steps // 1_000)
@@ -251,12 +251,12 @@ def cells(problem: str, row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-HEADER = ["network", "sampler", "step size", "steps a chain", "seconds", "largest r-hat"]
+HEADER = ["network", "sampler", "step size", "steps per chain", "seconds", "largest r-hat"]
 HEADER += ["mean inside", "mean outside", "sd inside", "sd outside", "TV mean / max", "agreement"]
 
 
 def one_problem(problem: Problem, num_draws: int, steps: int) -> dict[str, Any]:
-    """All samplers on one problem; prints each row as it comes."""
+    """All samplers on one problem; prints each row when it is ready."""
     gold = nuts(problem, num_draws)
     pooled = gold["functions"].flatten(0, 1)
     draws = f"{CHAINS} x {num_draws}"
@@ -267,8 +267,8 @@ def one_problem(problem: Problem, num_draws: int, steps: int) -> dict[str, Any]:
     pyro.set_rng_seed(0)
     target = TracedPotential(problem.model, problem.args, {})
     pilot = explore(target)
-    for name, is_batched in RIVALS:
-        row = rival(problem, name, is_batched, pilot, steps)
+    for name, is_batched in SAMPLERS:
+        row = sampled(problem, name, is_batched, pilot, steps)
         functions = row.pop("functions")
         row["sampler"] = name + (f", batches of {problem.batch_size}" if is_batched else ", full batch")
         row["r_hat"] = r_hat(functions)

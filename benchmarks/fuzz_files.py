@@ -1,11 +1,13 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""10,000 damaged and hostile files: each loads right or raises ArtifactError. ``python -m benchmarks.fuzz_files``.
+"""10,000 damaged and malicious files: each loads correctly or raises ArtifactError. ``python -m
+benchmarks.fuzz_files``.
 
-Damage: bytes changed, files cut or lengthened, tensors that trade places. It must be found, or make no difference.
-Hostility: any value of header or description replaced, and the digest made right again, as whoever writes a file
-can. What loads must then draw what it says, from a generator of at most four times the bytes of the file.
+Damage: bytes changed, files truncated or extended, tensors exchanged. It must be detected, or make no difference.
+Malicious changes: any value of header or description replaced, with a matching digest, as anyone who writes a file can
+compute. A file that loads must then draw what it describes, from a generator of at most four times the bytes of the
+file.
 """
 
 from __future__ import annotations
@@ -39,14 +41,14 @@ HOSTILE: tuple[Any, ...] = (
 
 
 def split(contents: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
-    """Header, description in it, and data of a sound file."""
+    """Header, description in it, and data of a valid file."""
     (length,) = struct.unpack("<Q", contents[:8])
     header = json.loads(contents[8 : 8 + length])
     return header, json.loads(header["__metadata__"][container.METADATA_KEY]), contents[8 + length :]
 
 
 def sealed(header: dict[str, Any], description: Any, data: bytes) -> bytes:
-    """A file of these, with its digest made right where the header still makes sense."""
+    """A file of these, with a matching digest if the header is still readable."""
     if isinstance(header.get("__metadata__"), dict):
         header["__metadata__"][container.METADATA_KEY] = json.dumps(description)
     text = json.dumps(header).encode()
@@ -80,14 +82,14 @@ def flipped(contents: bytes, rng: random.Random) -> bytes:
 
 
 def resized(contents: bytes, rng: random.Random) -> bytes:
-    """Cut anywhere, or lengthened."""
+    """Truncated anywhere, or extended."""
     return (
         contents[: rng.randrange(len(contents))] if rng.random() < 0.7 else contents + rng.randbytes(rng.randint(1, 64))
     )
 
 
 def swapped(contents: bytes, rng: random.Random) -> bytes:
-    """Two tensors of the table that trade places, or names."""
+    """Two tensors of the table that exchange places, or names."""
     header, _, data = split(contents)
     one, two = rng.sample([name for name in header if name != "__metadata__"], 2)
     header[one], header[two] = header[two], header[one]
@@ -122,7 +124,7 @@ MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
 def outcome(kind: str, contents: bytes, original: bytes, path: Path) -> str:
     """``refused`` or ``loaded``.
 
-    :raises AssertionError: if a file loads wrong. Any error other than ArtifactError comes through.
+    :raises AssertionError: if a file loads incorrectly. Any error other than ArtifactError is raised.
     """
     path.write_bytes(contents)
     try:

@@ -3,11 +3,11 @@
 
 """Large networks, from the chain to predictions: ``python -m benchmarks.large [--quick] [--case NAME ...]``.
 
-A convolutional network (that of the paper's active learning), ResNet-20 on framed handwriting, and fully connected
-networks of a million and of ten million weights. Each is sampled to a store on disk, distilled from there with
-``generator="chunked"``, and predicted with from the file; each stage runs in a fresh process, whose peak memory is
-stated twice: all that was resident, pages of the store among it, which the system can take back; and what was not
-from a file. Seconds are the processor's. Chains are short: nothing here says that they have mixed.
+A convolutional network (that of the paper's active learning), ResNet-20 on padded handwriting, and fully connected
+networks of one and ten million weights. Each is sampled to a store on disk, distilled from there with
+``generator="chunked"``, and used for predictions from the file. Each stage runs in a new process. Its peak memory is
+reported twice: all resident memory, including pages of the store, which the system can reclaim; and memory not backed
+by files. Seconds are CPU time. Chains are short: the results do not show that they have mixed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NUM_PREDICTED, NUM_DRAWN = 20, 5
 
 
 def sample(case: Case, folder: Path) -> dict[str, float]:
-    """A chain, to disk."""
+    """Samples a chain to disk."""
     (x, y, *_), model = case.data(), case.model(is_trained=True)
     start = {"init_strategy": model.init_to_network} if case.num_trained else {"warm_start": case.warm_start}
     kernel = apd.SGLD(
@@ -55,7 +55,7 @@ def sample(case: Case, folder: Path) -> dict[str, float]:
 
 
 def distil(case: Case, folder: Path) -> dict[str, Any]:
-    """A generator of it, to a file."""
+    """Distils the chain to a file."""
     x, y, *_ = case.data()
     posterior = apd.distill(
         open_store(folder / "draws"), case.model(), data=(x, y), num_steps=case.num_steps, generator="chunked", seed=0,
@@ -72,7 +72,7 @@ def distil(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def draw(case: Case, folder: Path) -> dict[str, float]:
-    """Networks at hand."""
+    """Available networks."""
     posterior = apd.DistilledPosterior.load(folder / "posterior.safetensors")
     began = time.process_time()
     posterior.get_samples(NUM_DRAWN, seed=0)
@@ -116,7 +116,7 @@ STAGES: dict[str, Callable[[Case, Path], dict[str, Any]]] = {
 
 
 def child(stage: str, name: str, quick: bool, folder: str) -> None:
-    """Prints what a stage gives, with its time and peak memory."""
+    """Prints the results of a stage, with its time and peak memory."""
     torch.set_num_threads(1)
     peak, done = [0], threading.Event()
 
@@ -136,7 +136,7 @@ def child(stage: str, name: str, quick: bool, folder: str) -> None:
 
 
 def run(stage: str, name: str, quick: bool, folder: str) -> dict[str, Any]:
-    """The same from a fresh process."""
+    """The same from a new process."""
     code = f"import benchmarks.large as b; b.child({stage!r}, {name!r}, {quick}, {folder!r})"
     command = [sys.executable, "-W", "ignore", "-c", code]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -148,7 +148,7 @@ def run(stage: str, name: str, quick: bool, folder: str) -> dict[str, Any]:
 def main() -> None:
     """The table, and the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="tiny networks: whether it runs, no figures")
+    parser.add_argument("--quick", action="store_true", help="tiny networks: checks that it runs, writes no results")
     parser.add_argument("--case", nargs="*", help="some of the cases")
     arguments = parser.parse_args()
     cases = arguments.case or list(QUICK if arguments.quick else CASES)
@@ -169,7 +169,7 @@ def main() -> None:
         ])  # fmt: skip
         if not arguments.quick:
             write_json(f"large_{name}", stages)
-    header = ["network", "weights", "s a step", "file, networks", "distil, s", "s a draw", "s a prediction"]
+    header = ["network", "weights", "s a step", "file, networks", "distil, s", "s a draw", "s per prediction"]
     header += [f"peak of {stage}, GB" for stage in STAGES]
     header += ["NLL, chain", "generator", "MI, chain", "generator"]
     print(markdown_table(header, rows))

@@ -17,7 +17,7 @@ from pyro_apd.models.normalisation import with_group_norm
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions around which the input is carried past, without parameters (He et al. 2016, option A)."""
+    """Two 3 x 3 convolutions with a shortcut connection without parameters (He et al. 2016, option A)."""
 
     def __init__(self, num_in: int, num_out: int, stride: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def synthetic(shape: Sequence[int], num_train: int = 1000, num_test: int = 200) 
 
 
 def handwriting() -> Data:
-    """2,000 and 500 images of MNIST, 28 x 28; else synthetic."""
+    """2,000 and 500 images of MNIST, 28 x 28; synthetic ones if it is missing."""
     try:
         data = apd.datasets.mnist()
     except FileNotFoundError:
@@ -94,7 +94,7 @@ def handwriting() -> Data:
 
 
 def framed_handwriting() -> Data:
-    """The same with a frame of background, 32 x 32."""
+    """The same padded with background to 32 x 32."""
     x_train, y_train, x_test, y_test = handwriting()
     x_train, x_test = (functional.pad(x, (2, 2, 2, 2), value=float(x.min())) for x in (x_train, x_test))
     return x_train, y_train, x_test, y_test
@@ -102,17 +102,17 @@ def framed_handwriting() -> Data:
 
 @dataclass(frozen=True)
 class Case:
-    """What to sample and distil, and for how long.
+    """A network to sample and distil, and for how long.
 
     :ivar net: makes the network.
     :ivar data: makes its data.
-    :ivar float step_size: of SGLD, and ``batch_size`` rows a step.
+    :ivar float step_size: of SGLD, and ``batch_size`` rows per step.
     :ivar int warm_start: steps of Adam before sampling, from a draw of the prior.
-    :ivar int warmup: draws' worth of steps before the first that is kept.
+    :ivar int warmup: draws before the first that is kept.
     :ivar int num_draws: draws to distil from, ``thinning`` steps each.
     :ivar int num_steps: of the generator; None for the default.
-    :ivar int num_trained: steps of Adam that the network is trained with before it is made Bayesian; the chain then
-        starts there. Deep networks are hardly trained from a draw of their prior.
+    :ivar int num_trained: steps of Adam by which the network is trained before it is made Bayesian; the chain then
+        starts there. Deep networks learn very slowly from a draw of their prior.
     """
 
     net: Callable[[], nn.Module]

@@ -1,14 +1,14 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Steps on data that come from a loader or a file, beside data in memory: ``python -m benchmarks.loaders``.
+"""Steps on data from a loader or a file, compared with data in memory: ``python -m benchmarks.loaders``.
 
-MNIST (60,000 rows, from the folder that ``PYRO_APD_DATA`` names), 784-100-10, batches of 100, SGLD, steps compiled, one
-thread for torch. All chains live in one process. In each round every one takes a block of steps, in an order that
-alternates, so that load from elsewhere meets all alike; figures are medians [quartiles] over rounds of the ratio to
-data in memory in the same round. A block ends when as much has been read ahead as when it began. Wall time is what a
-user waits for; by CPU time, what the thread that reads costs is in it wherever it ran. Then once more with one core,
-where the thread can hide nothing.
+MNIST (60,000 rows, from the folder named by ``PYRO_APD_DATA``), 784-100-10, batches of 100, SGLD, compiled steps, one
+thread for torch. All chains are in one process. In each round every chain runs a block of steps, in alternating order,
+so that other load affects all equally. Results are medians [quartiles] over rounds of the ratio to data in memory in
+the same round. A block ends when as much has been read ahead as at its beginning. Wall time is what a user waits for.
+CPU time includes the cost of the reading thread on any core. The measurement is then repeated with one core, where the
+thread can hide nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MEMORY = "tensors in memory, `batch_size=100`"
 
 
 class Items(Dataset[tuple[Tensor, Tensor]]):
-    """A data set of one's own: the loader asks for items one by one, and stacks them."""
+    """A user's data set: the loader asks for items one by one, and stacks them."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.x, self.y = x, y
@@ -64,7 +64,7 @@ class Pixels:
 
 
 def contestants(folder: Path) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments of a run, and settings of its kernel, by what they are."""
+    """Arguments of a run, and settings of its kernel, by description."""
     data = mnist()
     x, y = data.x_train, data.y_train
     np.save(folder / "x.npy", x.numpy())
@@ -84,7 +84,7 @@ def contestants(folder: Path) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]
 
 
 def begun(args: tuple[Any, ...], settings: dict[str, Any], compile: bool) -> Callable[[int], tuple[float, float]]:
-    """A chain as a function from a number of steps to the seconds that they take, by the wall and of the processor."""
+    """A chain as a function from a number of steps to their wall time and CPU time in seconds."""
     net = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
     kernel = SGLD(BNN(net, prior_scale=0.141), STEP_SIZE, thinning=20, seed=0, compile=compile, **settings)
     chain = kernel.begin(args, {}, warmup_steps=0, first_chain=0)
@@ -103,7 +103,7 @@ def begun(args: tuple[Any, ...], settings: dict[str, Any], compile: bool) -> Cal
 
 
 def measured(chains: dict[str, Any], num_steps: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Seconds a step, by the wall and of the processor, round by round."""
+    """Wall and CPU seconds per step, round by round."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in chains}
     for i in range(rounds):
         for name in chains if i % 2 == 0 else reversed(chains):
@@ -113,7 +113,7 @@ def measured(chains: dict[str, Any], num_steps: int, rounds: int) -> dict[str, l
 
 
 def table(seconds: dict[str, list[tuple[float, float]]]) -> str:
-    """In Markdown."""
+    """The table in Markdown."""
     rows = []
     for name, pairs in seconds.items():
         row = [name.removesuffix(", memmap")]
@@ -124,12 +124,12 @@ def table(seconds: dict[str, list[tuple[float, float]]]) -> str:
             is_met = "yes" if middle <= 1 + TARGET else "**no**"
             row += ["–", "–"] if name == MEMORY else [f"{middle:.3f} [{low:.2f}, {high:.2f}]", is_met]
         rows.append(row)
-    header = ["data", "ms a step", "ratio", f"within {TARGET:.0%}", "CPU ms a step", "ratio", f"within {TARGET:.0%}"]
+    header = ["data", "ms a step", "ratio", f"within {TARGET:.0%}", "CPU ms per step", "ratio", f"within {TARGET:.0%}"]
     return markdown_table(header, rows)
 
 
 def epochs_table() -> tuple[str, list[dict[str, Any]]]:
-    """CPU time to know which rows come next: by a shuffled table, and by a permutation without one."""
+    """CPU time to determine the next rows: with a shuffled table, and with a permutation without a table."""
     rows, results = [], []
     for num_data in (60_000, 1_000_000, 30_000_000, 1_000_000_000):
         for kind, name in ((IndexStream, "table"), (LongIndexStream, "Feistel")):
@@ -155,8 +155,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=500, help="in a block")
-    parser.add_argument("--no-compile", action="store_true", help="steps by the captured graph")
-    parser.add_argument("--epochs", action="store_true", help="only what it takes to know which rows come next")
+    parser.add_argument("--no-compile", action="store_true", help="steps with the captured graph, not compiled")
+    parser.add_argument("--epochs", action="store_true", help="only the time to determine the next rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

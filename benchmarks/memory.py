@@ -3,12 +3,12 @@
 
 """Peak memory of a run against the size of its draws: ``python -m benchmarks.memory``.
 
-A 784-100-10 network (79,510 weights), 2,000 draws, 636 MB in float32. Every driver runs in a fresh process. What is
-stated is its peak resident memory above that of the same run with one draw, as a multiple of the draws.
+A 784-100-10 network (79,510 weights), 2,000 draws, 636 MB in float32. Every driver runs in a new process. The result is
+its peak resident memory above that of the same run with one draw, as a multiple of the draws.
 
-Then ``distill`` of such a run kept on disk, 1,500 draws, in a fresh process: its peak anonymous memory, which is what
-the process itself asks for and the system cannot take back, unlike pages of the draws' file. Since a step of training
-holds 64 networks and their gradients however many draws there are, the same is stated of 100 draws.
+Then ``distill`` of such a run stored on disk, 1,500 draws, in a new process: its peak anonymous memory. This is what
+the process itself requests and the system cannot reclaim, unlike pages of the draws' file. A step of training holds 64
+networks and their gradients for any number of draws, so the same is measured with 100 draws.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def child(name: str, num_samples: int) -> None:
     import pyro_apd
 
     model, x, y = problem()
-    # Without the compiler, whose own memory is no matter of the driver.
+    # Without the compiler, whose memory is not the driver's.
     kernel = pyro_apd.SGLD(model, step_size=1e-6, batch_size=BATCH_SIZE, seed=0, compile=False)
     with tempfile.TemporaryDirectory() as folder:
         mcmc = driver(name, kernel, num_samples, folder)
@@ -78,7 +78,7 @@ def child(name: str, num_samples: int) -> None:
 
 
 def peak(name: str, num_samples: int) -> int:
-    """Peak of a fresh process."""
+    """Peak of a new process."""
     return int(run(f"child({name!r}, {num_samples})").split()[-1])
 
 
@@ -93,13 +93,13 @@ def sample(path: str, num_samples: int) -> None:
 
 
 def anonymous() -> int:
-    """Anonymous resident memory of this process, in bytes; Linux alone states it."""
+    """Anonymous resident memory of this process, in bytes; only Linux reports it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
 
 def distil(path: str) -> None:
-    """Prints the peak anonymous memory of ``distill`` above what was there before, in bytes."""
+    """Prints the peak anonymous memory of ``distill`` above that before the call, in bytes."""
     import pyro_apd
     from pyro_apd.chains.stores.disk import open_store
 
@@ -121,7 +121,7 @@ def distil(path: str) -> None:
 
 
 def distil_peak(num_samples: int) -> int:
-    """Peak of ``distill`` in a fresh process."""
+    """Peak of ``distill`` in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "draws")
         run(f"sample({path!r}, {num_samples})")
@@ -129,7 +129,7 @@ def distil_peak(num_samples: int) -> int:
 
 
 def run(call: str) -> str:
-    """What a call of one of this module's functions prints in a fresh process."""
+    """Output of one of this module's functions in a new process."""
     code = f"import benchmarks.memory as m; m.{call}"
     command = [sys.executable, "-W", "ignore", "-c", code]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -146,7 +146,7 @@ def distil_table(num_weights: int) -> tuple[str, list[dict[str, Any]]]:
     few, many = results
     growth = (many["peak_anonymous"] - few["peak_anonymous"]) / (many["bytes"] - few["bytes"])
     table = markdown_table(["draws", "draws, MB", "peak anonymous memory of distill, MB"], rows)
-    return f"{table}\n\nGrowth: {growth:.2f} bytes a byte of draws.", results
+    return f"{table}\n\nGrowth: {growth:.2f} bytes per byte of draws.", results
 
 
 def main() -> None:

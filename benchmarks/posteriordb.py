@@ -4,8 +4,8 @@
 """The kernels against five posteriors with gold-standard draws: ``python -m benchmarks.posteriordb [--quick]``.
 
 Models and data are in :mod:`benchmarks.posteriordb_models`. Each kernel runs through :class:`pyro.infer.MCMC` in two
-coordinate systems: ``plain``, the model as Stan writes it, and ``standardised``, where the data's own least-squares
-fit centres and scales each site. Means are to be within 0.1 sd of the reference, sds within 15 %, with at least
+coordinate systems: ``plain``, the model as Stan writes it, and ``standardised``, where a least-squares fit of the data
+centres and scales each site. The goals are means within 0.1 sd of the reference and sds within 15 %, with at least
 :data:`MIN_ESS` effective draws of every parameter.
 
 Nothing is tuned on the reference: step sizes and the number of steps come from :mod:`benchmarks.tuning`, the latter up
@@ -32,7 +32,7 @@ from pyro_apd.errors import DivergenceError
 
 NUM_DRAWS, TARGET_ESS, MAX_STEPS = 5_000, 2_500, 100_000
 QUANTILES = (0.05, 0.5, 0.95)
-#: With fewer effective draws the Monte Carlo error of a mean is more than 0.1 sd, and being within is luck.
+#: With fewer effective draws the Monte Carlo error of a mean is more than 0.1 sd, so success is chance.
 MIN_ESS = 100
 
 
@@ -56,7 +56,7 @@ def compare(draws: Mapping[str, Tensor], gold: Mapping[str, Tensor]) -> dict[str
 
 
 class Case:
-    """A posterior in one of its coordinate systems.
+    """A posterior in one of the two coordinate systems.
 
     :param Posterior posterior: which one.
     :param args: its model's arguments.
@@ -74,7 +74,7 @@ class Case:
         self._spread = torch.linalg.cholesky(torch.linalg.inv(self.target.hessian(self.target.mode)))
 
     def run(self, kernel: str, how: Plan, thinning: int, batch_size: int | None, seed: int) -> dict[str, Any]:
-        """One chain and its comparison; a chain that diverges is stated as such."""
+        """One chain and its comparison; a chain that diverges is marked."""
         noise = torch.randn(len(self._spread), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         offset = 2 * self._spread @ noise * math.sqrt(len(noise)) / noise.norm()
         sampler = KERNELS[kernel](
@@ -112,7 +112,7 @@ HEADER += ["smallest ESS", "mean, sd", "sd ratio", "quantiles, sd", "within"]
 
 
 def cells(entry: Mapping[str, Any]) -> list[str]:
-    """An entry's row of the table; one figure a seed, each of the worst parameter."""
+    """An entry's row of the table; one number per seed, of the worst parameter."""
     runs = [run for run in entry["runs"] if "parameters" in run]
     figures = [worst(run) for run in runs]
     passed = sum(mean < 0.1 and abs(sd - 1) < 0.15 and ess >= MIN_ESS for mean, sd, _, ess in figures)
@@ -135,9 +135,9 @@ def cells(entry: Mapping[str, Any]) -> list[str]:
 
 
 def benchmark(names: Sequence[str], seeds: Sequence[int], limit: int, kinds: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """All kernels: standardised, mini-batches of the standardised, and plain; entries as they come.
+    """All kernels: standardised, standardised with mini-batches, and plain; yields entries one by one.
 
-    Only full batches in standardised coordinates take all seeds, the others the first.
+    Full batches in standardised coordinates use all seeds, the others the first.
     """
     folder = data_folder()
     for name in names:

@@ -39,7 +39,7 @@ def blr(x: Tensor, y: Tensor) -> None:
 
 
 def kidscore(x: Tensor, y: Tensor) -> None:
-    """``kidscore_momiq``: intercept and slope flat."""
+    """``kidscore_momiq``: flat priors on intercept and slope."""
     beta = pyro.sample("beta", dist.ImproperUniform(constraints.real_vector, (), (2,)))
     sigma = pyro.sample("sigma", dist.HalfCauchy(x.new_tensor(2.5)))
     with pyro.plate("data", len(x)):
@@ -47,7 +47,7 @@ def kidscore(x: Tensor, y: Tensor) -> None:
 
 
 def logearn(x: Tensor, y: Tensor) -> None:
-    """``logearn_height``: everything flat, sigma on the positive half-line."""
+    """``logearn_height``: flat priors, sigma on the positive half-line."""
     beta = pyro.sample("beta", dist.ImproperUniform(constraints.real_vector, (), (2,)))
     sigma = pyro.sample("sigma", dist.ImproperUniform(constraints.positive, (), ()))
     with pyro.plate("data", len(x)):
@@ -87,7 +87,7 @@ class Standardise(Reparam):
     def apply(self, msg: Any) -> Any:
         """Replaces the site by a deterministic function of the standardised one."""
         prior = dist.TransformedDistribution(msg["fn"], [self.transform.inv])
-        value = msg["value"]  # given where a chain is initialised
+        value = msg["value"]  # given when a chain is initialised
         start = None if value is None else self.transform.inv(value)
         standard = pyro.sample(f"{msg['name']}_std", prior, obs=start, infer={"is_observed": msg["is_observed"]})
         value = self.transform(standard) if value is None else value
@@ -95,7 +95,7 @@ class Standardise(Reparam):
 
 
 def of_least_squares(x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Transforms for the coefficients and the noise sd of a regression, from its fit alone.
+    """Transforms for the coefficients and the noise sd of a regression, from its least-squares fit.
 
     Standardised coefficients have about unit posterior covariance, and so has sqrt(2 N) log(sigma / fitted sigma).
     """
@@ -132,7 +132,7 @@ def _autoregression_transforms(lagged: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def _eight_schools_transforms(y: Tensor, sd: Tensor) -> dict[str, Any]:
-    """The overall mean as if schools did not differ; the other sites are standardised as they are."""
+    """The overall mean as if schools did not differ; the other sites are already standardised."""
     precision = sd.square().reciprocal().sum() + 1 / 25
     return {"mu": T.AffineTransform((y / sd.square()).sum() / precision, precision.rsqrt())}
 
@@ -189,7 +189,7 @@ class Posterior:
     by_name: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = field(default=_by_name)
 
     def start(self, args: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Values by site in the middle of the standardising transforms; flat priors cannot be drawn from."""
+        """Values by site in the middle of the standardising transforms; a flat prior has no draws."""
         return {
             name: transform(torch.zeros_like(_loc(transform))) for name, transform in self.transforms(*args).items()
         }
@@ -234,7 +234,7 @@ POSTERIORS = {
         lambda x, y: of_least_squares(_with_ones(x), y),
     ),
 }
-#: Rows a mini-batch, where there are data enough for one.
+#: Rows per mini-batch, if there are enough data.
 BATCHES = {"kidiq": 109, "earnings": 298}
 
 

@@ -4,7 +4,7 @@
 """What a file loses at reduced precision: ``python -m benchmarks.precision``.
 
 scikit-learn's digits, 64-50-10, 4 chains of SGLD as in the demo, one generator (a quarter of the demo's training). The
-same 200 latents drawn from the generator as it is and from each file: what differs is the precision alone.
+same 200 latents are used for the generator itself and for each file, so only the precision differs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
     model, data, posterior = distilled()
     exact, exact_NK = figures(model, posterior, data.x_test, data.y_test)
     theta_SD = posterior.layout.unconstrain(posterior.get_samples(NUM_DRAWS, seed=1))
-    # How far 200 draws are from 200 others, of the same generator at full precision: what noise alone does.
+    # Distance between 200 draws and 200 others of the same generator at full precision: Monte-Carlo error alone.
     other_NK = apd.outputs(model, posterior.get_samples(NUM_DRAWS, seed=2), data.x_test).probs_SNK.mean(0)
     noise = 0.5 * float((other_NK - exact_NK).abs().sum(-1).mean())
     results, rows = {"noise_of_200_draws": noise, "scores": exact}, []

@@ -1,15 +1,14 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Prediction under many draws, against Pyro and a loop written by hand: ``python -m benchmarks.predictive``.
+"""Prediction under many draws, against Pyro and a hand-written loop: ``python -m benchmarks.predictive``.
 
 100 draws of 784-100-10 and 30 of 784-400-400-10 x the 10,000 test images of MNIST (``PYRO_APD_DATA``), at one and two
-threads.
-Every contestant computes class probabilities ``(S, N, K)`` but for those that say ``labels`` or ``averages``. They take
-turns in one process; what is stated is the median of a contestant's time over that of the loop in the same round.
+threads. Every method computes class probabilities ``(S, N, K)``, except those named ``labels`` or ``averages``. They
+take turns in one process. The result is the median of a method's time divided by that of the loop in the same round.
 
-Then peak memory above that of the process when it holds model, data and draws, for the smaller network; and how fast
-networks are drawn, against a copy of the same bytes.
+Then, for the smaller network, peak memory above that of the process when it holds model, data and draws; and the speed
+at which networks are drawn, compared with a copy of the same bytes.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ from pyro_apd.generators import CoordinateGenerator
 from pyro_apd.models.layout import Layout
 
 RANK = 20
-#: Draws that are timed: fewer of the larger network, so that all of it ends within the hour.
+#: Draws that are timed: fewer of the larger network, so that everything ends within an hour.
 NUM_DRAWS = {"784-100-10": 100, "784-400-400-10": 30}
 NETWORKS = {"784-100-10": (784, 100, 10), "784-400-400-10": (784, 400, 400, 10)}
 LOOP = "loop of matrix products"
-# Those that are only a reference run once, since a round takes minutes.
+# Methods for reference run only once, because a round takes minutes.
 ROUNDS = 3
 ONCE = (
     "Pyro, parallel, batched model",
@@ -94,7 +93,7 @@ class Problem:
         return [(w, b) for w, b in zip(values[::2], values[1::2], strict=True)]
 
     def loop(self) -> Tensor:
-        """By hand, into memory set aside."""
+        """Hand-written, into preallocated memory."""
         weights = self.weights()
         out = torch.empty(self.num_draws, len(self.x), weights[-1][0].shape[1])
         with torch.no_grad():
@@ -119,7 +118,7 @@ class Problem:
         return hidden
 
     def contestants(self) -> dict[str, Callable[[], Any]]:
-        """By name, the loop first."""
+        """Methods by name, the loop first."""
         draws, x, model = self.draws, self.x, self.model
         labels = {"return_sites": ("obs",)}
         return {
@@ -141,7 +140,7 @@ class Problem:
 
 
 def time_all(name: str, num_threads: int, num_draws: int) -> dict[str, dict[str, float]]:
-    """Seconds, and the ratio to the loop of the same round, medians by contestant."""
+    """Seconds, and the ratio to the loop of the same round, medians by method."""
     torch.set_num_threads(num_threads)
     problem = Problem(name, num_draws)
     contestants = problem.contestants()
@@ -169,7 +168,7 @@ def time_all(name: str, num_threads: int, num_draws: int) -> dict[str, dict[str,
 
 
 def anonymous_bytes() -> int:
-    """What this process has asked of the system for itself, in bytes."""
+    """Anonymous memory of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
@@ -177,7 +176,7 @@ def anonymous_bytes() -> int:
 
 
 def child(name: str, contestant: str, num_draws: int) -> None:
-    """Prints peak anonymous memory above what is held before, and the bytes of the output."""
+    """Prints peak anonymous memory above that before the call, and the bytes of the output."""
     torch.set_num_threads(1)
     problem = Problem(name, num_draws if "generator" not in contestant else 2)
     problem.num_draws = num_draws
@@ -200,14 +199,14 @@ def child(name: str, contestant: str, num_draws: int) -> None:
 
 
 def memory(name: str, contestant: str, num_draws: int) -> tuple[int, int]:
-    """Peak and output in bytes, measured in a fresh process."""
+    """Peak and output in bytes, measured in a new process."""
     command = [sys.executable, "-m", "benchmarks.predictive", "--child", name, contestant, str(num_draws)]
     peak, output = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
     return int(peak), int(output)
 
 
 def drawing(name: str, num_draws: int = 100, rounds: int = 15) -> dict[str, float]:
-    """Bytes a second of networks drawn, and of a copy of as many bytes, which reads and writes each once."""
+    """Bytes per second of networks drawn, and of a copy of as many bytes, which reads and writes each once."""
     torch.set_num_threads(1)
     posterior = Problem(name, 2).posterior
     target = torch.empty(num_draws, posterior.layout.size)

@@ -6,10 +6,10 @@
 ``python -m benchmarks.ranks [--processes 1 2] [--quick]``
 
 Digits, 64-50-10, four chains with the same seed, under ``torchrun`` with each number of processes, one thread each.
-Draws are compared with those of one process: of steps as they are, of compiled ones, with the data split over
-processes (all rows at each step), and of 784-400-400-10, whose four chains cost a process four times one (those of the
-small network hardly more than one); of both networks also where ``step_size="auto"`` is found by all. The generator
-that online distillation trains is judged on its held-out draws; its seconds are of chains and rounds together.
+Draws are compared with those of one process: with uncompiled steps, with compiled steps, with the data split over
+processes (all rows at each step), and for 784-400-400-10, whose four chains cost one process four times as much as one
+chain (those of the small network hardly more than one). Both networks are also run with ``step_size="auto"``. The
+generator of online distillation is compared with its held-out draws; its seconds include chains and rounds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CASES = ("as they are", "compiled", "data split", FOUND, LARGER, f"{LARGER}, {FO
 
 
 def prepared(case: str, problem: Problem, thinning: int, ranks: Ranks) -> tuple[apd.SGLD, tuple[Any, ...], str | None]:
-    """A case's kernel, the data of this process, and what is split besides chains."""
+    """A case's kernel, the data of this process, and what is split in addition to the chains."""
     torch.manual_seed(0)
     is_found = case.endswith(FOUND)
     if case.startswith(LARGER):
@@ -54,7 +54,7 @@ def prepared(case: str, problem: Problem, thinning: int, ranks: Ranks) -> tuple[
 
 
 def work(folder: Path, sizes: dict[str, int]) -> None:
-    """What each process of ``torchrun`` does; the first writes what came of it."""
+    """Work of each process of ``torchrun``; the first writes the results."""
     torch.set_num_threads(1)
     ranks = joined()
     problem = digits(0)
@@ -86,7 +86,7 @@ def work(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def launched(processes: int, folder: Path, is_quick: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What a job of so many processes found, and its draws."""
+    """Results and draws of a job with this number of processes."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
         "-m", "benchmarks.ranks", "--worker", str(folder), *(["--quick"] if is_quick else []),
@@ -120,7 +120,7 @@ def main() -> None:
         names = ("distance", "spread_ratio", "mi_ratio")
         online.append([str(number), f"{figures['seconds']:.1f}", *(f"{figures[name]:.3f}" for name in names)])
         report[number] = found
-    print(markdown_table(["steps", "processes", "s", "draws as of the first"], sorted(rows)))
+    print(markdown_table(["steps", "processes", "s", "draws equal to the first"], sorted(rows)))
     print()
     print(markdown_table(["processes, online", "s", "distance", "spread ratio", "MI ratio"], online))
     write_json("ranks", report)

@@ -1,16 +1,17 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Langevin steps per second, ours beside others': ``python -m benchmarks.sampling``.
+"""Langevin steps per second, compared with other implementations: ``python -m benchmarks.sampling``.
 
 (a) a hand-written PyTorch loop, (b) ``posteriors``, (c) BlackJAX under ``lax.scan``, (d) Pyro's ``potential_fn`` at
-every step, (e) ours through ``pyro.infer.MCMC`` with the bar off, (f) ours with vectorised chains; and the floor,
-arithmetic that no step goes without. Peers come with ``pip install -c constraints.txt -e '.[benchmark]'``; missing ones
-are skipped.
+every step, (e) pyro_apd through ``pyro.infer.MCMC`` without progress bar, (f) pyro_apd with vectorised chains; and the
+floor, the arithmetic that every step needs. The other packages come with ``pip install -c constraints.txt -e
+'.[benchmark]'``; missing ones are skipped.
 
-One process each, all alive together and on the same cores, as many as threads; one runs at a time, a block of half a
-second, in rounds whose order alternates, so that load from elsewhere meets all alike. Figures are medians over rounds,
-ratios medians of each round's ratio. At the end, each contestant's step is held to an exact one: drift and noise.
+Each contestant has its own process. All processes are alive together and on the same cores, as many as threads. One
+runs at a time, for a block of half a second, in rounds of alternating order, so that other load affects all equally.
+Results are medians over rounds, and ratios are medians of each round's ratio. At the end, one step of each contestant
+is compared with an exact one: drift and noise.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ LABELS = {
     "e": "(e) ours through pyro.infer.MCMC",
     "floor": "floor: products, noise, gather",
 }
-# What (e) is to reach against each, at one thread on a CPU; and chain-steps of (f) against (e).
+# Goals for (e) against each, with one thread on a CPU; and for chain-steps of (f) against (e).
 TARGETS = {
     "784-100-10": {"a": 1.4, "b": 2.5, "c": 1.2, "d": 4.0, "floor": 1.5, "f16": 1.2},
     "64-50-10": {"a": 2.0, "b": 2.5, "c": 1.2, "d": 4.0, "floor": 1.5, "f16": 3.0, "f64": 4.0},
@@ -56,7 +57,7 @@ TARGETS = {
 CHAINS = {"784-100-10": ("f16",), "64-50-10": ("f16", "f64"), "784-400-400-10": ()}
 CUDA_TARGETS = {"a": 10.0}
 DRIVER_TARGET = 0.02
-# With it the drift of the check's step stands out of float32's rounding.
+# Makes the drift of the check's step larger than float32's rounding.
 CHECK_STEP_SIZE = 1e-4
 
 
@@ -97,12 +98,12 @@ class Worker:
         return tuple(content)
 
     def time(self, num_steps: int, request: str = "block") -> tuple[float, float]:
-        """Wall and processor seconds of so many steps."""
+        """Wall and processor seconds of this number of steps."""
         wall, cpu = self.ask(request, num_steps)
         return float(wall), float(cpu)
 
     def calibrate(self, seconds: float, settle: float) -> None:
-        """Runs until it has settled, then fixes the length of a block."""
+        """Warms up, then fixes the length of a block."""
         self.startup_seconds, _ = self.time(self.unit)
         steps, spent, wall = self.unit, 0.0, 0.0
         while spent < settle or wall < seconds / 4:
@@ -120,7 +121,7 @@ class Worker:
 
 
 class WorkerError(Exception):
-    """A contestant that cannot go on: ``kind`` is ``"missing"`` or ``"error"``."""
+    """A contestant that cannot continue: ``kind`` is ``"missing"`` or ``"error"``."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -129,7 +130,7 @@ class WorkerError(Exception):
 
 @contextmanager
 def environment(num_threads: int, cache: str) -> Iterator[None]:
-    """Limits the threads of processes started within; and compiled code of earlier ones is not theirs."""
+    """Limits the threads of processes started within, and gives them a new cache for compiled code."""
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" if num_threads == 1 else ""
     limits = {name: str(num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     limits |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
@@ -161,7 +162,7 @@ def open_worker(name: str, job: Job, cache: str) -> Worker:
 
 
 def exact_drift(job: Job) -> np.ndarray:
-    """-(epsilon/2) grad U ``(D,)`` at the start, on data that are N times the same row; in float64."""
+    """-(epsilon/2) grad U ``(D,)`` at the start, on data of N equal rows; in float64."""
     x, y = replace(job, num_data=1).data()
     params = [value.astype(np.float64) for value in job.start()]
     weights, biases = params[::2], params[1::2]
@@ -183,9 +184,9 @@ def exact_drift(job: Job) -> np.ndarray:
 
 
 def check(worker: Worker, job: Job, drift: np.ndarray) -> dict[str, Any]:
-    """Whether a contestant's step is SGLD's: relative error of the drift, and sd of the noise over its exact one.
+    """Whether a contestant makes steps of SGLD: relative error of the drift, and sd of the noise over its exact one.
 
-    The contestant takes no further blocks.
+    The contestant runs no further blocks.
     """
     without, with_noise = worker.ask("stop")
     if without is None:
@@ -198,9 +199,9 @@ def check(worker: Worker, job: Job, drift: np.ndarray) -> dict[str, Any]:
 
 
 def driver_overhead(worker: Worker, pairs: int, share: float) -> dict[str, dict[str, Any]]:
-    """What Pyro's driver adds to a bare step, as a share of it, by wall clock and by processor time.
+    """Overhead of Pyro's driver as a share of a bare step, in wall time and in processor time.
 
-    One figure a pair of blocks, each a ``share`` of those of the rounds: short ones, for load to meet both alike.
+    One number per pair of blocks, each a ``share`` of those of the rounds: short, so that load affects both equally.
     """
     steps = worker.unit * max(1, round(worker.block_steps * share / worker.unit))
     added: dict[str, list[float]] = {"wall": [], "cpu": []}
@@ -264,14 +265,14 @@ def measure(work: str, job: Job, names: Sequence[str], options: argparse.Namespa
                 _skip(result, {}, name, error)
     finally:
         for worker in workers.values():
-            worker.connection.close()  # whoever waits at the other end leaves
+            worker.connection.close()  # the waiting process ends
             worker.process.join(10)
             worker.process.kill()
     return result
 
 
 def summarise(worker: Worker) -> dict[str, Any]:
-    """A contestant's own figures."""
+    """Results of one contestant."""
     return {
         "label": label(worker.name),
         "steps_per_second": {**spread(worker.rates), "rounds": worker.rates},
@@ -297,14 +298,14 @@ def label(name: str) -> str:
 
 
 def ratio_name(name: str) -> str:
-    """What :func:`compare` puts over what, both in steps per second."""
+    """Names of numerator and denominator of a ratio of :func:`compare`, both in steps per second."""
     if name.startswith("f"):
         return ("floor" if name == "floor" else "(f)") + "/(e)"
     return f"(e)/({name})"
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """One network's figures in Markdown."""
+    """Results of one network in Markdown."""
     on_cpu = result["device"] == "cpu"
     targets = (TARGETS[result["work"]] if result["num_threads"] == 1 else {}) if on_cpu else CUDA_TARGETS
     rows = []
@@ -374,9 +375,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--compile",
         choices=["auto", "true", "false"],
         default="true",
-        help="what to ask of pyro_apd: its default, auto, compiles runs of 30,000 steps and more, which these are not",
+        help="setting of pyro_apd: its default, auto, compiles only runs of 30,000 steps and more; these are shorter",
     )
-    parser.add_argument("--quick", action="store_true", help="few short rounds, nothing written: does it run?")
+    parser.add_argument("--quick", action="store_true", help="few short rounds, nothing written: checks that it runs")
     options = parser.parse_args(arguments)
     if options.quick:
         options.rounds, options.pairs, options.block_seconds, options.settle_seconds = 3, 5, 0.1, 0.1

@@ -3,8 +3,8 @@
 
 """What :mod:`benchmarks.sampling` compares with: SGLD on the same network, written in four ways, and its floor.
 
-Each runs in a process of its own (:mod:`benchmarks.sampling_worker`), and takes steps only while its parent waits. All
-make the same step: theta - (epsilon/2) grad U(theta) + N(0, epsilon T), U over the full data, rows drawn at random.
+Each runs in its own process (:mod:`benchmarks.sampling_worker`), and takes steps only while its parent waits. All make
+the same step: theta - (epsilon/2) grad U(theta) + N(0, epsilon T), with U over the full data and rows drawn at random.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ BATCH_SIZE, PRIOR_SD, STEP_SIZE, THINNING = 100, 0.141, 1e-6, 20
 class Job:
     """What a contestant is to sample, and how.
 
-    :ivar tuple sizes: units a layer, inputs and outputs included.
+    :ivar tuple sizes: units per layer, inputs and outputs included.
     :ivar int num_data: rows of the data.
-    :ivar bool is_alike: every row is the same one, so that a gradient does not depend on the batch.
-    :ivar compile: what to ask of pyro_apd: ``"auto"``, True or False.
+    :ivar bool is_alike: all rows are equal, so that a gradient does not depend on the batch.
+    :ivar compile: setting of pyro_apd: ``"auto"``, True or False.
     """
 
     sizes: tuple[int, ...]
@@ -71,7 +71,7 @@ class Contestant(ABC):
 
     @abstractmethod
     def advance(self, num_steps: int) -> None:
-        """Takes steps; returns once they are done, or queued on a device."""
+        """Takes steps; returns when they are done, or queued on a device."""
 
     @abstractmethod
     def theta(self) -> np.ndarray:
@@ -83,7 +83,7 @@ class Contestant(ABC):
         return self.theta()
 
     def run(self, clock: Any) -> None:
-        """Takes as many steps as a :class:`~benchmarks.sampling_worker.Clock` asks for, again and again."""
+        """Repeatedly takes as many steps as a :class:`~benchmarks.sampling_worker.Clock` asks for."""
         while True:
             self.advance(clock.next_block())
 
@@ -107,10 +107,10 @@ class TorchContestant(Contestant):
 
 
 class HandWritten(TorchContestant):
-    """(a) What a careful user writes: the prior's gradient in closed form, the update in place.
+    """(a) A careful hand-written loop: the prior's gradient in closed form, the update in place.
 
-    The prior within the loss takes 10 to 40 % longer, indexing by brackets up to 6 %; one ``_foreach`` call for all
-    tensors, or a factor on the weights in place of the prior's gradient, makes no difference beyond 3 %.
+    With the prior in the loss it takes 10 to 40 % longer, with indexing by brackets up to 6 %; one ``_foreach`` call
+    for all tensors, or a factor on the weights in place of the prior's gradient, makes no difference beyond 3 %.
     """
 
     def advance(self, num_steps: int) -> None:
@@ -229,8 +229,8 @@ class BlackJax(Contestant):
 class PyroPotential(TorchContestant):
     """(d) ``potential_fn`` of Pyro's own ``initialize_model`` at every step.
 
-    It refuses models that subsample, so the rows are an argument of the model, a tensor that is refilled in place.
-    Validation is off before the priors are made, as otherwise they keep it.
+    It rejects models that subsample, so the rows are an argument of the model, a tensor that is overwritten in place.
+    Validation is switched off before the priors are created, because they store the setting.
     """
 
     def __init__(self, job: Job) -> None:
@@ -263,7 +263,7 @@ class PyroPotential(TorchContestant):
 
 
 class Floor(TorchContestant):
-    """The arithmetic that no SGLD step goes without: the batch's gather, two products a hidden layer, the noise.
+    """The arithmetic that every SGLD step needs: gather of the batch, two products per hidden layer, the noise.
 
     The products are the layer's output and its weights' gradient; what a further hidden layer needs beyond these, the
     gradient with respect to its inputs, is left out, as are the output layer and everything elementwise.

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What runs in a contestant's process of :mod:`benchmarks.sampling`: the clock, and pyro_apd's own two contestants."""
+"""The process of a contestant of :mod:`benchmarks.sampling`: the clock, and the two contestants of pyro_apd."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from benchmarks.sampling_peers import (
 
 
 class Stop(BaseException):
-    """The parent wants no more; not an ``Exception``, so that no driver swallows it."""
+    """The parent needs no more blocks; not an ``Exception``, so that no driver catches it."""
 
 
 class Clock:
@@ -42,8 +42,8 @@ class Clock:
 
     :param connection: to the parent.
     :param Callable synchronise: waits for the device.
-    :ivar Callable bare: takes steps without a driver, where there is one.
-    :ivar Callable facts: what the contestant tells of itself.
+    :ivar Callable bare: takes steps without a driver, if it has one.
+    :ivar Callable facts: what the contestant reports about itself.
     """
 
     def __init__(self, connection: Connection, synchronise: Callable[[], None]) -> None:
@@ -80,7 +80,7 @@ class Clock:
 
 
 class Ours(TorchContestant):
-    """(e) ``apd.SGLD`` through ``pyro.infer.MCMC`` with the bar off, timed draw by draw from the driver's hook."""
+    """(e) ``apd.SGLD`` through ``pyro.infer.MCMC`` without progress bar, timed draw by draw from the driver's hook."""
 
     unit = THINNING
     max_draws = 10**7
@@ -135,7 +135,9 @@ class Ours(TorchContestant):
                 left = clock.next_block() // self.unit
 
         self._driver(THINNING, self.max_draws, hook).run(self.x, self.y)
-        raise RuntimeError(f"max_draws={self.max_draws} draws were not enough for this many blocks; take fewer rounds.")
+        raise RuntimeError(
+            f"max_draws={self.max_draws} draws were not enough for this number of blocks; use fewer rounds."
+        )
 
     def _chain(self) -> Any:
         return getattr(self.kernel, "chain", None) or getattr(self.kernel, "_chain", None)
@@ -161,7 +163,7 @@ class OursVectorised(Ours):
     def __init__(self, job: Job, num_chains: int) -> None:
         super().__init__(job)
         self.num_chains = num_chains
-        # The driver reserves memory for all draws.
+        # The driver allocates memory for all draws.
         num_bytes = num_chains * sum(4 * p.numel() for p in self.params)
         self.max_draws = min(5_000, (8 if job.device == "cpu" else 32) * 2**30 // num_bytes)
 
@@ -181,7 +183,7 @@ class OursVectorised(Ours):
         )
 
 
-#: By name: how to make it, and what to install where it cannot be imported.
+#: By name: how to create it, and what to install if it cannot be imported.
 CONTESTANTS: dict[str, Callable[[Job], Contestant]] = {
     "a": HandWritten,
     "b": Posteriors,
@@ -202,8 +204,8 @@ def make(name: str, job: Job) -> Contestant:
 def _set_up(job: Job, name: str) -> Callable[[], None]:
     """Limits the threads; returns what waits for the device. JAX took its limits from the environment.
 
-    As many threads as cores to run on: XLA has more than it is told to have. Contestants share the cores, as only one
-    runs at a time.
+    There are as many threads as cores, because XLA uses more threads than its limit. Contestants share the cores:
+    only one runs at a time.
     """
     if job.device == "cpu" and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-job.num_threads :])
@@ -215,7 +217,7 @@ def _set_up(job: Job, name: str) -> Callable[[], None]:
     if job.device == "cpu":
         return lambda: None
     if not torch.cuda.is_available():
-        raise ImportError(f"device '{job.device}' needs a GPU that torch can use, and there is none here")
+        raise ImportError(f"device '{job.device}' needs a GPU that torch can use, but there is none")
     return torch.cuda.synchronize
 
 
@@ -224,11 +226,11 @@ def serve(connection: Connection, name: str, job: Job, check_step_size: float) -
 
     Sends ``("ready", unit, num_chains)``; answers ``("block", steps)`` and ``("bare", steps)`` by ``("time", wall
     seconds, CPU seconds)`` and ``("facts",)`` by ``("facts", dict)``; and after ``("stop",)`` sends ``("steps", without
-    noise, with noise)``: the states after one step of ``check_step_size`` on data that are all alike, at temperatures 0
+    noise, with noise)``: the states after one step of ``check_step_size`` on data of equal rows, at temperatures 0
     and 1 (None for the floor). What cannot be imported is ``("missing", why)``; any other failure ``("error",
     traceback)``.
     """
-    # Chains from a fixed start, of so few steps, are told that they are short.
+    # Chains with so few steps from a fixed start warn that they are short.
     warnings.simplefilter("ignore", UserWarning)
     try:
         synchronise = _set_up(job, name)

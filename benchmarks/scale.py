@@ -1,14 +1,14 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Cost of an SGLD step against weights and against chains: ``python -m benchmarks.scale [--quick]``.
+"""Cost of an SGLD step against the number of weights and of chains: ``python -m benchmarks.scale [--quick]``.
 
 Networks 64-h-h-10 of 10^3 to 10^7 weights, one chain; and 1 to 256 vectorised chains of 64-50-10 (3,760 weights).
-Batches of 100, one thread, steps as captured, not compiled. Each point is a fresh process. Time is the processor's, so
-that other work on the machine hardly counts. Memory is the peak of what is not from files while steps are taken: what
+Batches of 100, one thread, captured steps, not compiled. Each point is a new process. Time is CPU time, so that other
+work on the machine has little influence. Memory is the peak of memory not backed by files while steps are taken: what
 the interpreter and the libraries hold, and what grows. The exponent of time is the slope of a least-squares line in
-log-log: of all points, and of those where arithmetic outweighs calls. That of memory is p in a + b n^p, fitted to the
-logarithms of the peaks; what is shown of memory is what it has above a.
+log-log coordinates: over all points, and over those where arithmetic dominates the overhead of calls. The exponent of
+memory is p in a + b n^p, fitted to the logarithms of the peaks; the memory shown is that above a.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ WEIGHTS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000,
 CHAINS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 #: From here on points count for the second exponent.
 LARGE_WEIGHTS, MANY_CHAINS = 100_000, 8
-#: Bytes that a peak tells.
+#: Resolution of a peak, in bytes.
 RESOLUTION = 4e6
 QUICK_WEIGHTS, QUICK_CHAINS = (1_000, 10_000, 100_000), (1, 4, 16)
 
 
 def width(num_weights: int) -> int:
-    """Hidden units h with which 64-h-h-10 comes nearest to so many weights."""
+    """Hidden units h with which 64-h-h-10 is nearest to this number of weights."""
     linear = NUM_INPUTS + NUM_CLASSES + 2
     return max(1, round((math.sqrt(linear**2 + 4 * (num_weights - NUM_CLASSES)) - linear) / 2))
 
@@ -58,7 +58,7 @@ def network(num_weights: int | None) -> nn.Sequential:
 
 
 def child(num_weights: int | None, num_chains: int | None) -> None:
-    """Prints processor seconds a step and the peak memory of this process's steps."""
+    """Prints CPU seconds per step and the peak memory of this process's steps."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     x, y = torch.randn(1000, NUM_INPUTS), torch.arange(1000) % NUM_CLASSES
@@ -89,7 +89,7 @@ def child(num_weights: int | None, num_chains: int | None) -> None:
 
 
 def measure(num_weights: int | None, num_chains: int | None) -> dict[str, Any]:
-    """The same of a fresh process."""
+    """The same from a new process."""
     code = f"import benchmarks.scale as s; s.child({num_weights}, {num_chains})"
     command = [sys.executable, "-W", "ignore", "-c", code]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -99,7 +99,7 @@ def measure(num_weights: int | None, num_chains: int | None) -> dict[str, Any]:
 
 
 def growth(points: list[dict[str, Any]], by: str) -> tuple[float, float]:
-    """Bytes that are there anyway, and the exponent of what is added to them."""
+    """Constant part in bytes, and the exponent of the part that grows."""
     n, num_bytes = (np.array([float(point[of]) for point in points]) for of in (by, "bytes"))
     added = num_bytes[-1] - num_bytes.min()
     if len(points) < 4 or added <= RESOLUTION:
@@ -114,7 +114,7 @@ def growth(points: list[dict[str, Any]], by: str) -> tuple[float, float]:
 
 
 def above(points: list[dict[str, Any]], anyway: float) -> list[dict[str, Any]]:
-    """Points with the memory that they have above this; where that is too little to tell, it is not known."""
+    """Points with their memory above the constant part; unknown if that is too small to measure."""
     grown = [{**point, "peak_bytes": point["bytes"], "bytes": point["bytes"] - anyway} for point in points]
     return [{**point, "bytes": point["bytes"] if point["bytes"] > RESOLUTION else math.nan} for point in grown]
 
@@ -128,7 +128,7 @@ def exponent(points: list[dict[str, Any]], by: str, of: str, least: int = 0) -> 
 
 
 def exponents(points: list[dict[str, Any]], by: str, least: int) -> dict[str, float]:
-    """Of time, over all points and over the large ones."""
+    """Exponents of time, over all points and over the large ones."""
     return {f"time, {name}": exponent(points, by, "seconds", n) for name, n in (("all", 0), (f"from {least:,}", least))}
 
 
@@ -136,7 +136,7 @@ def summed_up(by_weights: list[dict[str, Any]], by_chains: list[dict[str, Any]])
     """Both series, and their exponents."""
     found: dict[str, Any] = {"exponents": {}}
     for by, points, least in (("weights", by_weights, LARGE_WEIGHTS), ("chains", by_chains, MANY_CHAINS)):
-        # What vectorising itself loads comes with the second chain.
+        # Modules for vectorisation are loaded with the second chain.
         anyway, power = growth(points[by == "chains" :], by)
         found[by] = above(points, anyway)
         found["exponents"][by] = {**exponents(points, by, least), "memory": power}
@@ -152,7 +152,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(2, 2, figsize=(8.5, 6.2), layout="constrained")
     sides = (("weights", "weights, one chain", LARGE_WEIGHTS), ("chains", "chains of 3,760 weights", MANY_CHAINS))
-    rows = (("seconds", "processor s a step", 1.0), ("bytes", "memory that grows, MB", 1e6))
+    rows = (("seconds", "CPU s per step", 1.0), ("bytes", "memory that grows, MB", 1e6))
     for column, (by, label, least) in enumerate(sides):
         points = results[by]
         size = np.array([point[by] for point in points], float)
@@ -179,13 +179,13 @@ def _megabytes(num_bytes: float) -> str:
 def main() -> None:
     """The tables, the figure and the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few small sizes: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="a few small sizes: checks that it runs")
     quick = parser.parse_args().quick
     sizes, counts = (QUICK_WEIGHTS, QUICK_CHAINS) if quick else (WEIGHTS, CHAINS)
     results: dict[str, Any] = summed_up([measure(n, None) for n in sizes], [measure(None, n) for n in counts])
     for by in ("weights", "chains"):
         rows = [[f"{p[by]:,}", f"{1e3 * p['seconds']:.3g}", _megabytes(p["bytes"])] for p in results[by]]
-        print(markdown_table([by, "processor ms a step", "memory, MB"], rows))
+        print(markdown_table([by, "CPU ms per step", "memory, MB"], rows))
         slopes = [f"{name} {value:.2f}" for name, value in results["exponents"][by].items()]
         print("\nExponents:", ", ".join(slopes), "\n")
     if not quick:

@@ -49,7 +49,7 @@ class TracedPotential:
         self.mode = self._newton(self.layout.unconstrain({s.name: trace.nodes[s.name]["value"] for s in self.layout}))
 
     def value(self, theta: Tensor, rows: Tensor | None = None) -> Tensor:
-        """U at ``theta``; of some rows of the data only, where given."""
+        """U at ``theta``; on the given rows of the data only, if any."""
         args = self.args if rows is None else tuple(arg[rows] for arg in self.args)
         trace = poutine.trace(poutine.condition(self.model, self.layout.constrain(theta))).get_trace(*args)
         return -trace.log_prob_sum() - self.layout.log_abs_det_jacobian(theta)
@@ -64,7 +64,7 @@ class TracedPotential:
         return torch.autograd.functional.hessian(self.value, theta)
 
     def _newton(self, theta: Tensor, iterations: int = 50) -> Tensor:
-        """A mode, by damped Newton steps, which do not care about scales."""
+        """A mode, by damped Newton steps, which do not depend on scales."""
         for _ in range(iterations):
             values, vectors = torch.linalg.eigh(self.hessian(theta))
             gradient, here = self.gradient(theta), self.value(theta)
@@ -80,7 +80,7 @@ class TracedPotential:
 
 @dataclass(frozen=True)
 class Pilot:
-    """What a short chain shows of a posterior.
+    """Measurements of a posterior by a short chain.
 
     :ivar hessians: of U along it, ``(M, D, D)``.
     :ivar second_moment: of the full-data gradient, ``(D,)``.
@@ -93,9 +93,9 @@ class Pilot:
 
 
 def explore(target: TracedPotential, by_row: bool = True, num_points: int = 60) -> Pilot:
-    """A pilot chain of SGLD from the mode, at a step size by the curvature there, thinned to ``num_points``.
+    """A pilot chain of SGLD from the mode, with a step size from the curvature there, thinned to ``num_points``.
 
-    :param bool by_row: whether to look at single rows, which plans for mini-batches need.
+    :param bool by_row: whether to measure single rows, which plans for mini-batches need.
     """
     curvature = float(torch.linalg.eigvalsh(target.hessian(target.mode))[-1])
     kernel = SGLD(target.model, 4 * INFLATION / curvature, thinning=25, init_strategy=target.init, seed=1_000)
@@ -119,7 +119,7 @@ class Plan:
     """How a kernel is run.
 
     :ivar float step_size: epsilon.
-    :ivar float steps_each: Langevin steps that an effective draw takes; infinite where the pilot cannot tell.
+    :ivar float steps_each: Langevin steps per effective draw; infinite if the pilot chain cannot tell.
     """
 
     step_size: float

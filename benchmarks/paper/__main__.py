@@ -6,10 +6,10 @@
 ``python -m benchmarks.paper {toy,classification,ood,uci,active_learning,adversarial,all}
 [--protocol faithful|corrected|both] [--budget smoke|cpu|full] [--device cpu]``
 
-``faithful`` keeps the published settings with their faults; ``corrected`` mends these: see each experiment's file for
-what differs. Data come from the folder that ``PYRO_APD_DATA`` names; without one, and always on the smoke budget,
-scikit-learn's digits stand in for MNIST. Figures are stored after each piece of work, and what is stored is not run
-again unless ``--again`` says so. Chains and fitted networks are kept in a cache, which all experiments share.
+``faithful`` keeps the published settings with their errors; ``corrected`` fixes these: the file of each experiment
+lists the differences. Data come from the folder named by ``PYRO_APD_DATA``. Without one, and always with the smoke
+budget, scikit-learn's digits replace MNIST. Results are stored after each job; stored results are computed again only
+with ``--again``. Chains and fitted networks are cached, and all experiments share the cache.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", choices=BUDGETS, default="cpu")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the budget's own")
-    parser.add_argument("--digits", action="store_true", help="the digits also where there is MNIST")
-    parser.add_argument("--methods", nargs="+", help="only methods whose names begin so")
+    parser.add_argument("--digits", action="store_true", help="use the digits even if MNIST is available")
+    parser.add_argument("--methods", nargs="+", help="only methods whose names begin with this")
     parser.add_argument("--networks", nargs="+", type=hidden_layers, help="of classification: 100, 400-400 or both")
-    parser.add_argument("--again", action="store_true", help="run also what is stored")
-    parser.add_argument("--results", type=Path, default=Options().results, help="folder for figures and tables")
+    parser.add_argument("--again", action="store_true", help="also run what is stored")
+    parser.add_argument("--results", type=Path, default=Options().results, help="folder for results and tables")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     asked = parser.parse_args(arguments)
     torch.set_num_threads(asked.threads)
@@ -58,16 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def hidden_layers(text: str) -> tuple[int, ...]:
-    """From such as ``400-400``."""
+    """Parses names such as ``400-400``."""
     return tuple(int(size) for size in text.split("-"))
 
 
 def run(name: str, options: Options) -> Results:
-    """One experiment: what is missing is found, then shown."""
+    """One experiment: computes what is missing, then shows all."""
     experiment, results = find(name), Results(name, options)
     start = time.monotonic()
     if not (options.is_smoke or options.digits or options.has_images):
-        print("No folder with data (PYRO_APD_DATA): scikit-learn's digits stand in for MNIST.", file=sys.stderr)
+        print("No folder with data (PYRO_APD_DATA): scikit-learn's digits replace MNIST.", file=sys.stderr)
     experiment.run(options, results)
     text = experiment.table(options, results)
     print(f"\n{text}\n", flush=True)

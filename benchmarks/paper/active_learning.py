@@ -7,14 +7,15 @@ Networks are perceptrons, 64-50-10 on the digits and 784-100-10 on MNIST, where 
 
 Faithful: the authors' cold likelihood (temperature 1/1000), a prior that narrows with the labels (precision 0.05 n),
 step size 0.05 / n on full batches from PyTorch's initialisation, 3,000 steps with 500 of burn-in, the first two of each
-class as the start, maximal entropy, and their generator with 1,000 updates a round, beside ours. Corrected: temperature
-1, one prior, chains that start there, a random balanced start, and our generator. In both the generator is trained and
-MC-dropout drops out, which the published code did not do, MC-dropout has the published weight decay and start, and
-random choice is the control.
+class as the start, maximal entropy, and their generator with 1,000 updates per round, beside ours. Corrected:
+temperature 1, one prior, chains that start there, a random balanced start, and our generator. In both, the generator is
+trained and MC-dropout drops units, neither of which the published code did; MC-dropout has the published weight decay
+and start; and random choice is the control.
 
-Smaller budgets do with less. ``cpu``: faithful chains take a third of the steps, each three times as long; generators
-are trained for few steps a round (ours 10 from its Gaussian start, the paper's 50, in one run); MNIST is a pool of
-5,000, 2,000 test images and 10 rounds, and corrected chains on it have as many more steps as these are shorter.
+Smaller budgets do less. ``cpu``: faithful chains have a third of the steps, each three times as long; generators are
+trained for few steps per round (ours 10 from its Gaussian start, the paper's 50, in one run); MNIST is a pool of 5,000,
+2,000 test images and 10 rounds. On MNIST the step size of corrected chains is smaller, and they have correspondingly
+more steps.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Pool:
     y_test: Tensor
 
     def model(self, seed: int) -> BNN:
-        """The network, as PyTorch initialises it by this seed."""
+        """The network as PyTorch initialises it with this seed."""
         with seeded(seed):
             net = network(*self.sizes)
         return BNN(net, likelihood="categorical", prior_scale=self.prior_scale).to(self.x_pool.device)
@@ -68,7 +69,7 @@ class AsPublished:
 
     :ivar tuple sizes: of the network.
     :ivar int num_steps: full-batch Langevin steps, of which a sixth is burn-in.
-    :ivar int thinning: steps a draw.
+    :ivar int thinning: steps per draw.
     :ivar float rate: the learning rate on the mean loss; the step size is this over the number of labels.
     :ivar generator_steps: updates of the generator; None for the chain itself.
     :ivar generator: the paper's, or None for ours.
@@ -82,7 +83,7 @@ class AsPublished:
     generator: str | None = None
 
     def __call__(self, model: BNN, x: Tensor, y: Tensor, seed: int, previous: Any) -> Any:
-        """Draws by site, or the distilled posterior; the model given has the same sites, and only predicts."""
+        """Draws by site, or the distilled posterior; the given model has the same sites, and only predicts."""
         narrow = narrowed(self.sizes, x, seed)
         num_draws, warmup = self.num_steps // self.thinning, self.num_steps // self.thinning // 6
         chain = Chain(
@@ -95,17 +96,17 @@ class AsPublished:
         )
         if self.generator_steps is None:
             return chain(narrow, x, y, seed)
-        wish = {} if self.generator is None else {"generator": self.generator}
-        return Distilled(chain, self.generator_steps, options=wish)(narrow, x, y, seed)
+        options = {} if self.generator is None else {"generator": self.generator}
+        return Distilled(chain, self.generator_steps, options=options)(narrow, x, y, seed)
 
 
 @dataclass(frozen=True)
 class Dropout:
     """MC-dropout as published: weight decay of 0.05 and PyTorch's start, in both protocols.
 
-    The mode under a chain's constant prior is next to nothing while labels are few, although its posterior is not, and
-    a descent that is stable on the digits is not on images of twelve times as many pixels: with either, this rival
-    guesses at 20 labels of MNIST.
+    While there are few labels, the mode under a chain's constant prior is close to zero weights, although its posterior
+    is not. A learning rate that is stable on the digits is not stable on images of twelve times as many pixels. With
+    either, this baseline is no better than guessing at 20 labels of MNIST.
 
     :ivar tuple sizes: of the network.
     :ivar dict options: of the descent.
@@ -115,7 +116,7 @@ class Dropout:
     options: Mapping[str, Any]
 
     def __call__(self, model: BNN, x: Tensor, y: Tensor, seed: int, previous: Any) -> Any:
-        """The network that drops out; the model given only predicts."""
+        """The network that drops units; the given model only predicts."""
         narrow = narrowed(self.sizes, x, seed)
         start = {"init_strategy": narrow.init_to_network}
         rate = 0.05 * shorter_steps(self.sizes[0])
@@ -138,7 +139,7 @@ def digits_pool(options: Options, seed: int) -> Pool:
 
 
 def mnist_pool(options: Options, seed: int) -> Pool:
-    """MNIST: on the smaller budget a sub-sample, the same for every seed."""
+    """MNIST: a subset with the smaller budget, the same for every seed."""
     data = datasets.mnist(data_root()).to(options.device)
     pool, test = options.by_budget(200, 5000, 60_000), options.by_budget(200, 2000, 10_000)
     return Pool(
@@ -172,8 +173,8 @@ def methods(options: Options, pool: Pool) -> dict[str, tuple[str, Any]]:
     )
     distilled = Distilled(chain, options.by_budget(2, 10, 300))
     if options.budget == "cpu" and pool.sizes[0] > 64:
-        # Of so many weights next to their prior, fifty draws and ten steps leave too wide a generator. The same chain,
-        # thinned less, has more of them.
+        # With so many weights near their prior, fifty draws and ten steps give too wide a generator. The same chain,
+        # thinned less, has more draws.
         distilled = Distilled(denser(chain, 4), 100)
     found = {
         CONTROL: ("random", chain),
@@ -195,12 +196,12 @@ def denser(chain: Chain, times: int) -> Chain:
 
 
 def step_size(num_inputs: int, num_labels: int) -> float:
-    """Stable for a perceptron of so many inputs in [-1, 1]: curvature grows with the labels and their length."""
+    """Stable for perceptrons with inputs in [-1, 1]: curvature grows with the number of labels and of inputs."""
     return min(3e-3, 0.22 / num_labels) * shorter_steps(num_inputs)
 
 
 def shorter_steps(num_inputs: int) -> float:
-    """What a step that suits the digits is shortened by."""
+    """Factor by which a step size for the digits is reduced."""
     return min(1.0, 64 / num_inputs)
 
 
@@ -210,7 +211,7 @@ def run(options: Options, results: Results) -> None:
 
 
 def jobs(options: Options) -> list[Job]:
-    """On the digits always, on MNIST where there are data."""
+    """Always on the digits, on MNIST if there are data."""
     found: list[Job] = []
     for seed in options.seeds_or([0], range(5), range(5)):
         found += _jobs_of("digits", partial(digits_pool, options, seed), options, seed, options.by_budget(2, 50, 50))
@@ -224,7 +225,7 @@ def jobs(options: Options) -> list[Job]:
 def _jobs_of(data: str, build: Callable[[], Pool], options: Options, seed: int, num_rounds: int) -> list[Job]:
     names = list(methods(options, Pool((64, 50, 10), 1.0, *[torch.zeros(1)] * 4)))
     if options.budget == "cpu":
-        # A quarter of an hour a run, of which the few steps make nothing: one run shows it.
+        # A quarter of an hour per run, and so few steps train nothing: one run shows it.
         names = [name for name in names if name != PAPER or (data == "digits" and seed == 0)]
     return [(f"{data}/{name}/{seed}", partial(one_run, data, name, build, options, seed, num_rounds)) for name in names]
 
@@ -258,7 +259,7 @@ def one_run(
 
 
 def by_method(results: Results, data: str) -> dict[str, list[dict[str, Any]]]:
-    """Runs by method, in the order of the menu, each seed once."""
+    """Runs by method, in the order of the list, each seed once."""
     found: dict[str, list[dict[str, Any]]] = {}
     for key, figures in results.under(data).items():
         name, seed = key.rsplit("/", 1)
@@ -309,7 +310,7 @@ def _labels_to(figures: Mapping[str, Any], accuracy: float) -> float:
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> str:
-    """``mean [low, high]`` by Student's t; the mean alone of one value."""
+    """``mean [low, high]`` by Student's t; only the mean of one value."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return f"{mean:.4f}"
@@ -319,7 +320,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> str:
 
 
 def figure(options: Options, results: Results) -> list[Path]:
-    """Learning curves: means over seeds, and bands from the least to the greatest."""
+    """Learning curves: means over seeds, and bands from minimum to maximum."""
     from matplotlib.figure import Figure
 
     shown = [data for data in ("digits", "MNIST") if by_method(results, data)]

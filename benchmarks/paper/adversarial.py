@@ -1,15 +1,15 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Adversarial inputs: accuracy that is left, and whether uncertainty gives the attack away (the paper's section 4.5).
+"""Adversarial inputs: remaining accuracy, and whether uncertainty reveals the attack (the paper's section 4.5).
 
 Inputs are in [-1, 1], and so are sizes: the paper's 0.3 is 15 % of the range, 0.15 for images in [0, 1].
 
-Faithful: attacks on *one* network drawn from the posterior, FGSM of the least size that changes its prediction, and PGD
-of 40 steps of 0.02 within 0.3 without a random start; on the posterior itself and carried over from the SGD network; on
-validation rows. Corrected: FGSM and PGD within 0.1 and 0.3, from a random start, through one network, through the mean
-of several drawn once, and through those drawn anew at each step (the adaptive attack), on test rows. In both, attacks
-that succeeded stand apart from all: a weak attack makes detection look strong.
+Faithful: attacks on *one* network drawn from the posterior, FGSM of the smallest size that changes its prediction, and
+PGD of 40 steps of 0.02 within 0.3 without a random start; made on the posterior itself and transferred from the SGD
+network; on validation rows. Corrected: FGSM and PGD within 0.1 and 0.3, from a random start, through one network,
+through the mean of several drawn once, and through those drawn again at each step (the adaptive attack), on test rows.
+Both report successful attacks separately from all: a weak attack makes detection look good.
 
 The budgets differ in the rows attacked (200 or 500 instead of 2,000, the paper's 6,000) and in the draws.
 """
@@ -46,7 +46,7 @@ def compared(options: Options) -> list[str]:
 
 
 def attacks(options: Options) -> dict[str, Attack]:
-    """What is tried, by name."""
+    """Attacks by name."""
     if options.is_faithful:
         sizes = options.by_budget(5, 100, 1000)
         steps = options.by_budget(3, 40, 40)
@@ -64,7 +64,7 @@ def attacks(options: Options) -> dict[str, Attack]:
 
 
 def rows(options: Options, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Inputs that are attacked, evenly spaced so that files sorted by class give all; and their classes."""
+    """Inputs that are attacked, evenly spaced so that files sorted by class give all classes; and their classes."""
     x, y = problem.validation if options.is_faithful and problem.validation is not None else problem.test
     chosen = torch.linspace(
         0, len(x) - 1, min(len(x), options.by_budget(40, 500, 6000 if options.is_faithful else 2000))
@@ -102,7 +102,7 @@ def one(setting: Setting, method: str, origin: str, seed: int) -> Mapping[str, A
         bounds=BOUNDS,
         source=source,
         num_draws=options.by_budget(10, 100, 1000 if options.is_faithful else 200),
-        # Of the method's name, so that no two methods share the networks that are drawn.
+        # From the method's name, so that no two methods share the networks that are drawn.
         seed=seed + 1000 * (zlib.crc32(method.encode()) % 1000),
         batch_size=250,
     )
@@ -110,7 +110,7 @@ def one(setting: Setting, method: str, origin: str, seed: int) -> Mapping[str, A
 
 
 def _through_one(tried: Mapping[str, Attack]) -> dict[str, Attack]:
-    """The source is one network: what goes through several of them is the same attack."""
+    """The source is one network: attacks through several networks are the same attack."""
     return {name: how for name, how in tried.items() if how.through == "one"}
 
 
@@ -153,7 +153,7 @@ def _cells(named: list[dict[str, Any]]) -> list[str]:
 
 
 def figure(options: Options, results: Results) -> list[Path]:
-    """What each attack leaves of the accuracy, and how well entropy tells it from clean inputs, by posterior."""
+    """Remaining accuracy under each attack, and how well entropy separates it from clean inputs, by posterior."""
     from matplotlib.figure import Figure
 
     own = results.under(OWN)

@@ -3,12 +3,12 @@
 
 """The paper's classification table: accuracy and calibration on MNIST, of the average over 100 draws.
 
-50,000 rows to train on, 10,000 to validate, 10,000 to test; 784-100-10 and, on the full budget, 784-400-400-10. Each
-method is fitted once a seed and drawn from several times. The paper's ± is over draws from one chain and one generator;
-here the spread over re-draws and the spread over chains (seeds) stand apart. Neither is a standard error of the test
-set, which for 98 % of 10,000 rows is 0.14 points.
+50,000 rows for training, 10,000 for validation, 10,000 for testing; 784-100-10 and, with the full budget,
+784-400-400-10. Each method is fitted once per seed and drawn from several times. The paper's ± is over draws from one
+chain and one generator; here the spread over re-draws and the spread over chains (seeds) are separate. Neither is a
+standard error of the test set, which for 98 % of 10,000 rows is 0.14 points.
 
-Faithful: the methods of the paper. Corrected: a chain that burnt in, and the rivals that were missing. See
+Faithful: the methods of the paper. Corrected: a chain with sufficient burn-in, and the baselines that were missing. See
 :mod:`benchmarks.paper.settings` for the chains, and :mod:`benchmarks.paper.methods` for the fits.
 """
 
@@ -51,14 +51,14 @@ def run(options: Options, results: Results) -> None:
 
 
 def networks(options: Options) -> tuple[tuple[int, ...], ...]:
-    """Hidden layers of the networks: those asked for, else the larger one where there is time."""
+    """Hidden layers of the networks: those requested, else the larger one if there is time."""
     if options.networks is not None and options.has_images:
         return options.networks
     return ((100,), (400, 400)) if options.budget == "full" and options.has_images else ((100,),)
 
 
 def name_of(hidden: tuple[int, ...]) -> str:
-    """Such as ``100`` and ``400-400``."""
+    """Names such as ``100`` and ``400-400``."""
     return "-".join(map(str, hidden))
 
 
@@ -71,14 +71,14 @@ def _job(method: str, setting: Setting, problem: Problem, seed: int) -> Callable
 
 
 def evaluated(fit: Fitted, problem: Problem, options: Options) -> dict[str, Any]:
-    """Each figure, once a re-draw; size, time and warnings of the fit."""
+    """Each metric, once per re-draw; size, time and warnings of the fit."""
     x, y = problem.test
     found: dict[str, list[float]] = {name: [] for name in FIGURES}
     first: dict[str, Tensor] = {}
     for i in range(options.by_budget(2, 3, 10)):
         draws = fit.draws(NUM_DRAWS, seed=1000 + i)
         if first and all(draws[name].equal(value) for name, value in first.items()):
-            break  # stored draws are all used: there is nothing to draw anew
+            break  # all stored draws are used: there are no other draws
         first = first or draws
         probs_NK = reduce_outputs(problem.model, draws, x, names="mean_probability")["mean_probability"]
         for name, figure in FIGURES.items():
@@ -89,7 +89,7 @@ def evaluated(fit: Fitted, problem: Problem, options: Options) -> dict[str, Any]
 
 
 def table(options: Options, results: Results) -> str:
-    """A table a network."""
+    """A table per network."""
     parts = [f"### Classification, {options.protocol} protocol, {options.budget} budget"]
     for network in dict.fromkeys(key.split("/")[0] for key in results.figures):
         by_seed: dict[str, dict[str, dict[str, Any]]] = {}
@@ -122,7 +122,7 @@ def _row(method: str, found: list[dict[str, Any]]) -> list[str]:
 def _note(by_seed: dict[str, dict[str, dict[str, Any]]]) -> str:
     seeds = sorted({seed for found in by_seed.values() for seed in found})
     spread = "± sd over re-draws" + (", then ± sd over chains" if len(seeds) > 1 else "")
-    return f"Seeds {', '.join(seeds)}; {spread}; one value alone: all that is kept is used."
+    return f"Seeds {', '.join(seeds)}; {spread}; a single value: all stored draws are used."
 
 
 EXPERIMENT = Experiment(run, table)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the paper's experiments share: options, results that are kept as they come, and numbers in tables."""
+"""What the paper's experiments share: options, results that are stored one by one, and numbers in tables."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from pyro_apd import datasets
 PROTOCOLS = ("faithful", "corrected")
 BUDGETS = ("smoke", "cpu", "full")
 
-#: One piece of work: a key under which its figures are kept, and what finds them.
+#: One piece of work: a key under which its results are stored, and the function that computes them.
 Job = tuple[str, Callable[[], Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for on the command line.
+    """Options of the command line.
 
-    :ivar str protocol: ``"faithful"``, the published settings with their faults, or ``"corrected"``.
+    :ivar str protocol: ``"faithful"``, the published settings with their errors, or ``"corrected"``.
     :ivar str budget: ``"smoke"`` (seconds, on the digits), ``"cpu"`` (an hour) or ``"full"``.
     :ivar str device: where to compute.
     :ivar seeds: instead of the budget's own.
-    :ivar bool digits: use the digits also where there is MNIST.
-    :ivar only: beginnings of names of methods, to run no others.
-    :ivar bool again: run also what is stored already.
-    :ivar Path results: where figures, tables and pictures go.
+    :ivar bool digits: use the digits even if MNIST is available.
+    :ivar only: prefixes of names of methods, to run no others.
+    :ivar bool again: also run what is already stored.
+    :ivar Path results: where results, tables and figures are written.
     :ivar networks: hidden layers of the networks on MNIST, instead of the budget's own.
     """
 
@@ -55,26 +55,26 @@ class Options:
 
     @property
     def is_faithful(self) -> bool:
-        """Whether the published settings are wanted."""
+        """Whether to use the published settings."""
         return self.protocol == "faithful"
 
     @property
     def is_smoke(self) -> bool:
-        """Whether it is enough to see that everything runs."""
+        """Whether only to check that everything runs."""
         return self.budget == "smoke"
 
     @property
     def has_images(self) -> bool:
-        """Whether to run on MNIST: on any budget but smoke, where there is a folder with data; else on the digits."""
+        """Whether to run on MNIST: with any budget but smoke, if there is a folder with data; else on the digits."""
         return not (self.is_smoke or self.digits) and data_root() is not None
 
     @property
     def label(self) -> str:
-        """What tells results apart: protocol, budget, and digits where they were asked for."""
+        """Key of results: protocol, budget, and digits if they were requested."""
         return f"{self.protocol}_{self.budget}{'_digits' if self.digits else ''}"
 
     def by_budget(self, smoke: Any, cpu: Any, full: Any) -> Any:
-        """The value that belongs to the budget."""
+        """The value for the budget."""
         return {"smoke": smoke, "cpu": cpu, "full": full}[self.budget]
 
     def wants(self, method: str) -> bool:
@@ -82,15 +82,15 @@ class Options:
         return self.only is None or method.startswith(self.only)
 
     def seeds_or(self, smoke: Sequence[int], cpu: Sequence[int], full: Sequence[int]) -> tuple[int, ...]:
-        """The seeds asked for, else those of the budget."""
+        """The requested seeds, else those of the budget."""
         return self.seeds if self.seeds is not None else tuple(self.by_budget(smoke, cpu, full))
 
 
 class Results:
-    """Figures by key, in a file that is written after each: what is there is not run again.
+    """Results by key, in a file that is written after each: stored results are not computed again.
 
     :param str name: of the experiment.
-    :param Options options: where to, and whether to begin anew.
+    :param Options options: where to write, and whether to start again.
     """
 
     def __init__(self, name: str, options: Options) -> None:
@@ -100,7 +100,7 @@ class Results:
         self.figures: dict[str, dict[str, Any]] = known.get("figures", {})
 
     def run(self, jobs: Iterable[Job]) -> None:
-        """Does what is not stored yet, one after the other, and stores each as it is done."""
+        """Runs what is not stored yet, one after another, and stores each result."""
         missing = [(key, work) for key, work in jobs if key not in self.figures]
         for key, work in (bar := tqdm(missing, desc=f"{self.name}, {self.options.protocol}", leave=False)):
             bar.set_postfix_str(key)
@@ -113,13 +113,13 @@ class Results:
             )
 
     def under(self, prefix: str) -> dict[str, dict[str, Any]]:
-        """Figures whose keys begin with ``prefix/``, by the rest of their keys."""
+        """Results whose keys begin with ``prefix/``, by the rest of their keys."""
         return {key[len(prefix) + 1 :]: value for key, value in self.figures.items() if key.startswith(f"{prefix}/")}
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         head = f'"protocol": {json.dumps(self.options.protocol)}, "budget": {json.dumps(self.options.budget)}'
-        # A line for each key: whole surfaces are among the figures, and a line for each number fills screens.
+        # One line per key: some results are whole surfaces, and one line per number would be too many.
         lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in self.figures.items())
         part = self.path.with_suffix(".part")
         part.write_text(f'{{{head}, "figures": {{\n{lines}\n}}}}\n')
@@ -128,7 +128,7 @@ class Results:
 
 @contextmanager
 def warnings_noted() -> Iterator[list[str]]:
-    """Collects warnings: a benchmark's short or faulty runs are to be reported with their figures, not to stop."""
+    """Collects warnings, so that short or faulty runs are reported with their results and do not stop."""
     notes: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -139,7 +139,7 @@ def warnings_noted() -> Iterator[list[str]]:
 
 
 def data_root() -> str | None:
-    """The folder with real data, where there is one."""
+    """The folder with real data, if there is one."""
     root = os.environ.get(datasets.DATA_VARIABLE, "../shared/data")
     return root if Path(root).is_dir() else None
 
@@ -159,7 +159,7 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
 
 
 def plus_minus(values: Sequence[float], form: str = ".4f") -> str:
-    """``mean ± sd``, or the value where there is one."""
+    """``mean ± sd``, or the value if there is only one."""
     if not values:
         return ""
     mean, sd = mean_and_sd(values)
@@ -167,7 +167,7 @@ def plus_minus(values: Sequence[float], form: str = ".4f") -> str:
 
 
 def write_table(options: Options, name: str, text: str) -> Path:
-    """Puts a table into ``paper_tables.md``, in place of what an earlier run with these options put there."""
+    """Puts a table into ``paper_tables.md``, replacing that of an earlier run with these options."""
     path = options.results / "paper_tables.md"
     begin, end = (f"<!-- {edge} {name} {options.label} -->" for edge in ("begin", "end"))
     known = path.read_text() if path.exists() else "# The paper's experiments\n"

@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The posteriors that the paper's tables compare, fitted once for a setting and a seed, and kept in the cache.
+"""The posteriors compared in the paper's tables, fitted once per setting and seed, and cached.
 
-Faithful: on the draws after 500 steps. Corrected: on a chain that burnt in, beside the rivals that were missing. What
-the published code did not do is in neither: its active learning never trained the generator, its MC-dropout was not
-dropped out.
+Faithful: on the draws after 500 steps. Corrected: on a chain with sufficient burn-in, beside the baselines that were
+missing. Two errors of the published code are in neither: in its active learning the generator was never trained, and
+its MC-dropout did not drop units.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ Draws = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Fitted:
-    """A posterior, and what it took.
+    """A posterior, and its cost.
 
     :ivar posterior: draws by site ``(S, ...)``, or an object with ``get_samples``.
-    :ivar int num_bytes: what it takes to keep.
-    :ivar float seconds: to fit it, without the chain that it may need.
-    :ivar list notes: warnings that fitting it gave.
+    :ivar int num_bytes: bytes to store it.
+    :ivar float seconds: to fit it, without the chain that it may use.
+    :ivar list notes: warnings during the fit.
     """
 
     posterior: Any
@@ -47,7 +47,7 @@ class Fitted:
     notes: list[str] = field(default_factory=list)
 
     def draws(self, count: int, seed: int) -> Draws:
-        """So many draws; of stored ones a random choice, or all where there are no more."""
+        """This number of draws; a random choice of stored ones, or all if there are no more."""
         if not isinstance(self.posterior, Mapping):
             samples: Draws = self.posterior.get_samples(count, seed=seed)
             return samples
@@ -80,24 +80,24 @@ def sgld(material: Material) -> Draws:
 
 
 def stochastic_gradient(material: Material) -> Draws:
-    """One network, as published: rate 0.05, no momentum, the best of looks at the validation rows."""
+    """One network, as published: rate 0.05, no momentum, the best of several checks on the validation rows."""
     return baselines.map_estimate(material.problem.model, *material.problem.train, **_training(material))
 
 
 def dropout(material: Material) -> Any:
-    """The same with half of the hidden units left out."""
+    """The same with half of the hidden units dropped."""
     return baselines.mc_dropout(material.problem.model, *material.problem.train, rate=0.5, **_training(material))
 
 
 def ensemble(material: Material) -> Draws:
-    """Five of the first."""
+    """Five point estimates."""
     return baselines.deep_ensemble(
         material.problem.model, *material.problem.train, num_networks=5, **_training(material)
     )
 
 
 def swag(material: Material) -> Any:
-    """A Gaussian along the path of the first."""
+    """A Gaussian along the path of a point estimate."""
     options, settings = material.setting.options, _training(material)
     settings = {name: value for name, value in settings.items() if name not in ("validation", "check_every")}
     more = {"rank": 10, "num_iterates": options.by_budget(10, 30, 200)}
@@ -111,7 +111,7 @@ def distilled(material: Material) -> Any:
 
 
 def distilled_as_published(material: Material) -> Any:
-    """The paper's generator: 100,000 steps on the full budget, as published; on a CPU what fits."""
+    """The paper's generator: 100,000 steps with the full budget, as published; fewer with the CPU budget."""
     return _distil(material, num_steps=material.setting.options.by_budget(5, PAPER_STEPS, 100_000), generator="paper")
 
 
@@ -153,8 +153,8 @@ def _distil(material: Material, **settings: Any) -> Any:
 
 #: Steps of the paper's generator on the digits on the CPU budget, of the 100,000 that are published.
 PAPER_STEPS = 1500
-#: What the CPU budget leaves out on MNIST, unless it is asked for by name.
-DEAR = ("APD, online", "APD, paper's generator", "deep ensemble", "SWAG")
+#: Methods that the CPU budget leaves out on MNIST, unless they are requested by name.
+EXPENSIVE = ("APD, online", "APD, paper's generator", "deep ensemble", "SWAG")
 
 METHODS: dict[str, Callable[[Material], Any]] = {
     "SGD": stochastic_gradient,
@@ -167,9 +167,9 @@ METHODS: dict[str, Callable[[Material], Any]] = {
     "SWAG": swag,
     "deep ensemble": ensemble,
 }
-#: Networks of float32 that the stored draws may take: as much as our generator.
+#: Networks of float32 that the stored draws may take: as many as our generator.
 STORED = 12
-#: What needs no chain, and is hence the same in both protocols.
+#: Methods that need no chain, and are therefore the same in both protocols.
 WITHOUT_CHAIN = ("SGD", "MC-dropout", "deep ensemble", "SWAG")
 #: In the paper's tables, and ours on the same chain.
 PUBLISHED = ("SGD", "MC-dropout", "SGLD", "APD, paper's generator", "APD")
@@ -178,18 +178,18 @@ PUBLISHED = ("SGD", "MC-dropout", "SGLD", "APD, paper's generator", "APD")
 def methods(options: Options) -> list[str]:
     """Names of the methods that a protocol compares: faithful, those of the paper and ours; corrected, all.
 
-    Left out on the CPU budget with MNIST: the paper's generator, of which a step takes three seconds of one core, its
-    100,000 three and a half days; and what runs chains or trains networks of its own. The digits have them all, and
-    ``--methods`` runs what it names.
+    Left out with the CPU budget on MNIST: the paper's generator, whose step takes three seconds of one core, so that
+    100,000 take three and a half days; and methods that run their own chains or train their own networks. On the digits
+    all are run, and ``--methods`` runs those it names.
     """
     names = [name for name in METHODS if not options.is_faithful or name in PUBLISHED]
     if options.has_images and options.budget == "cpu" and options.only is None:
-        names = [name for name in names if name not in DEAR]
+        names = [name for name in names if name not in EXPENSIVE]
     return [name for name in names if options.wants(name)]
 
 
 def fitted(method: str, setting: Setting, problem: Problem, seed: int) -> Fitted:
-    """A posterior: from the cache, else fitted and put there. Chains have a cache of their own."""
+    """A posterior: from the cache, else fitted and cached. Chains have a separate cache."""
     material = Material(setting, problem, seed)
     if method == "SGLD":
         return of(sgld(material), 0.0)

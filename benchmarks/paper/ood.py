@@ -1,12 +1,12 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The paper's anomaly detection: five sets beside MNIST, told apart by the uncertainty of 100 draws.
+"""The paper's anomaly detection: five sets beside MNIST, detected by the uncertainty of 100 draws.
 
-Two ways to present the sets stand side by side in either protocol. *As published*: each set in the range that the
-authors' code gives it, which is not MNIST's [-1, 1] (notMNIST [-0.5, 0.5], Omniglot 0 and 1, uniform [0, 1], Gaussian
-unbounded), times 1, 5, 10 or 20. *Matched*: all in [-1, 1], so that a set has to be told by what it shows. Protocols
-differ in the chain and the methods, as for the classification.
+Both protocols present the sets in two ways. *As published*: each set in the range of the authors' code, which is not
+MNIST's [-1, 1] (notMNIST [-0.5, 0.5], Omniglot 0 and 1, uniform [0, 1], Gaussian unbounded), times 1, 5, 10 or 20.
+*Matched*: all in [-1, 1], so that a set must be detected by its content. Protocols differ in the chain and the methods,
+as for the classification.
 
 2,000 images of each set, and the first 2,000 of the test set inside. Out-of-distribution images are the positives.
 """
@@ -60,7 +60,7 @@ def presented(problem: Problem, options: Options) -> dict[str, Tensor]:
 
 
 def published(problem: Problem) -> dict[str, Tensor]:
-    """The sets in the ranges of the authors' code; on the digits, noise in place of those that are not there."""
+    """The sets in the ranges of the authors' code; on the digits, noise replaces missing sets."""
     x = problem.test[0][:NUM_INSIDE]
     generator = torch.Generator().manual_seed(1)
     noise = {
@@ -71,7 +71,7 @@ def published(problem: Problem) -> dict[str, Tensor]:
         return {"inverted": problem.ood["inverted"], **noise}
     return {
         "notMNIST": problem.ood["notMNIST"] / 2,
-        # Binary, as the authors' integers are: a pixel is ink where a third of its area is.
+        # Binary, as the authors' integers are: a pixel is ink if a third of its area is.
         "Omniglot": (problem.ood["Omniglot"] > -1 / 3).to(x),
         "CIFAR grey": problem.ood["CIFAR grey"],
         **noise,
@@ -79,7 +79,7 @@ def published(problem: Problem) -> dict[str, Tensor]:
 
 
 def detected(method: str, setting: Setting, problem: Problem, seed: int, sets: dict[str, Tensor]) -> dict[str, Any]:
-    """Figures by set, score and metric, with their intervals."""
+    """Values by set, score and metric, with their intervals."""
     options = setting.options
     fit = fitted(method, setting, problem, seed)
     draws = fit.draws(NUM_DRAWS, seed=1000)
@@ -97,12 +97,12 @@ def detected(method: str, setting: Setting, problem: Problem, seed: int, sets: d
 
 
 def table(options: Options, results: Results) -> str:
-    """AUROC by set and presentation; the paper's own table at scale 5; and how far each is from SGLD."""
+    """AUROC by set and presentation; the paper's table at scale 5; and the difference of each from SGLD."""
     data = "MNIST, 784-100-10" if options.has_images else "digits, 64-50-10"
     seeds = sorted({key.split("/")[0] for key in results.figures})
     intro = (
-        f"{data}, {NUM_DRAWS} draws, seeds {', '.join(seeds)}. AUROC x 100 by entropy / by mutual information; one "
-        "draw alone, and draws that agree, have no mutual information and hence 50."
+        f"{data}, {NUM_DRAWS} draws, seeds {', '.join(seeds)}. AUROC x 100 by entropy / by mutual information; a "
+        "single draw, and draws that agree, have no mutual information and hence 50."
     )
     known = [name for name in METHODS if any(f"{seed}/{name}" in results.figures for seed in seeds)]
     sets = list(next(iter(results.figures.values()))["sets"])
@@ -138,7 +138,7 @@ def _published(results: Results, seeds: list[str], known: list[str], sets: list[
 
 
 def differences(results: Results, seeds: list[str], known: list[str], sets: list[str]) -> list[str]:
-    """A line a method: largest and mean distance of its AUROC from SGLD's, in points."""
+    """One line per method: largest and mean difference of its AUROC from SGLD's, in points."""
     if "SGLD" not in known:
         return []
     lines = []
@@ -173,9 +173,9 @@ def _mean(results: Results, seeds: list[str], method: str, name: str, score: str
 
 
 def figure(options: Options, results: Results) -> list[Path]:
-    """AUROC by entropy and by mutual information against the presentation, a panel a set.
+    """AUROC by entropy and by mutual information against the presentation, one panel per set.
 
-    Means over seeds, and bars from the least to the greatest; of one seed its bootstrap interval.
+    Means over seeds, and bars from minimum to maximum; for one seed its bootstrap interval.
     """
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which experiments there are. One experiment is one file, with a constant ``EXPERIMENT``."""
+"""List of experiments. One experiment is one file, with a constant ``EXPERIMENT``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ NAMES = ("toy", "classification", "ood", "uci", "active_learning", "adversarial"
 class Experiment:
     """An experiment.
 
-    :ivar run: finds what is missing in the results; each piece of work goes through :meth:`Results.run`.
-    :ivar table: what was found, in Markdown, with a heading of the third level.
-    :ivar figure: draws what was found, and returns the files; None where there is nothing to draw.
+    :ivar run: computes what is missing in the results; each job goes through :meth:`Results.run`.
+    :ivar table: the results in Markdown, with a heading of the third level.
+    :ivar figure: draws the results, and returns the files; None if there is nothing to draw.
     """
 
     run: Callable[[Options, Results], None]
@@ -32,7 +32,7 @@ class Experiment:
 
 
 def available() -> list[str]:
-    """Names of the experiments whose file is there."""
+    """Names of the experiments whose file exists."""
     return [name for name in NAMES if importlib.util.find_spec(f"benchmarks.paper.{name}") is not None]
 
 

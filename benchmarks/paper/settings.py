@@ -1,13 +1,13 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The network, data and chain that an experiment on images is about, in either protocol.
+"""The network, data and chain of an experiment on images, in either protocol.
 
-Faithful: chains start where PyTorch initialises a network, and burn in for 500 steps, although the prior's directions
-take 40,000. Corrected: they start at a draw from the prior, and burn in for 40,000 steps. Step size, prior and batches
-are the published ones in both, and so is the total of 200,000 steps, but for the faithful chain on the CPU budget,
-which has 40,000. Chains are kept in the cache of :mod:`benchmarks.distillation_cases`, whose own chains serve the
-corrected protocol.
+Faithful: chains start at PyTorch's initialisation of a network, with a burn-in of 500 steps, although the prior's
+directions need 40,000. Corrected: they start at a draw from the prior, with a burn-in of 40,000 steps. Both have the
+published step size, prior and batches, and 200,000 steps in total, except for the faithful chain with the CPU budget,
+which has 40,000. Chains are kept in the cache of :mod:`benchmarks.distillation_cases`, whose own chains are those of
+the corrected protocol.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pyro_apd.runtime.global_state import seeded
 
 @dataclass(frozen=True)
 class Setting:
-    """A case, and how it is treated.
+    """A case, and its options.
 
     :ivar Case case: model, data and chain.
     :ivar Options options: protocol and budget.
@@ -37,7 +37,7 @@ class Setting:
     options: Options
 
     def problem(self, seed: int) -> Problem:
-        """Model and rows, on the device asked for."""
+        """Model and rows, on the requested device."""
         with seeded(seed):
             problem = self.case.build(seed)
         device = self.options.device
@@ -50,7 +50,7 @@ class Setting:
         )
 
     def chain(self, problem: Problem, seed: int) -> DrawStore:
-        """Draws of SGLD: from the cache, else sampled and put there."""
+        """Draws of SGLD: from the cache, else sampled and cached."""
         folder, chains = distillation_cases.CACHE / f"{self.case.name}-{seed}", self.case.chains
         if not (folder / "complete").exists():
             kernel = self.kernel(problem, seed)
@@ -76,7 +76,7 @@ class Setting:
 
 
 def image_setting(options: Options, hidden: tuple[int, ...] = (100,)) -> Setting:
-    """The network of the paper with these hidden layers on MNIST; 64-50-10 on the digits where there are no data."""
+    """The network of the paper with these hidden layers on MNIST; 64-50-10 on the digits if there are no data."""
     if not options.has_images:
         case = CASES["digits"]
         chains = Chains(1e-4, 100, 5, 40, 60) if options.is_smoke else case.chains
@@ -87,7 +87,9 @@ def image_setting(options: Options, hidden: tuple[int, ...] = (100,)) -> Setting
     if hidden not in ((100,), (400, 400)):
         raise ValueError(f"The paper's networks have hidden layers (100,) and (400, 400); got {hidden}.")
     chains = case.chains
-    if options.is_faithful:  # 500 steps of burn-in; as published 200,000 steps and a draw every 20, where that fits
+    if (
+        options.is_faithful
+    ):  # 500 steps of burn-in; as published 200,000 steps and a draw every 20, if the budget allows
         chains = replace(chains, thinning=20, warmup=25, num_draws=9975)
         if options.budget != "full":
             chains = replace(chains, thinning=50, warmup=10, num_draws=790)
@@ -95,7 +97,7 @@ def image_setting(options: Options, hidden: tuple[int, ...] = (100,)) -> Setting
 
 
 def _renamed(case: Case, chains: Chains, options: Options) -> Case:
-    """A name of its own in the cache for a chain of its own."""
+    """A separate name in the cache for a separate chain."""
     if chains == case.chains and not options.is_faithful:
         return case
     parts = [case.name, options.protocol, *([options.budget] if options.budget != "cpu" else [])]

@@ -1,16 +1,15 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The paper's figure 2: twenty points in the plane, and the surfaces that posteriors put over it.
+"""The paper's figure 2: twenty points in the plane, and the surfaces of the predictions over it.
 
 Two Gaussians of ten points, a 2-10-10-2 network, prior precision 0.02, full batches. The surface is the probability of
-the second class on [-5, 5]^2; surfaces are compared by their total variation, which of two classes is the difference of
-the probabilities, averaged over the grid. NUTS on the same model is what a posterior's surface should be.
+the second class on [-5, 5]^2. Surfaces are compared by their total variation, which for two classes is the difference
+of the probabilities, averaged over the grid. The reference is NUTS on the same model.
 
 Faithful: 10,000 steps of 2.5e-3 from PyTorch's initial weights, no burn-in, a draw every 20. Corrected: four chains
-from the prior, on the CPU budget with 10,000 steps of burn-in and 30,000 to draw from each, on the full one 20,000 and
-100,000. The paper's generator has 32 latent numbers and width 100, as in its other experiments; its toy had 100 and
-50.
+from the prior, with the CPU budget 10,000 steps of burn-in and 30,000 to draw from each, with the full one 20,000 and
+100,000. The paper's generator has 32 latent numbers and width 100, as in its other experiments; its toy had 100 and 50.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def make_problem(seed: int, options: Options) -> Problem:
 
 
 def grid(options: Options) -> Tensor:
-    """Inputs of the surface ``(SIDE^2, 2)``; coarser on the smoke budget."""
+    """Inputs of the surface ``(SIDE^2, 2)``; coarser with the smoke budget."""
     axis = torch.linspace(-5, 5, options.by_budget(11, SIDE, SIDE), device=options.device)
     return torch.cartesian_prod(axis, axis)
 
@@ -127,7 +126,7 @@ class Fits:
         return self._chain
 
     def sgld(self) -> dict[str, Tensor]:
-        """All its draws."""
+        """All draws of the chain."""
         return {name: value.flatten(0, 1) for name, value in self.by_chain().items()}
 
     def published(self) -> Any:
@@ -139,7 +138,7 @@ class Fits:
         return self._distilled(num_steps=self.options.by_budget(5, None, None))
 
     def nuts(self) -> dict[str, Tensor]:
-        """What is taken for exact."""
+        """The reference."""
         return nuts(self.problem, self.seed, self.options)
 
     def _distilled(self, **settings: Any) -> Any:
@@ -148,7 +147,7 @@ class Fits:
 
 
 def run(options: Options, results: Results) -> None:
-    """Fits, and keeps the surfaces."""
+    """Fits, and stores the surfaces."""
     for seed in options.seeds_or((0,), (0,), (0, 1, 2, 3, 4)):
         fits = Fits(seed, options)
         work = (fits.point, fits.sgld, fits.published, fits.ours, fits.nuts)

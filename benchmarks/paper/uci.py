@@ -1,16 +1,17 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Regression on four UCI sets, beside what others have published for the standard splits.
+"""Regression on four UCI sets, beside published results for the standard splits.
 
-One hidden layer of 50 units, a learned noise scale, everything standardised by the training rows of the split; figures
-are in the targets' own unit. The log-likelihood is of the mixture over draws. Settings are the same for all sets and
-splits but for two: the sampler's step size finds itself, and of two priors, one that narrows with a layer's inputs and
-one with standard deviation 0.5 everywhere, each split takes the one under which shorter chains on nine tenths of its
-training rows give the others the higher log-likelihood. The best published figures come from a grid search likewise.
+One hidden layer of 50 units, a learned noise scale, everything standardised by the training rows of the split; results
+are in the targets' own unit. The log-likelihood is that of the mixture over draws. Settings are the same for all sets
+and splits, with two exceptions. The sampler's step size is found automatically. And there are two priors, one that
+narrows with a layer's inputs and one with standard deviation 0.5 everywhere: each split uses the one under which
+shorter chains on nine tenths of its training rows give the other rows the higher log-likelihood. The best published
+results also come from a grid search.
 
-Both protocols run the same: the paper has no regression. The sets are read from ``uci/`` in the folder that
-``PYRO_APD_DATA`` names; without it, and on the smoke budget, a line with noise stands in.
+Both protocols run the same: the paper has no regression. The sets are read from ``uci/`` in the folder named by
+``PYRO_APD_DATA``; without it, and with the smoke budget, a line with noise replaces them.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ PUBLISHED: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 METHODS = ("SGLD", "APD")
-#: Prior scales, of which each split takes one.
+#: Prior scales, of which each split uses one.
 PRIORS: tuple[str | float, ...] = ("fan_in", 0.5)
 
 
@@ -71,12 +72,12 @@ def run(options: Options, results: Results) -> None:
     """Samples and distils on every split."""
     names = SETS if data_root() is not None and not options.is_smoke else ("line",)
     splits = options.seeds_or((0,), range(2), range(20))
-    # Split by split, so that an interrupt leaves all sets with some.
+    # Split by split, so that after an interrupt all sets have some results.
     results.run((f"{name}/{split}", partial(one_split, name, split, options)) for split in splits for name in names)
 
 
 def one_split(name: str, split: int, options: Options) -> dict[str, Any]:
-    """Figures of the chain and of the generator."""
+    """Metrics of the chain and of the generator."""
     with seeded(split):
         problem, unit = make_problem(name, split)
     start = time.monotonic()
@@ -124,7 +125,7 @@ def chosen_prior(problem: Problem, seed: int, options: Options) -> str | float:
     for prior_scale in PRIORS:
         tried = with_prior(inner, prior_scale)
         with warnings_noted():
-            # Much shorter chains have not come to where a wide prior lets them go, and speak against it.
+            # Much shorter chains have not reached the width that a wide prior allows, and would wrongly reject it.
             draws = sampled(tried, seed, options, options.by_budget((2, 20), (20, 200), (20, 200)))
         pooled = {site: value.flatten(0, 1) for site, value in draws.items()}
         found[prior_scale] = figures(tried, pooled, 1.0)["log_likelihood"]
@@ -139,7 +140,7 @@ def with_prior(problem: Problem, prior_scale: str | float) -> Problem:
 
 
 def sampled(problem: Problem, seed: int, options: Options, length: tuple[int, int]) -> dict[str, Tensor]:
-    """Draws of four chains of SGLD that advance together, ``(C, S, ...)``; ``length`` in steps a draw, and draws."""
+    """Draws of four chains of SGLD that advance together, ``(C, S, ...)``; ``length`` in steps per draw, and draws."""
     thinning, num_draws = length
     warmup = options.by_budget(10, 200, 200)
     kernel = apd.SGLD(
@@ -171,7 +172,7 @@ def figures(problem: Problem, draws: dict[str, Tensor], unit: float) -> dict[str
 
 
 def table(options: Options, results: Results) -> str:
-    """Means over splits with standard errors, beside what is published."""
+    """Means over splits with standard errors, beside published results."""
     rows = []
     for name in dict.fromkeys(key.split("/")[0] for key in results.figures):
         found = list(results.under(name).values())

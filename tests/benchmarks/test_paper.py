@@ -102,7 +102,7 @@ def test_results_are_kept_as_they_come(tmp_path):
 def test_methods_can_be_chosen(monkeypatch, tmp_path):
     assert methods.methods(Options("corrected", "smoke", only=("SGLD", "stored"))) == ["SGLD", "stored draws, thinned"]
     monkeypatch.setenv("PYRO_APD_DATA", str(tmp_path))
-    assert not set(methods.DEAR) & set(methods.methods(Options("corrected", "cpu")))
+    assert not set(methods.EXPENSIVE) & set(methods.methods(Options("corrected", "cpu")))
     assert methods.methods(Options("corrected", "cpu", only=("APD, online",))) == ["APD, online"]
     assert set(methods.methods(Options("faithful", "full"))) == set(methods.PUBLISHED)
     assert set(methods.methods(Options("corrected", "smoke"))) == set(methods.METHODS)
