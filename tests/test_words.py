@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pyro_apd"
 
 # Rooms and modules of the package whose names, comments, docstrings and messages are read.
-CHECKED = ("_version.py", "__main__.py", "runtime")
+CHECKED = ("_version.py", "__main__.py")
 
 #: Patterns, and what to write instead. Only patterns without false alarms; case does not matter.
 WORDS = {
