@@ -169,7 +169,7 @@ def main() -> None:
         ])  # fmt: skip
         if not arguments.quick:
             write_json(f"large_{name}", stages)
-    header = ["network", "weights", "s a step", "file, networks", "distil, s", "s a draw", "s per prediction"]
+    header = ["network", "weights", "s per step", "file, networks", "distil, s", "s per draw", "s per prediction"]
     header += [f"peak of {stage}, GB" for stage in STAGES]
     header += ["NLL, chain", "generator", "MI, chain", "generator"]
     print(markdown_table(header, rows))

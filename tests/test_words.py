@@ -14,15 +14,15 @@ PACKAGE = ROOT / "pyro_apd"
 # Rooms and modules of the package whose names, comments, docstrings and messages are read.
 CHECKED = ("_version.py", "__main__.py")
 
+_AMOUNTS = "bytes|figures?|gradients?|networks?|minutes?|ms|MB|GB|one|seconds?|steps?"
+_UNITS = "chain|datum|draw|epoch|input|second|step|weight"
 #: Patterns, and what to write instead. Only patterns without false alarms; case does not matter.
 WORDS = {
     r"anew": "again",
     r"dear(?:er|est|ly)?": "expensive, more expensive",
     r"do(?:es)? not do(?=[.,;:\"])": "fails, is not enough",
     r"fellows?|fellow_ranks": "peer_ranks, other chains",
-    r"(?:figures?|gradients?|networks?|one|steps?) an? (?:chain|datum|draw|epoch|input|second|step|weight)": (
-        "per chain, per draw, per second"
-    ),
+    rf"(?:{_AMOUNTS}) an? (?:{_UNITS})": "per chain, per draw, per second",
     r"for ever": "indefinitely, any number of",
     r"for want of": "for lack of, without",
     r"goes_with": "set_peers",
