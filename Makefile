@@ -23,7 +23,7 @@ coverage: $(VENV)/.installed-dev
 tutorials: $(VENV)/.installed-tutorials $(VENV)/.installed-test
 	PYRO_APD_TUTORIAL_QUICK=1 $(BIN)/python -m pytest --nbmake tutorials
 
-# The site, into site/. Nothing is fetched; a warning is an error.
+# The site, into site/. There are no downloads; a warning is an error.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -32,8 +32,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Wheel and source distribution into dist/; then the demo, from the wheel, in an environment that has nothing else, away
-# from the sources. PIP_CONSTRAINT also holds where pip builds in isolation.
+# Wheel and source distribution into dist/; then the demo from the wheel, in an environment without the sources.
+# PIP_CONSTRAINT also applies to isolated builds.
 wheel: $(VENV)/.installed-dev
 	rm -rf dist build/wheel && mkdir -p build/wheel
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist
@@ -46,7 +46,7 @@ setup: $(VENV)/.installed-test
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp an extra, so that a second run installs nothing.
+# One stamp file per extra, so that a second run installs nothing.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(patsubst dev,test$(comma)dev,$*)]'
 	@touch $@
