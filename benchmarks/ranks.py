@@ -29,7 +29,7 @@ import pyro_apd as apd
 from benchmarks.common import markdown_table, write_json
 from benchmarks.distillation_cases import Problem, digits
 from benchmarks.large_networks import mlp, synthetic
-from pyro_apd.runtime.ranks import Ranks, joined
+from pyro_apd.runtime.ranks import Ranks, join_process_group
 
 NUM_CHAINS = 4
 SIZES = {"num_samples": 100, "warmup_steps": 50, "thinning": 20, "num_steps": 500}
@@ -56,7 +56,7 @@ def prepared(case: str, problem: Problem, thinning: int, ranks: Ranks) -> tuple[
 def work(folder: Path, sizes: dict[str, int]) -> None:
     """Work of each process of ``torchrun``; the first writes the results."""
     torch.set_num_threads(1)
-    ranks = joined()
+    ranks = join_process_group()
     problem = digits(0)
     found: dict[str, Any] = {}
     draws: dict[str, torch.Tensor] = {}
@@ -66,13 +66,13 @@ def work(folder: Path, sizes: dict[str, int]) -> None:
         mcmc = apd.MCMC(
             kernel, num_chains=NUM_CHAINS, chain_method="distributed", split=split, disable_progbar=True, **counts
         )
-        ranks.meet()
+        ranks.barrier()
         began = time.monotonic()
         mcmc.run(*data)
         found[case] = {"seconds": time.monotonic() - began}
         assert mcmc.store is not None
         draws[case] = mcmc.store.unconstrained().clone()
-    ranks.meet()
+    ranks.barrier()
     began = time.monotonic()
     kernel = apd.SGLD(problem.model, 1e-4, batch_size=100, thinning=sizes["thinning"], seed=0, compile=False)
     posterior = apd.distill_online(

@@ -188,7 +188,7 @@ def from_bytes_of(path: Path) -> Checkpoint:
         raise CheckpointError(f"The checkpoint '{path}' is damaged, or is none: {reason}.") from error
 
 
-def fingerprint(values: Any) -> str:
+def arguments_digest(values: Any) -> str:
     """A digest of the arguments of a run: tensors by their contents, loaders by what is known of their data.
 
     Arrays, which may be files larger than memory, count by shape, type and rows at even distances.
@@ -210,7 +210,7 @@ def describe(value: Any) -> Any:
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__, **fields}
     if isinstance(value, Tensor):
-        return fingerprint(value)
+        return arguments_digest(value)
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, Sequence):

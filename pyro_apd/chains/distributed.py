@@ -80,7 +80,7 @@ class RankRun(Run):
                 f"num_chains={num_chains} leaves some of {ranks.size} processes without a chain: ask for at least "
                 f"{ranks.size} chains, or start fewer processes."
             )
-        self.own = ranks.part(num_chains)
+        self.own = ranks.shard(num_chains)
         self._is_shared = self.settings.store_path is not None and self.settings.gather != "none"
         self.chains = range(num_chains) if self._is_shared else self.own
         row = self.own.start if self._is_shared else 0
@@ -140,9 +140,9 @@ class RankRun(Run):
         counts = [count for part in self.ranks.gathered(own.counts) for count in part]
         whole = MemoryStore(own.layout, num_chains if is_taking else 0, own.num_draws, own.theta_CSD.new_empty(0))
         for source in range(self.ranks.size):
-            for chain in self.ranks.part(num_chains, source):
+            for chain in self.ranks.shard(num_chains, source):
                 self._pass_on(own, whole, chain, counts[chain], source, to_all)
-        self.ranks.meet()
+        self.ranks.barrier()
         if not is_taking:
             return None
         whole.counts[:] = counts
@@ -150,6 +150,7 @@ class RankRun(Run):
 
     def _pass_on(self, own: DrawStore, whole: MemoryStore, chain: int, count: int, source: int, to_all: bool) -> None:
         """A chain's draws and figures, some at a time."""
+        transfer = self.ranks.broadcast if to_all else self.ranks.send_to_first
         row = chain - self.own.start
         for start, stop in own.blocks(count):
             parts = [(own.theta_CSD, whole.theta_CSD)]
@@ -160,9 +161,9 @@ class RankRun(Run):
                     values: Tensor = ours[row, start:stop]
                     if room is not None:
                         room.copy_(values)
-                    self.ranks.pass_on(values, source, to_all)
+                    transfer(values, source)
                 elif room is not None:
-                    self.ranks.pass_on(room, source, to_all)
+                    transfer(room, source)
 
     def _read(self) -> Checkpoint | None:
         """The checkpoint to go on from, if all processes have one of the same run."""
@@ -213,7 +214,7 @@ class RankRun(Run):
         :raises RankError: if another process is gone.
         """
         if self.is_in_step:
-            self.ranks.meet()
+            self.ranks.barrier()
             self._notes["written"] = self._notes.get("written", 0) + 1
 
     def _asked(self) -> dict[str, Any]:
@@ -240,16 +241,16 @@ class RankRun(Run):
         known = super()._seed(saved)
         if known is not None or self.kernel.seed is not None:
             return known
-        return int(self.ranks.agreed(int(torch.randint(2**31, ()))))
+        return int(self.ranks.broadcast_object(int(torch.randint(2**31, ()))))
 
     def _name(self) -> str:
-        return str(self.ranks.agreed(super()._name()))
+        return str(self.ranks.broadcast_object(super()._name()))
 
     def _create(self, path: Path, kept: Layout, dtype: torch.dtype, info: Mapping[str, Any]) -> DiskStore:
         if not self._is_shared:
             return super()._create(path, kept, dtype, info)
         store = super()._create(path, kept, dtype, info) if self.ranks.rank == 0 else None
-        self.ranks.meet()
+        self.ranks.barrier()
         if store is None:
             store = open_store(path)
             store.layout = kept

@@ -28,7 +28,7 @@ from pyro_apd.chains.stores.base import DrawStore
 from pyro_apd.chains.stores.disk import open_store
 from pyro_apd.errors import DivergenceError
 from pyro_apd.runtime.global_state import preserved_param_store
-from pyro_apd.runtime.ranks import joined
+from pyro_apd.runtime.ranks import join_process_group
 
 __all__ = ["MCMC", "open_store"]
 
@@ -235,7 +235,7 @@ class MCMC(pyro.infer.MCMC):
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], stack: ExitStack) -> Run:
         if self.chain_method != "distributed":
             return Run(self.kernel, self._settings, args, kwargs, stack)
-        return RankRun(self.kernel, self._settings, args, kwargs, stack, joined())
+        return RankRun(self.kernel, self._settings, args, kwargs, stack, join_process_group())
 
     def _collect(self, run: Run) -> int:
         """Makes what the store holds the driver's draws; the number of them that there are a chain."""

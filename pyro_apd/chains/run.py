@@ -27,9 +27,9 @@ from pyro_apd.chains.checkpoint import (
     Checkpoint,
     CheckpointError,
     Progress,
+    arguments_digest,
     check_identity,
     describe,
-    fingerprint,
     read_checkpoint,
     write_checkpoint,
 )
@@ -261,10 +261,10 @@ class Run:
             "num_chains": self.plan.num_chains,
             "chain_method": self.settings.chain_method if self.plan.num_chains > 1 else None,
             "save_params": None if self.settings.save_params is None else sorted(self.settings.save_params),
-            "initial_params": None if start is None else fingerprint(dict(start)),
+            "initial_params": None if start is None else arguments_digest(dict(start)),
             "layout": [str(site) for site in layout],
             "dtype": str(theta.dtype),
-            "data": fingerprint((self.args, self.kwargs)),
+            "data": arguments_digest((self.args, self.kwargs)),
         }
 
     def _run_workers(self) -> None:

@@ -245,7 +245,7 @@ class AdversarialObjective(Objective):
     ) -> None:
         self._features, self._real_SF, self._game, self._batch_size = features, real_SF, game, batch_size
         self._critic: nn.Sequential = build_critic(real_SF.shape[-1]).to(real_SF.device, real_SF.dtype)
-        self._averaging = (ranks or Ranks()).averaging(self._critic)
+        self._averaging = (ranks or Ranks()).data_parallel(self._critic)
         self._optimiser = game.optimiser(self._critic.parameters(), learning_rate)
 
     def backward(self, generate: Generate) -> Tensor:

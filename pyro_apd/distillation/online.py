@@ -23,9 +23,9 @@ from torch import Tensor
 from pyro_apd.chains.checkpoint import (
     Checkpoint,
     Progress,
+    arguments_digest,
     check_identity,
     describe,
-    fingerprint,
 )
 from pyro_apd.chains.distributed import RankRun
 from pyro_apd.chains.driver import checked_initial_params
@@ -41,7 +41,7 @@ from pyro_apd.distillation.training import Training
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
-from pyro_apd.runtime.ranks import Ranks, joined
+from pyro_apd.runtime.ranks import Ranks, join_process_group
 
 logger = logging.getLogger("pyro_apd")
 
@@ -146,7 +146,7 @@ def distill_online(
     plan = Plan(num_samples, warmup_steps, num_chains, start, None, None if checkpoint is None else every)
     path = None if checkpoint is None else Path(checkpoint).absolute()
     settings = Settings(plan, chain_method, checkpoint_path=path, disable_progbar=not progress, gather="all")
-    ranks = joined() if chain_method == "distributed" else Ranks()
+    ranks = join_process_group() if chain_method == "distributed" else Ranks()
     args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
     schedule = [num_samples // 2**k for k in range(rounds - 1, 0, -1) if num_samples // 2**k]
     # As in a run of the driver: checks of distributions would be repeated in every step.
@@ -310,7 +310,10 @@ class _OnlineRun(RankRun):
         self._chain, self._device = chain, chain.theta.device
         given = self._rounds.wishes
         if given.seed is None:
-            seed = self.ranks.agreed(int(torch.randint(2**31, ()))) if saved is None else saved.notes["training_seed"]
+            if saved is None:
+                seed = self.ranks.broadcast_object(int(torch.randint(2**31, ())))
+            else:
+                seed = saved.notes["training_seed"]
             self._rounds.wishes = replace(given, seed=seed)
         self._rounds.check_probes(chain.layout, chain.theta)
         buffer = EvenStore(chain.layout, len(self.chains), self._capacity, chain.theta)
@@ -319,7 +322,7 @@ class _OnlineRun(RankRun):
             return buffer
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # Only where chains are put at draws of the generator does their way depend on how it was trained.
-        trained = [describe(given), fingerprint(self._rounds.probe_inputs)] if self._restart else None
+        trained = [describe(given), arguments_digest(self._rounds.probe_inputs)] if self._restart else None
         online = {"online": [self._capacity, self._schedule], "restart": trained}
         self._identity = {**self._describe(chain.layout, chain.theta), **online}
         self._notes = {"seed": self.kernel.seed, "training_seed": self._rounds.wishes.seed}

@@ -152,7 +152,7 @@ class _Watch:
         seen = None
         if self._ranks.rank == 0:
             seen = self._judge.figures(self._draws()), None if loss is None else float(loss)
-        figures, loss_seen = self._ranks.agreed(seen)
+        figures, loss_seen = self._ranks.broadcast_object(seen)
         is_finite = all(math.isfinite(value) for value in figures.values())
         _append(self._result.log, step, figures, loss_seen)
         if is_finite and figures["distance"] < self._smallest + self._judge.tolerance:
@@ -167,7 +167,7 @@ class _Watch:
         for name, parameter in generator.named_parameters():
             if name in self._best:
                 parameter.copy_(self._best[name])
-                self._ranks.pass_on(parameter.data, 0, to_all=True)
+                self._ranks.broadcast(parameter.data, 0)
 
     def _draws(self) -> Iterator[Tensor]:
         with seeded(self._seed, self._device):
@@ -184,7 +184,7 @@ def _steps(
     ranks: Ranks,
 ) -> Iterator[Tensor]:
     """Takes the steps one by one, and yields the loss of each."""
-    module = ranks.averaging(generator)
+    module = ranks.data_parallel(generator)
     if ranks.size > 1:
         torch.manual_seed(int(torch.randint(2**31, ())) + ranks.rank)
     trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
@@ -198,7 +198,7 @@ def _steps(
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * (1.0 - step / schedule.num_steps)
         optimiser.zero_grad()
-        with ranks.listening():
+        with ranks.reporting_lost_processes():
             loss = objective.backward(lambda count: module(latents(count)))
         optimiser.step()
         if average is not generator:

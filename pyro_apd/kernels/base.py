@@ -197,7 +197,7 @@ class StochasticGradientKernel(MCMCKernel):
         if initial_params is not None:
             theta = _checked_start(initial_params, potential.layout, theta)
         if ranks is not None:
-            ranks.pass_on(theta, 0, to_all=True)
+            ranks.broadcast(theta, 0)
         known = (warmup_steps + (warmup_steps if num_samples is None else num_samples)) * self.thinning
         num_warmup = warmup_steps * self.thinning
         potential.source.prefetch = self.prefetch

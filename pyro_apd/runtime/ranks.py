@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The processes of one job, as ``torchrun`` starts them: who is who, and how what they have comes together.
+"""The processes of one job, as ``torchrun`` starts them, and the collective operations among them.
 
-All of it is :mod:`torch.distributed`. A group that the user initialised is used as it is; else one is made by the first
-call that needs it: gloo, and NCCL for what lies on a GPU.
+Everything here uses :mod:`torch.distributed`. A process group that the user initialised is used as it is. Otherwise
+the first call of :func:`join_process_group` makes one: gloo, and NCCL for tensors on a GPU.
 """
 
 from __future__ import annotations
@@ -21,148 +21,163 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-# Looked up when they are used: a build of torch may lack them.
+# Attributes are looked up when they are used: a build of torch may lack them.
 _dist = torch.distributed
-# Seconds that processes wait for each other to start.
-_PATIENCE = 600
-# What is in torch's messages when a process is gone.
-_LOST = ("gloo", "nccl", "connection", "peer", "timed out", "timeout")
+# Seconds that processes wait for each other at the start.
+_START_TIMEOUT = 600
+# Words in torch's error messages when another process has ended.
+_LOST_PROCESS_WORDS = ("gloo", "nccl", "connection", "peer", "timed out", "timeout")
 
 
 class RankError(RuntimeError):
-    """Another process of the job is gone, or did not answer in time."""
+    """Another process of the job has ended, or did not answer in time."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """A place among processes; by default alone.
+    """The rank of this process and the number of processes; by default one process alone.
 
-    Methods that pass something on have to be called by all, in the same order.
+    The collective methods have to be called by all processes, in the same order.
 
-    :ivar int rank: number of this one.
-    :ivar int size: how many there are.
+    :ivar int rank: number of this process.
+    :ivar int size: number of processes.
     """
 
     rank: int = 0
     size: int = 1
 
-    def part(self, count: int, rank: int | None = None) -> range:
-        """Which of ``count`` things in a row are one process's, by default this one's: as many as any other's, or one
-        more."""
+    def shard(self, count: int, rank: int | None = None) -> range:
+        """The contiguous shard of ``count`` items that belongs to one process; shard sizes differ by at most one.
+
+        :param int rank: the process; by default this one.
+        """
         rank = self.rank if rank is None else rank
-        each, more = divmod(count, self.size)
-        start = rank * each + min(rank, more)
-        return range(start, start + each + (rank < more))
+        quotient, remainder = divmod(count, self.size)
+        start = rank * quotient + min(rank, remainder)
+        return range(start, start + quotient + (rank < remainder))
 
     def gathered(self, value: Any) -> list[Any]:
-        """What each process has: anything that pickles. Everybody gets all.
+        """The value of every process, in the order of the ranks, on all processes (all-gather).
 
-        :raises RankError: if one is gone.
+        :param value: any object that can be pickled.
+        :raises RankError: if a process has ended.
         """
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with self.listening():
+        with self.reporting_lost_processes():
             _dist.all_gather_object(values, value)
         return values
 
-    def agreed(self, value: Any) -> Any:
-        """What the first process has.
+    def broadcast_object(self, value: Any) -> Any:
+        """The value of rank 0, on all processes.
 
-        :raises RankError: if one is gone.
+        :param value: any object that can be pickled.
+        :raises RankError: if a process has ended.
         """
         return self.gathered(value if self.rank == 0 else None)[0]
 
     def check_same(self, values: Mapping[str, Any]) -> None:
-        """Compares what has to be the same everywhere, by name.
+        """Checks that named values are equal on all processes.
 
-        :raises ValueError: naming the first that is not; everywhere.
+        :raises ValueError: on all processes, naming the first value that differs.
         """
-        everywhere = self.gathered(dict(values))
-        for name, value in everywhere[0].items():
-            for rank, others in enumerate(everywhere):
+        by_rank = self.gathered(dict(values))
+        for name, value in by_rank[0].items():
+            for rank, others in enumerate(by_rank):
                 if others[name] != value:
                     raise ValueError(
-                        f"Processes disagree about {name}: rank 0 has {value!r}, rank {rank} {others[name]!r}. Give "
-                        "all of them the same; chains have random numbers of their own by their number in the run."
+                        f"Processes disagree about {name}: rank 0 has {value!r}, rank {rank} {others[name]!r}. Pass "
+                        "the same value on all of them; each chain gets its own random numbers by its number in the "
+                        "run."
                     )
 
-    def pass_on(self, values: Tensor, source: int, to_all: bool) -> None:
-        """Fills ``values`` with those of rank ``source``, everywhere or on rank 0 only.
+    def broadcast(self, values: Tensor, source: int = 0) -> None:
+        """Replaces ``values`` on all processes by those of rank ``source``, in place.
 
-        :param values: what is passed on, or room for it of the same shape and dtype; elsewhere ignored.
-        :raises RankError: if a process is gone.
+        :param values: of the same shape and dtype on all processes.
+        :raises RankError: if a process has ended.
         """
-        is_taking = self.rank == 0 or to_all
-        is_for_nobody = self.size == 1 or (source == 0 and not to_all) or values.numel() == 0
-        if is_for_nobody or not (is_taking or self.rank == source):
+        if self.size == 1 or values.numel() == 0:
             return
-        staged = values.contiguous().to(self._device())
-        as_bytes = staged.view(-1).view(torch.uint8)  # any dtype, by any backend
-        with self.listening():
-            if to_all:
-                _dist.broadcast(as_bytes, source)
-            elif self.rank == source:
-                _dist.send(as_bytes, 0)
-            else:
-                _dist.recv(as_bytes, source)
+        staged, as_bytes = self._staged(values)
+        with self.reporting_lost_processes():
+            _dist.broadcast(as_bytes, source)
         if self.rank != source:
             values.copy_(staged)
 
-    def add_up(self, values: Tensor) -> None:
-        """Puts the sum over all processes in place of ``values``, the same in each to the last bit.
+    def send_to_first(self, values: Tensor, source: int) -> None:
+        """Replaces ``values`` on rank 0 by those of rank ``source``, in place.
 
-        :raises RankError: if one is gone.
+        :param values: of the same shape and dtype on both processes; ignored on the others.
+        :raises RankError: if a process has ended.
+        """
+        if self.size == 1 or source == 0 or self.rank not in (0, source) or values.numel() == 0:
+            return
+        staged, as_bytes = self._staged(values)
+        with self.reporting_lost_processes():
+            if self.rank == source:
+                _dist.send(as_bytes, 0)
+                return
+            _dist.recv(as_bytes, source)
+        values.copy_(staged)
+
+    def all_reduce_sum(self, values: Tensor) -> None:
+        """Replaces ``values`` by their sum over all processes, in place; the result is the same bit for bit on all.
+
+        :raises RankError: if a process has ended.
         """
         if self.size > 1:
-            with self.listening():
+            with self.reporting_lost_processes():
                 _dist.all_reduce(values)
 
-    def meet(self) -> None:
-        """Waits until all are here.
+    def barrier(self) -> None:
+        """Waits until all processes have called it.
 
-        :raises RankError: if one is gone.
+        :raises RankError: if a process has ended.
         """
         self.gathered(None)
 
-    def averaging(self, module: nn.Module) -> nn.Module:
-        """A module whose gradients are averaged over all processes, which begin with the first one's parameters."""
+    def data_parallel(self, module: nn.Module) -> nn.Module:
+        """A module whose gradients are averaged over all processes, with the parameters of rank 0 to begin with."""
         if self.size == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
             return module
-        with self.listening():
+        with self.reporting_lost_processes():
             return nn.parallel.DistributedDataParallel(module)
 
-    def _device(self) -> torch.device:
-        """Where a tensor has to be to be passed on."""
+    def _staged(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A contiguous copy on the device of the backend, and its bytes: every backend takes bytes, of any dtype."""
         is_gpu_only = _dist.get_backend() == "nccl"
-        return torch.device("cuda", torch.cuda.current_device()) if is_gpu_only else torch.device("cpu")
+        device = torch.device("cuda", torch.cuda.current_device()) if is_gpu_only else torch.device("cpu")
+        staged = values.contiguous().to(device)
+        return staged, staged.view(-1).view(torch.uint8)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Says what it means where torch has lost another process.
+    def reporting_lost_processes(self) -> Iterator[None]:
+        """Turns torch's error about another process that has ended into a RankError.
 
-        :raises RankError: if that is so; other errors pass.
+        :raises RankError: in place of such an error; other errors are raised unchanged.
         """
         try:
             yield
-        except RuntimeError as error:  # what torch raises differs by backend
-            if self.size == 1 or not any(word in str(error).lower() for word in _LOST):
+        except RuntimeError as error:  # the type and text that torch raises differ by backend
+            if self.size == 1 or not any(word in str(error).lower() for word in _LOST_PROCESS_WORDS):
                 raise
             raise RankError(
-                f"Rank {self.rank} of {self.size} found another process of the job gone, or had no answer within the "
-                f"process group's timeout ({str(error).split('. ')[0]}). What went wrong is said by the process that "
-                "ended first. With checkpoint= the same call resumes from the last one, also by itself under "
+                f"Rank {self.rank} of {self.size}: another process of the job has ended, or had no answer within the "
+                f"process group's timeout ({str(error).split('. ')[0]}). The process that ended first reports the "
+                "cause. With checkpoint= the same call resumes from the last checkpoint, automatically under "
                 "torchrun --max-restarts=1."
             ) from error
 
 
-def joined() -> Ranks:
-    """This process's place in the job; alone where there is no job.
+def join_process_group() -> Ranks:
+    """The rank of this process and the number of processes of the job; a single process where there is no job.
 
-    A process group is made from what ``torchrun`` set in the environment, unless there is one. It stays to the end of
-    the process: torch cannot make another from the same environment.
+    Unless there is a process group, one is made from the environment variables that ``torchrun`` sets. It is kept until
+    the process ends: torch cannot make another from the same environment.
 
-    :raises RankError: if another process is gone.
+    :raises RankError: if another process has ended.
     """
     if not _dist.is_available():
         return Ranks()
@@ -173,45 +188,47 @@ def joined() -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if is_on_gpu else "gloo"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store, rank, size = next(_dist.rendezvous("env://"))  # type: ignore[attr-defined]
-            _dist.init_process_group(backend, store=_fresh(store, rank, size), rank=rank, world_size=size)
+            store = _store_of_attempt(store, rank, size)
+            _dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         else:
             _dist.init_process_group(backend)
         atexit.register(_leave)
-        # Without torchrun's own, the first process keeps the store: were it to leave by an error while others are
-        # still finding each other, they would report a lost connection in place of that error.
-        Ranks(_dist.get_rank(), _dist.get_world_size()).meet()
+        # Without torchrun's own store, rank 0 keeps it. If rank 0 ended by an error while others still connect, they
+        # would report a lost connection in place of that error.
+        Ranks(_dist.get_rank(), _dist.get_world_size()).barrier()
     return Ranks(_dist.get_rank(), _dist.get_world_size())
 
 
-def _fresh(store: Any, rank: int, size: int) -> Any:
-    """A part of ``torchrun``'s store in which no earlier attempt at the job wrote.
+def _store_of_attempt(store: Any, rank: int, size: int) -> Any:
+    """A prefix of ``torchrun``'s store that no earlier attempt at the job has written to.
 
-    The store outlives a restart, and with it the addresses of processes that are gone, where those that come early
-    would look for the others (seen with torch 2.13; see also pytorch issue 135712). So the first process makes a name
-    for this attempt, which counts for another once either has seen the other answer with a number that is new.
+    The store survives a restart, and with it the addresses of processes that have ended. Processes that start early
+    would try to connect to those (seen with torch 2.13; see also pytorch issue 135712). So rank 0 draws a name for this
+    attempt. A process accepts it after a handshake of random numbers, which proves that the other one is alive.
 
-    :raises RankError: if a process does not come.
+    :raises RankError: if a process does not start.
     """
-    mine, deadline = os.urandom(8).hex(), time.monotonic() + _PATIENCE
-    waited_for = set(range(1, size)) if rank == 0 else {0}
+    nonce = os.urandom(8).hex()
+    deadline = time.monotonic() + _START_TIMEOUT
+    missing = set(range(1, size)) if rank == 0 else {0}
     if rank == 0:
-        store.set("pyro_apd/offer", mine)
-    while waited_for:
-        for other in list(waited_for):
+        store.set("pyro_apd/offer", nonce)
+    while missing:
+        for other in list(missing):
             if rank == 0:
                 echo = _read(store, f"pyro_apd/echo{other}")
-                if echo.startswith(mine):
+                if echo.startswith(nonce):
                     store.set(f"pyro_apd/go{other}", echo)
-                    waited_for.discard(other)
+                    missing.discard(other)
                 continue
             offer = _read(store, "pyro_apd/offer")
-            store.set(f"pyro_apd/echo{rank}", f"{offer}/{mine}")
-            if _read(store, f"pyro_apd/go{rank}") == f"{offer}/{mine}":
+            store.set(f"pyro_apd/echo{rank}", f"{offer}/{nonce}")
+            if _read(store, f"pyro_apd/go{rank}") == f"{offer}/{nonce}":
                 return _dist.PrefixStore(offer, store)  # type: ignore[attr-defined]
         if time.monotonic() > deadline:
-            raise RankError(f"Rank {rank} of {size} waited {_PATIENCE} s for rank {min(waited_for)} to start.")
+            raise RankError(f"Rank {rank} of {size} waited {_START_TIMEOUT} s for rank {min(missing)} to start.")
         time.sleep(0.02)
-    return _dist.PrefixStore(mine, store)  # type: ignore[attr-defined]
+    return _dist.PrefixStore(nonce, store)  # type: ignore[attr-defined]
 
 
 def _read(store: Any, name: str) -> str:

@@ -13,9 +13,9 @@ from pyro_apd.chains.checkpoint import (
     Checkpoint,
     CheckpointError,
     Progress,
+    arguments_digest,
     check_identity,
     describe,
-    fingerprint,
     previous_path,
     read_checkpoint,
     write_checkpoint,
@@ -175,8 +175,8 @@ def test_another_run_is_refused_by_what_differs(path):
 
 def test_fingerprints_see_the_data():
     x, y = torch.randn(20, 3), torch.randint(2, (20,))
-    seen = fingerprint(((x, y), {"flag": True}))
-    assert fingerprint(((x.clone(), y), {"flag": True})) == seen
+    seen = arguments_digest(((x, y), {"flag": True}))
+    assert arguments_digest(((x.clone(), y), {"flag": True})) == seen
     changed = x.clone()
     changed[13, 1] += 1e-6
     others = [
@@ -188,14 +188,14 @@ def test_fingerprints_see_the_data():
         ((x, y), {"flags": True}),
         ((x,), {"flag": True}),
     ]
-    assert len({seen, *map(fingerprint, others)}) == 8
+    assert len({seen, *map(arguments_digest, others)}) == 8
 
 
 def test_fingerprints_see_into_loaders():
     x = torch.randn(20, 3)
 
     def of(x, **settings):
-        return fingerprint(((DataLoader(TensorDataset(x), **settings),), {}))
+        return arguments_digest(((DataLoader(TensorDataset(x), **settings),), {}))
 
     assert of(x, batch_size=4) == of(x.clone(), batch_size=4)
     assert (

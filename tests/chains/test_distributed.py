@@ -356,7 +356,7 @@ def test_a_process_that_dies_is_noticed_and_the_run_resumes(settings, tmp_path):
     assert code == 9
     if settings != {"gather": "none"}:  # who gathers nothing does not need the other
         assert isinstance(first, RankError)
-        assert "Rank 0 of 2 found another process of the job gone" in str(first)
+        assert "Rank 0 of 2: another process of the job has ended" in str(first)
     first, second = on_ranks(on_rank, 2, tmp_path)
     whole = {"checkpoint": tmp_path / "whole.ckpt", **settings}
     expected, other = on_ranks(lambda rank: summary(run(**whole)), 2, tmp_path)

@@ -10,7 +10,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_apd.chains.checkpoint import fingerprint
+from pyro_apd.chains.checkpoint import arguments_digest
 from pyro_apd.data.minibatch import RowSubsample
 from pyro_apd.data.row_reader import RowReader, has_stored_rows, is_stored, shown_arguments
 from pyro_apd.errors import DataError
@@ -210,7 +210,7 @@ def test_batches_go_to_the_model_where_it_is_not_on_the_cpu():
 
 def test_fingerprints_of_files(mapped):
     def of(x):
-        return fingerprint(((x,), {}))
+        return arguments_digest(((x,), {}))
 
     changed = X.numpy().copy()
     changed[7, 1] += 1

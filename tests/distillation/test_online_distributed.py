@@ -21,7 +21,7 @@ from pyro_apd.distillation import offline, online, training
 from pyro_apd.distillation.effort import Effort
 from pyro_apd.distillation.objective import AdversarialObjective
 from pyro_apd.posterior.posterior import DistilledPosterior
-from pyro_apd.runtime.ranks import RankError, joined
+from pyro_apd.runtime.ranks import RankError, join_process_group
 from tests.support.models import Conjugate
 from tests.support.processes import on_ranks
 
@@ -115,7 +115,7 @@ def test_gradients_are_those_of_all_processes_together(tmp_path):
             return {"distance": -float(next(iter(theta)).mean())}  # the last is the best
 
     def on_rank(rank):
-        ranks, toy = joined(), _Toy()
+        ranks, toy = join_process_group(), _Toy()
         if ranks.rank:
             nn.init.constant_(toy.value, 77.0)  # the first one's parameters go for all
         schedule = training.Schedule(400, 0.05)
@@ -130,7 +130,7 @@ def test_gradients_are_those_of_all_processes_together(tmp_path):
 
 def test_critics_stay_one(tmp_path):
     def on_rank(rank):
-        ranks = joined()
+        ranks = join_process_group()
         torch.manual_seed(rank)
         real = torch.randn(50, 3)
         critic = AdversarialObjective(lambda theta: theta, real, 1e-3, batch_size=10, ranks=ranks)
@@ -171,7 +171,7 @@ def test_a_process_that_dies_is_noticed_and_the_run_resumes(at, tmp_path, monkey
     first, code = on_ranks(on_rank, 2, tmp_path)
     assert code == 9
     assert isinstance(first, RankError)
-    assert "Rank 0 of 2 found another process of the job gone" in str(first)
+    assert "Rank 0 of 2: another process of the job has ended" in str(first)
     assert path_of_rank(path, 0).exists() == (at >= 6)
     resumed = on_ranks(on_rank, 2, tmp_path)
     expected = on_ranks(lambda rank: contents(run(), tmp_path / f"whole{rank}"), 2, tmp_path)

@@ -43,7 +43,7 @@ class SplitPotential(Potential):
 
     def agreed(self, value: Any) -> Any:
         """What the first process has."""
-        return self._ranks.agreed(value)
+        return self._ranks.broadcast_object(value)
 
     def gradient_function(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
         """As that of one process; it waits for all.
@@ -58,7 +58,7 @@ class SplitPotential(Potential):
         def added(pieces: Pieces, inputs: Inputs) -> tuple[Pieces, Tensor]:
             gradients, energy = part(pieces, inputs)
             total = torch.cat([*gradients, energy.unsqueeze(-1)], -1)
-            self._ranks.add_up(total)
+            self._ranks.all_reduce_sum(total)
             if self._ranks.size > 1:
                 of_prior, energy_of_prior = prior(pieces, ())
                 surplus = torch.cat([*of_prior, energy_of_prior.unsqueeze(-1)], -1)

@@ -13,7 +13,7 @@ from pyro_apd.data.minibatch import FullBatch
 from pyro_apd.kernels import SGHMC, SGLD
 from pyro_apd.kernels.engine.data_parallel import SplitPotential
 from pyro_apd.models.potential import build_potential
-from pyro_apd.runtime.ranks import Ranks, joined
+from pyro_apd.runtime.ranks import Ranks, join_process_group
 from tests.support.models import Classifier, Conjugate, constrained
 from tests.support.processes import on_ranks
 
@@ -92,7 +92,7 @@ def test_one_process_is_the_potential_itself():
 @pytest.mark.thorough
 def test_the_sum_over_processes_is_exact(tmp_path):
     def on_rank(rank):
-        ranks, rows = joined(), ROWS[rank]
+        ranks, rows = join_process_group(), ROWS[rank]
         split = {name: SplitPotential(p, ranks) for name, p in potentials(MODEL.x[rows], MODEL.y[rows]).items()}
         counts = [p.num_data for p in split.values()]
         # As many batches on both, or one would wait.
@@ -126,7 +126,7 @@ def test_chains_are_those_of_all_rows_and_go_in_step(tmp_path):
     options = {"thinning": 20, "seed": 3}
 
     def on_rank(rank):
-        ranks, rows = joined(), ROWS[rank]
+        ranks, rows = join_process_group(), ROWS[rank]
         x, y = MODEL.x[rows], MODEL.y[rows]
         full = draws(SGHMC(MODEL.full, 1e-3, **options), x, y, ranks)
         auto = draws(SGLD(MODEL.full, "auto", batch_size=5, **options), x, y, ranks)
