@@ -27,7 +27,8 @@ from pyro_apd.errors import ModelError
 from pyro_apd.generators.dropout import DropoutGenerator
 from pyro_apd.models.layout import Layout
 from pyro_apd.models.potential import Potential
-from pyro_apd.models.scaling import examine, run_model
+from pyro_apd.models.structure import examine
+from pyro_apd.models.tracing import run_model
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
@@ -193,12 +194,12 @@ def _prepare(
     rows = RowSubsample(args, kwargs, size)
     generator = torch.Generator(args[0].device if isinstance(args[0], Tensor) else "cpu").manual_seed(seed)
     rows.start(generator)
-    call = rows.bind(rows.draw())
+    inputs = rows.draw()
     starting = InitMessenger(init_strategy)(model)
-    anatomy = examine(starting, rows, call, run_model(starting, call))
-    masking = _Masking(anatomy.layout, sites, rate)
+    structure = examine(starting, rows, inputs, run_model(starting, rows.bind(inputs)))
+    masking = _Masking(structure.layout, sites, rate)
     masked = _MaskedRows(masking, args, kwargs, size)
     masked.start(generator)
-    potential = Potential(_MaskedModel(model, masking), masked, anatomy, masked.bind(masked.draw()))
+    potential = Potential(_MaskedModel(model, masking), masked, structure, masked.bind(masked.draw()))
     masked.start(generator)
-    return Start(potential, anatomy.layout.unconstrain(anatomy.start).detach().clone()), masking
+    return Start(potential, structure.layout.unconstrain(structure.start).detach().clone()), masking

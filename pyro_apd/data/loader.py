@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
 
 from pyro_apd.data.index_stream import Generators
-from pyro_apd.data.minibatch import Call, MinibatchSource
+from pyro_apd.data.minibatch import Call, MinibatchSource, ProbeCalls, RowSubsample, probe_calls_on_parts
 from pyro_apd.errors import DataError
 from pyro_apd.runtime.global_state import other_random_states
 from pyro_apd.runtime.prefetch import Ahead, Sender, Sent, Worker
@@ -186,6 +186,17 @@ class LoaderBatches(MinibatchSource):
         """The batch as the model's arguments."""
         args, kwargs = tree_unflatten(list(inputs), self._spec)
         return Call(args, {**self._kwargs, **kwargs})
+
+    @property
+    def epoch_length(self) -> None:
+        """None: a loader may draw with replacement. Batches that count as independent lead to smaller steps."""
+        return None
+
+    def probe_calls(self, inputs: tuple[Tensor, ...]) -> ProbeCalls:
+        """Calls on parts of the batch ``inputs``."""
+        call, rows = self.bind(inputs), inputs[0].shape[0]
+        batch = RowSubsample(call.args, call.kwargs, 1, rows)
+        return probe_calls_on_parts(call, rows, lambda start, stop: batch.bind((torch.arange(start, stop),)))
 
     def scale(self, inputs: tuple[Tensor, ...]) -> float:
         """N/B, with B the average over an epoch where that is known."""

@@ -1,21 +1,23 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where mini-batches come from: the model's own plates, or rows of full tensors.
+"""Sources of mini-batches for data in memory: the model's own plates, or rows of full tensors.
 
-Those that are not in memory are in :mod:`pyro_apd.data.row_reader` and :mod:`pyro_apd.data.loader`.
+Sources for data outside memory are in :mod:`pyro_apd.data.row_reader` and :mod:`pyro_apd.data.loader`;
+:mod:`pyro_apd.data.sources` chooses one.
 
-A source answers two questions at every step: which tensors change (:meth:`MinibatchSource.draw`), and what the model
-is then called with (:meth:`MinibatchSource.bind`). Keeping them apart lets the potential be traced once, as a function
-of the tensors that change.
+At every step a source gives the tensors that change (:meth:`MinibatchSource.draw`) and the call of the model that they
+make (:meth:`MinibatchSource.bind`). The two are separate so that the potential can be captured once, as a function of
+the tensors that change.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,85 +31,124 @@ from pyro_apd.runtime.trees import tree_flatten, tree_flatten_with_path, tree_le
 
 @dataclass(frozen=True)
 class Call:
-    """What the model is called with: its arguments, and the indices that its subsampled plates are given."""
+    """A call of the model: its arguments, and the indices for its subsampled plates."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     indices: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ProbeCalls:
+    """Calls of the model on chosen rows. Comparing its runs on them shows how the model scales its likelihood.
+
+    :ivar Call few: on ``num_few`` rows.
+    :ivar int batch_size: rows per mini-batch of the source.
+    :ivar int num_few: rows of ``few`` and ``other``.
+    :ivar other: on as many other rows; None where a batch is one row, or all data.
+    :ivar more: on ``num_more`` rows, the first of which are those of ``few``; None where the number of rows is fixed.
+    :ivar full: on all rows; None where they are not in memory.
+    """
+
+    few: Call
+    batch_size: int
+    num_few: int
+    other: Call | None = None
+    more: Call | None = None
+    num_more: int = 0
+    full: Call | None = None
+
+
 class MinibatchSource(ABC):
     """A source of mini-batches.
 
     :ivar num_data: number of data in the full set, ``N``; None where no argument has rows.
-    :ivar bool replacement: whether each row of a batch is drawn by itself, rather than in epochs.
+    :ivar bool is_full: whether every batch is the full data.
+    :ivar bool replacement: whether the rows of a batch are drawn independently, rather than in epochs.
+    :ivar plates: ``(size, subsample_size)`` by name, of the plates by which the model subsamples itself.
     :ivar int prefetch: how many times ``at_once`` batches a source outside memory reads ahead of their use.
     :ivar int at_once: batches that are used together, and read together.
-    :ivar device: where it sends them; None leaves them where they are.
+    :ivar device: where batches are sent; None leaves them where they are.
     """
 
     num_data: int | None = None
+    is_full: bool = False
     replacement: bool = False
+    plates: Mapping[str, tuple[int, int]] = MappingProxyType({})
     prefetch: int = 0
     at_once: int = 1
     device: torch.device | None = None
 
     def start(self, generators: Generators) -> None:
-        """Begins a chain, or C chains: all randomness comes from ``generators`` from here on.
+        """Starts a chain, or C chains. All random numbers come from ``generators`` from here on.
 
-        With a list of C generators, :meth:`draw` stacks the batches of C chains, each as it would be by itself.
+        With a list of C generators, :meth:`draw` stacks the batches of C chains, each the same as for a single chain.
         """
         self._generators = generators
         self._streams: list[Indices] = []
 
     def _device(self) -> torch.device:
-        """Where indices are drawn."""
+        """The device on which indices are drawn."""
         first = self._generators if isinstance(self._generators, torch.Generator) else self._generators[0]
         return first.device
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the batches are: with :meth:`load_state_dict`, the next are the same again."""
+        """The position in the sequence of batches: after :meth:`load_state_dict` the same batches follow."""
         streams = [stream.state_dict() for stream in self._streams]
         return {"streams": streams, "generators": generator_states(self._generators)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to where a source that was started alike stood."""
+        """Restores the position of a source that was started in the same way."""
         for stream, stream_state in zip(self._streams, state["streams"], strict=True):
             stream.load_state_dict(stream_state)
         set_generator_states(self._generators, state["generators"])
 
     @property
+    @abstractmethod
+    def epoch_length(self) -> int | None:
+        """Mini-batches per epoch without replacement; 1 for full batches, None where batches count as independent."""
+
+    @abstractmethod
+    def probe_calls(self, inputs: tuple[Tensor, ...]) -> ProbeCalls:
+        """The calls by which the scaling of the model's likelihood is established.
+
+        :param inputs: a batch that :meth:`draw` returned for one chain.
+        """
+
+    @property
     def ahead(self) -> int:
-        """Batches that are read ahead."""
+        """Number of batches that are read ahead."""
         return self.prefetch * self.at_once
 
-    def close(self) -> None:  # noqa: B027 - a source in memory has nothing to end
-        """Ends what runs beside the chain, which draws no more."""
+    def close(self) -> None:  # noqa: B027 - a source in memory has no thread
+        """Ends the source's thread, if it has one; no more batches are drawn."""
 
     def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
-        """Batches that together hold each datum equally often, with weights that add up to 1.
+        """Batches in which each datum occurs equally often, with weights that sum to 1.
 
-        The weighted mean of U over them is that of the full data.
+        The weighted mean of U over them is U of the full data.
 
-        :raises ValueError: if there are none.
+        :raises ValueError: if the source has no such batches.
         """
         raise ValueError("There are no mini-batches here: the full data are used at every step.")
 
     @abstractmethod
     def draw(self) -> tuple[Tensor, ...]:
-        """The tensors of the next mini-batch that differ from step to step."""
+        """The tensors of the next mini-batch that change from step to step."""
 
     @abstractmethod
     def bind(self, inputs: tuple[Tensor, ...]) -> Call:
-        """What the model is called with, given what :meth:`draw` returned."""
+        """The call of the model for the tensors that :meth:`draw` returned."""
 
     def scale(self, inputs: tuple[Tensor, ...]) -> float:
-        """Factor by which the likelihood of such a batch estimates that of the full data (N/B)."""
+        """Factor N/B that makes the log-likelihood of such a batch an estimate of that of the full data."""
         return 1.0
 
 
 class FullBatch(MinibatchSource):
-    """No mini-batches: the model sees all its arguments at every step."""
+    """No mini-batches: the model is called with all its arguments at every step."""
+
+    is_full = True
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._call = Call(tuple(args), dict(kwargs))
@@ -122,12 +163,22 @@ class FullBatch(MinibatchSource):
         return source
 
     def draw(self) -> tuple[Tensor, ...]:
-        """Nothing changes between steps."""
+        """An empty tuple: nothing changes from step to step."""
         return ()
 
     def bind(self, inputs: tuple[Tensor, ...]) -> Call:
-        """The arguments as they came."""
+        """The arguments unchanged."""
         return self._call
+
+    @property
+    def epoch_length(self) -> int:
+        """1: every batch is the full data."""
+        return 1
+
+    def probe_calls(self, inputs: tuple[Tensor, ...]) -> ProbeCalls:
+        """The one call that there is."""
+        rows = self.num_data or 0
+        return ProbeCalls(self._call, rows, rows)
 
 
 class PlateSubsample(MinibatchSource):
@@ -146,40 +197,62 @@ class PlateSubsample(MinibatchSource):
         plates: Mapping[str, tuple[int, int]],
         replacement: bool = False,
     ) -> None:
-        self._args, self._kwargs = tuple(args), dict(kwargs)
-        self.plates, self.replacement = dict(plates), replacement
+        self._args = tuple(args)
+        self._kwargs = dict(kwargs)
+        self.plates = dict(plates)
+        self.replacement = replacement
         self.num_data = max(size for size, _ in plates.values())
 
     def start(self, generators: Generators) -> None:
-        """Begins chains with one stream of indices for each plate."""
+        """Starts chains with one stream of indices per plate."""
         super().start(generators)
         self._streams = [index_stream(*plate, generators, self.replacement) for plate in self.plates.values()]
 
     def draw(self) -> tuple[Tensor, ...]:
-        """One index tensor ``(B,)`` a plate."""
+        """One index tensor ``(B,)`` per plate."""
         return tuple(next(stream) for stream in self._streams)
 
     def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
-        """Batches of a fixed size, round and round the data until they end where they began.
+        """Consecutive batches of a fixed size, over the data as a ring, until the last one ends at row 0.
 
-        :raises ValueError: if several plates subsample, whose batches do not combine.
+        :raises ValueError: if several plates subsample.
         """
         if len(self.plates) > 1:
-            raise ValueError(f"Plates {sorted(self.plates)} all subsample; with several there is no simple cover.")
+            raise ValueError(
+                f"Plates {sorted(self.plates)} all subsample. Batches that hold each datum equally often exist for one "
+                "plate only; leave subsample_size out of the others."
+            )
         ((size, batch),) = self.plates.values()
         num_batches = size // math.gcd(size, batch)
         for k in range(num_batches):
             yield ((torch.arange(k * batch, (k + 1) * batch) % size).to(self._device()),), 1 / num_batches
 
     def bind(self, inputs: tuple[Tensor, ...]) -> Call:
-        """All arguments, with the plates' own index sites set."""
+        """All arguments, with the indices for the plates."""
         return Call(self._args, self._kwargs, dict(zip(self.plates, inputs, strict=True)))
+
+    @property
+    def epoch_length(self) -> int | None:
+        """N // B of the one plate; None with replacement, or for several plates."""
+        if self.replacement or len(self.plates) > 1:
+            return None
+        ((size, batch),) = self.plates.values()
+        return size // batch
+
+    def probe_calls(self, inputs: tuple[Tensor, ...]) -> ProbeCalls:
+        """A call on the batch, and one on the last rows. The plates fix the number of rows."""
+        last = tuple(
+            torch.arange(size - batch, size).to(indices.device)
+            for (size, batch), indices in zip(self.plates.values(), inputs, strict=True)
+        )
+        rows = max(batch for _, batch in self.plates.values())
+        return ProbeCalls(self.bind(inputs), rows, rows, self.bind(last))
 
 
 class RowSubsample(MinibatchSource):
-    """Full tensors in, rows out: every tensor argument with leading dimension N is given by rows.
+    """Rows of full tensors: every tensor argument with leading dimension N is reduced to the rows of the batch.
 
-    :param int batch_size: rows a batch.
+    :param int batch_size: rows per batch.
     :param int num_data: N; by default the leading dimension of the first tensor among the arguments.
     :param bool replacement: see :func:`~pyro_apd.data.index_stream.index_stream`.
     :raises ValueError: if no argument has rows, or ``batch_size`` does not fit.
@@ -207,10 +280,11 @@ class RowSubsample(MinibatchSource):
             shapes = [tuple(leaf.shape) for leaf in with_rows]
             raise ValueError(f"No argument has num_data={num_data} rows; their shapes are {shapes}.")
         check_batch_size(batch_size, self.num_data)
-        self.batch_size, self.replacement = batch_size, replacement
+        self.batch_size = batch_size
+        self.replacement = replacement
 
     def start(self, generators: Generators) -> None:
-        """Begins chains with a stream of row indices."""
+        """Starts chains with a stream of row indices."""
         assert self.num_data is not None
         super().start(generators)
         self._streams = [index_stream(self.num_data, self.batch_size, generators, self.replacement)]
@@ -235,10 +309,55 @@ class RowSubsample(MinibatchSource):
         args, kwargs = tree_unflatten(leaves, self._spec)
         return Call(args, kwargs)
 
+    @property
+    def epoch_length(self) -> int | None:
+        """N // B; None with replacement."""
+        assert self.num_data is not None
+        return None if self.replacement else self.num_data // self.batch_size
+
+    def probe_calls(self, inputs: tuple[Tensor, ...]) -> ProbeCalls:
+        """Calls on the first and the last B rows, on one row more, and on all rows."""
+        assert self.num_data is not None
+        rows = self.batch_size
+        rows_more = rows + 1 if rows < self.num_data else rows - 1
+        if rows_more == 0:
+            return ProbeCalls(self.bind(inputs), rows, rows)
+        return ProbeCalls(
+            few=self._call_on(0, rows),
+            batch_size=rows,
+            num_few=rows,
+            other=self._call_on(self.num_data - rows, self.num_data),
+            more=self._call_on(0, rows_more),
+            num_more=rows_more,
+            full=self._call_on(0, self.num_data),
+        )
+
+    def _call_on(self, start: int, stop: int) -> Call:
+        return self.bind((torch.arange(start, stop),))
+
     def scale(self, inputs: tuple[Tensor, ...]) -> float:
         """N/B."""
         assert self.num_data is not None
         return self.num_data / inputs[0].shape[0]
+
+
+def probe_calls_on_parts(call: Call, rows: int, part: Callable[[int, int], Call]) -> ProbeCalls:
+    """Probe calls on parts of one batch, where other rows would have to be read from outside memory.
+
+    :param Call call: on the whole batch of ``rows`` rows.
+    :param part: the call on rows ``start`` to ``stop`` of the batch.
+    """
+    if rows < 2:
+        return ProbeCalls(call, rows, rows)
+    half = rows // 2
+    return ProbeCalls(
+        few=part(0, half),
+        batch_size=rows,
+        num_few=half,
+        other=part(half, 2 * half),
+        more=part(0, half + 1),
+        num_more=half + 1,
+    )
 
 
 def check_batch_size(batch_size: int, num_data: int) -> None:

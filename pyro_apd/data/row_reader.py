@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_apd.data.arguments import argument_name
 from pyro_apd.data.index_stream import Generators, index_stream
 from pyro_apd.data.loader import is_loader, model_arguments
-from pyro_apd.data.minibatch import Call, MinibatchSource, check_batch_size
+from pyro_apd.data.minibatch import Call, MinibatchSource, ProbeCalls, check_batch_size, probe_calls_on_parts
 from pyro_apd.errors import DataError
 from pyro_apd.runtime.prefetch import Ahead, Sender, Sent, Worker
 from pyro_apd.runtime.trees import tree_flatten_with_path, tree_leaves, tree_unflatten
@@ -137,6 +137,20 @@ class RowReader(MinibatchSource):
             leaves[i] = rows
         args, kwargs = tree_unflatten(leaves, self._spec)
         return Call(args, kwargs)
+
+    @property
+    def epoch_length(self) -> int | None:
+        """N // B; None with replacement."""
+        assert self.num_data is not None
+        return None if self.replacement else self.num_data // self.batch_size
+
+    def probe_calls(self, inputs: tuple[Tensor, ...]) -> ProbeCalls:
+        """Calls on parts of the batch ``inputs``."""
+
+        def part(start: int, stop: int) -> Call:
+            return self.bind(tuple(tensor[start:stop] for tensor in inputs))
+
+        return probe_calls_on_parts(self.bind(inputs), inputs[0].shape[0], part)
 
     def scale(self, inputs: tuple[Tensor, ...]) -> float:
         """N/B."""

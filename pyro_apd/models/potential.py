@@ -19,23 +19,16 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.poutine.messenger import unwrap
 from torch import Tensor
 
-from pyro_apd.data.arguments import check_one_device
-from pyro_apd.data.loader import LoaderBatches, is_loader
-from pyro_apd.data.minibatch import Call, FullBatch, MinibatchSource, PlateSubsample, RowSubsample, check_finite
-from pyro_apd.data.row_reader import RowReader, has_stored_rows
+from pyro_apd.data.minibatch import Call, FullBatch, MinibatchSource, PlateSubsample
+from pyro_apd.data.sources import check_full_batches, model_device, open_source
 from pyro_apd.errors import DataError
 from pyro_apd.models.capture import GaussianPriors, UnvalidatedInstances, capture
-from pyro_apd.models.scaling import Anatomy, check_densities, examine, run_model, subsampled_plates
-from pyro_apd.runtime.trees import tree_leaves
+from pyro_apd.models.structure import ModelStructure, examine
+from pyro_apd.models.tracing import Site, check_densities, run_model, subsampled_plates
 
 logger = logging.getLogger("pyro_apd")
-
-# Full batches of so many rows are more likely forgotten than meant.
-_MANY_ROWS = 5000
 
 Inputs = tuple[Tensor, ...]
 #: A state by site, in the order of the layout: flat unconstrained tensors ``(n,)`` or, for C chains, ``(C, n)``.
@@ -51,7 +44,7 @@ class Potential:
 
     :param model: a Pyro model.
     :param source: where its mini-batches come from.
-    :param Anatomy anatomy: what :func:`~pyro_apd.models.scaling.examine` established about the model.
+    :param ModelStructure structure: what :func:`~pyro_apd.models.structure.examine` established about the model.
     :param Call example: a call of the model.
     :param bool capture: whether to try the captured graph; otherwise the model is traced at every step.
     :param bool latents_only: leave out what is observed.
@@ -62,15 +55,19 @@ class Potential:
         self,
         model: Callable[..., Any],
         source: MinibatchSource,
-        anatomy: Anatomy,
+        structure: ModelStructure,
         example: Call,
         *,
         capture: bool = True,
         latents_only: bool = False,
     ) -> None:
-        self.model, self.source, self.layout = model, source, anatomy.layout
-        self._anatomy, self._example = anatomy, example
-        self._is_capturing, self._latents_only = capture, latents_only
+        self.model = model
+        self.source = source
+        self.layout = structure.layout
+        self._structure = structure
+        self._example = example
+        self._is_capturing = capture
+        self._latents_only = latents_only
         self._graphs: dict[tuple[Any, ...], GradientFunction] = {}
         self._priors: GaussianPriors | None = None
         self.path = "traced"
@@ -92,10 +89,10 @@ class Potential:
     def prior_alone(self) -> Potential:
         """The part of U that does not depend on data; on no batches."""
         call = self._call(self.source.draw())
-        anatomy = Anatomy(self.layout, self._anatomy.start)
+        structure = ModelStructure(self.layout, self._structure.start)
         source = FullBatch.calling(call)
         source.start(torch.Generator().manual_seed(0))
-        return Potential(self.model, source, anatomy, call, capture=self._is_capturing, latents_only=True)
+        return Potential(self.model, source, structure, call, capture=self._is_capturing, latents_only=True)
 
     def value(self, theta: Tensor, inputs: Inputs) -> Tensor:
         """U at ``theta`` ``(D,)``, by running the model; a scalar."""
@@ -161,9 +158,9 @@ class Potential:
         self, model: Callable[..., Any], unconstrained: Mapping[str, Tensor], inputs: Inputs, skipped: frozenset[str]
     ) -> Tensor:
         trace = run_model(model, self._call(inputs), self.layout.constrain_sites(unconstrained))
-        scaled, latents = self._anatomy.scaled, frozenset(self.layout.names)
+        scaled, latents = self._structure.scaled, frozenset(self.layout.names)
 
-        def is_as_it_is(name: str, site: Any) -> bool:
+        def is_as_it_is(name: str, site: Site) -> bool:
             return name not in scaled and name not in skipped and (name in latents or not self._latents_only)
 
         log_joint = trace.log_prob_sum(is_as_it_is)
@@ -187,9 +184,9 @@ class Potential:
     def _call(self, inputs: Inputs) -> Call:
         """What the model is called with on a batch."""
         call = self.source.bind(inputs)
-        if not self._anatomy.pass_through:
+        if not self._structure.pass_through:
             return call
-        indices = {name: torch.arange(inputs[0].shape[0]) for name in self._anatomy.pass_through}
+        indices = {name: torch.arange(inputs[0].shape[0]) for name in self._structure.pass_through}
         return Call(call.args, call.kwargs, {**call.indices, **indices})
 
     def _prepare(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
@@ -290,76 +287,27 @@ def build_potential(
     :raises ValueError: if ``batch_size`` does not fit the data, or ``replacement`` the way that batches are drawn.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    source, first_call, trace = _open_source(model, args, kwargs, batch_size, num_data, replacement, generator)
-    call = first_call
-    plates = subsampled_plates(trace)
-    if plates and isinstance(source, FullBatch):
-        source = PlateSubsample(args, kwargs, plates, replacement)
-        source.start(generator)
-        call = source.bind(source.draw())
-    if replacement and isinstance(source, FullBatch):
-        raise ValueError(
-            "replacement=True is about mini-batches, and every step here uses all data. Give the kernel batch_size=, "
-            "or the plate subsample_size=."
-        )
-    if isinstance(source, FullBatch) and (source.num_data or 0) >= _MANY_ROWS:
-        logger.warning(
-            "Every step uses all %d rows. For mini-batches give the kernel batch_size=, or the plate subsample_size=.",
-            source.num_data,
-        )
-    anatomy = examine(model, source, call, trace)
-    source.start(generator)  # the batch looked at belongs to no epoch
-    return Potential(model, source, anatomy, first_call, capture=capture), anatomy.start
-
-
-def _open_source(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    batch_size: int | None,
-    num_data: int | None,
-    replacement: bool,
-    generator: torch.Generator,
-) -> tuple[MinibatchSource, Call, poutine.Trace]:
-    """The source of batches, the first call that it makes, and the model's run on it."""
-    source: MinibatchSource
-    if is_loader(args, num_data):
-        if batch_size is not None:
-            raise ValueError(
-                f"batch_size={batch_size} is for full tensors; this run was given an iterable of batches, which has "
-                "its own. Leave batch_size out."
-            )
-        if replacement:
-            raise ValueError(
-                "replacement=True is for batch_size= and plates; an iterable of batches draws by itself. Give the "
-                "DataLoader sampler=RandomSampler(dataset, replacement=True)."
-            )
-        source = LoaderBatches(args[0], kwargs, num_data, _accelerator(model, kwargs))
-    elif batch_size is not None and has_stored_rows(args, kwargs):
-        source = RowReader(args, kwargs, batch_size, num_data, replacement, _accelerator(model, kwargs))
-    elif batch_size is not None:
-        source = RowSubsample(args, kwargs, batch_size, num_data, replacement)
-    else:
-        source = FullBatch(args, kwargs)
-    comes_in_batches = isinstance(source, (LoaderBatches, RowReader))
-    if not comes_in_batches:
-        check_one_device(args, kwargs)
-        check_finite(Call(args, dict(kwargs)))
-    source.start(generator)
-    call = source.bind(source.draw())
-    if comes_in_batches:
-        check_one_device(() if isinstance(source, LoaderBatches) else call.args, kwargs)
-        check_finite(call)
+    source, inputs = open_source(
+        args,
+        kwargs,
+        batch_size=batch_size,
+        num_data=num_data,
+        replacement=replacement,
+        device=model_device(model, kwargs),
+        generator=generator,
+    )
+    example = source.bind(inputs)
     with pyro.validation_enabled(True):
-        trace = run_model(model, call)
+        trace = run_model(model, example)
         check_densities(trace)
-    return source, call, trace
-
-
-def _accelerator(model: Callable[..., Any], kwargs: Mapping[str, Any]) -> torch.device | None:
-    """Where batches go before a chain says so: the device of fixed arguments or of the model, if it is not the CPU."""
-    tensors = [leaf for leaf in tree_leaves(dict(kwargs)) if isinstance(leaf, Tensor)]
-    module = unwrap(model)  # out of the messenger that its first run is under
-    if isinstance(module, torch.nn.Module):
-        tensors += [*module.parameters(), *module.buffers()]
-    return next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), None)
+    if source.is_full:
+        plates = subsampled_plates(trace)
+        if plates:
+            source = PlateSubsample(args, kwargs, plates, replacement)
+            source.start(generator)
+            inputs = source.draw()
+        else:
+            check_full_batches(source.num_data, replacement)
+    structure = examine(model, source, inputs, trace)
+    source.start(generator)  # the batch that was examined belongs to no epoch
+    return Potential(model, source, structure, example, capture=capture), structure.start

@@ -6,7 +6,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -14,7 +13,7 @@ from pyro_apd.chains.checkpoint import arguments_digest
 from pyro_apd.data.minibatch import RowSubsample
 from pyro_apd.data.row_reader import RowReader, has_stored_rows, is_stored, shown_arguments
 from pyro_apd.errors import DataError
-from pyro_apd.models.potential import _accelerator, build_potential
+from pyro_apd.models.potential import build_potential
 from tests.support.models import Conjugate
 
 X, Y = torch.arange(60.0).reshape(20, 3), torch.arange(20)
@@ -198,14 +197,6 @@ def test_the_model_is_examined_by_batches_alone():
     found = sum(weight * potential.gradient(theta, batch)[0] for batch, weight in potential.source.cover())
     expected = theta + problem.x.T @ (problem.x @ theta - problem.y)
     torch.testing.assert_close(found, expected)
-
-
-def test_batches_go_to_the_model_where_it_is_not_on_the_cpu():
-    net = nn.Linear(3, 2)
-    assert _accelerator(net, {}) is None
-    wrapped = InitMessenger(init_to_sample)(net.to("meta"))
-    assert _accelerator(wrapped, {}) == torch.device("meta")
-    assert _accelerator(lambda x: x, {"w": X.to("meta")}) == torch.device("meta")
 
 
 def test_fingerprints_of_files(mapped):

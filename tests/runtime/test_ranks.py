@@ -111,7 +111,7 @@ def test_who_does_not_answer_in_time_counts_as_gone(tmp_path):
     error, late = on_ranks(on_rank, 2, tmp_path, is_grouped=False)
     assert isinstance(error, RankError)
     assert "had no answer within the process group's timeout" in str(error)
-    assert "resumes from the last one" in str(error)
+    assert "resumes from the last checkpoint" in str(error)
     assert late == "late"
 
 

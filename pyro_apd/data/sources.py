@@ -1,0 +1,119 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""From the arguments of a run to the source of its mini-batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import unwrap
+from torch import Tensor
+
+from pyro_apd.data.arguments import check_one_device
+from pyro_apd.data.loader import LoaderBatches, is_loader
+from pyro_apd.data.minibatch import Call, FullBatch, MinibatchSource, RowSubsample, check_finite
+from pyro_apd.data.row_reader import RowReader, has_stored_rows
+from pyro_apd.runtime.trees import tree_leaves
+
+logger = logging.getLogger("pyro_apd")
+
+# Full batches of so many rows are more likely an oversight than intended.
+_MANY_ROWS = 5000
+
+
+def open_source(
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    batch_size: int | None = None,
+    num_data: int | None = None,
+    replacement: bool = False,
+    device: torch.device | None = None,
+    generator: torch.Generator,
+) -> tuple[MinibatchSource, tuple[Tensor, ...]]:
+    """The source of mini-batches for the arguments of a run, and its first batch.
+
+    :param args: the model's arguments, or one iterable of batches.
+    :param kwargs: its keyword arguments.
+    :param int batch_size: rows per batch, for a model written for the full data.
+    :param int num_data: size of the full data, where ``args`` does not show it.
+    :param bool replacement: draw the rows of a batch independently, rather than in epochs.
+    :param device: where batches from outside memory are sent; None leaves them where they are.
+    :param generator: of the first batch.
+    :returns: the source, started, and what its :meth:`~pyro_apd.data.minibatch.MinibatchSource.draw` gave first.
+    :raises DataError: if data are NaN or infinite, or lie on several devices.
+    :raises ValueError: if ``batch_size`` or ``num_data`` does not fit the data, or ``replacement`` the source.
+    """
+    if is_loader(args, num_data):
+        _check_loader_settings(batch_size, replacement)
+        loader = LoaderBatches(args[0], kwargs, num_data, device)
+        inputs = _first_batch(loader, generator)
+        check_one_device((), kwargs)
+        check_finite(loader.bind(inputs))
+        return loader, inputs
+    if batch_size is not None and has_stored_rows(args, kwargs):
+        reader = RowReader(args, kwargs, batch_size, num_data, replacement, device)
+        inputs = _first_batch(reader, generator)
+        call = reader.bind(inputs)
+        check_one_device(call.args, kwargs)
+        check_finite(call)
+        return reader, inputs
+    source: MinibatchSource
+    if batch_size is not None:
+        source = RowSubsample(args, kwargs, batch_size, num_data, replacement)
+    else:
+        source = FullBatch(args, kwargs)
+    check_one_device(args, kwargs)
+    check_finite(Call(args, dict(kwargs)))
+    return source, _first_batch(source, generator)
+
+
+def _first_batch(source: MinibatchSource, generator: torch.Generator) -> tuple[Tensor, ...]:
+    source.start(generator)
+    return source.draw()
+
+
+def _check_loader_settings(batch_size: int | None, replacement: bool) -> None:
+    if batch_size is not None:
+        raise ValueError(
+            f"batch_size={batch_size} is for full tensors; this run was given an iterable of batches, which has "
+            "its own. Leave batch_size out."
+        )
+    if replacement:
+        raise ValueError(
+            "replacement=True is for batch_size= and plates; an iterable of batches draws by itself. Give the "
+            "DataLoader sampler=RandomSampler(dataset, replacement=True)."
+        )
+
+
+def check_full_batches(num_data: int | None, replacement: bool) -> None:
+    """Checks a run whose every step uses all data; warns where there are many.
+
+    :raises ValueError: if ``replacement`` is set, which has no effect on full batches.
+    """
+    if replacement:
+        raise ValueError(
+            "replacement=True is about mini-batches, and every step here uses all data. Give the kernel batch_size=, "
+            "or the plate subsample_size=."
+        )
+    if (num_data or 0) >= _MANY_ROWS:
+        logger.warning(
+            "Every step uses all %d rows. For mini-batches give the kernel batch_size=, or the plate subsample_size=.",
+            num_data,
+        )
+
+
+def model_device(model: Callable[..., Any], kwargs: Mapping[str, Any]) -> torch.device | None:
+    """Where batches are sent before a chain chooses: the device of fixed arguments or of the model; None for the CPU.
+
+    :param kwargs: the fixed arguments.
+    """
+    tensors = [leaf for leaf in tree_leaves(dict(kwargs)) if isinstance(leaf, Tensor)]
+    module = unwrap(model)  # the first run of a model is inside a messenger
+    if isinstance(module, torch.nn.Module):
+        tensors += [*module.parameters(), *module.buffers()]
+    return next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), None)

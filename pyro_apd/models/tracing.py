@@ -1,0 +1,141 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Runs of a Pyro model as traces, with errors that name the site, the cause and the fix."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_apd.data.arguments import drawn, explained
+from pyro_apd.data.minibatch import Call
+from pyro_apd.errors import DataError, ModelError
+from pyro_apd.models.layout import is_subsample
+from pyro_apd.runtime.global_state import preserved_param_store
+
+logger = logging.getLogger("pyro_apd")
+
+#: A site of a trace, as Pyro stores it.
+Site = Mapping[str, Any]
+
+
+def run_model(model: Callable[..., Any], call: Call, values: Mapping[str, Tensor] | None = None) -> poutine.Trace:
+    """Traces ``model`` on ``call``, latents set to the constrained ``values`` where given.
+
+    :raises ModelError: if it fails because something is drawn inside the data plate.
+    """
+    conditioned = poutine.condition(model, {**(values or {}), **call.indices})
+    tracer = poutine.trace(conditioned)
+    with poutine.block(), preserved_param_store():
+        try:
+            with explained(call.args, call.kwargs, lambda: drawn(tracer.msngr.trace)):
+                return tracer.get_trace(*call.args, **call.kwargs)
+        except NotImplementedError as error:
+            raise ModelError(
+                f"A site's prior cannot be drawn from ({error}), so the chain has no start. Give the kernel "
+                "init_strategy=pyro.infer.autoguide.init_to_value(values={...}) with a value for that site."
+            ) from error
+        except DataError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            with _keeping_first_error():
+                _raise_explanation(error, tracer.msngr.trace)
+            raise
+
+
+def subsampled_plates(trace: poutine.Trace) -> dict[str, tuple[int, int]]:
+    """``(size, subsample_size)`` of the plates in a trace that draw fewer indices than their size."""
+    plates = {}
+    for name, site in trace.iter_stochastic_nodes():
+        if is_subsample(site) and len(site["value"]) < site["fn"].size:
+            plates[name] = (int(site["fn"].size), len(site["value"]))
+    return plates
+
+
+def observed_sites(trace: poutine.Trace) -> dict[str, Site]:
+    """Sites that score data: the observed ones, except ``pyro.deterministic``, which scores nothing."""
+    sites = {name: trace.nodes[name] for name in trace.observation_nodes}
+    return {
+        name: site for name, site in sites.items() if not (is_subsample(site) or site["infer"].get("_deterministic"))
+    }
+
+
+def check_densities(trace: poutine.Trace) -> None:
+    """Raises if a site of ``trace`` has no finite log-density, naming it."""
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or is_subsample(site):
+            continue
+        try:
+            log_prob = site["fn"].log_prob(site["value"])
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise DataError(
+                f"Site '{name}' cannot score its values (shape {tuple(site['value'].shape)}, dtype "
+                f"{site['value'].dtype}): {error}. Check labels and targets against the likelihood: as many rows as "
+                "inputs, and class labels are integers from 0 to K-1."
+            ) from error
+        if site["is_observed"]:
+            _refuse_outer_product(name, site, torch.as_tensor(log_prob))
+        if not bool(torch.isfinite(torch.as_tensor(log_prob)).all()):
+            raise DataError(
+                f"Site '{name}' has a log-density that is not finite at the starting point. Check the data for values "
+                "outside the likelihood's support, or give initial_params= where the density is positive."
+            )
+
+
+def _refuse_outer_product(name: str, site: Site, log_prob: Tensor) -> None:
+    """Targets ``(N, 1)`` against predictions ``(N,)`` would score every datum by every prediction."""
+    fn, shape = site["fn"], tuple(torch.as_tensor(site["value"]).shape)
+    data_shape = shape[: len(shape) - fn.event_dim]
+    if log_prob.numel() > max(fn.batch_shape.numel(), torch.Size(data_shape).numel()):
+        raise DataError(
+            f"Observed site '{name}' has values of shape {shape} and a likelihood of shape {tuple(fn.batch_shape)}, "
+            f"which broadcast to {tuple(log_prob.shape)}: every datum would be scored by every prediction. Give both "
+            "one shape; for a column of targets, y.squeeze(-1)."
+        )
+
+
+def _raise_explanation(error: Exception, trace: poutine.Trace) -> None:
+    """Raises an error that explains ``error`` where the trace of the part of the model that ran shows the cause."""
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site["is_observed"] or is_subsample(site):
+            continue
+        plates = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+        if plates:
+            raise ModelError(
+                f"Site '{name}' is drawn inside plate '{plates[0].name}', once for each of its {plates[0].size} rows, "
+                f"and the model then failed: {str(error).splitlines()[0]}. Call the network (or read its weights) "
+                f"before `with pyro.plate('{plates[0].name}', ...)`, so that one draw serves all rows."
+            ) from error
+    subsampling = [name for name, site in trace.nodes.items() if site["type"] == "sample" and is_subsample(site)]
+    if isinstance(error, IndexError) and subsampling:
+        raise ModelError(
+            f"Plate '{subsampling[0]}' draws indices beyond the rows that the model is given ({error}). It expects the "
+            "full data: pass them to mcmc.run as they are, without batch_size= or a loader."
+        ) from error
+    message = str(error)
+    if "mismatch inside plate" in message:
+        raise ModelError(
+            f"The model fails on the rows it is given: {message.splitlines()[0]}. With batch_size= or a loader the "
+            "model sees B rows at a time: size the data plate by its input, pyro.plate('data', len(x)), or let the "
+            "plate subsample by itself (subsample_size=B, full data to mcmc.run) and drop batch_size=."
+        ) from error
+    if "within support" in message or "to satisfy the constraint" in message:
+        raise DataError(f"The model rejects its data or parameters: {message}") from error
+
+
+@contextmanager
+def _keeping_first_error() -> Iterator[None]:
+    """A failure to explain an error must not hide that error."""
+    try:
+        yield
+    except (ModelError, DataError):
+        raise
+    except Exception as failure:
+        logger.debug("No explanation found: %s", failure)

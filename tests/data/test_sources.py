@@ -1,0 +1,156 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which source the arguments of a run give, and what each source says about itself."""
+
+import numpy as np
+import pytest
+import torch
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_apd.data.loader import LoaderBatches
+from pyro_apd.data.minibatch import FullBatch, PlateSubsample, RowSubsample
+from pyro_apd.data.row_reader import RowReader
+from pyro_apd.data.sources import check_full_batches, model_device, open_source
+from pyro_apd.errors import DataError
+
+X, Y = torch.arange(60.0).reshape(20, 3), torch.arange(20.0)
+
+
+def opened(*args, kwargs=None, **settings):
+    return open_source(args, kwargs or {}, generator=torch.Generator().manual_seed(0), **settings)
+
+
+def loader(batch_size=6):
+    return DataLoader(TensorDataset(X, Y), batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    ("args", "settings", "kind", "epoch_length"),
+    [
+        ((X, Y), {}, FullBatch, 1),
+        ((X, Y), {"batch_size": 6}, RowSubsample, 3),
+        ((X, Y), {"batch_size": 20}, RowSubsample, 1),
+        ((X, Y), {"batch_size": 6, "replacement": True}, RowSubsample, None),
+        ((X.numpy(), Y), {"batch_size": 6}, RowReader, 3),
+        ((X.numpy(), Y), {"batch_size": 6, "replacement": True}, RowReader, None),
+        ((loader(),), {}, LoaderBatches, None),
+        (([(X, Y)],), {"num_data": 20}, LoaderBatches, None),
+    ],
+)
+def test_arguments_choose_the_source(args, settings, kind, epoch_length):
+    source, inputs = opened(*args, **settings)
+    assert type(source) is kind
+    assert source.epoch_length == epoch_length
+    assert source.num_data == 20
+    assert source.is_full == (kind is FullBatch)
+    assert not source.plates
+    x, y = source.bind(inputs).args
+    assert torch.equal(x[:, 0], 3 * y)
+
+
+@pytest.mark.parametrize(
+    ("plates", "replacement", "epoch_length"),
+    [({"a": (20, 6)}, False, 3), ({"a": (20, 6)}, True, None), ({"a": (20, 6), "b": (8, 4)}, False, None)],
+)
+def test_epochs_of_plates(plates, replacement, epoch_length):
+    source = PlateSubsample((X,), {}, plates, replacement)
+    assert source.epoch_length == epoch_length
+    assert (source.plates, source.num_data, source.is_full) == (plates, 20, False)
+
+
+def rows_of(call):
+    return None if call is None else (call.args[0][:, 0] / 3).tolist()
+
+
+def probed(source):
+    source.start(torch.Generator().manual_seed(0))
+    inputs = source.draw()
+    return source.probe_calls(inputs), inputs
+
+
+def test_rows_in_memory_are_probed_at_both_ends():
+    probe, _ = probed(RowSubsample((X, Y), {}, 6))
+    assert (probe.batch_size, probe.num_few, probe.num_more) == (6, 6, 7)
+    assert rows_of(probe.few) == list(range(6))
+    assert rows_of(probe.other) == list(range(14, 20))
+    assert rows_of(probe.more) == list(range(7))
+    assert rows_of(probe.full) == list(range(20))
+    assert probed(RowSubsample((X, Y), {}, 20))[0].num_more == 19
+
+
+@pytest.mark.parametrize(
+    "source", [RowReader((X.numpy(), Y), {}, 7), LoaderBatches(loader(7), {}, None)], ids=["reader", "loader"]
+)
+def test_rows_outside_memory_are_probed_by_parts_of_one_batch(source):
+    probe, inputs = probed(source)
+    rows = rows_of(source.bind(inputs))
+    assert (probe.batch_size, probe.num_few, probe.num_more, probe.full) == (7, 3, 4, None)
+    assert rows_of(probe.few) == rows[:3]
+    assert rows_of(probe.other) == rows[3:6]
+    assert rows_of(probe.more) == rows[:4]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        RowReader((X.numpy(),), {}, 1),
+        LoaderBatches(loader(1), {}, None),
+        RowSubsample((X[:1],), {}, 1),
+        FullBatch((X,), {}),
+    ],
+)
+def test_where_there_are_no_other_rows_one_call_is_left(source):
+    probe, inputs = probed(source)
+    assert (probe.other, probe.more, probe.full) == (None, None, None)
+    assert rows_of(probe.few) == rows_of(source.bind(inputs))
+
+
+def test_plates_are_probed_with_their_last_rows():
+    source = PlateSubsample((X,), {}, {"a": (20, 6), "b": (8, 4)})
+    probe, inputs = probed(source)
+    assert probe.few.indices == source.bind(inputs).indices
+    assert {name: rows.tolist() for name, rows in probe.other.indices.items()} == {
+        "a": list(range(14, 20)),
+        "b": list(range(4, 8)),
+    }
+    assert probe.more is None
+
+
+@pytest.mark.parametrize(
+    ("args", "settings", "error", "words"),
+    [
+        ((loader(),), {"batch_size": 3}, ValueError, "batch_size=3 is for full tensors.*Leave batch_size out"),
+        ((loader(),), {"replacement": True}, ValueError, "sampler=RandomSampler"),
+        ((X, Y), {"batch_size": 21}, ValueError, "batch_size=21 is more than the 20 rows"),
+        ((X, torch.full((20,), torch.nan)), {}, DataError, "#1.*20 NaN"),
+        ((X, torch.full((20,), torch.nan).numpy()), {"batch_size": 4}, DataError, "#1.*4 NaN"),
+        (([(torch.full((20,), torch.nan),)],), {"num_data": 20}, DataError, "#0.*20 NaN"),
+        ((X, Y.to("meta")), {}, DataError, "#0 on cpu, #1 on meta"),
+        ((X.numpy(), torch.ones(3, device="meta")), {"batch_size": 4}, DataError, "#0 on cpu, #1 on meta"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(args, settings, error, words):
+    with pytest.raises(error, match=words):
+        opened(*args, **settings)
+
+
+def test_full_batches_are_checked(caplog):
+    with pytest.raises(ValueError, match="replacement=True is about mini-batches"):
+        check_full_batches(10, True)
+    check_full_batches(4999, False)
+    check_full_batches(None, False)
+    assert not caplog.records
+    check_full_batches(5000, False)
+    assert "Every step uses all 5000 rows" in caplog.text
+
+
+def test_batches_go_to_the_model_where_it_is_not_on_the_cpu():
+    net = nn.Linear(3, 2)
+    assert model_device(net, {}) is None
+    wrapped = InitMessenger(init_to_sample)(net.to("meta"))
+    assert model_device(wrapped, {}) == torch.device("meta")
+    assert model_device(lambda x: x, {"w": X.to("meta")}) == torch.device("meta")
+    assert np.array_equal(opened(X.numpy(), batch_size=4, device=torch.device("cpu"))[1][0].shape, (4, 3))
