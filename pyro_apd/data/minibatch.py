@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 
 from pyro_apd.data.arguments import argument_name
-from pyro_apd.data.index_stream import Generators, Indices, generator_states, index_stream, set_generator_states
+from pyro_apd.data.index_stream import (
+    Generators,
+    Indices,
+    batches_per_epoch,
+    generator_states,
+    index_stream,
+    set_generator_states,
+)
 from pyro_apd.errors import DataError
 from pyro_apd.runtime.trees import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
@@ -233,11 +240,11 @@ class PlateSubsample(MinibatchSource):
 
     @property
     def epoch_length(self) -> int | None:
-        """N // B of the one plate; None with replacement, or for several plates."""
-        if self.replacement or len(self.plates) > 1:
+        """Of the one plate; None for several, whose epochs differ. See :func:`~.index_stream.batches_per_epoch`."""
+        if len(self.plates) > 1:
             return None
         ((size, batch),) = self.plates.values()
-        return size // batch
+        return batches_per_epoch(size, batch, self.replacement)
 
     def probe_calls(self, inputs: tuple[Tensor, ...]) -> ProbeCalls:
         """A call on the batch, and one on the last rows. The plates fix the number of rows."""
@@ -311,9 +318,9 @@ class RowSubsample(MinibatchSource):
 
     @property
     def epoch_length(self) -> int | None:
-        """N // B; None with replacement."""
+        """See :func:`~pyro_apd.data.index_stream.batches_per_epoch`."""
         assert self.num_data is not None
-        return None if self.replacement else self.num_data // self.batch_size
+        return batches_per_epoch(self.num_data, self.batch_size, self.replacement)
 
     def probe_calls(self, inputs: tuple[Tensor, ...]) -> ProbeCalls:
         """Calls on the first and the last B rows, on one row more, and on all rows."""

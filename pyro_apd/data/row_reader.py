@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_apd.data.arguments import argument_name
-from pyro_apd.data.index_stream import Generators, index_stream
+from pyro_apd.data.index_stream import Generators, batches_per_epoch, index_stream
 from pyro_apd.data.loader import is_loader, model_arguments
 from pyro_apd.data.minibatch import Call, MinibatchSource, ProbeCalls, check_batch_size, probe_calls_on_parts
 from pyro_apd.errors import DataError
@@ -140,9 +140,9 @@ class RowReader(MinibatchSource):
 
     @property
     def epoch_length(self) -> int | None:
-        """N // B; None with replacement."""
+        """See :func:`~pyro_apd.data.index_stream.batches_per_epoch`."""
         assert self.num_data is not None
-        return None if self.replacement else self.num_data // self.batch_size
+        return batches_per_epoch(self.num_data, self.batch_size, self.replacement)
 
     def probe_calls(self, inputs: tuple[Tensor, ...]) -> ProbeCalls:
         """Calls on parts of the batch ``inputs``."""

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_apd as apd
 from pyro_apd.chains.checkpoint import CheckpointError
 from pyro_apd.data import index_stream
-from pyro_apd.kernels.adaptation.step_size import epoch_length
 from pyro_apd.models.potential import build_potential
 from pyro_apd.runtime.prefetch import THREAD_NAME
 from tests.support.models import Classifier, Conjugate
@@ -165,23 +164,22 @@ def batch_gradients(args, num_batches, batch_size=50, **settings):
     return torch.stack(found), (X @ theta - Y).unsqueeze(-1) * X, source
 
 
-@pytest.mark.parametrize("kind", ["independent", "table", "long"])
-def test_gradients_of_batches_are_unbiased_with_the_variance_of_their_law(kind, monkeypatch):
+@pytest.mark.parametrize("kind", ["independent", "epochs", "many rows"])
+def test_gradients_of_batches_are_unbiased_with_the_variance_of_their_distribution(kind, monkeypatch):
     """N^2/B times the variance of a row's gradient; without replacement (N - B)/(N - 1) of it."""
-    if kind == "long":
-        monkeypatch.setattr(index_stream, "TABLE_ROWS", 0)
+    if kind == "many rows":
+        monkeypatch.setattr(index_stream, "MAX_EPOCH_ROWS", 0)
     found, rows, source = batch_gradients(FILE, 1200, replacement=kind == "independent")
     n, batch_size = len(X), 50
-    share = 1.0 if kind == "independent" else (n - batch_size) / (n - 1)
+    share = (n - batch_size) / (n - 1) if kind == "epochs" else 1.0
     variance = share * n**2 / batch_size * rows.var(0, correction=0)
     assert (found.var(0) / variance - 1).abs().max() < 0.15
     assert (found.mean(0) - rows.sum(0)).norm() < 5 * (variance.sum() / 1200).sqrt()
-    assert epoch_length(source) == (None if kind == "independent" else 4)
+    assert source.epoch_length == (4 if kind == "epochs" else None)
 
 
 @pytest.mark.parametrize("args", [MEMORY, FILE], ids=["memory", "file"])
-def test_within_a_long_epoch_the_noise_of_batches_cancels(args, monkeypatch):
-    monkeypatch.setattr(index_stream, "TABLE_ROWS", 0)
+def test_within_an_epoch_the_noise_of_batches_cancels(args):
     found, rows, _ = batch_gradients(args, 40)
     epochs = found.reshape(10, 4, 3).mean(1)
     torch.testing.assert_close(epochs, rows.sum(0).expand(10, 3), rtol=1e-4, atol=1e-2)

@@ -6,22 +6,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyro_apd.data import index_stream as module
-from pyro_apd.data.index_stream import IndependentStream, IndexStream, LongIndexStream, index_stream
+from pyro_apd.data.index_stream import EpochStream, IndependentStream, batches_per_epoch, index_stream
 
-KINDS = [IndexStream, LongIndexStream, IndependentStream]
+KINDS = [EpochStream, IndependentStream]
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("kind", [IndexStream, LongIndexStream])
 @given(num_data=st.integers(1, 50), batch_size=st.integers(1, 50), seed=st.integers(0, 1000))
 @settings(max_examples=40, deadline=None)
-def test_an_epoch_shows_each_row_at_most_once(kind, num_data, batch_size, seed):
+def test_an_epoch_shows_each_row_at_most_once(num_data, batch_size, seed):
     batch_size = min(batch_size, num_data)
-    stream = kind(num_data, batch_size, generator(seed))
+    stream = EpochStream(num_data, batch_size, generator(seed))
     for _ in range(2):
         rows = torch.cat([next(stream) for _ in range(num_data // batch_size)])
         assert rows.dtype == torch.int64
@@ -73,20 +71,17 @@ def test_a_stream_goes_on_where_it_was(kind, taken):
     assert all(torch.equal(next(resumed), rows) for rows in expected)
 
 
-def test_long_epochs_have_no_table(monkeypatch):
-    assert isinstance(index_stream(module.TABLE_ROWS, 10, generator()), IndexStream)
+def test_many_rows_are_drawn_independently_without_a_table(monkeypatch):
+    assert isinstance(index_stream(10**6, 10, generator()), EpochStream)
+    assert batches_per_epoch(10**7, 10, False) == 10**6
+    assert batches_per_epoch(10**7, 10, True) is None
+    assert batches_per_epoch(10**7 + 1, 10, False) is None
     stream = index_stream(10**12, 100, generator())
-    assert isinstance(stream, LongIndexStream)
+    assert isinstance(stream, IndependentStream)
     monkeypatch.setattr(torch, "randperm", None)
     rows = torch.cat([next(stream) for _ in range(200)])
     assert len(rows.unique()) == 20_000
     assert abs(float(rows.double().mean()) / 10**12 - 0.5) < 0.01
-    assert stream._ready.numel() <= 4096
-
-
-def test_batches_larger_than_what_is_worked_out_at_once():
-    stream = LongIndexStream(20_000, 9_000, generator())
-    assert len(torch.cat([next(stream), next(stream)]).unique()) == 18_000
 
 
 def test_independent_rows_come_twice():
