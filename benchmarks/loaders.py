@@ -95,7 +95,7 @@ def begun(args: tuple[Any, ...], settings: dict[str, Any], compile: bool) -> Cal
             chain.advance(num_steps)
         worker = getattr(chain.potential.source, "_worker", None)
         if worker is not None:
-            worker.settle()
+            worker.wait()
         return time.perf_counter() - began[0], time.process_time() - began[1]
 
     advance(100)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""When a model fails on its arguments: which of them do not go together, and what to do about it."""
+"""Errors of a model on its arguments: which argument does not fit, and how to fix it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from pyro_apd.errors import DataError, ModelError
 from pyro_apd.runtime.trees import tree_flatten_with_path
 
-# What torch says of arguments whose types do not go together, in any of its wordings.
+# Words in torch's error messages about incompatible dtypes.
 _ABOUT_TYPES = ("dtype", "scalar type", "same type")
 
 
 def argument_name(path: Sequence[Any]) -> str:
-    """``#0`` for the first positional argument, ``'y'`` for the keyword ``y``, with what is nested behind.
+    """``#0`` for the first positional argument, ``'y'`` for the keyword ``y``, followed by the path of a nested leaf.
 
     :param path: of a leaf of ``(args, kwargs)``, as torch's ``tree_flatten_with_path`` gives it.
     """
@@ -35,7 +35,7 @@ def named_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str,
 
 
 def check_one_device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raises DataError if data lie on several devices. Single numbers may lie anywhere, as for torch."""
+    """Raises DataError if data lie on several devices. Scalars may lie on any device, as in torch."""
     devices = {name: str(value.device) for name, value in named_tensors(args, kwargs).items() if value.dim() > 0}
     if len(set(devices.values())) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
@@ -45,8 +45,8 @@ def check_one_device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def drawn(trace: Any) -> dict[str, Tensor]:
-    """The latents in a Pyro trace, also in that of a model that failed half-way."""
+def drawn_latents(trace: Any) -> dict[str, Tensor]:
+    """The latents in a Pyro trace, also in the incomplete trace of a model that failed."""
     return {
         name: site["value"]
         for name, site in trace.nodes.items()
@@ -55,15 +55,15 @@ def drawn(trace: Any) -> dict[str, Tensor]:
 
 
 @contextmanager
-def explained(
+def explaining_errors(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], latents: Callable[[], Mapping[str, Tensor]]
 ) -> Iterator[None]:
-    """Runs a model inside; where it fails because arguments do not fit, the error says so.
+    """Context in which a model runs. If it fails because an argument does not fit, the error says so.
 
     :param args: the model's arguments, and ``kwargs`` its keyword arguments.
-    :param latents: gives the values of the latents that there are, by site, after the failure.
+    :param latents: returns the values of the latents that were drawn before the failure, by site.
     :raises DataError: in place of a RuntimeError, where dtype or device of an argument are not those of the latents.
-    :raises ModelError: in place of a TypeError, where the model cannot be called in this way at all.
+    :raises ModelError: in place of a TypeError, where the model does not take such arguments.
     """
     try:
         yield
@@ -83,7 +83,7 @@ def explained(
 
 
 def _mismatch(message: str, tensors: Mapping[str, Tensor], latents: Mapping[str, Tensor]) -> str:
-    """What is wrong with the arguments, and the mend; empty where nothing is."""
+    """Which argument does not fit, and how to fix it; empty where none is found."""
     floating = {name: value for name, value in latents.items() if value.is_floating_point()}
     if not floating:
         return ""
@@ -96,7 +96,7 @@ def _mismatch(message: str, tensors: Mapping[str, Tensor], latents: Mapping[str,
                 f"x.to('{like.device}'), or the model with its priors, model.to('{value.device}')."
             )
         wrong = value.is_floating_point() and value.dtype != like.dtype
-        # Whole numbers are fine as labels, and never as inputs of a layer.
+        # Integers may be labels, but never the inputs of a layer.
         if is_about_types and (wrong or (value.dim() > 1 and not value.is_floating_point())):
             return (
                 f"argument {name} is {value.dtype} and latent site '{site}' is {like.dtype}. Use x.to({like.dtype}), "

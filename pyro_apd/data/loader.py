@@ -19,25 +19,25 @@ from pyro_apd.data.index_stream import Generators
 from pyro_apd.data.minibatch import Call, MinibatchSource, ProbeCalls, RowSubsample, probe_calls_on_parts
 from pyro_apd.errors import DataError
 from pyro_apd.runtime.global_state import other_random_states
-from pyro_apd.runtime.prefetch import Ahead, Sender, Sent, Worker
+from pyro_apd.runtime.prefetch import PrefetchQueue, Sender, Transfer, Worker
 from pyro_apd.runtime.trees import tree_flatten, tree_unflatten
 
-# What an iterator over an epoch gives when it is over.
+# Marks the end of an epoch.
 _END: Any = object()
 
 
 class LoaderBatches(MinibatchSource):
     """Batches from an iterable, such as a :class:`~torch.utils.data.DataLoader`, epoch after epoch.
 
-    A tuple or list becomes positional arguments of the model, a dict keyword arguments, a tensor its one argument.
-    Batches go to ``device``. A sized iterable that covers the data once an epoch scales every batch by the number of
-    batches, also a shorter last one: the mean over an epoch is then exact, and a batch of one row does not count
-    N-fold. Others scale by N over the rows of the batch.
+    A tuple or list becomes positional arguments of the model, a dict keyword arguments, a tensor its only argument.
+    Batches are sent to ``device``. A sized iterable that holds each datum once per epoch scales every batch by the
+    number of batches, also a shorter last one: the mean over an epoch is then exact, and a last batch of one row is not
+    scaled by N. Other iterables scale by N over the rows of the batch.
 
-    With ``prefetch``, a thread reads from the second batch of an epoch on. Who reads there must draw nothing from the
-    global generators of torch, numpy and Python, which are also the caller's: the first batch of each epoch, where
-    samplers are seeded, is read in the calling thread, and so are all others where the second one is found to draw from
-    them (random crops, say).
+    With ``prefetch``, a thread reads from the second batch of an epoch on. Code in that thread must not draw from the
+    global generators of torch, NumPy and Python, which the caller uses, too. So the first batch of each epoch, where
+    samplers are seeded, is read in the calling thread. All others are read there, too, if the second one is found to
+    draw from them (random crops, for example).
 
     :param int num_data: N.
     :raises ValueError: if ``num_data`` is neither given nor known from ``loader.dataset``.
@@ -59,23 +59,23 @@ class LoaderBatches(MinibatchSource):
         self._loader, self._kwargs = loader, dict(kwargs)
         self._iterator: Iterator[Any] | None = None
         self._spec: Any = None
-        self._plain: dict[int, Any] = {}  # specs of batches that are tuples of tensors, by length
+        self._tuple_specs: dict[int, Any] = {}  # specs of batches that are tuples of tensors, by length
         self._full_rows = 0
         self._random_state: Tensor | None = None
         self._before_epoch: Tensor | None = None
         self._num_taken = 0
         self._by_chain: list[LoaderBatches] = []
-        self._worker = Worker()  # one for all copies: nobody else reads while it does
-        self._queue: Ahead[Any] = Ahead(self._worker)
+        self._worker = Worker()  # shared by all copies: only one thread reads at a time
+        self._queue: PrefetchQueue[Any] = PrefetchQueue(self._worker)
         self._sender = Sender(device)
-        self._is_quiet: bool | None = None
+        self._draws_nothing: bool | None = None
 
     def start(self, generators: Generators) -> None:
-        """Begins chains: the loader shuffles by a seed drawn from each generator; the global one is left alone."""
+        """Starts chains. The loader shuffles by a seed from each generator; the global generator is not used."""
         super().start(generators)
-        self._worker.settle()
+        self._worker.wait()
         self._by_chain, self._iterator, self._num_taken = [], None, 0
-        self._queue, self._sender = Ahead(self._worker), Sender(self.device)
+        self._queue, self._sender = PrefetchQueue(self._worker), Sender(self.device)
         if not isinstance(generators, torch.Generator):
             self._by_chain = [copy.copy(self) for _ in generators]
             for source, generator in zip(self._by_chain, generators, strict=True):
@@ -85,7 +85,7 @@ class LoaderBatches(MinibatchSource):
         self._random_state = torch.Generator().manual_seed(int(seed)).get_state()
 
     def close(self) -> None:
-        """Ends the thread that reads."""
+        """Ends the reading thread."""
         self._worker.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,11 +96,11 @@ class LoaderBatches(MinibatchSource):
         return {"before_epoch": before, "num_taken": self._num_taken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Begins the epoch anew and passes over the batches that were taken: as dear as reading these once more."""
+        """Restarts the epoch and skips the batches that were taken: as expensive as reading these again."""
         for source, source_state in zip(self._by_chain, state.get("by_chain", ()), strict=True):
             source.load_state_dict(source_state)
         if not self._by_chain:
-            self._queue.drop()
+            self._queue.clear()
             self._random_state, self._iterator, self._num_taken = state["before_epoch"], None, 0
             for _ in range(int(state["num_taken"])):
                 self._next_batch()
@@ -109,7 +109,7 @@ class LoaderBatches(MinibatchSource):
         """The tensors of the next batch, flattened.
 
         :raises DataError: if the iterable is exhausted or a batch holds no tensors.
-        :raises: what the iterable raises, also where a thread met it.
+        :raises: any error of the iterable, also one in the reading thread.
         """
         if self._by_chain:
             batches = [source.draw() for source in self._by_chain]
@@ -118,24 +118,24 @@ class LoaderBatches(MinibatchSource):
             return tuple(torch.stack(leaves) for leaves in zip(*batches, strict=True))
         return self._received(*self._next_sent())
 
-    def _next_sent(self) -> tuple[Sent, Any]:
-        if self.ahead and self._is_quiet and self._iterator is not None:
+    def _next_sent(self) -> tuple[Transfer, Any]:
+        if self.ahead and self._draws_nothing and self._iterator is not None:
             while len(self._queue) <= self.ahead:
-                self._queue.ask(self._read, [(self._iterator,)] * self.at_once, [None] * self.at_once)
-            found = self._queue.take()
+                self._queue.submit(self._read, [(self._iterator,)] * self.at_once, [None] * self.at_once)
+            found = self._queue.pop()
             if found is not _END:
                 self._num_taken += 1
                 return found  # type: ignore[no-any-return]
-            self._queue.drop()
+            self._queue.clear()
             self._iterator = None
-        if self._num_taken != 1 or self._is_quiet is not None:
+        if self._num_taken != 1 or self._draws_nothing is not None:
             return self._sent(self._next_batch())
         before, others = self._random_state, other_random_states()
         batch = self._next_batch()
         if self._num_taken == 2:
             assert before is not None
             assert self._random_state is not None
-            self._is_quiet = torch.equal(before, self._random_state) and others == other_random_states()
+            self._draws_nothing = torch.equal(before, self._random_state) and others == other_random_states()
         return self._sent(batch)
 
     def _read(self, iterator: Iterator[Any]) -> Any:
@@ -143,31 +143,31 @@ class LoaderBatches(MinibatchSource):
         batch = next(iterator, _END)
         return batch if batch is _END else self._sent(batch)
 
-    def _sent(self, batch: Any) -> tuple[Sent, Any]:
+    def _sent(self, batch: Any) -> tuple[Transfer, Any]:
         if type(batch) in (tuple, list) and batch and all(type(leaf) is Tensor and leaf.dim() > 0 for leaf in batch):
-            if len(batch) not in self._plain:  # worked out for each batch, it takes as long as a small one
-                self._plain[len(batch)] = tree_flatten(self._as_call(batch))[1]
-            return self._sender.send(batch), self._plain[len(batch)]
+            if len(batch) not in self._tuple_specs:  # flattening takes as long as reading a small batch
+                self._tuple_specs[len(batch)] = tree_flatten(self._as_call(batch))[1]
+            return self._sender.send(batch), self._tuple_specs[len(batch)]
         leaves, spec = tree_flatten(self._as_call(batch))
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         if len(tensors) != len(leaves) or not tensors or tensors[0].dim() == 0:
             raise DataError(
-                f"A batch must consist of tensors with rows; got {[type(leaf).__name__ for leaf in leaves]}. Pass what "
-                "does not change as a keyword of mcmc.run(...)."
+                f"A batch must consist of tensors with rows; got {[type(leaf).__name__ for leaf in leaves]}. Pass "
+                "arguments that do not change as keywords of mcmc.run(...)."
             )
         return self._sender.send(tensors), spec
 
-    def _received(self, sent: Sent, spec: Any) -> tuple[Tensor, ...]:
+    def _received(self, sent: Transfer, spec: Any) -> tuple[Tensor, ...]:
         self._spec = spec
         self._full_rows = max(self._full_rows, sent.tensors[0].shape[0])
-        return sent.received()
+        return sent.result()
 
     def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
         """One epoch of the iterable.
 
         :raises ValueError: if an epoch does not hold each datum once.
         """
-        self._worker.settle()
+        self._worker.wait()
         random_state = torch.get_rng_state()
         try:
             batches = [self._received(*self._sent(batch)) for batch in self._loader]
@@ -199,7 +199,7 @@ class LoaderBatches(MinibatchSource):
         return probe_calls_on_parts(call, rows, lambda start, stop: batch.bind((torch.arange(start, stop),)))
 
     def scale(self, inputs: tuple[Tensor, ...]) -> float:
-        """N/B, with B the average over an epoch where that is known."""
+        """N/B, with the average B of an epoch where it is known."""
         assert self.num_data is not None
         rows = inputs[0].shape[0]
         try:
@@ -211,8 +211,8 @@ class LoaderBatches(MinibatchSource):
         return float(num_batches) if covers_once else self.num_data / rows
 
     def _next_batch(self) -> Any:
-        """The next batch, drawn under our own random state, so that the global one stays as it was."""
-        self._worker.settle()
+        """The next batch, drawn under the source's own random state; the global state is restored."""
+        self._worker.wait()
         before = torch.get_rng_state()
         if self._random_state is not None:
             torch.set_rng_state(self._random_state)
@@ -254,7 +254,7 @@ def is_loader(args: Sequence[Any], num_data: int | None) -> bool:
 def model_arguments(
     args: Sequence[Any], kwargs: Mapping[str, Any], num_data: int | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments that the model can be called with: the first batch of a loader, else what came.
+    """Arguments that the model can be called with: the first batch of a loader, otherwise the arguments unchanged.
 
     :param num_data: the kernel's ``num_data``; where given, any iterable counts as a loader.
     """
@@ -267,7 +267,7 @@ def model_arguments(
 
 
 def _epoch(loader: Iterable[Any]) -> Iterator[Any]:
-    """Iterates over a loader. Batches of a plain one over tensors are taken in one go, and are the same tensors."""
+    """Iterates over a loader. A plain one over tensors is indexed once per batch, which gives the same batches."""
     iterator = iter(loader)
     if (
         type(loader) is not DataLoader
@@ -279,7 +279,7 @@ def _epoch(loader: Iterable[Any]) -> Iterator[Any]:
         or loader.pin_memory
     ):
         return iterator
-    # The iterator has drawn what it draws when it is made; the sampler begins with the first batch, as in it.
+    # Making the iterator has drawn its random numbers already; the sampler starts at the first batch, as it would.
     tensors = loader.dataset.tensors
     batches = (torch.as_tensor(rows) for rows in loader.batch_sampler)
     return ([tensor.index_select(0, rows.to(tensor.device)) for tensor in tensors] for rows in batches)

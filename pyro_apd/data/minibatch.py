@@ -371,8 +371,8 @@ def check_batch_size(batch_size: int, num_data: int) -> None:
     """Raises ValueError if a batch would have more rows than there are."""
     if batch_size > num_data:
         raise ValueError(
-            f"batch_size={batch_size} is more than the {num_data} rows of the data; give at most {num_data}, or leave "
-            "batch_size out to use all of them at every step."
+            f"batch_size={batch_size} is more than the {num_data} rows of the data; pass at most {num_data}, or leave "
+            "batch_size out to use all rows at every step."
         )
 
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Mini-batches of data that stay where they are: memory-mapped arrays, and whatever gives rows for indices."""
+"""Mini-batches of data outside memory: memory-mapped arrays, and any object that gives rows for indices."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from pyro_apd.data.index_stream import Generators, batches_per_epoch, index_stre
 from pyro_apd.data.loader import is_loader, model_arguments
 from pyro_apd.data.minibatch import Call, MinibatchSource, ProbeCalls, check_batch_size, probe_calls_on_parts
 from pyro_apd.errors import DataError
-from pyro_apd.runtime.prefetch import Ahead, Sender, Sent, Worker
+from pyro_apd.runtime.prefetch import PrefetchQueue, Sender, Transfer, Worker
 from pyro_apd.runtime.trees import tree_flatten_with_path, tree_leaves, tree_unflatten
 
-# Rows that stand for stored data where somebody asks what the model is called with.
+# Rows of stored data that `shown_arguments` reads.
 _SHOWN_ROWS = 2000
-# They have a length and can be indexed, but not by an array.
+# Types that have a length and can be indexed, but not by an array.
 _NO_ARRAYS = (Tensor, str, bytes, bytearray, memoryview, range, Mapping, torch.nn.Module)
 
 
 def is_stored(leaf: Any) -> bool:
-    """Whether an argument holds rows outside of memory, or may do: it is read batch by batch.
+    """Whether an argument may hold rows outside memory, so that it is read batch by batch.
 
-    Numpy arrays, memory-mapped or not, and any object with ``__len__`` and a ``__getitem__`` that takes an array of
-    indices. A tensor never: torch does not say whether a file is behind it, but its ``numpy()`` is an array.
+    That is so for NumPy arrays, memory-mapped or not, and for any object with ``__len__`` and a ``__getitem__`` that
+    takes an array of indices. It is never so for a tensor: torch does not say whether a file backs it; pass its
+    ``numpy()``.
     """
     if isinstance(leaf, np.ndarray):
         return leaf.ndim > 0
@@ -38,20 +39,20 @@ def is_stored(leaf: Any) -> bool:
 
 
 def has_stored_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether any argument does."""
+    """Whether any argument is stored, in the sense of :func:`is_stored`."""
     return any(is_stored(leaf) for leaf in tree_leaves((tuple(args), dict(kwargs))))
 
 
 class RowReader(MinibatchSource):
     """As :class:`~pyro_apd.data.minibatch.RowSubsample`, for arguments that need not be tensors in memory.
 
-    The rows of a batch are read when it is due, or by a thread ``ahead`` batches earlier, and sent to ``device``. Which
-    rows they are, and in which order, depends on neither, and is as for tensors in memory of a CPU.
+    The rows of a batch are read when it is due, or by a thread ``ahead`` batches earlier, and sent to ``device``. The
+    rows and their order are the same in both cases, and the same as for tensors in memory of a CPU.
 
-    :param int batch_size: rows a batch.
+    :param int batch_size: rows per batch.
     :param int num_data: N; by default the length of the first argument that has rows.
     :param bool replacement: see :func:`~pyro_apd.data.index_stream.index_stream`.
-    :param device: where batches go; None leaves them on the host.
+    :param device: where batches are sent; None leaves them on the host.
     :raises ValueError: if ``batch_size`` or ``num_data`` does not fit.
     """
 
@@ -75,34 +76,36 @@ class RowReader(MinibatchSource):
             )
         self._names = {i: argument_name(paths_leaves[i][0]) for i in self._rows_at}
         check_batch_size(batch_size, self.num_data)
-        self.batch_size, self.replacement, self.device = batch_size, replacement, device
-        self._worker = Worker()  # one for all copies: nobody else reads while it does
-        self._queue: Ahead[Sent] = Ahead(self._worker)
+        self.batch_size = batch_size
+        self.replacement = replacement
+        self.device = device
+        self._worker = Worker()  # shared by all copies: only one thread reads at a time
+        self._queue: PrefetchQueue[Transfer] = PrefetchQueue(self._worker)
         self._sender = Sender(device)
 
     def start(self, generators: Generators) -> None:
-        """Begins chains with a stream of row indices, which the host draws."""
+        """Starts chains with a stream of row indices, which are drawn on the host."""
         assert self.num_data is not None
         one = isinstance(generators, torch.Generator)
         listed = [generators] if isinstance(generators, torch.Generator) else list(generators)
         on_host = [g if g.device.type == "cpu" else torch.Generator().manual_seed(g.initial_seed()) for g in listed]
         super().start(on_host[0] if one else on_host)
-        self._worker.settle()
+        self._worker.wait()
         self._streams = [index_stream(self.num_data, self.batch_size, self._generators, self.replacement)]
-        self._queue, self._sender = Ahead(self._worker), Sender(self.device)
+        self._queue, self._sender = PrefetchQueue(self._worker), Sender(self.device)
 
     def close(self) -> None:
-        """Ends the thread that reads."""
+        """Ends the reading thread."""
         self._worker.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the batches are that were drawn; those that were only read ahead do not count."""
-        before, num_since = self._queue.note if self._queue else (super().state_dict(), 0)
+        """The position after the batches that were drawn; batches that were only read ahead do not count."""
+        before, num_since = self._queue.next_tag if self._queue else (super().state_dict(), 0)
         return {**before, "num_since": num_since}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to where a source that was started alike stood."""
-        self._queue.drop()
+        """Restores the position of a source that was started in the same way."""
+        self._queue.clear()
         super().load_state_dict(state)
         for _ in range(int(state["num_since"])):
             next(self._streams[0])
@@ -111,24 +114,24 @@ class RowReader(MinibatchSource):
         """The rows of each argument that has them, ``(B, ...)``, or ``(C, B, ...)`` for C chains.
 
         :raises DataError: if an argument does not give a row for each index.
-        :raises: what reading an argument raises, also where a thread met it.
+        :raises: any error of reading an argument, also one in the reading thread.
         """
         if not self.ahead:
-            self._worker.settle()
-            return self._read(next(self._streams[0])).received()
+            self._worker.wait()
+            return self._read(next(self._streams[0])).result()
         while len(self._queue) <= self.ahead:
             before = super().state_dict()
             rows = [(next(self._streams[0]),) for _ in range(self.at_once)]
-            self._queue.ask(self._read, rows, [(before, i) for i in range(self.at_once)])
-        return self._queue.take().received()
+            self._queue.submit(self._read, rows, [(before, i) for i in range(self.at_once)])
+        return self._queue.pop().result()
 
     def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
         """The rows in order; the last batch may be shorter."""
         assert self.num_data is not None
         for first in range(0, self.num_data, self.batch_size):
-            self._worker.settle()
+            self._worker.wait()
             rows = torch.arange(first, min(first + self.batch_size, self.num_data))
-            yield self._read(rows).received(), len(rows) / self.num_data
+            yield self._read(rows).result(), len(rows) / self.num_data
 
     def bind(self, inputs: tuple[Tensor, ...]) -> Call:
         """The arguments, each with N rows replaced by those of the batch."""
@@ -157,7 +160,7 @@ class RowReader(MinibatchSource):
         assert self.num_data is not None
         return self.num_data / inputs[0].shape[0]
 
-    def _read(self, rows: Tensor) -> Sent:
+    def _read(self, rows: Tensor) -> Transfer:
         index = rows if rows.dim() == 1 else rows.reshape(-1)
         tensors = [_rows_of(self._leaves[i], index, self._names[i]) for i in self._rows_at]
         if index is not rows:
@@ -170,7 +173,7 @@ def shown_arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
     """Arguments that the model can be called with, and whether they hold all data.
 
-    The first batch of a loader; of stored data, up to 2,000 rows at even distances.
+    They are the first batch of a loader; of stored data, up to 2,000 evenly spaced rows.
 
     :param num_data: the kernel's ``num_data``; where given, any iterable counts as a loader.
     """
@@ -181,7 +184,7 @@ def shown_arguments(
     reader = RowReader(args, kwargs, 1, num_data)
     assert reader.num_data is not None
     count = min(_SHOWN_ROWS, reader.num_data)
-    call = reader.bind(reader._read(torch.arange(count) * reader.num_data // count).received())
+    call = reader.bind(reader._read(torch.arange(count) * reader.num_data // count).result())
     return call.args, call.kwargs, count == reader.num_data
 
 
@@ -197,7 +200,7 @@ def _rows_of(leaf: Any, index: Tensor, name: str) -> Tensor:
         return leaf.index_select(0, index if leaf.device == index.device else index.to(leaf.device))
     if isinstance(leaf, np.ndarray):
         return _as_tensor(np.take(leaf, index.numpy(), axis=0), len(index), name)
-    # In order and each once, as HDF5 asks for; and a disk likes it.
+    # Sorted and without repetition: HDF5 requires it, and disks read faster.
     unique, inverse = np.unique(index.numpy(), return_inverse=True)
     return _as_tensor(leaf[unique], len(unique), name).index_select(0, torch.from_numpy(inverse.reshape(-1)))
 
@@ -209,8 +212,8 @@ def _as_tensor(rows: Any, num_rows: int, name: str) -> Tensor:
         tensor = torch.as_tensor(rows)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"Argument {name} of the model gives rows that are no tensor ({type(rows).__name__}: {error}). Indexed by "
-            "an array of indices it must give an array of numbers, or a tensor."
+            f"Argument {name} of the model gives rows that cannot be made a tensor ({type(rows).__name__}: {error}). "
+            "Indexed by an array of indices it must give an array of numbers, or a tensor."
         ) from error
     if tensor.dim() == 0 or len(tensor) != num_rows:
         raise DataError(

@@ -1,13 +1,13 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Turning a Pyro model's density into a graph of tensor operations, and the priors that need no graph."""
+"""A Pyro model's density as a graph of tensor operations, and the priors that have a closed form."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import pyro
 import pyro.distributions as dist
@@ -18,13 +18,14 @@ from torch import Tensor
 
 from pyro_apd.models.layout import Layout
 
-Function = Callable[..., Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def capture(function: Function, *examples: Any) -> Function:
-    """The operations of ``function`` on tensors like ``examples``, as a flat graph; Python code in it is gone.
+    """The tensor operations of ``function`` as a flat graph without its Python code.
 
     :param function: of tensors, and of tuples and dicts of tensors.
+    :param examples: its arguments; the graph is for tensors of their shapes.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -32,18 +33,18 @@ def capture(function: Function, *examples: Any) -> Function:
         graph = make_fx(function)(*examples)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return graph
+    return cast(Function, graph)
 
 
 @dataclass(frozen=True)
 class GaussianPriors:
     """The sites whose prior is an independent Gaussian with constant parameters: their part of U in closed form.
 
-    It is half of ``precision * (theta - loc)**2`` up to a constant, which is kept, so that energies agree.
+    That part is half of ``precision * (theta - loc)**2``, plus a constant, so that energies agree with the model's.
 
-    :ivar parameters: ``(loc, precision)`` by site: numbers where they are the same for all entries of the site, else
+    :ivar parameters: ``(loc, precision)`` by site: numbers where they are equal for all entries of the site, otherwise
         flat tensors.
-    :ivar float constant: what does not depend on theta.
+    :ivar float constant: the part that does not depend on theta.
     """
 
     parameters: Mapping[str, tuple[float | Tensor, float | Tensor]]
@@ -51,13 +52,14 @@ class GaussianPriors:
 
     @property
     def names(self) -> frozenset[str]:
-        """The sites covered."""
+        """The sites with such a prior."""
         return frozenset(self.parameters)
 
     @classmethod
     def of(cls, layout: Layout, traces: Sequence[poutine.Trace]) -> GaussianPriors:
-        """Finds them in runs of the model at different points: parameters that moved belong to a hierarchy."""
-        parameters, constant = {}, 0.0
+        """Finds them in runs of the model at different points. Parameters that differ there belong to a hierarchy."""
+        parameters: dict[str, tuple[float | Tensor, float | Tensor]] = {}
+        constant = 0.0
         for site in layout:
             here, *others = (_gaussian_parameters(trace.nodes[site.name]) for trace in traces)
             if here is None or any(there is None or not all(map(torch.equal, here, there)) for there in others):
@@ -71,13 +73,13 @@ class GaussianPriors:
     def add_to(
         self, layout: Layout, pieces: Sequence[Tensor], gradients: Sequence[Tensor], energy: Tensor
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Gradients by site and U ``()`` or ``(C,)`` with this prior's part added."""
+        """Gradients by site, and U ``()`` or ``(C,)``, with the part of these priors added."""
         total = list(gradients)
         for i, site in enumerate(layout):
             if site.name in self.parameters:
                 loc, precision = self.parameters[site.name]
                 deviation = pieces[i] if isinstance(loc, float) and loc == 0.0 else pieces[i] - loc
-                # In few operations, as each is felt where graphs are not compiled.
+                # In few operations: each costs time where graphs are not compiled.
                 if isinstance(precision, float):
                     total[i] = torch.add(total[i], deviation, alpha=precision)
                     energy = energy + _square(deviation) * (0.5 * precision)
@@ -98,22 +100,22 @@ def _as_number(values: Tensor) -> float | Tensor:
 
 
 def _gaussian_parameters(site: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Mean and sd, each of the site's full shape; None if it is not an unscaled, unmasked independent Gaussian."""
+    """Mean and sd, each in the site's full shape; None unless it is an unscaled, unmasked independent Gaussian."""
     fn, shape = site["fn"], site["value"].shape
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
-    # ExpandedDistribution and MaskedDistribution are other types: they stay with autograd unless exactly Normal.
+    # Only the exact types: ExpandedDistribution and MaskedDistribution stay in the graph.
     if type(fn) not in (dist.Normal, torch.distributions.Normal) or site["mask"] is not None or site["scale"] != 1.0:
         return None
     return fn.loc.detach().expand(shape), fn.scale.detach().expand(shape)
 
 
 class UnvalidatedInstances(Messenger):
-    """Switches argument validation off in distributions that were built before, until :meth:`restore`.
+    """Switches argument validation off in distributions that were built before the run, until :meth:`restore`.
 
-    ``pyro.validation_enabled(False)`` reaches only those built inside. Densities are taken after the model has run,
-    so leaving the context does not switch it on again. A torch that renames the attribute makes the capture fail, and
-    the model is then traced at every step.
+    ``pyro.validation_enabled(False)`` has no effect on those. Densities are computed after the model has run, so
+    leaving the context of the run must not switch validation on again. If a version of torch renames the attribute, the
+    capture fails, and the model is traced at every step.
     """
 
     def __init__(self) -> None:
@@ -121,7 +123,7 @@ class UnvalidatedInstances(Messenger):
         self._changed: list[tuple[Any, bool]] = []
 
     def restore(self) -> None:
-        """Switches validation on again where it was."""
+        """Switches validation on again where it was on."""
         while self._changed:
             fn, flag = self._changed.pop()
             fn._validate_args = flag

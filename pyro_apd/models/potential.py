@@ -5,10 +5,11 @@
 
     U(theta) = - log p(theta) - log |d constrained / d theta| - (N/B) sum over the batch of log p(y | theta)
 
-The model's Python code, with all of Pyro's handlers, runs a few times. What it computes is captured as a graph of
-tensor operations in (theta, what changes with the batch), and that graph runs at every step. Independent Gaussian
-priors, which carry most weights of a Bayesian neural network, enter in closed form. A graph is used only after it has
-reproduced the model at points it was not captured at; otherwise the model is traced at every step, as Pyro would.
+The model's Python code, with all of Pyro's handlers, runs a few times. Its tensor operations are captured as a graph, a
+function of theta and of the tensors that change with the batch, and that graph runs at every step. Independent Gaussian
+priors, which most weights of a Bayesian neural network have, are added in closed form. A graph is used only after it
+has reproduced the model at points other than those of the capture. Otherwise the model is traced at every step, as in
+Pyro.
 """
 
 from __future__ import annotations
@@ -30,25 +31,27 @@ from pyro_apd.models.tracing import Site, check_densities, run_model, subsampled
 
 logger = logging.getLogger("pyro_apd")
 
+#: The tensors of a mini-batch that change from step to step.
 Inputs = tuple[Tensor, ...]
 #: A state by site, in the order of the layout: flat unconstrained tensors ``(n,)`` or, for C chains, ``(C, n)``.
 Pieces = tuple[Tensor, ...]
+#: Gradients by site, and U, as a function of a state and of a mini-batch.
 GradientFunction = Callable[[Pieces, Inputs], tuple[Pieces, Tensor]]
 
 
 class Potential:
     """The potential of a model under a source of mini-batches.
 
-    Every gradient is taken of one chain or, where tensors have a leading dimension, of C chains at once, each on a
-    mini-batch of its own.
+    Every gradient is that of one chain or, where tensors have a leading dimension, of C chains at once, each on its own
+    mini-batch.
 
     :param model: a Pyro model.
-    :param source: where its mini-batches come from.
+    :param source: of its mini-batches.
     :param ModelStructure structure: what :func:`~pyro_apd.models.structure.examine` established about the model.
     :param Call example: a call of the model.
     :param bool capture: whether to try the captured graph; otherwise the model is traced at every step.
-    :param bool latents_only: leave out what is observed.
-    :ivar str path: ``"captured"`` or ``"traced"``, once a gradient was asked for.
+    :param bool latents_only: leave out the observed sites.
+    :ivar str path: ``"captured"`` or ``"traced"``, from the first gradient on.
     """
 
     def __init__(
@@ -73,13 +76,13 @@ class Potential:
         self.path = "traced"
 
     def draw_start(self) -> dict[str, Tensor]:
-        """Another draw of the latents from the prior, or from whatever the model's init strategy is; constrained."""
+        """Another draw of the latents from the prior, or by the model's ``init_strategy``; constrained."""
         trace = run_model(self.model, self._example)
         return {name: trace.nodes[name]["value"].detach() for name in self.layout.names}
 
     @property
     def num_data(self) -> int | None:
-        """N; None where there are no rows."""
+        """N; None where no argument has rows."""
         return self.source.num_data
 
     def agreed(self, value: Any) -> Any:
@@ -87,7 +90,7 @@ class Potential:
         return value
 
     def prior_alone(self) -> Potential:
-        """The part of U that does not depend on data; on no batches."""
+        """The potential of the prior: the part of U that does not depend on data. It takes no batches."""
         call = self._call(self.source.draw())
         structure = ModelStructure(self.layout, self._structure.start)
         source = FullBatch.calling(call)
@@ -99,7 +102,7 @@ class Potential:
         return self._by_trace(self.model, self.layout.split(theta), inputs, frozenset())
 
     def gradient(self, theta: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Gradient of U and U at ``theta``, on the batch ``inputs`` that the source drew.
+        """The gradient of U, and U, at ``theta``, on the batch ``inputs`` that the source drew.
 
         :param theta: ``(D,)``, or ``(C, D)`` with ``inputs`` of C chains.
         :returns: ``(D,)`` and ``()``, or ``(C, D)`` and ``(C,)``.
@@ -108,11 +111,11 @@ class Potential:
         return torch.cat(gradients, -1) if gradients else torch.zeros_like(theta), energy
 
     def gradients(self, pieces: Pieces, inputs: Inputs) -> tuple[Pieces, Tensor]:
-        """The same by site, without joining what the model keeps apart."""
+        """The same by site, without joining the sites."""
         return self.gradient_function(pieces, inputs)(pieces, inputs)
 
     def gradient_function(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
-        """What :meth:`gradients` calls for tensors of these shapes: the captured graph, or the model's own code."""
+        """The function that :meth:`gradients` calls for tensors of these shapes: the captured graph, or the model."""
         if not self._is_capturing:
             return self._traced_gradients
         key = (pieces[0].shape[:-1] if pieces else (), *((tuple(t.shape), t.dtype) for t in inputs))
@@ -122,11 +125,11 @@ class Potential:
 
     @property
     def gaussian_priors(self) -> GaussianPriors:
-        """The independent Gaussian priors that were found when the potential was captured; none if it was not."""
+        """The independent Gaussian priors that were found at the capture; none where the potential is traced."""
         return GaussianPriors({}, 0.0) if self._priors is None else self._priors
 
     def traced_gradient(self, theta: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """As :meth:`gradient`, through the model's own code: slower, and right for any model that Pyro can run."""
+        """As :meth:`gradient`, by running the model's code: slower, and correct for any model that Pyro can run."""
         gradients, energy = self._traced_gradients(self.pieces(theta), inputs)
         return torch.cat(gradients, -1) if gradients else torch.zeros_like(theta), energy
 
@@ -135,7 +138,7 @@ class Potential:
         return tuple(theta.split([site.size for site in self.layout], dim=-1)) if len(self.layout) else ()
 
     def _contiguous_pieces(self, theta: Tensor) -> Pieces:
-        """What a graph takes: the views of several chains are not laid out as the tensors that it was captured with."""
+        """The inputs of a graph. Views of the states of several chains have other strides than at its capture."""
         return tuple(piece.contiguous() for piece in self.pieces(theta))
 
     def _traced_gradients(self, pieces: Pieces, inputs: Inputs) -> tuple[Pieces, Tensor]:
@@ -160,14 +163,15 @@ class Potential:
         trace = run_model(model, self._call(inputs), self.layout.constrain_sites(unconstrained))
         scaled, latents = self._structure.scaled, frozenset(self.layout.names)
 
-        def is_as_it_is(name: str, site: Site) -> bool:
+        def is_unscaled(name: str, site: Site) -> bool:
             return name not in scaled and name not in skipped and (name in latents or not self._latents_only)
 
-        log_joint = trace.log_prob_sum(is_as_it_is)
+        log_joint = trace.log_prob_sum(is_unscaled)
         if scaled:
-            by_kernel, by_model = self.source.scale(inputs), 1.0
+            by_kernel = self.source.scale(inputs)
+            by_model = 1.0
             if any(scaled.values()):
-                # A plate's own N/B is exact for its batch; see LoaderBatches for why an epoch may want another.
+                # A plate's own N/B is exact for its batch. LoaderBatches explains why its factor may differ.
                 assert self.source.num_data is not None
                 by_model = by_kernel * inputs[0].shape[0] / self.source.num_data
             for is_scaled, factor in ((False, by_kernel), (True, by_model)):
@@ -176,13 +180,13 @@ class Potential:
                     log_joint = log_joint + factor * trace.log_prob_sum(lambda name, site, n=names: name in n)
         log_joint = log_joint + self.layout.log_abs_det_jacobian_sites(unconstrained)
         if not isinstance(log_joint, Tensor):
-            # Where every site has a closed form, what is left is a number, and still must be a function of theta.
+            # Where every site has a closed form, the rest is a number, but it must depend on theta for autograd.
             log_joint = log_joint + 0.0 * sum(value.sum() for value in unconstrained.values())
         potential: Tensor = -log_joint
         return potential
 
     def _call(self, inputs: Inputs) -> Call:
-        """What the model is called with on a batch."""
+        """The call of the model on a batch."""
         call = self.source.bind(inputs)
         if not self._structure.pass_through:
             return call
@@ -190,8 +194,8 @@ class Potential:
         return Call(call.args, call.kwargs, {**call.indices, **indices})
 
     def _prepare(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
-        """The captured graph for inputs of these shapes, or the traced path with the reason logged."""
-        where = self.source.state_dict()  # the comparison below draws batches, which belong to no chain
+        """The captured graph for inputs of these shapes; otherwise the traced gradients, with the reason logged."""
+        position = self.source.state_dict()  # the comparison below draws batches that belong to no chain
         try:
             if self._priors is None:
                 self._priors = self._find_priors(pieces, inputs)
@@ -199,13 +203,13 @@ class Potential:
             self._verify(graph, pieces, inputs)
         except DataError:
             raise
-        except Exception as error:  # whatever a model does that a graph cannot, tracing still can
+        except Exception as error:  # a model may do anything that a graph cannot; tracing still works
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             logger.warning("The model is traced at every step, which is slower: it cannot be captured (%s).", reason)
             self.path = "traced"
             return self._traced_gradients
         finally:
-            self.source.load_state_dict(where)
+            self.source.load_state_dict(position)
         self.path = "captured"
         logger.debug("Captured the potential; Gaussian priors in closed form: %s.", sorted(self._priors.names))
         return graph
@@ -221,8 +225,9 @@ class Potential:
         return GaussianPriors.of(self.layout, traces)
 
     def _capture(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
-        priors, unvalidated = self._priors, UnvalidatedInstances()
+        priors = self._priors
         assert priors is not None
+        unvalidated = UnvalidatedInstances()
         model = unvalidated(self.model)
 
         def rest(pieces: Pieces, inputs: Inputs) -> Tensor:
@@ -241,7 +246,7 @@ class Potential:
             unvalidated.restore()
 
     def _verify(self, graph: GradientFunction, pieces: Pieces, inputs: Inputs) -> None:
-        """Compares the graph with the model at new points, and on other batches where there are any."""
+        """Compares the graph with the model at other points, and on other batches where there are any."""
         theta = torch.cat(pieces, -1).detach()
         generator = torch.Generator(device=theta.device).manual_seed(0)
         for scale in (0.0, 0.1, 1.0):
@@ -251,7 +256,7 @@ class Potential:
             other = drawn if [t.shape for t in drawn] == [t.shape for t in inputs] else inputs
             parts, energy = graph(self._contiguous_pieces(point), other)
             gradient = torch.cat(parts, -1)
-            if theta.dim() > 1:  # one chain of several tells, and another of which the batch is not the first
+            if theta.dim() > 1:  # one of several chains is enough: the last, whose batch is not the first one
                 gradient, energy, point, other = gradient[-1], energy[-1], point[-1], tuple(t[-1] for t in other)
             expected, expected_energy = self.traced_gradient(point, other)
             error = (gradient - expected).norm()
@@ -273,18 +278,19 @@ def build_potential(
     generator: torch.Generator | None = None,
     capture: bool = True,
 ) -> tuple[Potential, dict[str, Tensor]]:
-    """The potential of ``model`` on the arguments of a run, in whichever of the three mini-batch styles they are.
+    """The potential of ``model`` on the arguments of a run, in any of the three styles of mini-batches.
 
     :param args: the model's arguments, or one iterable of batches.
     :param kwargs: its keyword arguments.
-    :param int batch_size: rows a batch, for a model written for the full data.
+    :param int batch_size: rows per batch, for a model written for the full data.
     :param int num_data: size of the full data, where ``args`` does not show it.
     :param bool replacement: draw the rows of a batch independently, rather than in epochs.
-    :param generator: source of the first batch.
+    :param generator: of the first batch; by default one with seed 0.
+    :param bool capture: whether to try the captured graph; otherwise the model is traced at every step.
     :returns: the potential, and one draw of the latents from the prior (constrained), to start from.
-    :raises ModelError: if the scaling of a likelihood cannot be established; the message says how to mend the model.
+    :raises ModelError: if the scaling of a likelihood cannot be established; the message says how to fix the model.
     :raises DataError: if data are NaN or infinite, or outside the likelihood's support.
-    :raises ValueError: if ``batch_size`` does not fit the data, or ``replacement`` the way that batches are drawn.
+    :raises ValueError: if ``batch_size`` does not fit the data, or ``replacement`` the source of batches.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     source, inputs = open_source(

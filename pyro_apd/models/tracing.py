@@ -14,7 +14,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_apd.data.arguments import drawn, explained
+from pyro_apd.data.arguments import drawn_latents, explaining_errors
 from pyro_apd.data.minibatch import Call
 from pyro_apd.errors import DataError, ModelError
 from pyro_apd.models.layout import is_subsample
@@ -27,15 +27,16 @@ Site = Mapping[str, Any]
 
 
 def run_model(model: Callable[..., Any], call: Call, values: Mapping[str, Tensor] | None = None) -> poutine.Trace:
-    """Traces ``model`` on ``call``, latents set to the constrained ``values`` where given.
+    """Traces ``model`` on ``call``, with the latents set to the constrained ``values`` where given.
 
-    :raises ModelError: if it fails because something is drawn inside the data plate.
+    :raises ModelError: if a prior cannot be drawn from, or the model fails because of its plates.
+    :raises DataError: if the model fails because of its data.
     """
     conditioned = poutine.condition(model, {**(values or {}), **call.indices})
     tracer = poutine.trace(conditioned)
     with poutine.block(), preserved_param_store():
         try:
-            with explained(call.args, call.kwargs, lambda: drawn(tracer.msngr.trace)):
+            with explaining_errors(call.args, call.kwargs, lambda: drawn_latents(tracer.msngr.trace)):
                 return tracer.get_trace(*call.args, **call.kwargs)
         except NotImplementedError as error:
             raise ModelError(

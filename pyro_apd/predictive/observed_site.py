@@ -18,7 +18,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_apd.data.arguments import explained
+from pyro_apd.data.arguments import explaining_errors
 from pyro_apd.errors import ModelError
 from pyro_apd.models.layout import is_subsample
 from pyro_apd.predictive.row_blocks import RowCut, plan_cut
@@ -100,7 +100,7 @@ class ObservedSite:
         example = {name: value[0].detach() for name, value in draws_between(draws, 0, 1).items()}
         with preserved_param_store(), torch.no_grad(), poutine.block():
             known = set(pyro.get_param_store().keys())
-            with Footprint() as self._footprint, explained(args, kwargs, lambda: example):
+            with Footprint() as self._footprint, explaining_errors(args, kwargs, lambda: example):
                 trace = poutine.trace(_Substitute(example)(model)).get_trace(*args, **kwargs)
             # Parameters that the model has just made, which it cannot make again under vmap.
             self._params = {name: trace.nodes[name]["value"] for name in trace.param_nodes if name not in known}

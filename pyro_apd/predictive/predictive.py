@@ -23,7 +23,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
-from pyro_apd.data.arguments import drawn, explained
+from pyro_apd.data.arguments import drawn_latents, explaining_errors
 from pyro_apd.models.layout import Layout, is_subsample
 from pyro_apd.predictive import likelihoods
 from pyro_apd.predictive.observed_site import ObservedSite
@@ -205,7 +205,7 @@ class _Sampler(Messenger):
 def _prototype(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Footprint]:
     """One trace of the model under its prior, without the index sites of plates, and what running it took."""
     tracer = poutine.trace(InitMessenger(init_to_sample)(model))
-    with Footprint() as footprint, explained(args, kwargs, lambda: drawn(tracer.msngr.trace)):
+    with Footprint() as footprint, explaining_errors(args, kwargs, lambda: drawn_latents(tracer.msngr.trace)):
         trace = tracer.get_trace(*args, **kwargs)
     frames = [f for site in trace.nodes.values() if site["type"] == "sample" for f in site["cond_indep_stack"]]
     trace.max_plate_nesting = -min((frame.dim for frame in frames if frame.vectorized), default=0)

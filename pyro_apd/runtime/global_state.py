@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Leaves Pyro's and torch's global state as it was found, also after an error."""
+"""Restores the global state of Pyro and torch, also after an error."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import torch
 
 @contextmanager
 def preserved_param_store() -> Iterator[None]:
-    """Removes the entries that a model run inside adds to Pyro's param store.
+    """Context that removes, at its end, the entries that a model has added to Pyro's param store inside.
 
-    Merely calling a :class:`~pyro.nn.PyroModule` with an :class:`~torch.nn.Parameter` adds one.
+    Calling a :class:`~pyro.nn.PyroModule` that has an :class:`~torch.nn.Parameter` adds one.
     """
     store = pyro.get_param_store()
     before = set(store.keys())
@@ -32,7 +32,10 @@ def preserved_param_store() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Global torch generators seeded inside and restored after; untouched where ``seed`` is None."""
+    """Context in which torch's global generators are seeded; restored at its end. No effect where ``seed`` is None.
+
+    :param device: whose generator is seeded beside that of the CPU.
+    """
     if seed is None:
         yield
         return
@@ -43,6 +46,6 @@ def seeded(seed: int | None, device: torch.device | str = "cpu") -> Iterator[Non
 
 
 def other_random_states() -> tuple[Any, ...]:
-    """The states of Python's and numpy's global generators, to be compared."""
-    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - only looked at
+    """The states of the global generators of Python and NumPy, for comparison."""
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - only read
     return random.getstate(), name, np.asarray(keys).tobytes(), tuple(rest)

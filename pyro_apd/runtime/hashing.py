@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A short name for data, so that a file can say which data it was made from without holding them."""
+"""A digest of data, by which a file can name the data it was made from without containing them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ from torch import Tensor
 def fingerprint(*data: Any) -> dict[str, Any]:
     """SHA-256, dtypes and shapes of tensors: the same for the same numbers in the same order, on any device.
 
-    It goes into a file as ``posterior.metadata["data"] = fingerprint(x, y)``, and tells later whether other data are
-    the same. It gives nothing of the data away but to who can guess all of them.
+    Store it in a file by ``posterior.metadata["data"] = fingerprint(x, y)``, and compare it with that of other data
+    later. It reveals no data, except to someone who can guess all of them.
 
-    :param data: tensors, or what :func:`torch.as_tensor` makes one of.
-    :returns: ``{"sha256": str, "tensors": [{"dtype": str, "shape": list}, ...]}``, which JSON holds.
-    :raises ValueError: if there are no data, or one is nothing that a tensor can be made of.
+    :param data: tensors, or values that :func:`torch.as_tensor` converts.
+    :returns: ``{"sha256": str, "tensors": [{"dtype": str, "shape": list}, ...]}``, which is valid JSON.
+    :raises ValueError: if there are no data, or a value cannot be converted.
     """
     if not data:
         raise ValueError("fingerprint() needs at least one tensor, such as fingerprint(x, y).")
-    digest, tensors = hashlib.sha256(), []
+    digest = hashlib.sha256()
+    tensors = []
     for value in data:
         try:
             tensor: Tensor = torch.as_tensor(value).detach().cpu().contiguous()
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"Data must be tensors or arrays of numbers; got {type(value).__name__}.") from error
-        name, shape = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
+            raise ValueError(
+                f"Data must be tensors or arrays of numbers; got {type(value).__name__}. Convert it by torch.as_tensor."
+            ) from error
+        name = str(tensor.dtype).removeprefix("torch.")
+        shape = list(tensor.shape)
         digest.update(f"{name} {shape}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         tensors.append({"dtype": name, "shape": shape})

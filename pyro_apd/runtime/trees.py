@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Nested arguments as lists of leaves, and back: torch's functions for that, from wherever torch keeps them.
+"""Nested arguments as lists of leaves, and back: torch's pytree functions, from the public module where it exists.
 
-They have been in ``torch.utils._pytree`` for years, which is not public; the public ``torch.utils.pytree`` (PyTorch
-pull request 175082) is taken where it is there. An order of our own would not do: torch's compiler goes by this one.
+The public module is ``torch.utils.pytree`` (PyTorch pull request 175082). Older versions of torch have the same
+functions in the private ``torch.utils._pytree``. The order of the leaves must be torch's: its compiler uses it, too.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pyro.infer import MCMC
 from torch import nn
 
 import pyro_apd as apd
-from pyro_apd.data.arguments import check_one_device, drawn, explained, named_tensors
+from pyro_apd.data.arguments import check_one_device, drawn_latents, explaining_errors, named_tensors
 from pyro_apd.errors import DataError, DivergenceError, ModelError
 from tests.support.models import Classifier
 
@@ -99,7 +99,7 @@ def test_a_model_on_another_device_than_its_data():
     latents = {"w": torch.zeros(2, device="meta")}
     with (
         pytest.raises(DataError, match=r"argument #0 is on cpu and latent site 'w' on meta. Move the data"),
-        explained((X,), {}, lambda: latents),
+        explaining_errors((X,), {}, lambda: latents),
     ):
         raise RuntimeError("Expected all tensors to be on the same device")
 
@@ -108,9 +108,9 @@ def test_other_failures_are_left_as_they_are():
     with pytest.raises(RuntimeError, match="cannot be multiplied") as caught:
         run(Classifier(), X[:, :2], Y)
     assert not isinstance(caught.value, DataError)
-    with pytest.raises(TypeError, match="unsupported"), explained((X,), {}, dict):
+    with pytest.raises(TypeError, match="unsupported"), explaining_errors((X,), {}, dict):
         object() + 1
-    with pytest.raises(TypeError, match="argument"), explained((X,), {}, lambda: {"w": X}):
+    with pytest.raises(TypeError, match="argument"), explaining_errors((X,), {}, lambda: {"w": X}):
         raise TypeError("bad argument, of something that the model calls")
 
 
@@ -123,4 +123,4 @@ def test_what_a_failed_model_drew():
     tracer = pyro.poutine.trace(inside)
     with pytest.raises(RuntimeError):
         tracer.get_trace(X[:, :1], Y)
-    assert list(drawn(tracer.msngr.trace)) in (["w"], ["data", "w"])
+    assert list(drawn_latents(tracer.msngr.trace)) in (["w"], ["data", "w"])

@@ -164,12 +164,12 @@ def test_who_draws_from_the_global_generator_is_read_in_the_calling_thread():
         "noise of numpy": False,
         "noise of Python": False,
     }
-    for name, is_quiet in loaders.items():
+    for name, draws_nothing in loaders.items():
         source = opened(name, 3)
         for _ in range(6):
             source.draw()
-        assert source._is_quiet is is_quiet
-        assert len(reading_threads()) == is_quiet
+        assert source._draws_nothing is draws_nothing
+        assert len(reading_threads()) == draws_nothing
         source.close()
 
 

@@ -99,7 +99,7 @@ def test_a_thread_reads_ahead_and_no_further():
     rows = Rows(X)
     source = started(RowReader((rows,), {}, 5), ahead=3)
     source.draw()
-    source._worker.settle()
+    source._worker.wait()
     assert rows.asked == 4
     assert threading.current_thread().name not in rows.threads
     source.close()
@@ -146,9 +146,9 @@ def test_numbers_of_other_kinds():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (np.array(["a"] * 20), r"#0 .* rows that are no tensor \(ndarray"),
+        (np.array(["a"] * 20), r"#0 .* rows that cannot be made a tensor \(ndarray"),
         (Rows([None] * 20), "only integer scalar arrays"),
-        (DataLoader(TensorDataset(X)).dataset, r"#0 .* no tensor|gives shape"),
+        (DataLoader(TensorDataset(X)).dataset, r"#0 .* cannot be made a tensor|gives shape"),
     ],
 )
 def test_rows_that_are_no_rows(rows, message):

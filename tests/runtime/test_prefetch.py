@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from pyro_apd.runtime.prefetch import THREAD_NAME, Ahead, Sender, Worker
+from pyro_apd.runtime.prefetch import THREAD_NAME, PrefetchQueue, Sender, Worker
 
 
 def threads():
@@ -30,14 +30,14 @@ def test_things_are_done_one_by_one_in_order_and_in_one_thread(worker):
         done.append(i)
         return i * i
 
-    queue = Ahead(worker)
+    queue = PrefetchQueue(worker)
     for i in range(0, 20, 4):
-        queue.ask(do, [(j,) for j in range(i, i + 4)], range(i, i + 4))
+        queue.submit(do, [(j,) for j in range(i, i + 4)], range(i, i + 4))
     assert len(queue) == 20
-    assert queue.note == 0
+    assert queue.next_tag == 0
     for i in range(20):
-        assert queue.note == i
-        assert queue.take() == i * i
+        assert queue.next_tag == i
+        assert queue.pop() == i * i
         assert len(queue) == 19 - i
     assert done == list(range(20))
     assert len(who) == 1
@@ -45,20 +45,20 @@ def test_things_are_done_one_by_one_in_order_and_in_one_thread(worker):
 
 
 def test_no_thread_before_it_is_asked(worker):
-    Ahead(worker).drop()
-    worker.settle()
+    PrefetchQueue(worker).clear()
+    worker.wait()
     assert not threads()
 
 
 def test_errors_come_where_their_result_would(worker):
-    queue = Ahead(worker)
-    queue.ask(int, [("1",), ("one",), ("3",)], "abc")
-    queue.ask(int, [("4",)], "d")
-    assert queue.take() == 1
+    queue = PrefetchQueue(worker)
+    queue.submit(int, [("1",), ("one",), ("3",)], "abc")
+    queue.submit(int, [("4",)], "d")
+    assert queue.pop() == 1
     for _ in range(2):  # what was asked for together fails together
         with pytest.raises(ValueError, match=r"invalid literal for int.*'one'"):
-            queue.take()
-    assert queue.take() == 4
+            queue.pop()
+    assert queue.pop() == 4
 
 
 def test_what_is_dropped_is_not_done(worker):
@@ -69,13 +69,13 @@ def test_what_is_dropped_is_not_done(worker):
         gate.wait()
         done.append("first")
 
-    queue, other = Ahead(worker), Ahead(worker)
-    queue.ask(first, [()], [None])
-    queue.ask(done.append, [("second",)], [None])
-    other.ask(done.append, [("of another",)], [None])
+    queue, other = PrefetchQueue(worker), PrefetchQueue(worker)
+    queue.submit(first, [()], [None])
+    queue.submit(done.append, [("second",)], [None])
+    other.submit(done.append, [("of another",)], [None])
     begun.wait()
     threading.Timer(0.05, gate.set).start()
-    queue.drop()
+    queue.clear()
     assert len(queue) == 0
     assert done == ["first", "of another"]
 
@@ -116,22 +116,22 @@ def test_sending_to_where_tensors_are_is_nothing():
     for device in (None, torch.device("cpu")):
         sent = Sender(device).send([x])
         assert sent.arrival is None
-        assert sent.received()[0] is x
+        assert sent.result()[0] is x
 
 
 def test_sending_to_another_device():
-    (there,) = Sender(torch.device("meta")).send([torch.ones(3)]).received()
+    (there,) = Sender(torch.device("meta")).send([torch.ones(3)]).result()
     assert there.device.type == "meta"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_sending_to_a_gpu(worker):
     device = torch.device("cuda", torch.cuda.current_device())
-    sender, queue = Sender(device), Ahead(worker)
+    sender, queue = Sender(device), PrefetchQueue(worker)
     batches = [torch.full((1000, 1000), float(i)) for i in range(20)]
     for batch in batches:
-        queue.ask(sender.send, [([batch],)], [None])
+        queue.submit(sender.send, [([batch],)], [None])
     for batch in batches:
-        sent = queue.take()
+        sent = queue.pop()
         assert sent.arrival is not None
-        assert torch.equal((2 * sent.received()[0]).cpu(), 2 * batch)
+        assert torch.equal((2 * sent.result()[0]).cpu(), 2 * batch)
