@@ -4,17 +4,22 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo-output
 
-.PHONY: demo test fast coverage tutorials docs lint wheel setup clean
+.PHONY: demo test fast thorough coverage tutorials docs lint wheel setup clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/pyro-apd demo --out $(OUT)
 
+# All but the thorough tests: under six minutes on two cores.
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# What is neither slow nor thorough: under two minutes on two cores.
+# What is neither slow nor thorough: under a minute on two cores.
 fast: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist worksteal -m fast
+
+# What `make test` leaves out.
+thorough: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n auto --dist worksteal -m thorough
 
 coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term

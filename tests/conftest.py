@@ -22,7 +22,7 @@ tqdm.monitor_interval = 0
 
 
 def pytest_collection_modifyitems(items):
-    """What nobody called slow or thorough is fast."""
+    """A test with neither mark is fast."""
     for item in items:
         if not any(item.iter_markers("slow")) and not any(item.iter_markers("thorough")):
             item.add_marker("fast")

@@ -188,7 +188,7 @@ def test_nothing_is_coloured_in_a_terminal():
                 assert "colour" not in [keyword.arg for keyword in call.keywords], name
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_drawing_from_a_file_needs_no_training_code():
     code = (
         "import sys; import pyro_apd.posterior; "

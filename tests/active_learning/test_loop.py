@@ -14,7 +14,7 @@ from pyro_apd.active_learning import History, balanced
 from pyro_apd.errors import ModelError
 from tests.support.models import Classifier
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.slow
 
 NUM_CLASSES = 3
 

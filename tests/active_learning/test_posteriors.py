@@ -11,7 +11,7 @@ from pyro_apd import DistilledPosterior
 from pyro_apd.active_learning import Baseline, Chain, Distilled
 from tests.support.models import Classifier
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.slow
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 3

@@ -13,7 +13,7 @@ from benchmarks.scale import WEIGHTS, draw, growth, network, summed_up
 from pyro_apd import SGLD
 from pyro_apd.models.bnn import BNN
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.slow
 
 
 def size(net):

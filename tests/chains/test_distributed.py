@@ -29,7 +29,7 @@ from tests.chains.walk import Walk
 from tests.support.models import Classifier, Conjugate
 from tests.support.processes import on_ranks
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.slow
 
 DATA = (torch.ones(4, 2),)
 MODEL = Conjugate(num_data=40, dtype=torch.float64)

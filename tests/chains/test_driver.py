@@ -103,7 +103,7 @@ def test_every_method_draws_the_same_of_this_kernel():
     assert len(one.flatten(0, 1).unique(dim=0)) == 24
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_parallel_contexts(context):
     mcmc = run(num_chains=2, chain_method="parallel", mp_context=context)
@@ -444,7 +444,7 @@ def test_a_kernel_that_does_not_pickle():
         run(Unfit("pickle"), num_chains=2, chain_method="parallel", mp_context="spawn")
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_kernel_that_does_not_unpickle():
     # Both workers end the same way, and either may be the first.
     with pytest.raises(WorkerError, match=r"worker of chain [01] ended with exit code 5"):
@@ -551,7 +551,7 @@ def kill_at_random(path, method, store, kills, seed):
     return run(**resuming), run(**settings)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["memory", "disk"])
 def test_killed_at_random_a_run_resumes_bit_for_bit(method, store, tmp_path):
     resumed, whole = kill_at_random(tmp_path, method, store, kills=3, seed=METHODS.index(method))

@@ -19,7 +19,7 @@ from pyro_apd.kernels import PSGLD, SGHMC, SGLD
 from tests.chains.test_driver import METHODS, forked, theta, wait_until
 from tests.support.models import Classifier, Conjugate, constrained, null
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.slow
 
 KERNELS = [SGLD, PSGLD, SGHMC]
 PROBLEM = Conjugate()
@@ -42,7 +42,6 @@ def run(kernel, *args, num_samples=10, warmup_steps=3, **settings):
     return mcmc
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("num_chains", [1, 3])
 @pytest.mark.parametrize("group_by_chain", [False, True])
 def test_mcmc_interface(kernel_class, method, num_chains, group_by_chain):
@@ -60,7 +59,7 @@ def test_mcmc_interface(kernel_class, method, num_chains, group_by_chain):
     assert set(mcmc.transforms) == {"w"}
 
 
-@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_parallel_chains_are_the_sequential_ones(kernel_class, context):
     settings = {"num_chains": 3, "mp_context": context}
     one, other = (
@@ -71,7 +70,6 @@ def test_parallel_chains_are_the_sequential_ones(kernel_class, context):
     assert len(theta(one).flatten(0, 1).unique(dim=0)) == 30
 
 
-@pytest.mark.thorough
 def test_seeds_repeat_and_differ(kernel_class, method):
     before = torch.get_rng_state()
     one, again, other = (
@@ -84,7 +82,6 @@ def test_seeds_repeat_and_differ(kernel_class, method):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel_class", "method"), [(SGLD, "vectorized"), (SGLD, "sequential"), (SGHMC, "vectorized")]
 )
@@ -103,7 +100,6 @@ def test_chains_agree_with_the_exact_posterior(kernel_class, method):
     assert float(mcmc.diagnostics()["w"]["r_hat"].max()) < 1.02
 
 
-@pytest.mark.thorough
 def test_vectorised_agree_with_sequential_chains_in_distribution():
     means, covariances = [], []
     for method in ("vectorized", "sequential"):
@@ -116,7 +112,6 @@ def test_vectorised_agree_with_sequential_chains_in_distribution():
     torch.testing.assert_close(*covariances, atol=0.25, rtol=0)
 
 
-@pytest.mark.thorough
 def test_initial_params(method):
     start = torch.tensor([[3.0, -2.0, 1.0], [0.0, 5.0, 1.0]])
     mcmc = run(
@@ -126,7 +121,6 @@ def test_initial_params(method):
     torch.testing.assert_close(theta(mcmc)[:, 0], start, atol=1e-3, rtol=0)
 
 
-@pytest.mark.thorough
 def test_constrained_latents_in_double_precision(method):
     y = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.set_default_dtype(torch.float64)
@@ -148,7 +142,6 @@ def test_no_latents(method):
     assert run(SGLD(null, 1e-3), num_chains=2, chain_method=method).get_samples() == {}
 
 
-@pytest.mark.thorough
 def test_networks_as_they_stand(kernel_class, method):
     kernel = kernel_class(Classifier(), 1e-3, batch_size=4)
     mcmc = run(kernel, torch.randn(8, 4), torch.arange(8) % 3, num_chains=2, chain_method=method)
@@ -194,7 +187,6 @@ def test_a_chain_that_diverges_leaves_the_others_alone(method):
     assert (error.chain, error.site) == (1, "w")
 
 
-@pytest.mark.thorough
 def test_divergence_keeps_the_draws(method):
     kernel = SGLD(PROBLEM.full, lambda step: 1e-3 if step < 300 else 1.0, thinning=10, seed=1)
     mcmc = MCMC(kernel, 100, 10, num_chains=2, chain_method=method, disable_progbar=True)
@@ -251,7 +243,6 @@ def killed(kernel, path, method, args, seed):
     return run(kernel(), *args, **settings, **resuming), run(kernel(), *args, **settings)
 
 
-@pytest.mark.thorough
 def test_killed_at_random_a_run_resumes_bit_for_bit(kernel_class, method, tmp_path):
     def kernel():
         return kernel_class(PROBLEM.full, 1e-3, batch_size=30, thinning=3, seed=5)
@@ -262,7 +253,6 @@ def test_killed_at_random_a_run_resumes_bit_for_bit(kernel_class, method, tmp_pa
         assert torch.equal(resumed.store.statistics[name], value)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("style", ["plate", "network", "constrained"])
 def test_other_models_resume_bit_for_bit(style, method, tmp_path):
     x, y = torch.randn(40, 4), torch.arange(40) % 3
@@ -278,7 +268,6 @@ def test_other_models_resume_bit_for_bit(style, method, tmp_path):
         assert torch.equal(resumed.get_samples()[name], value)
 
 
-@pytest.mark.thorough
 def test_disk_holds_the_same(method, tmp_path):
     kernel = SGLD(Classifier(), 1e-3, batch_size=4, seed=1)
     args = torch.randn(8, 4), torch.arange(8) % 3

@@ -48,7 +48,7 @@ def no_thread_is_left():
     assert not reading_threads()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"num_chains": 3}, {"replacement": True}, {"driver": pyro.infer.MCMC}])
 def test_draws_from_a_file_are_those_from_memory(settings):
     expected = draws_of(MEMORY, **settings)
@@ -56,7 +56,7 @@ def test_draws_from_a_file_are_those_from_memory(settings):
         assert torch.equal(draws_of(FILE, prefetch=prefetch, **settings), expected)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("num_chains", [1, 3])
 def test_draws_from_a_loader_do_not_depend_on_how_far_it_is_read_ahead(num_chains):
     settings = {"batch_size": None, "num_chains": num_chains}
@@ -64,7 +64,7 @@ def test_draws_from_a_loader_do_not_depend_on_how_far_it_is_read_ahead(num_chain
     assert torch.equal(draws_of((loader(),), **settings), expected)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyro_apd.WarmupWarning")
 def test_steps_found_by_themselves_with_control_variates_and_momenta():
     for made in (lambda **s: kernel(control_variates=True, **s), lambda **s: kernel(**s)):
@@ -93,7 +93,7 @@ class Failing:
         return X[rows]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", [apd.MCMC, pyro.infer.MCMC])
 def test_an_error_of_reading_reaches_the_user_and_ends_the_thread(driver):
     mcmc = driver(kernel(), 20, 5, disable_progbar=True)
@@ -102,7 +102,7 @@ def test_an_error_of_reading_reaches_the_user_and_ends_the_thread(driver):
     assert not reading_threads(), "while the run is still there to be looked at"
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("args", [FILE, (loader(),)], ids=["file", "loader"])
 def test_cleaning_up_ends_the_thread_also_of_a_chain_that_is_kept(args):
     sampler = kernel(**({"batch_size": None} if len(args) == 1 else {}))
@@ -115,7 +115,7 @@ def test_cleaning_up_ends_the_thread_also_of_a_chain_that_is_kept(args):
     assert chain.step == 10
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("args", [FILE, (loader(),)], ids=["file", "loader"])
 def test_an_interrupt_ends_the_thread(args):
     seen = []
@@ -132,7 +132,7 @@ def test_an_interrupt_ends_the_thread(args):
     assert seen[-1] == 1
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_checkpoint_knows_what_was_used_and_not_what_was_read(tmp_path):
     def run(num_draws=None, **settings):
         def stop(_, __, ___, i):
@@ -199,7 +199,7 @@ def test_settings_out_of_range(settings):
         kernel(**settings)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_what_follows_a_run_on_a_file(tmp_path):
     """A distillation sees the model's arguments, and so do comparisons, where they are few enough to be read."""
     generator = torch.Generator().manual_seed(0)

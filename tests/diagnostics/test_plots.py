@@ -88,7 +88,7 @@ def test_calibration_curve():
     assert len(few.lines[1].get_xdata()) == 0
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_weight_sd():
     chain = torch.randn(50, 30)
     ax = rendered(plots.weight_sd(chain, 0.5 * chain))

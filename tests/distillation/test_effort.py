@@ -21,7 +21,7 @@ from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.posterior import DistilledPosterior
 from tests.support.storages import Largest
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.slow
 
 SIZES = (20, 16, 3)
 

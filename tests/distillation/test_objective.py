@@ -147,7 +147,7 @@ def learn(objective, steps=300):
     return location.detach(), log_scale.exp().detach()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_function_objective_finds_location_and_spread():
     theta_SD = torch.tensor([1.0, -1.0, 0.0]) + 0.4 * torch.randn(2000, 3)
     objective = FunctionObjective(space(), Probes([torch.linspace(-2, 2, 50)]), theta_SD)
@@ -157,7 +157,7 @@ def test_function_objective_finds_location_and_spread():
     assert scale.square().mean().sqrt().item() == pytest.approx(0.4, rel=0.25)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_adversarial_objective_finds_location():
     theta_SD = torch.tensor([1.0, -1.0, 0.0]) + 0.4 * torch.randn(500, 3)
     location, _ = learn(AdversarialObjective(lambda theta: theta, theta_SD, 1e-3, batch_size=64), steps=200)

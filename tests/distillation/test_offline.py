@@ -53,7 +53,7 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_result_stands_in_for_the_chain():
     posterior = of_classifier()
     assert isinstance(posterior, DistilledPosterior)
@@ -65,7 +65,7 @@ def test_result_stands_in_for_the_chain():
     assert by_draws.shape == by_guide.shape == (30, 60)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_metadata_tell_what_was_done():
     posterior = of_classifier()
     assert posterior.metadata["seed"] == 0
@@ -85,7 +85,7 @@ def test_a_posterior_knows_its_data_its_precision_and_its_network():
     assert "data" not in distill(draws, num_steps=2, seed=0, progress=False).metadata
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_file(tmp_path):
     contents = []
     for name in ("first", "second"):
@@ -95,19 +95,19 @@ def test_the_same_seed_gives_the_same_file(tmp_path):
     assert contents[0] == contents[1]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_another_seed_gives_another_generator():
     assert not same(of_classifier(seed=1).get_samples(3, seed=0), of_classifier(seed=2).get_samples(3, seed=0))
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_seed_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     of_classifier()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_without_a_seed_the_global_generator_decides():
     pyro.set_rng_seed(5)
     first = of_classifier(seed=None)
@@ -116,7 +116,7 @@ def test_without_a_seed_the_global_generator_decides():
     assert same(of_classifier(seed=first.metadata["seed"]).get_samples(3, seed=0), first.get_samples(3, seed=0))
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_save_and_load_draw_the_same(tmp_path):
     posterior = of_classifier()
     posterior.save(tmp_path / "posterior.safetensors")
@@ -125,7 +125,7 @@ def test_save_and_load_draw_the_same(tmp_path):
     assert same(loaded.get_samples(9, seed=4), posterior.get_samples(9, seed=4))
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_training_in_function_space_beats_the_start():
     """Two clusters in one chain, which a Gaussian fit fills in between."""
     side = torch.arange(200).remainder(2) * 2.0 - 1.0
@@ -135,7 +135,7 @@ def test_training_in_function_space_beats_the_start():
     assert posterior.metadata["figures"]["distance"] < 0.6 * log[0]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["functions", "weights"])
 def test_a_gaussian_posterior_is_kept(space):
     model = Conjugate()
@@ -206,7 +206,7 @@ def test_after_pyros_own_mcmc():
     assert posterior.get_samples(4).keys() == mcmc.get_samples().keys()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [None, "wgan", "lsgan", "non-saturating"])
 def test_the_papers_generator(objective):
     with warnings.catch_warnings():

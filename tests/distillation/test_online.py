@@ -20,7 +20,7 @@ from pyro_apd.posterior.posterior import DistilledPosterior
 from tests.distillation.test_offline import Largest
 from tests.support.models import Conjugate
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.slow
 
 MODEL = Conjugate(num_data=40)
 X, Y = MODEL.x, MODEL.y

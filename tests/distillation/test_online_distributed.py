@@ -25,7 +25,7 @@ from pyro_apd.runtime.ranks import RankError, join_process_group
 from tests.support.models import Conjugate
 from tests.support.processes import on_ranks
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.slow
 
 MODEL = Conjugate(num_data=40)
 X, Y = MODEL.x, MODEL.y
@@ -242,7 +242,6 @@ SCRIPT = """
 """
 
 
-@pytest.mark.slow
 def test_torchrun_restarts_a_job_that_lost_a_process(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(textwrap.dedent(SCRIPT))

@@ -16,7 +16,7 @@ from pyro_apd import MCMC, SGLD, OnlineDistillation, distill
 from pyro_apd.distillation.effort import Effort
 from tests.support.models import Conjugate, constrained
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.slow
 
 MODEL = Conjugate(num_data=30)
 DATA = (MODEL.x, MODEL.y)

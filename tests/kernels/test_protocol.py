@@ -67,7 +67,7 @@ def test_streaming_interface(kernel_class, num_chains):
     assert statistics[(num_chains - 1, "w")]["mean"].shape == (3,)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_parallel_chains_differ_and_seeds_repeat_them(kernel_class, context, monkeypatch):
     monkeypatch.setattr(torch.multiprocessing, "cpu_count", lambda: 4)
@@ -87,7 +87,7 @@ def test_parallel_chains_differ_and_seeds_repeat_them(kernel_class, context, mon
     assert not torch.equal(runs[0][0], runs[0][1])
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_sequential_chains_differ(kernel_class, monkeypatch):
     monkeypatch.setattr(torch.multiprocessing, "cpu_count", lambda: 1)
     for seed in (None, 3):
@@ -96,7 +96,7 @@ def test_sequential_chains_differ(kernel_class, monkeypatch):
         assert not torch.equal(one, other)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_seed_repeats_the_run_and_leaves_the_global_generator_alone(kernel_class):
     before = torch.get_rng_state()
     batches = DataLoader(TensorDataset(*DATA), batch_size=50, shuffle=True)
@@ -125,7 +125,7 @@ def test_initial_params_are_honoured(kernel_class):
     torch.testing.assert_close(mcmc.get_samples()["w"][0], start, atol=1e-3, rtol=0)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_initial_params_are_unconstrained(kernel_class):
     start = {"scale": torch.tensor(-1.0), "mix": torch.tensor([0.2, 0.4]), "corr": torch.tensor([0.3])}
     kernel = kernel_class(constrained, 1e-10)
@@ -156,7 +156,7 @@ def test_unfit_initial_params(kernel_class, params, message):
         kernel.setup(0, *DATA)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_draws_are_of_the_models_support_dtype_and_shape(kernel_class):
     y = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.set_default_dtype(torch.float64)

@@ -27,7 +27,7 @@ def run(kernel, num_samples):
     return mcmc.get_samples()["w"]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.25])
 def test_ill_conditioned_gaussian(temperature):
     step_size = 0.03 * temperature**0.5  # the preconditioner follows the gradients, which shrink with temperature
@@ -40,7 +40,7 @@ def test_ill_conditioned_gaussian(temperature):
     assert (torch.cov(draws.T).diagonal() / variance - 1).abs().max() < 0.15
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_mixes_better_than_its_conditioning():
     """With one step size for all, the slowest direction would need 100 times the steps of the fastest."""
     draws = run(PSGLD(gaussian, 0.03, thinning=20, seed=0), 1000)

@@ -21,7 +21,7 @@ def draws_of(kernel, num_samples=2000, args=DATA):
     return mcmc.get_samples()["w"]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize(("friction", "temperature"), [(0.1, 1.0), (0.1, 0.25), (0.5, 1.0)])
 def test_exact_gaussian_posterior(friction, temperature):
     draws = draws_of(SGHMC(PROBLEM.full, 4e-4, friction=friction, temperature=temperature, thinning=10, seed=1))
@@ -36,7 +36,7 @@ def test_full_friction_is_sgld():
     torch.testing.assert_close(sghmc, sgld)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_noise_estimate_corrects_the_heat_of_mini_batches():
     """The variance V of the gradient's estimate is known here; b = eps V / (4 T) is its share of the friction's noise.
 

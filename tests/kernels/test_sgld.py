@@ -30,7 +30,7 @@ def draws_of(model, args, num_samples=2000, **settings):
     return mcmc.get_samples()["w"]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("style", "temperature"), [*((style, 1.0) for style in STYLES), ("full batch", 0.25), ("(ii) batch_size", 0.25)]
 )
@@ -46,7 +46,7 @@ def test_exact_gaussian_posterior(style, temperature):
     assert 0.85 < ratio < (1.15 if temperature == 1.0 or style == "full batch" else 1.3)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_discretisation_bias_is_the_one_stated():
     step_size = 2.0 / PROBLEM.largest_curvature
     draws = draws_of(PROBLEM.full, DATA, step_size=step_size)

@@ -355,7 +355,7 @@ def test_predictive_agrees_with_pyro(x):
     )
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_full_batch_nuts():
     """Conjugate: one weight, unit prior, known noise."""
     x = torch.linspace(-1, 1, 20).unsqueeze(-1)

@@ -139,7 +139,7 @@ UNBIASED = {
 }
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("case", UNBIASED)
 def test_gradient_over_many_batches_is_that_of_the_full_potential(case):
     model, settings, args, weight = UNBIASED[case]

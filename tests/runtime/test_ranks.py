@@ -36,7 +36,7 @@ def test_alone(monkeypatch):
     ranks.barrier()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_values_of_any_type_come_over(tmp_path):
     values = [torch.arange(6.0).view(2, 3).to(dtype) for dtype in (torch.bfloat16, torch.float64)]
     values += [torch.ones(0, 3), torch.arange(6).view(2, 3).mT, torch.tensor(3.0)]
@@ -61,7 +61,7 @@ def test_values_of_any_type_come_over(tmp_path):
         assert torch.equal(room, value if has else torch.zeros_like(value))
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_group_of_the_users_is_used_and_kept(tmp_path):
     def on_rank(rank):
         store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
@@ -73,7 +73,7 @@ def test_a_group_of_the_users_is_used_and_kept(tmp_path):
     assert found == [[Ranks(rank, 2), [0, 1], True] for rank in range(2)]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_nobody_goes_on_before_all_have_joined(tmp_path):
     """Who ends early would take the store with it in which others still look for each other."""
 
@@ -92,7 +92,7 @@ def test_nobody_goes_on_before_all_have_joined(tmp_path):
     assert min(on_ranks(on_rank, 2, tmp_path)) > 0.9
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_who_does_not_answer_in_time_counts_as_gone(tmp_path):
     """Alive, but elsewhere; and an error that is none of the others' stays what it is."""
 

@@ -301,7 +301,7 @@ def test_netcdf_is_written_whole_or_not_at_all(case, tmp_path, monkeypatch):
         save_netcdf(idata, tmp_path / "absent" / "chains.nc")
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_importing_the_room_brings_neither_arviz_nor_matplotlib():
     code = "import sys, pyro_apd.diagnostics; print({'arviz', 'matplotlib', 'pandas', 'jinja2'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -136,7 +136,7 @@ def test_stored_draws_take_the_bytes_of_the_generator(case, run):
     assert any("5 stored draws" in note for note in fidelity.notes)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_stored_draws_are_not_those_they_are_compared_with(case, run):
     chain = read_chain({"a": torch.arange(400.0).reshape(2, 200)}, group_by_chain=True)
     split = split_draws(chain, case.StubPosterior(lambda n: {"a": torch.zeros(n)}, num_bytes=4 * 60), 100, seed=0)
@@ -155,7 +155,7 @@ def test_stored_draws_are_not_those_they_are_compared_with(case, run):
     assert math.isnan(tiny["nll"].stored)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_same_seed_same_figures(case, run):
     first, second, third = (run(case.chain(), case.posterior(), seed=seed) for seed in (1, 1, 2))
     assert first.to_json() == second.to_json() != third.to_json()
@@ -216,7 +216,7 @@ def test_json_and_back(case, run):
             Fidelity.from_json(text)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_memorised_draws(case, run):
     chain = case.chain()
     pooled = {n: v.flatten(0, 1) for n, v in chain.items()}

@@ -57,7 +57,7 @@ def written(case, tmp_path):
     return write
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_page_is_whole_and_alone(written):
     path = written(title="Digits & <friends>")
     page = Page(path)

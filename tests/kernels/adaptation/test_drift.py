@@ -37,7 +37,7 @@ def autoregression(num_points, num_series, time, noise=0.0):
     return torch.stack(points)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize(("time", "noise"), [(0, 0.0), (5, 0.0), (5, 2.0), (20, 0.0)])
 def test_p_values_of_stationary_series_are_fair(time, noise):
     """Up to an autocorrelation time of a tenth of the run, chance is not taken for drift more often than stated."""
@@ -46,7 +46,7 @@ def test_p_values_of_stationary_series_are_fair(time, noise):
     assert (p_value < 0.01).double().mean() < 0.025
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("time", [0, 5, 20])
 def test_false_alarms_on_stationary_chains(time):
     """Potential and two sites together: at most 5 % of the chains."""
@@ -155,7 +155,7 @@ def test_chains_together_name_the_one():
         kernel.end(chain)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel_class", [SGLD, PSGLD, SGHMC], ids=lambda kernel: kernel.__name__)
 def test_stationary_chains_are_left_in_peace(kernel_class):
     """64 chains started at the target: 5 % may be taken for drifting."""

@@ -32,7 +32,7 @@ def simulated_ratio(dynamics, step_size, pool_KD, temperature, is_epochwise=True
     return total / (steps - steps // 2) * CURVATURE / temperature
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dynamics", "epoch", "temperature"),
     [

@@ -26,7 +26,7 @@ from pyro_apd.kernels.adaptation.step_size import (
 )
 from tests.support.models import Classifier, Conjugate
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.slow
 
 PROBLEM = Conjugate()
 DATA = (PROBLEM.x, PROBLEM.y)
@@ -209,7 +209,6 @@ def run(kernel, num_samples, warmup_steps, args=DATA):
     return mcmc
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("kernel_class", [SGLD, SGHMC], ids=lambda kernel: kernel.__name__)
 def test_achieved_inflation_is_within_the_share(kernel_class):
     """Of trace and single directions, over 64 chains: their 6,400 draws know a variance to some 2 %."""

@@ -63,7 +63,7 @@ def test_a_chain_that_runs_away_is_given_back_and_the_others_are_not_touched():
     assert torch.allclose(found[0], torch.full((2,), 2.0), atol=0.01)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel_class", [SGLD, PSGLD, SGHMC], ids=lambda kernel: kernel.__name__)
 def test_chain_starts_at_the_mode(kernel_class):
     kernel = kernel_class(PROBLEM.full, 1e-12, warm_start=3000, seed=0)

@@ -53,7 +53,7 @@ def advance(chain, num_steps):
     return chain.theta
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_chains_together_are_the_chains_alone(case):
     kernel, args = case
     together = kernel.begin(args, {}, warmup_steps=0, num_chains=3, first_chain=2)
@@ -64,7 +64,7 @@ def test_chains_together_are_the_chains_alone(case):
     assert not torch.equal(alone[0], alone[1])
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("num_chains", [None, 2])
 @pytest.mark.parametrize("taken", [0, 1, 9])
 def test_resumed_chains_go_on_bit_for_bit(case, num_chains, taken):

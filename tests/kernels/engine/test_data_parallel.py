@@ -89,7 +89,7 @@ def test_one_process_is_the_potential_itself():
     assert (split.num_data, split.agreed(3)) == (40, 3)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_sum_over_processes_is_exact(tmp_path):
     def on_rank(rank):
         ranks, rows = join_process_group(), ROWS[rank]
@@ -121,7 +121,7 @@ def draws(kernel, x, y, ranks=None, num_draws=12):
     return torch.stack(found), chain.step_size
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_chains_are_those_of_all_rows_and_go_in_step(tmp_path):
     options = {"thinning": 20, "seed": 3}
 

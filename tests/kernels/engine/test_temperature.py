@@ -61,7 +61,7 @@ def test_steps_that_are_too_large_read_too_hot():
     assert found.mean == pytest.approx(exact, abs=4 * found.standard_error)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_sites_are_read_apart_and_the_diagnostics_hold_them():
     x, y = torch.randn(40, 4), torch.arange(40) % 3
     kernel = SGHMC(Classifier(), 1e-4, thinning=50, seed=1)
