@@ -18,7 +18,8 @@ from benchmarks.distillation_cases import Problem
 from pyro_apd import DistilledPosterior
 from pyro_apd.baselines.low_rank import fit_low_rank
 from pyro_apd.baselines.stored_draws import herded as herd
-from pyro_apd.distillation.offline import Wishes, distill_draws
+from pyro_apd.distillation.offline import distill_draws
+from pyro_apd.distillation.options import DistillOptions
 from pyro_apd.distillation.probes import Probes
 from pyro_apd.distillation.source import Source
 from pyro_apd.generators import CoordinateGenerator, precision
@@ -141,7 +142,7 @@ def distilled(material: Material, networks: float, **options: Any) -> Fitted:
     """:func:`pyro_apd.distill`; draws of a file of this precision."""
     # As from the store of an MCMC: without a copy of the draws.
     source = Source(material.theta_CTD, material.layout, material.problem.model, material.problem.train)
-    posterior, _ = distill_draws(source, Wishes(seed=material.seed, **options), None, progress=False)
+    posterior, _ = distill_draws(source, DistillOptions(seed=material.seed, **options), None, progress=False)
     return of_posterior(posterior)
 
 

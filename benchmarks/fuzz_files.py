@@ -28,10 +28,11 @@ import torch
 
 import pyro_apd as apd
 from benchmarks.common import write_json
-from pyro_apd.posterior import container
+from pyro_apd.posterior.artifact import KIND, METADATA_KEY
+from pyro_apd.runtime import tensor_file
 
 FILES = Path(__file__).parent.parent / "tests" / "files"
-SEEDS = ("posterior_v1_paper", "posterior_v2_float32", "posterior_v2_int8")
+SEEDS = ("posterior_v2_float16", "posterior_v2_float32", "posterior_v2_int8")
 HOSTILE: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 3, 10**6, 2**31, 2**63, 10**30, 1e308, float("nan"), "", "x", "real", "simplex",
     "coordinates", "paper", "F64", "I8", [], {}, [0], [1], [2**40], [2**32, 2**32], [-1], [[]], {"kind": "simplex"},
@@ -44,25 +45,25 @@ def split(contents: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
     """Header, description in it, and data of a valid file."""
     (length,) = struct.unpack("<Q", contents[:8])
     header = json.loads(contents[8 : 8 + length])
-    return header, json.loads(header["__metadata__"][container.METADATA_KEY]), contents[8 + length :]
+    return header, json.loads(header["__metadata__"][METADATA_KEY]), contents[8 + length :]
 
 
 def sealed(header: dict[str, Any], description: Any, data: bytes) -> bytes:
     """A file of these, with a matching digest if the header is still readable."""
     if isinstance(header.get("__metadata__"), dict):
-        header["__metadata__"][container.METADATA_KEY] = json.dumps(description)
+        header["__metadata__"][METADATA_KEY] = json.dumps(description)
     text = json.dumps(header).encode()
     contents = bytearray(struct.pack("<Q", len(text)) + text + data)
     with tempfile.NamedTemporaryFile() as file:
         file.write(contents)
         file.flush()
         try:
-            found = container.read_header(Path(file.name))
+            found = tensor_file.read_header(KIND, Path(file.name))
         except apd.ArtifactError:
             return bytes(contents)
     if found.digest is not None:
         place = slice(found.data_start + found.digest.start, found.data_start + found.digest.stop)
-        contents[place] = container.digest_of(found, memoryview(contents)[found.data_start :])
+        contents[place] = tensor_file.digest_of(found, memoryview(contents)[found.data_start :])
     return bytes(contents)
 
 
@@ -135,7 +136,7 @@ def outcome(kind: str, contents: bytes, original: bytes, path: Path) -> str:
     assert held <= 4 * len(contents), "the generator is larger than the file justifies"
     draws = posterior.get_samples(2, seed=0)
     assert {n: tuple(v.shape[1:]) for n, v in draws.items()} == {s.name: s.shape for s in posterior.layout}
-    if kind != "hostile header" and b'"format\\": 1' not in original[:4000]:
+    if kind != "hostile header":
         path.write_bytes(original)
         for name, value in apd.DistilledPosterior.load(path).get_samples(2, seed=0).items():
             assert torch.equal(value, draws[name]), "damage was not found"

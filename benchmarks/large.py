@@ -66,8 +66,8 @@ def distil(case: Case, folder: Path) -> dict[str, Any]:
         "networks": (folder / "posterior.safetensors").stat().st_size / (4 * posterior.layout.size),
         "rank": posterior.generator.rank,
         "num_steps": posterior.metadata["num_steps"],
-        "start": {name: posterior.training_log[name][0] for name in posterior.metadata["figures"]},
-        "figures": posterior.metadata["figures"],
+        "start": {name: posterior.training_log[name][0] for name in posterior.metadata["metrics"]},
+        "figures": posterior.metadata["metrics"],
     }
 
 

@@ -79,7 +79,7 @@ def work(folder: Path, sizes: dict[str, int]) -> None:
         kernel, *problem.train, num_chains=NUM_CHAINS, num_steps=sizes["num_steps"], seed=0, progress=False,
         chain_method="distributed", **counts,
     )  # fmt: skip
-    found["online"] = {"seconds": time.monotonic() - began, **posterior.metadata["figures"]}
+    found["online"] = {"seconds": time.monotonic() - began, **posterior.metadata["metrics"]}
     if ranks.rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
         torch.save(draws, folder / "draws.pt")

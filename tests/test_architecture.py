@@ -17,8 +17,8 @@ PACKAGE = Path(pyro_apd.__file__).parent
 
 # From the lowest level up. A module imports from lower levels and from its own room. A new room is placed here first.
 LEVELS = [
-    {"_version", "errors", "metrics", "uncertainty", "datasets", "runtime", "generators"},
-    {"data"},
+    {"_version", "errors", "metrics", "uncertainty", "datasets", "runtime"},
+    {"data", "generators"},
     {"models"},
     {"predictive"},
     {"kernels", "posterior"},

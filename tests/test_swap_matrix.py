@@ -163,7 +163,6 @@ def test_arviz(case):
 def test_save_and_load(case, tmp_path):
     case.posterior.save(tmp_path / "p")
     again = DistilledPosterior.load(tmp_path / "p")
-    again.check_model(case.model, X)
     for name, value in case.posterior.get_samples(S, seed=1).items():
         assert torch.equal(again.get_samples(S, seed=1)[name], value)
 
@@ -178,9 +177,8 @@ def test_dtype(case):
 def test_parity_with_autoguides(case):
     median = case.posterior.median(200, seed=0)
     bounds = case.posterior.quantiles([0.1, 0.9], 200, seed=0)
-    mean, sd = case.posterior.mean_and_sd(200, seed=0)
     for site in case.posterior.layout:
-        assert median[site.name].shape == mean[site.name].shape == sd[site.name].shape == site.shape
+        assert median[site.name].shape == site.shape
         assert bounds[site.name].shape == (2, *site.shape) == bounds.error[site.name].shape
     assert_in_support(case.posterior.layout, median)
     assert_in_support(case.posterior.layout, bounds)

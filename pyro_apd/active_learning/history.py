@@ -12,13 +12,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.runtime import tensor_file
+from pyro_apd.runtime.files import atomic_write
+from pyro_apd.runtime.tensor_file import FileKind
 
 #: Of the file; raised when what is in it changes its meaning.
 FORMAT = 1
+
+_DRAWS = FileKind(
+    "pyro_apd_draws",
+    "file of draws",
+    "what a run with history_path= wrote",
+    "Move the history away to start the run over.",
+)
 
 
 @dataclass(frozen=True)
@@ -160,9 +169,8 @@ class HistoryFile:
         content = history.to_json()
         if posterior is not None:
             content["state"] = self._write_state(posterior, len(history.rounds))
-        part = self.path.with_suffix(self.path.suffix + ".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(part, self.path)
+        with atomic_write(self.path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
         for old in self.path.parent.glob(f"{self.path.stem}.round-*.safetensors"):
             if old.name != content.get("state", {}).get("file"):
                 old.unlink()
@@ -173,7 +181,7 @@ class HistoryFile:
             posterior.save(path)
             return {"file": path.name, "kind": "distilled"}
         if isinstance(posterior, Mapping) and all(isinstance(value, Tensor) for value in posterior.values()):
-            save_file({name: value.detach().cpu().contiguous() for name, value in posterior.items()}, path)
+            tensor_file.write(_DRAWS, posterior, "{}", path)
             return {"file": path.name, "kind": "draws"}
         raise ValueError(
             "A warm run can be kept in `history_path` where posteriors are draws by site or a DistilledPosterior; this "
@@ -186,4 +194,4 @@ class HistoryFile:
         path = self.path.with_name(Path(known["file"]).name)
         if known["kind"] == "distilled":
             return DistilledPosterior.load(path)
-        return load_file(path)
+        return tensor_file.read(_DRAWS, path)[1]

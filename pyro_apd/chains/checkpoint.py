@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checkpoints of a run: safetensors with a JSON description and a checksum; nothing in them is pickled.
+"""Checkpoints of a run: safetensors with a JSON description and a SHA-256; nothing in them is pickled.
 
-A checkpoint holds what makes the continuation of every chain bit for bit, how far each chain had come, and what run it
-belongs to. Draws are not in it: they are in a :class:`~pyro_apd.chains.stores.disk.DiskStore` beside it, to which a run
-only ever appends. A file appears whole or not at all, and the one before it stays as ``PATH.previous``.
+A checkpoint holds the state from which every chain continues bit for bit, the progress of each chain, and the identity
+of the run. Draws are not in it: they are in a :class:`~pyro_apd.chains.stores.disk.DiskStore` beside it, to which a run
+only appends. Writes are atomic, and the checkpoint before stays as ``PATH.previous``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,33 +20,44 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.chains.stores.base import as_bytes
 from pyro_apd.data.row_reader import is_stored
+from pyro_apd.runtime import tensor_file
+from pyro_apd.runtime.files import remove_leftovers
+from pyro_apd.runtime.tensor_file import FileKind
 from pyro_apd.runtime.trees import tree_flatten_with_path
 
-FORMAT_VERSION = 1
-_KEY, _TENSOR = "pyro_apd_checkpoint", "__tensor__"
-# Rows of a file of data that count for the digest of a run's arguments.
-_LOOKED_AT = 1000
+FORMAT_VERSION = 2
+# In the JSON description, stands for a tensor by its name.
+_TENSOR = "__tensor__"
+# Rows of a file of data that are part of the digest of a run's arguments.
+_DIGEST_ROWS = 1000
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used: it is damaged, or belongs to another run."""
 
 
+_KIND = FileKind(
+    "pyro_apd_checkpoint",
+    "checkpoint",
+    "what a run with checkpoint= wrote",
+    "Without a checkpoint the run starts over.",
+    CheckpointError,
+)
+
+
 @dataclass
 class Progress:
-    """How far a chain, or a group of vectorised chains, has come.
+    """Progress of a chain, or of a group of vectorised chains.
 
-    :ivar int num_done: draws that were made, warm-up included.
+    :ivar int num_done: draws so far, warm-up included.
     :ivar state: the chain's ``state_dict()``; None before the first step, and when it is finished.
-    :ivar list divergences: what :class:`~pyro_apd.errors.DivergenceError` said, as JSON values, of each that ended.
-    :ivar dict report: what the kernel said at the end, as JSON values.
+    :ivar list divergences: for each chain that diverged, its :class:`~pyro_apd.errors.DivergenceError` as JSON values.
+    :ivar dict report: the kernel's diagnostics at the end, as JSON values.
     """
 
     num_done: int = 0
@@ -58,9 +68,9 @@ class Progress:
 
 @dataclass
 class Checkpoint:
-    """What a file holds.
+    """Contents of a file.
 
-    :ivar dict identity: what the run is, by name of what could differ; JSON values.
+    :ivar dict identity: settings and data that determine the run, by name; JSON values.
     :ivar dict chains: progress by the number of the (first) chain.
     :ivar dict notes: anything else that JSON holds.
     """
@@ -73,38 +83,36 @@ class Checkpoint:
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Replaces the checkpoint at ``path``; what was there becomes ``PATH.previous``.
 
-    Durable on return. Killed at any moment, it leaves a whole checkpoint under one of the two names.
+    Durable on return. A process that is killed at any moment leaves a complete checkpoint under one of the two names.
 
     :raises OSError: if it cannot be written; the checkpoint that was there stays.
     """
-    contents = to_bytes(checkpoint)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            os.replace(path, previous_path(path))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    tensors: dict[str, Tensor] = {}
+    description = {
+        "format": FORMAT_VERSION,
+        "identity": checkpoint.identity,
+        "notes": checkpoint.notes,
+        "chains": {
+            str(chain): _encoded(dataclasses.asdict(dataclasses.replace(progress, state=None)), tensors)
+            | {"state": _encoded(progress.state, tensors)}
+            for chain, progress in checkpoint.chains.items()
+        },
+    }
+    tensor_file.write(_KIND, tensors, json.dumps(description), path, previous_path(path))
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; None where there is none yet.
+    """The newest undamaged checkpoint; None where there is none yet.
 
-    A damaged one is named in a warning, and the one before it used.
+    If the newest is damaged, a warning names it, and the one before it is used.
 
-    :raises CheckpointError: if neither of those that are there can be read.
+    :raises CheckpointError: if there are checkpoints, and none can be read.
     """
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(path)
     failures = []
     for candidate in (path, previous_path(path)):
         try:
-            checkpoint = from_bytes_of(candidate)
+            checkpoint = read_file(candidate)
         except FileNotFoundError:
             continue
         except CheckpointError as error:
@@ -122,14 +130,14 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
 
 
 def previous_path(path: Path) -> Path:
-    """Where the checkpoint before the present one is."""
+    """Path of the checkpoint before the present one."""
     return path.with_name(path.name + ".previous")
 
 
 def check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Compares what the checkpoint's run was with the present one.
+    """Compares the run of a checkpoint with the present one.
 
-    :raises CheckpointError: if they differ; the message names in what.
+    :raises CheckpointError: if they differ; the message names the differences.
     """
     # Through JSON, as the file's: tuples become lists.
     expected = json.loads(json.dumps(expected))
@@ -144,56 +152,32 @@ def check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, 
         )
 
 
-def to_bytes(checkpoint: Checkpoint) -> bytes:
-    """The file's contents."""
-    tensors: dict[str, Tensor] = {}
-    description = {
-        "format": FORMAT_VERSION,
-        "identity": checkpoint.identity,
-        "notes": checkpoint.notes,
-        "chains": {
-            str(chain): _encoded(dataclasses.asdict(dataclasses.replace(progress, state=None)), tensors)
-            | {"state": _encoded(progress.state, tensors)}
-            for chain, progress in checkpoint.chains.items()
-        },
-    }
-    text = json.dumps(description)
-    return bytes(save(tensors, {_KEY: text, "sha256": _checksum(text, tensors)}))
-
-
-def from_bytes_of(path: Path) -> Checkpoint:
+def read_file(path: Path) -> Checkpoint:
     """Reads one file.
 
     :raises FileNotFoundError: if there is none.
-    :raises CheckpointError: if it is truncated, damaged, of another kind, or of a newer format.
+    :raises CheckpointError: if it is truncated, damaged, of another kind, or of another format version.
     """
-    if not path.exists():
-        raise FileNotFoundError(path)
+    text, tensors = tensor_file.read(_KIND, path)
     try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        text = metadata[_KEY]
-        if metadata["sha256"] != _checksum(text, tensors):
-            raise ValueError("its checksum is not that of its contents")
         description = json.loads(text)
-        if description["format"] > FORMAT_VERSION:
-            raise ValueError(f"it has format {description['format']}, newer than this version's {FORMAT_VERSION}")
+        if description["format"] != FORMAT_VERSION:
+            newer = ", newer than this version's" if description["format"] > FORMAT_VERSION else "; accepted is"
+            raise ValueError(f"it has format {description['format']}{newer} {FORMAT_VERSION}")
         chains = {
             int(chain): Progress(**_decoded(progress, tensors)) for chain, progress in description["chains"].items()
         }
         return Checkpoint(description["identity"], chains, description["notes"])
-    except Exception as error:  # whatever safetensors and JSON find wrong
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"{error!r}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"The checkpoint '{path}' is damaged, or is none: {reason}.") from error
+        raise CheckpointError(f"{path} is damaged, or is no checkpoint: {reason}.") from error
 
 
 def arguments_digest(values: Any) -> str:
-    """A digest of the arguments of a run: tensors by their contents, loaders by what is known of their data.
+    """A digest of the arguments of a run: of tensors the contents, of loaders the settings and known data.
 
-    Arrays, which may be files larger than memory, count by shape, type and rows at even distances.
-
-    Values without contents that could be read, such as functions, count by their type.
+    Of arrays, which may be files larger than memory, it takes shape, type and evenly spaced rows; of other values, such
+    as functions, the type.
     """
     digest = hashlib.sha256()
     for path, leaf in tree_flatten_with_path(values)[0]:
@@ -232,7 +216,7 @@ def _add_leaf(digest: Any, leaf: Any) -> None:
     elif isinstance(leaf, np.ndarray):
         digest.update(f"{leaf.dtype.str}{leaf.shape}".encode())
         if leaf.size and not leaf.dtype.hasobject:
-            rows = leaf if leaf.ndim == 0 else leaf[:: max(1, len(leaf) // _LOOKED_AT)]
+            rows = leaf if leaf.ndim == 0 else leaf[:: max(1, len(leaf) // _DIGEST_ROWS)]
             digest.update(rows.tobytes())
     elif leaf is None or isinstance(leaf, (bool, int, float, str, bytes)):
         digest.update(repr(leaf).encode())
@@ -243,7 +227,7 @@ def _add_leaf(digest: Any, leaf: Any) -> None:
 
 
 def _encoded(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A nested state with its tensors put into ``tensors`` under new names.
+    """A nested state whose tensors are moved into ``tensors`` under new names.
 
     :raises TypeError: if it holds what JSON does not.
     """
@@ -270,29 +254,6 @@ def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return [_decoded(item, tensors) for item in value] if isinstance(value, list) else value
 
 
-def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(as_bytes(tensor))
-    return digest.hexdigest()
-
-
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the renames durable, where folders can be synced."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)

@@ -25,8 +25,8 @@ from pyro_apd.chains.checkpoint import (
     CheckpointError,
     Progress,
     describe,
-    from_bytes_of,
     previous_path,
+    read_file,
 )
 from pyro_apd.chains.group import Group
 from pyro_apd.chains.run import Run, Settings, constructor_settings
@@ -195,7 +195,7 @@ class RankRun(Run):
         if saved.notes.get("written", 0) == common:
             return saved
         assert self._path is not None
-        earlier = from_bytes_of(previous_path(self._path))
+        earlier = read_file(previous_path(self._path))
         if (earlier.notes.get("run"), earlier.notes.get("written", 0)) != (saved.notes["run"], common):
             raise CheckpointError(
                 f"'{self._path}' and the checkpoint before it are ahead of those of other processes. Delete the files "

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Learned critics, and the games that generators have been made to play against them."""
+"""Learned critics (discriminators), and the GAN losses that generators are trained by."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def gradient_penalty(critic: Critic, real_SD: Tensor, fake_SD: Tensor) -> Tensor
 
 
 def critic_loss(critic: Critic, real_SD: Tensor, fake_SD: Tensor, penalty_weight: float = 10.0) -> Tensor:
-    """What WGAN-GP's critic minimises: E[critic(fake)] - E[critic(real)] + weight x penalty."""
+    """Loss of WGAN-GP's critic: E[critic(fake)] - E[critic(real)] + weight x penalty."""
     penalty = gradient_penalty(critic, real_SD, fake_SD)
     return critic(fake_SD).mean() - critic(real_SD).mean() + penalty_weight * penalty
 
 
 @dataclass(frozen=True)
-class Game:
-    """What critic and generator each make small.
+class GANLoss:
+    """Losses of critic and generator.
 
-    :ivar of_critic: from critic, real ``(S, D)`` and fake ``(S, D)`` to a loss.
-    :ivar of_generator: from the critic's scores ``(S, 1)`` of what was generated to a loss.
+    :ivar of_critic: from the critic, real draws ``(S, D)`` and fake draws ``(S, D)`` to the critic's loss.
+    :ivar of_generator: from the critic's scores ``(S, 1)`` of fake draws to the generator's loss.
     :ivar float clip: bound on the critic's weights, or None.
     :ivar float learning_rate: of both, as published; None leaves it to the caller.
-    :ivar int critic_steps: steps of the critic for one of the generator.
+    :ivar int critic_steps: steps of the critic per step of the generator.
     """
 
     of_critic: Callable[[Critic, Tensor, Tensor], Tensor]
@@ -60,7 +60,7 @@ class Game:
     critic_steps: int = 5
 
     def optimiser(self, parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-        """RMSprop where weights are clipped, as published; Adam elsewhere."""
+        """RMSprop where weights are clipped, as published; Adam otherwise."""
         rate = self.learning_rate or learning_rate
         if self.clip is not None:
             return torch.optim.RMSprop(parameters, lr=rate)
@@ -68,7 +68,7 @@ class Game:
 
     @torch.no_grad()
     def constrain(self, critic: nn.Module) -> None:
-        """What is done to the critic after each of its steps."""
+        """Clips the critic's weights after one of its steps, where the loss asks for it."""
         if self.clip is not None:
             for parameter in critic.parameters():
                 parameter.clamp_(-self.clip, self.clip)
@@ -78,22 +78,22 @@ def _mean_of_generator(score_S1: Tensor) -> Tensor:
     return -score_S1.mean()
 
 
-#: Games by the name that ``distill(objective=...)`` takes: Gulrajani et al. 2017 (the paper's choice); Arjovsky et al.
-#: 2017; Mao et al. 2017; Goodfellow et al. 2014, with the generator's loss that does not saturate.
-GAMES = {
-    "wgan-gp": Game(critic_loss, _mean_of_generator),
-    "wgan": Game(
+#: GAN losses by the name that ``distill(objective=...)`` takes: Gulrajani et al. 2017 (the paper's choice); Arjovsky et
+#: al. 2017; Mao et al. 2017; Goodfellow et al. 2014, with the non-saturating loss of the generator.
+GAN_LOSSES = {
+    "wgan-gp": GANLoss(critic_loss, _mean_of_generator),
+    "wgan": GANLoss(
         lambda critic, real, fake: critic(fake).mean() - critic(real).mean(),
         _mean_of_generator,
         clip=0.01,
         learning_rate=5e-5,
     ),
-    "lsgan": Game(
+    "lsgan": GANLoss(
         lambda critic, real, fake: 0.5 * (critic(real) - 1).square().mean() + 0.5 * critic(fake).square().mean(),
         lambda score: 0.5 * (score - 1).square().mean(),
         critic_steps=1,
     ),
-    "non-saturating": Game(
+    "non-saturating": GANLoss(
         lambda critic, real, fake: softplus(-critic(real)).mean() + softplus(critic(fake)).mean(),
         lambda score: softplus(-score).mean(),
         critic_steps=1,

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Online distillation (Wang et al. 2018, Algorithm 2): chains and generator advance together, none is stored."""
+"""Online distillation (Wang et al. 2018, Algorithm 2): chains and generator advance together; no chain is stored."""
 
 from __future__ import annotations
 
@@ -13,50 +13,51 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
-import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_apd.chains.checkpoint import (
-    Checkpoint,
-    Progress,
-    arguments_digest,
-    check_identity,
-    describe,
-)
+from pyro_apd.chains.checkpoint import Checkpoint, Progress, arguments_digest, check_identity, describe
 from pyro_apd.chains.distributed import RankRun
 from pyro_apd.chains.driver import checked_initial_params
 from pyro_apd.chains.group import Group, Plan, rebuilt_error
 from pyro_apd.chains.run import Settings
 from pyro_apd.chains.stores.base import DrawStore, all_finite
 from pyro_apd.chains.stores.even import EvenStore
-from pyro_apd.data.row_reader import shown_arguments
+from pyro_apd.data.sources import shown_arguments
 from pyro_apd.distillation.failure import DistillationWarning
-from pyro_apd.distillation.offline import Wishes, distill_draws, function_space, report
+from pyro_apd.distillation.function_space import function_space
+from pyro_apd.distillation.offline import distill_draws, report
+from pyro_apd.distillation.options import DistillOptions
 from pyro_apd.distillation.source import MIN_DRAWS, Source
 from pyro_apd.distillation.training import Training
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.runtime import checks
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
 from pyro_apd.runtime.ranks import Ranks, join_process_group
+from pyro_apd.runtime.seeds import derived_seed, fresh_seed
+
+if TYPE_CHECKING:
+    from pyro_apd.kernels.base import StochasticGradientKernel
+    from pyro_apd.kernels.engine.chain import Chain
 
 logger = logging.getLogger("pyro_apd")
 
-# Where in a checkpoint the buffer is, among the chains.
+# Key of the buffer among the chains of a checkpoint.
 _BUFFER = -1
-# A round before the last takes this share of the steps.
+# A round before the last takes one in so many of the steps.
 _SHARE_OF_STEPS = 4
 _NUM_CHECKPOINTS = 20
 
-#: Called after each round with the posterior so far and the number of draws that each chain has made.
+#: Called after each round with the posterior so far and the number of draws per chain.
 OnRound = Callable[[DistilledPosterior, int], None]
 
 
 def distill_online(
-    kernel: Any,
+    kernel: StochasticGradientKernel,
     *args: Any,
     num_samples: int = 1000,
     warmup_steps: int | None = None,
@@ -78,48 +79,49 @@ def distill_online(
     strict: bool = False,
     progress: bool = True,
 ) -> DistilledPosterior:
-    """Samples and distils at once, in memory that does not depend on how long the chains are.
+    """Samples and distils at once, in memory that does not depend on the length of the chains.
 
-    Chains advance as one batched computation. Of their draws a buffer keeps ``buffer_size``, evenly spaced over all
-    that were made so far: when it is full, every second goes. When a half, a quarter, ... of the draws are made, a
-    generator is fitted to the buffer and trained briefly; the last round, at the end, is as long as that of
-    :func:`~pyro_apd.distill`. ``metadata["rounds"]`` has the figures of each round on held-out draws.
+    Chains advance as one batched computation. A buffer keeps ``buffer_size`` of their draws, evenly spaced over all
+    draws so far: when it is full, every second draw is removed. After a half, a quarter, ... of the draws, a generator
+    is fitted to the buffer and trained briefly; the last round, at the end, is as long as that of
+    :func:`~pyro_apd.distill`. ``metadata["rounds"]`` has the metrics of each round on held-out draws.
 
-    With ``chain_method="distributed"`` every process of ``torchrun``, or of the process group that there is, makes the
-    same call with all the data. Each runs its part of the chains and holds its part of the buffer; in a round all get
-    the whole of it, and train one generator by averaged gradients, each on draws of its own and on its share of the
-    probe inputs. All return the same posterior. Chains and buffer depend on the number of processes by rounding alone;
-    what the generator's random steps come to depends on it. A process that is gone ends the others with a
-    :class:`~pyro_apd.RankError`; each has its checkpoint, ``CHECKPOINT.rank0`` and so on, and the same call of as many
-    processes goes on from the last that all wrote, as under ``torchrun --max-restarts=1``.
+    With ``chain_method="distributed"`` every process of ``torchrun``, or of the present process group, makes the same
+    call with all the data. Each runs its part of the chains and holds its part of the buffer. In a round all get the
+    whole buffer and train one generator by averaged gradients, each with draws of its own and with its share of the
+    probe inputs. All return the same posterior. Chains and buffer do not depend on the number of processes; the
+    generator's random steps do. If a process is gone, the others raise a :class:`~pyro_apd.RankError`. Each process has
+    its checkpoint, ``CHECKPOINT.rank0`` and so on, and the same call with as many processes, as under
+    ``torchrun --max-restarts=1``, continues from the last checkpoint that all of them wrote.
 
-    A generator that collapsed, diverged or came of an interrupted run is returned with a
-    :class:`~pyro_apd.DistillationWarning`. Ctrl-C gives the last round's, or, before the first, the start.
+    A generator that collapsed, diverged or is of an interrupted run is returned with a
+    :class:`~pyro_apd.DistillationWarning`. Ctrl-C returns the generator of the last round or, before the first, the
+    start of one.
 
     :param kernel: a kernel of this package; its ``seed`` makes the chains reproducible.
     :param args: the model's arguments, in one of the kernel's three styles.
     :param int num_samples: draws of each chain after warm-up.
     :param int warmup_steps: draws before them, which are never kept; by default half as many.
     :param int num_chains: chains, ``C``.
-    :param int buffer_size: draws held at a time, of all chains together; at least 2 of each.
+    :param int buffer_size: draws held at a time, of all chains together; at least 2 per chain.
     :param int rounds: how often a generator is trained, the last time included.
-    :param int num_steps: generator steps of the last round, as in :func:`~pyro_apd.distill`; others take a quarter.
+    :param int num_steps: generator steps of the last round, as in :func:`~pyro_apd.distill`; the others take a quarter.
     :param int rank: as in :func:`~pyro_apd.distill`.
     :param str storage_dtype: as in :func:`~pyro_apd.distill`.
     :param tuple probe_inputs: as in :func:`~pyro_apd.distill`.
     :param int seed: of the training.
     :param bool restart: after each round but the last, put chains at fresh draws of the generator (the authors'
-        "infinite chains"). It spreads chains over what the generator has of others, but what it lacks is lost to the
-        chains as well, and they sample from the posterior again only after another warm-up: expect a bias, and a
-        warning that says so.
-    :param callable on_round: called with the posterior so far and the number of draws; of several processes, in the
-        first.
+        "infinite chains"). It mixes the chains, but parts of the posterior that the generator lacks are lost to the
+        chains as well, and they sample from the posterior again only after another warm-up: expect a bias, of which a
+        warning reminds.
+    :param callable on_round: called with the posterior so far and the number of draws; with several processes, in the
+        first only.
     :param dict initial_params: unconstrained values by site to start from, as for :class:`~pyro_apd.MCMC`.
     :param dict model_kwargs: keyword arguments of the model.
     :param checkpoint: a file. A run that finds its own checkpoint there continues from it, bit for bit.
     :param int checkpoint_every: draws between checkpoints, warm-up included; by default twenty a run.
     :param str chain_method: ``"vectorized"`` or ``"distributed"``.
-    :param bool strict: raise instead of warn if the generator is no good.
+    :param bool strict: raise instead of warn if the generator collapsed, diverged or was interrupted.
     :param bool progress: show progress bars.
     :raises TypeError: if the kernel is not one of this package.
     :raises ValueError: if a number is out of range.
@@ -128,35 +130,34 @@ def distill_online(
     :raises RankError: if another process is gone.
     :raises DistillationError: with ``strict=True``, where a warning would have been issued.
     """
-    warmup = 0 if warmup_steps is None else warmup_steps
-    _check(kernel, num_samples, warmup, num_chains, buffer_size, rounds, checkpoint, checkpoint_every)
-    if chain_method not in ("vectorized", "distributed"):
-        raise ValueError(f"chain_method={chain_method!r} must be 'vectorized' or 'distributed'.")
+    _check_kernel(kernel)
+    sizes = _Sizes.checked(num_samples, warmup_steps, num_chains, buffer_size, rounds, checkpoint_every)
+    if checkpoint_every is not None and checkpoint is None:
+        raise ValueError(f"checkpoint_every={checkpoint_every} needs checkpoint=, the file to write to.")
+    checks.choice("chain_method", chain_method, ("vectorized", "distributed"))
     if restart:
         warnings.warn(
-            "restart=True: chains go on from what the generator drew, so that its errors come back as draws. Figures "
-            "against the buffer cannot see this; compare with a run without restart.",
+            "restart=True: chains continue from draws of the generator, so that its errors become draws. Metrics on "
+            "the buffer cannot detect this; compare with a run without restart.",
             DistillationWarning,
             stacklevel=2,
         )
-    warmup_steps = num_samples // 2 if warmup_steps is None else warmup_steps
-    wishes = Wishes(num_steps=num_steps, rank=rank, storage_dtype=storage_dtype, seed=seed)
-    every = checkpoint_every or max(1, (num_samples + warmup_steps) // _NUM_CHECKPOINTS)
-    start = checked_initial_params(initial_params, num_chains)
-    plan = Plan(num_samples, warmup_steps, num_chains, start, None, None if checkpoint is None else every)
+    options = DistillOptions(num_steps=num_steps, rank=rank, storage_dtype=storage_dtype, seed=seed)
+    start = checked_initial_params(initial_params, sizes.num_chains)
+    every = None if checkpoint is None else sizes.checkpoint_every
+    plan = Plan(sizes.num_samples, sizes.warmup_steps, sizes.num_chains, start, None, every)
     path = None if checkpoint is None else Path(checkpoint).absolute()
     settings = Settings(plan, chain_method, checkpoint_path=path, disable_progbar=not progress, gather="all")
     ranks = join_process_group() if chain_method == "distributed" else Ranks()
     args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
-    schedule = [num_samples // 2**k for k in range(rounds - 1, 0, -1) if num_samples // 2**k]
-    # As in a run of the driver: checks of distributions would be repeated in every step.
+    # As in a run of the driver, since checks of distributions would be repeated in every step.
     with poutine.block(), pyro.validation_enabled(False), preserved_param_store(), ExitStack() as stack:
-        makes = _Rounds(kernel, args, dict(model_kwargs or {}), wishes, probe_inputs, on_round, progress, ranks)
-        run = _OnlineRun(makes, settings, stack, buffer_size // num_chains, schedule, restart)
+        distiller = _Rounds(kernel, args, dict(model_kwargs or {}), options, probe_inputs, on_round, progress, ranks)
+        run = _OnlineRun(distiller, settings, stack, sizes.capacity, sizes.schedule, restart)
         try:
             run.sample()
             run.check_chains()
-            posterior, training = makes.make(run.whole_buffer(), num_samples, is_last=True)
+            posterior, training = distiller.make(run.whole_buffer(), sizes.num_samples, is_last=True)
         except KeyboardInterrupt:
             posterior, training = run.interrupted()
     report(training, strict)
@@ -165,12 +166,12 @@ def distill_online(
 
 @dataclass
 class _Rounds:
-    """Makes a generator of a buffer, each time anew: with the draws, the coordinates that fit them change."""
+    """Fits a new generator to the buffer in each round, since the principal coordinates change with the draws."""
 
-    kernel: Any
+    kernel: StochasticGradientKernel
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    wishes: Wishes
+    options: DistillOptions
     probe_inputs: Sequence[Any] | None
     on_round: OnRound | None
     progress: bool
@@ -179,27 +180,27 @@ class _Rounds:
     last: tuple[DistilledPosterior, Training] | None = None
 
     def make(self, store: DrawStore, num_draws: int, *, is_last: bool = False) -> tuple[DistilledPosterior, Training]:
-        """A posterior of what the buffer holds after so many draws. How it came out is told of the one returned only.
+        """A posterior of the draws in the buffer. The caller reports failures, for the posterior that it returns only.
 
-        :raises ValueError: if chains that diverged left too few draws.
-        :raises KeyboardInterrupt: after a round that was cut short, if there were others to come.
+        :raises ValueError: if chains diverged, and too few draws are left.
+        :raises KeyboardInterrupt: after a round that was interrupted, unless it is the last.
         """
         chains, num_kept = store.complete_part()
         if len(chains) * num_kept < MIN_DRAWS:
             raise ValueError(
-                f"The buffer holds {num_kept} draws of chains {chains}, at least {MIN_DRAWS} in all are needed: the "
-                "other chains diverged. Sample with a smaller step size, or give a larger buffer_size."
+                f"The buffer holds {num_kept} draws of chains {chains}, and at least {MIN_DRAWS} in all are needed: "
+                "the other chains diverged. Sample with a smaller step size, or give a larger buffer_size."
             )
-        wishes = self.wishes
+        options = self.options
         if not is_last:
-            wishes = replace(wishes, share_of_steps=_SHARE_OF_STEPS)
+            options = replace(options, share_of_steps=_SHARE_OF_STEPS)
         source = self._source(store.unconstrained(), store.layout)
         posterior, training = self.last = distill_draws(
-            source, wishes, self.probe_inputs, self.progress and self.ranks.rank == 0, self.ranks
+            source, options, self.probe_inputs, self.progress and self.ranks.rank == 0, self.ranks
         )
-        self.log.append({"draws": num_draws, **posterior.metadata["figures"]})
+        self.log.append({"draws": num_draws, **posterior.metadata["metrics"]})
         posterior.metadata |= {"online": True, "draws_seen": num_draws, "rounds": list(self.log)}
-        logger.info("Distilled after %d draws a chain: %s.", num_draws, posterior.metadata["figures"])
+        logger.info("Distilled after %d draws per chain: %s.", num_draws, posterior.metadata["metrics"])
         if self.on_round is not None and self.ranks.rank == 0:
             self.on_round(posterior, num_draws)
         if training.is_interrupted and not is_last:
@@ -207,7 +208,7 @@ class _Rounds:
         return posterior, training
 
     def check_probes(self, layout: Layout, theta: Tensor) -> None:
-        """Finds out before the first step, rather than in the first round, whether ``probe_inputs`` can be used.
+        """Checks before the first step, rather than in the first round, whether ``probe_inputs`` can be used.
 
         :raises ValueError: if they cannot.
         """
@@ -222,34 +223,37 @@ class _Rounds:
 
 
 class _OnlineRun(RankRun):
-    """Chains of the driver, with a buffer in place of a store, and rounds in between.
+    """Chains of the driver, with a buffer in place of a store, and with rounds of distillation.
 
-    Processes go in step: they meet before each checkpoint and in rounds.
+    Processes are synchronised: they wait for each other before each checkpoint and in rounds.
     """
 
     def __init__(
         self, rounds: _Rounds, settings: Settings, stack: ExitStack, capacity: int, schedule: list[int], restart: bool
     ) -> None:
         super().__init__(rounds.kernel, settings, rounds.args, rounds.kwargs, stack, rounds.ranks)
-        self._rounds, self._capacity, self._schedule, self._restart = rounds, capacity, schedule, restart
+        self._rounds = rounds
+        self._capacity = capacity
+        self._schedule = schedule
+        self._restart = restart
         self.is_in_step = self.ranks.size > 1
-        self._chain: Any = None
+        self._chain: Chain | None = None
         self._num_done = 0
 
     @property
     def buffer(self) -> EvenStore:
-        """What is kept of the draws of this process's chains."""
+        """Draws of this process's chains."""
         assert isinstance(self.store, EvenStore)
         return self.store
 
     def whole_buffer(self) -> DrawStore:
-        """What is kept of the draws of all."""
+        """Draws of the chains of all processes."""
         whole = self.gathered(self.buffer)
         assert whole is not None
         return whole
 
     def drew(self, group: Group, num_done: int, num_diverged: int) -> None:
-        """Tells the progress bar, and makes a round where one is due."""
+        """Updates the progress bar, and distils if a round is due."""
         super().drew(group, num_done, num_diverged)
         self._num_done = num_done
         num_kept = num_done - self.plan.warmup_steps
@@ -263,7 +267,7 @@ class _OnlineRun(RankRun):
             self._put_chains_at(posterior, num_kept)
 
     def interrupted(self) -> tuple[DistilledPosterior, Training]:
-        """The last round's posterior, or the start of one, and that it is no more than that.
+        """The posterior of the last round, or the start of one, with the note that the run was interrupted.
 
         :raises KeyboardInterrupt: if there are no draws to make it from.
         """
@@ -271,19 +275,20 @@ class _OnlineRun(RankRun):
         if self._rounds.last is None:
             if self.store is None or not _has_enough(self.store):
                 raise KeyboardInterrupt
-            # Others may not have been interrupted: of what is here.
-            self._rounds.wishes, self._rounds.ranks = replace(self._rounds.wishes, num_steps=0), Ranks()
+            # Other processes may not have been interrupted, hence of this process's draws alone.
+            self._rounds.options = replace(self._rounds.options, num_steps=0)
+            self._rounds.ranks = Ranks()
             self._rounds.make(self.buffer, num_kept)
         assert self._rounds.last is not None
         posterior, training = self._rounds.last
         what = (
-            f"interrupted after {num_kept} of {self.plan.num_samples} draws a chain, with a posterior of the first "
+            f"interrupted after {num_kept} of {self.plan.num_samples} draws per chain, with a posterior of the first "
             f"{posterior.metadata['draws_seen']}"
         )
         return posterior, replace(training, stopped=what)
 
     def check_chains(self) -> None:
-        """A warning where chains diverged, whose draws from there on are not in the buffer.
+        """Warns if chains diverged. Their draws from there on are not in the buffer.
 
         :raises DivergenceError: if all did.
         """
@@ -301,31 +306,29 @@ class _OnlineRun(RankRun):
         )
 
     def checkpoint(self, group: Group, progress: Progress) -> None:
-        """Writes chains, buffer and what rounds there were."""
+        """Writes chains, buffer and the metrics of rounds."""
         self.meet_before_writing()
         self._notes["rounds"] = list(self._rounds.log)
         self._save({group.first: progress, _BUFFER: Progress(state=self.buffer.state_dict())})
 
-    def _open(self, chain: Any, saved: Checkpoint | None) -> DrawStore:
-        self._chain, self._device = chain, chain.theta.device
-        given = self._rounds.wishes
+    def _open(self, chain: Chain, saved: Checkpoint | None) -> DrawStore:
+        self._chain = chain
+        self._device = chain.theta.device
+        given = self._rounds.options
         if given.seed is None:
-            if saved is None:
-                seed = self.ranks.broadcast_object(int(torch.randint(2**31, ())))
-            else:
-                seed = saved.notes["training_seed"]
-            self._rounds.wishes = replace(given, seed=seed)
+            seed = self.ranks.broadcast_object(fresh_seed()) if saved is None else saved.notes["training_seed"]
+            self._rounds.options = replace(given, seed=seed)
         self._rounds.check_probes(chain.layout, chain.theta)
         buffer = EvenStore(chain.layout, len(self.chains), self._capacity, chain.theta)
         self.store, self._saved = buffer, {}
         if self._path is None:
             return buffer
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        # Only where chains are put at draws of the generator does their way depend on how it was trained.
+        # Chains depend on the training only where they are put at draws of the generator.
         trained = [describe(given), arguments_digest(self._rounds.probe_inputs)] if self._restart else None
         online = {"online": [self._capacity, self._schedule], "restart": trained}
         self._identity = {**self._describe(chain.layout, chain.theta), **online}
-        self._notes = {"seed": self.kernel.seed, "training_seed": self._rounds.wishes.seed}
+        self._notes = {"seed": self.kernel.seed, "training_seed": self._rounds.options.seed}
         if saved is None:
             self._notes["run"] = self._name()
         if saved is not None:
@@ -338,51 +341,78 @@ class _OnlineRun(RankRun):
         return buffer
 
     def _asked(self) -> dict[str, Any]:
-        wishes = vars(self._rounds.wishes).items()
-        training = {f"{name} of the training" if name == "seed" else name: value for name, value in wishes}
+        options = vars(self._rounds.options).items()
+        training = {f"{name} of the training" if name == "seed" else name: value for name, value in options}
         buffer = {"buffer_size": self._capacity, "rounds": self._schedule, "restart": self._restart}
         return {**super()._asked(), **training, **buffer}
 
     def _put_chains_at(self, posterior: DistilledPosterior, draws: int) -> None:
-        seed = None if self.kernel.seed is None else self.kernel.seed + draws
+        seed = None if self.kernel.seed is None else derived_seed(self.kernel.seed, "restart", draws)
         theta_CD = posterior.layout.unconstrain(posterior.get_samples(self.plan.num_chains, seed=seed))
         theta_CD = theta_CD[self.own.start : self.own.stop]
+        assert self._chain is not None
         self._chain.theta = theta_CD.to(self._chain.theta).reshape(self._chain.theta.shape)
 
 
 def _has_enough(store: DrawStore) -> bool:
-    """Whether there are draws enough for a round, and no chain ran away without having been looked at."""
+    """Whether there are enough draws for a round, all finite: a chain may have diverged since the last check."""
     chains, num_draws = store.complete_part()
     return len(chains) * num_draws >= MIN_DRAWS and all_finite(store.unconstrained())
 
 
-def _check(
-    kernel: Any,
-    num_samples: int,
-    warmup_steps: int,
-    num_chains: int,
-    buffer_size: int,
-    rounds: int,
-    checkpoint: Any,
-    checkpoint_every: int | None,
-) -> None:
+@dataclass(frozen=True)
+class _Sizes:
+    """Lengths of a run, after checks."""
+
+    num_samples: int
+    warmup_steps: int
+    num_chains: int
+    buffer_size: int
+    rounds: int
+    checkpoint_every: int
+
+    @classmethod
+    def checked(
+        cls,
+        num_samples: int,
+        warmup_steps: int | None,
+        num_chains: int,
+        buffer_size: int,
+        rounds: int,
+        checkpoint_every: int | None,
+    ) -> _Sizes:
+        num_samples = checks.integer("num_samples", num_samples, at_least=MIN_DRAWS)
+        if warmup_steps is None:
+            warmup_steps = num_samples // 2
+        warmup_steps = checks.integer("warmup_steps", warmup_steps, at_least=0)
+        num_chains = checks.integer("num_chains", num_chains)
+        if checkpoint_every is None:
+            checkpoint_every = max(1, (num_samples + warmup_steps) // _NUM_CHECKPOINTS)
+        return cls(
+            num_samples,
+            warmup_steps,
+            num_chains,
+            checks.integer("buffer_size", buffer_size, at_least=max(2 * MIN_DRAWS, 2 * num_chains)),
+            checks.integer("rounds", rounds),
+            checks.integer("checkpoint_every", checkpoint_every),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Draws per chain that the buffer holds."""
+        return self.buffer_size // self.num_chains
+
+    @property
+    def schedule(self) -> list[int]:
+        """Draws per chain after which there is a round, the last one left out."""
+        counts = [self.num_samples // 2**k for k in range(self.rounds - 1, 0, -1)]
+        return [count for count in counts if count]
+
+
+def _check_kernel(kernel: object) -> None:
     if inspect.isclass(kernel) or not callable(getattr(kernel, "begin", None)):
         what = kernel.__name__ if inspect.isclass(kernel) else type(kernel).__name__
         raise TypeError(
             f"`kernel` must be a kernel of this package, such as SGLD(model, ...); got {what}. Other kernels are "
-            "distilled online through OnlineDistillation, as statistics of StreamingMCMC or as a hook."
+            "distilled online by OnlineDistillation, as statistics of StreamingMCMC or as a hook."
         )
-    least = {"num_samples": MIN_DRAWS, "warmup_steps": 0, "num_chains": 1, "rounds": 1, "buffer_size": 2 * MIN_DRAWS}
-    values = {
-        "num_samples": num_samples, "warmup_steps": warmup_steps, "num_chains": num_chains, "rounds": rounds,
-        "buffer_size": buffer_size,
-    }  # fmt: skip
-    if isinstance(num_chains, int):
-        least["buffer_size"] = max(2 * MIN_DRAWS, 2 * num_chains)
-    if checkpoint_every is not None:
-        least["checkpoint_every"], values["checkpoint_every"] = 1, checkpoint_every
-        if checkpoint is None:
-            raise ValueError(f"checkpoint_every={checkpoint_every} needs checkpoint=, the file to write to.")
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least[name]:
-            raise ValueError(f"{name}={value!r} must be an integer of at least {least[name]}.")

@@ -18,12 +18,13 @@ from pyro_apd.chains.stores.even import EvenStore
 from pyro_apd.distillation.offline import distill
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.runtime import checks
 
-_NO_FIGURES = dict.fromkeys(STATISTICS, torch.nan)
+_NO_STATISTICS = dict.fromkeys(STATISTICS, torch.nan)
 
 
 class OnlineDistillation(StreamingStats):
-    """Keeps draws evenly spaced over each chain in memory of fixed size, and distils what it has when it is asked.
+    """Keeps draws evenly spaced over each chain in memory of fixed size, and distils them on request.
 
     As statistics of :class:`pyro.infer.mcmc.StreamingMCMC`, of any kernel::
 
@@ -32,14 +33,14 @@ class OnlineDistillation(StreamingStats):
         mcmc.run(x, y)
         posterior = mcmc.get_statistics()
 
-    or as a hook of any driver: ``MCMC(kernel, ..., hook_fn=online.hook)``, then ``online.get()``. A hook of chains in
-    other processes sees them there, and leaves nothing here.
+    or as a hook of any driver: ``MCMC(kernel, ..., hook_fn=online.hook)``, then ``online.get()``. With chains in
+    other processes a hook runs there, and this object stays empty.
 
     :param callable model: the Pyro model.
     :param tuple data: its arguments, with or without targets.
-    :param int buffer_size: draws held of each chain.
+    :param int buffer_size: draws kept per chain.
     :param options: of :func:`~pyro_apd.distill`, such as ``seed`` and ``rank``.
-    :raises ValueError: if ``buffer_size`` is no integer of at least 2.
+    :raises ValueError: if ``buffer_size`` is not an integer of at least 2.
     """
 
     def __init__(
@@ -50,15 +51,15 @@ class OnlineDistillation(StreamingStats):
         buffer_size: int = 512,
         **options: Any,
     ) -> None:
-        if isinstance(buffer_size, bool) or not isinstance(buffer_size, int) or buffer_size < 2:
-            raise ValueError(f"buffer_size={buffer_size!r} must be an integer of at least 2.")
-        self.buffer_size = buffer_size
-        self._model, self._data, self._options = model, data, options
+        self.buffer_size = checks.integer("buffer_size", buffer_size, at_least=2)
+        self._model = model
+        self._data = data
+        self._options = options
         self._buffers: dict[Any, EvenStore] = {}
         self._seen: dict[Any, int] = {}
 
     def update(self, sample: Mapping[Any, Tensor]) -> None:
-        """Takes a draw: values as the model sees them by site, or by ``(chain, site)`` as Pyro's driver has them."""
+        """Takes a draw: constrained values by site, or by ``(chain, site)`` as Pyro's driver has them."""
         by_chain: dict[Any, dict[str, Tensor]] = {}
         for key, value in sample.items():
             chain, name = key if isinstance(key, tuple) else (0, key)
@@ -67,9 +68,9 @@ class OnlineDistillation(StreamingStats):
             self._add(chain, values)
 
     def merge(self, other: StreamingStats) -> OnlineDistillation:
-        """Both together, by the options of this one; a chain of the same number in both counts as two.
+        """Both together, with the options of this one; a chain with the same number in both counts as two.
 
-        :raises TypeError: if the other is of another kind.
+        :raises TypeError: if the other is not an :class:`OnlineDistillation`.
         """
         if not isinstance(other, OnlineDistillation):
             raise TypeError(f"`other` must be an OnlineDistillation; got {type(other).__name__}.")
@@ -85,11 +86,11 @@ class OnlineDistillation(StreamingStats):
         :raises ValueError: if there are none, or too few.
         """
         if not self._buffers:
-            raise ValueError("No draws came yet: run the chain first, with this object as its statistics or hook.")
+            raise ValueError("There are no draws yet: run the chain first, with this object as its statistics or hook.")
         stores = list(self._buffers.values())
-        # Of chains of which one was cut short, what can be grouped.
+        # Chains may differ in length, if one was interrupted: the largest block that can be grouped.
         chains, count = largest_block([store.counts[0] for store in stores])
-        # Values as the model sees them count as real here; distill finds out about supports.
+        # This layout has no supports, so that values stay constrained; distill reads supports from the model.
         theta_CSD = torch.stack([stores[chain].theta_CSD[0, :count] for chain in chains])
         draws = stores[0].layout.split(theta_CSD)
         posterior = distill(draws, self._model, data=self._data, group_by_chain=True, **self._options)
@@ -121,5 +122,5 @@ class OnlineDistillation(StreamingStats):
             self._buffers[chain] = EvenStore(layout, 1, self.buffer_size, like.detach().new_empty(0))
         buffer = self._buffers[chain]
         count = self._seen.get(chain, 0)
-        buffer.write(0, count, buffer.layout.join(values).detach().unsqueeze(0), _NO_FIGURES)
+        buffer.write(0, count, buffer.layout.join(values).detach().unsqueeze(0), _NO_STATISTICS)
         self._seen[chain] = count + 1

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The training loop: averages the generator, keeps the best of it by held-out distance, and survives interruption."""
+"""The training loop: averages the generator, keeps its best state by held-out distance, and can be interrupted."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_apd.distillation.objective import Judge, Objective
+from pyro_apd.distillation.evaluators import Evaluator
+from pyro_apd.distillation.objective import Objective
 from pyro_apd.generators import Generator
-from pyro_apd.generators.draw_blocks import together
+from pyro_apd.generators.draw_blocks import draws_per_block
 from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.ranks import Ranks
+from pyro_apd.runtime.seeds import derived_seed, fresh_seed
 
 
 @dataclass(frozen=True)
@@ -27,47 +29,47 @@ class Schedule:
 
     :ivar int num_steps: generator steps.
     :ivar float learning_rate: Adam's; beta = (0.5, 0.9) as is usual against a critic.
-    :ivar float coherent: how far a step may move what a parameter's entries add up to, relative to its size; None for
-        no bound.
-    :ivar bool is_annealed: let the rate fall to zero, and judge and keep a moving average of the generator.
-    :ivar int num_evaluations: how many states are judged.
-    :ivar int num_judged: draws that a state is judged by.
+    :ivar float max_sum_change: bound on how far a step may move the sum of a parameter's entries, relative to the sum's
+        size; None for no bound.
+    :ivar bool is_annealed: let the rate decay to zero, and evaluate and keep a moving average of the generator.
+    :ivar int num_evaluations: how many states are evaluated.
+    :ivar int num_evaluation_draws: draws per evaluation.
     """
 
     num_steps: int
     learning_rate: float
     is_annealed: bool = True
-    coherent: float | None = None
+    max_sum_change: float | None = None
     num_evaluations: int = 20
-    num_judged: int = 200
+    num_evaluation_draws: int = 200
 
     def rates(self, generator: Generator, trained: list[nn.Parameter]) -> list[float]:
         """Adam's rate for each parameter.
 
-        Adam moves all entries by about the rate, and together, so that what n of them add up to moves by n times the
-        rate; n independent entries of size one add up to the root of n. Many entries have to move slower, by that root.
-        Rows as long as a draw count as one parameter.
+        Adam moves every entry by about the rate, often in the same direction, so that the sum of n entries moves by n
+        times the rate, while n independent entries of size one have a sum of the size of sqrt(n). Parameters with many
+        entries therefore need a rate that falls with sqrt(n). All rows as long as a draw count as one parameter.
         """
-        if self.coherent is None:
+        if self.max_sum_change is None:
             return [self.learning_rate] * len(trained)
         is_long = [parameter.shape[-1] == generator.output_size for parameter in trained]
         num_long = sum(parameter.numel() for parameter, long in zip(trained, is_long, strict=True) if long)
         counts = [num_long if long else parameter.numel() for parameter, long in zip(trained, is_long, strict=True)]
-        return [min(self.learning_rate, self.coherent / count**0.5) for count in counts]
+        return [min(self.learning_rate, self.max_sum_change / count**0.5) for count in counts]
 
 
 @dataclass
 class Training:
-    """What came of a training; the generator holds its best state.
+    """Result of a training; the generator holds its best state.
 
-    :ivar dict figures: of the best state, on held-out draws.
+    :ivar dict metrics: of the best state, on held-out draws.
     :ivar int best_step: the step at which it was reached.
-    :ivar dict log: numbers by name, one for each evaluation.
-    :ivar str stopped: why training ended before its time, or None.
-    :ivar bool is_interrupted: whether that was Ctrl-C.
+    :ivar dict log: lists of numbers by name, one number per evaluation.
+    :ivar str stopped: why training ended early, or None.
+    :ivar bool is_interrupted: whether the reason was Ctrl-C.
     """
 
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
     log: dict[str, list[float]] = field(default_factory=dict)
     stopped: str | None = None
@@ -77,28 +79,29 @@ class Training:
 def train(
     generator: Generator,
     objective: Objective,
-    judge: Judge,
+    evaluator: Evaluator,
     schedule: Schedule,
     *,
     progress: bool = True,
     ranks: Ranks | None = None,
 ) -> Training:
-    """Trains a generator in place, by torch's global random numbers.
+    """Trains a generator in place, with torch's global random numbers.
 
-    Over several processes each takes the steps on draws of its own, by averaged gradients
-    (:class:`~torch.nn.parallel.DistributedDataParallel`), and the first judges for all.
+    With several processes each takes the steps on draws of its own, with averaged gradients
+    (:class:`~torch.nn.parallel.DistributedDataParallel`), and the first evaluates for all.
 
-    Ctrl-C and numbers that are not finite end it early, with the best state so far.
+    Ctrl-C and numbers that are not finite end the training early, with the best state so far.
 
-    :param Generator generator: what to train; parameters that need no gradient stay as they are.
-    :param Objective objective: what to make small.
-    :param Judge judge: chooses the checkpoint.
-    :param Schedule schedule: length and rate.
-    :param bool progress: show a bar.
+    :param Generator generator: to be trained; parameters that need no gradient stay as they are.
+    :param Objective objective: loss that the generator minimises.
+    :param Evaluator evaluator: chooses the state that is kept.
+    :param Schedule schedule: number of steps, and learning rate.
+    :param bool progress: show a progress bar.
     :param Ranks ranks: the processes that train together; each has the same generator and draws.
     :raises RankError: if one of them is gone.
     """
     ranks = ranks or Ranks()
+    seed = fresh_seed()
     like = generator(torch.zeros(1, generator.latent_size).to(next(generator.parameters())))
 
     def latents(count: int) -> Tensor:
@@ -106,15 +109,17 @@ def train(
 
     average = _copy(generator) if schedule.is_annealed else generator
     result = Training()
-    watch = _Watch(judge, average, latents, like, result, schedule.num_judged, ranks)
+    num_draws = schedule.num_evaluation_draws
+    best = _BestState(evaluator, average, latents, result, num_draws, derived_seed(seed, "evaluation"), ranks)
     step = 0
     with tqdm(total=schedule.num_steps, desc="Distil", disable=not progress, leave=True) as bar:
         try:
-            is_finite = watch.look(0, None)
-            for step, loss in enumerate(_steps(generator, average, latents, objective, schedule, ranks), start=1):
+            is_finite = best.evaluate(0, None)
+            steps = _steps(generator, average, latents, objective, schedule, ranks, seed)
+            for step, loss in enumerate(steps, start=1):
                 bar.update()
                 if step % max(1, schedule.num_steps // schedule.num_evaluations) == 0 or step == schedule.num_steps:
-                    is_finite = watch.look(step, loss)
+                    is_finite = best.evaluate(step, loss)
                     bar.set_postfix(loss=f"{float(loss):.3f}", **{k: f"{v:.3f}" for k, v in _last(result.log).items()})
                 if not is_finite:
                     result.stopped = f"training diverged by step {step} of {schedule.num_steps}"
@@ -122,54 +127,63 @@ def train(
         except KeyboardInterrupt:
             result.stopped = f"training was interrupted at step {step} of {schedule.num_steps}"
             result.is_interrupted = True
-    watch.restore(generator)
+    best.restore(generator)
     return result
 
 
-class _Watch:
-    """Judges states as training goes, and keeps the best."""
+class _BestState:
+    """Evaluates states of the generator during training, and keeps the best."""
 
     def __init__(
         self,
-        judge: Judge,
+        evaluator: Evaluator,
         average: Generator,
         latents: Callable[[int], Tensor],
-        like: Tensor,
         result: Training,
-        num_judged: int,
+        num_draws: int,
+        seed: int,
         ranks: Ranks,
     ) -> None:
-        self._judge, self._average, self._latents, self._device = judge, average, latents, like.device
-        # Some at a time: so many draws of a large network are more than a step of training holds. Always the same.
-        part = together(average.output_size * like.element_size())
-        self._counts = [min(part, num_judged - start) for start in range(0, num_judged, part)]
-        self._seed, self._ranks = int(torch.randint(2**31, ())), ranks
-        self._result, self._best, self._smallest = result, _trained_state(average), math.inf
+        self._evaluator = evaluator
+        self._average = average
+        self._latents = latents
+        self._result = result
+        self._seed = seed
+        self._ranks = ranks
+        # All draws of a large network together would need more memory than a step of training, hence the blocks.
+        like = next(average.parameters())
+        self._device = like.device
+        length = draws_per_block(average.output_size * like.element_size())
+        self._counts = [min(length, num_draws - start) for start in range(0, num_draws, length)]
+        self._tensors = _trained_state(average)
+        self._smallest_distance = math.inf
 
     @torch.no_grad()
-    def look(self, step: int, loss: Tensor | None) -> bool:
-        """Logs a state and keeps it if it is the best, or as good as; whether its figures are finite."""
-        seen = None
+    def evaluate(self, step: int, loss: Tensor | None) -> bool:
+        """Logs a state, and keeps it if it is the best up to the tolerance; whether its metrics are finite."""
+        found = None
         if self._ranks.rank == 0:
-            seen = self._judge.figures(self._draws()), None if loss is None else float(loss)
-        figures, loss_seen = self._ranks.broadcast_object(seen)
-        is_finite = all(math.isfinite(value) for value in figures.values())
-        _append(self._result.log, step, figures, loss_seen)
-        if is_finite and figures["distance"] < self._smallest + self._judge.tolerance:
-            self._smallest = min(self._smallest, figures["distance"])
-            self._result.figures, self._result.best_step = figures, step
-            self._best = _trained_state(self._average)
+            found = self._evaluator.metrics(self._draws()), None if loss is None else float(loss)
+        metrics, loss_value = self._ranks.broadcast_object(found)
+        is_finite = all(math.isfinite(value) for value in metrics.values())
+        _append(self._result.log, step, metrics, loss_value)
+        if is_finite and metrics["distance"] < self._smallest_distance + self._evaluator.tolerance:
+            self._smallest_distance = min(self._smallest_distance, metrics["distance"])
+            self._result.metrics = metrics
+            self._result.best_step = step
+            self._tensors = _trained_state(self._average)
         return is_finite
 
     @torch.no_grad()
     def restore(self, generator: Generator) -> None:
-        """Puts the best state into the generator."""
+        """Copies the best state into the generator."""
         for name, parameter in generator.named_parameters():
-            if name in self._best:
-                parameter.copy_(self._best[name])
+            if name in self._tensors:
+                parameter.copy_(self._tensors[name])
                 self._ranks.broadcast(parameter.data, 0)
 
     def _draws(self) -> Iterator[Tensor]:
+        """The same latents in every evaluation, so that states are not chosen by their random numbers."""
         with seeded(self._seed, self._device):
             for count in self._counts:
                 yield self._average(self._latents(count))
@@ -182,16 +196,17 @@ def _steps(
     objective: Objective,
     schedule: Schedule,
     ranks: Ranks,
+    seed: int,
 ) -> Iterator[Tensor]:
-    """Takes the steps one by one, and yields the loss of each."""
+    """Takes the steps, and yields the loss after each."""
     module = ranks.data_parallel(generator)
     if ranks.size > 1:
-        torch.manual_seed(int(torch.randint(2**31, ())) + ranks.rank)
+        torch.manual_seed(derived_seed(seed, "steps", ranks.rank))
     trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
     rates = schedule.rates(generator, trained)
     groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(trained, rates, strict=True)]
     optimiser = torch.optim.Adam(groups, betas=(0.5, 0.9))
-    # The average looks back over the last two hundredths of a training, whatever its length.
+    # The moving average has a memory of a fifth of the training, whatever its length.
     decay = max(0.0, 1.0 - 5.0 / max(schedule.num_steps, 1))
     for step in range(schedule.num_steps):
         if schedule.is_annealed:
@@ -210,7 +225,7 @@ def _steps(
 
 
 def _copy(generator: Generator) -> Generator:
-    """A copy that shares what is not trained, which is most of it."""
+    """A copy that shares the tensors that are not trained, which are most of it."""
     tensors = [*generator.parameters(), *generator.buffers()]
     shared = {id(tensor): tensor for tensor in tensors if not tensor.requires_grad}
     return copy.deepcopy(generator, shared)
@@ -220,9 +235,9 @@ def _trained_state(generator: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in generator.named_parameters() if p.requires_grad}
 
 
-def _append(log: dict[str, list[float]], step: int, figures: dict[str, float], loss: float | None) -> None:
-    """Four digits a number: the log travels in the file."""
-    entries = {"step": float(step), "loss": math.nan if loss is None else loss, **figures}
+def _append(log: dict[str, list[float]], step: int, metrics: dict[str, float], loss: float | None) -> None:
+    """Adds an evaluation to the log, rounded to four digits, since the log is saved in the posterior's file."""
+    entries = {"step": float(step), "loss": math.nan if loss is None else loss, **metrics}
     for name in log.keys() | entries.keys():
         value = entries.get(name, math.nan)
         log.setdefault(name, []).append(float(f"{value:.4g}"))

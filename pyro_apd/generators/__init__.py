@@ -1,17 +1,18 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What ships: generators of weight vectors, pure modules without training code, rebuilt from a JSON-able ``config``."""
+"""Generators of weight vectors: modules without training code, rebuilt from a ``config`` that JSON holds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from pyro_apd.generators.base import Generator
 from pyro_apd.generators.chunked import ChunkedGenerator
 from pyro_apd.generators.dropout import DropoutGenerator
 from pyro_apd.generators.low_rank import LowRankGenerator
-from pyro_apd.generators.network import CoordinateGenerator, Generator
+from pyro_apd.generators.network import CoordinateGenerator
 from pyro_apd.generators.paper import PaperGenerator
 
 #: Generators by the name that ``distill(generator=...)`` and files use.
@@ -20,7 +21,7 @@ GENERATORS: dict[str, type[Generator]] = {
     "coordinates": CoordinateGenerator,
     "paper": PaperGenerator,
 }
-#: Those that files hold besides: what :mod:`pyro_apd.baselines` fits.
+#: Further generators that files may hold: those that :mod:`pyro_apd.baselines` fits.
 BASELINES: dict[str, type[Generator]] = {"dropout": DropoutGenerator, "low-rank": LowRankGenerator}
 
 __all__ = [
@@ -37,7 +38,7 @@ __all__ = [
 
 
 def build_generator(config: Mapping[str, Any]) -> Generator:
-    """A generator with the architecture of ``config``, and parameters still to be loaded.
+    """A generator with the architecture of ``config``, whose parameters are still to be loaded.
 
     :param dict config: ``kind`` and the settings of that kind, as a generator's ``config`` gives them.
     :raises ValueError: if the kind is not known, a setting is missing or surplus, or a size is not a positive integer.
@@ -47,6 +48,11 @@ def build_generator(config: Mapping[str, Any]) -> Generator:
     known = {**GENERATORS, **BASELINES}
     if not isinstance(kind, str) or kind not in known:
         raise ValueError(f"Unknown generator {kind!r}; known are {sorted(known)}.")
+    # Files name this setting differently, and some have one that is no longer in use.
+    if "bend" in settings:
+        settings["mlp_width"] = settings.pop("bend")
+    if kind == "coordinates" and settings.pop("width", 0) != 0:
+        raise ValueError("Generators with width > 0 are no longer supported; distil the posterior again.")
     try:
         return known[kind](**settings)
     except TypeError as error:

@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The generator of our own for large networks: the same law, with the basis in eight bits and used a chunk at a time.
+"""The generator for large networks: the same distribution, with the basis in eight bits and decoded in chunks.
 
-What grows with the network is the basis, a row as long as a network for each coordinate, and the noise of a draw, a
-number a weight. The one is kept as the file keeps it, and is decoded a few thousand columns at a time; the other is
-made when a draw is, from two numbers of its latent.
+Two things grow with the network: the basis, which has one number per coordinate and weight, and the noise of a draw,
+which has one number per weight. The basis is kept in memory as in the file, and decoded a few thousand columns at a
+time. The noise is made with the draw, from two numbers of its latent.
 """
 
 from __future__ import annotations
@@ -18,36 +18,37 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_apd.generators import precision
-from pyro_apd.generators.draw_blocks import DrawBlocks, together
-from pyro_apd.generators.network import GaussianFit, Generator, MixtureGenerator, check_sizes
+from pyro_apd.generators.base import Generator, check_sizes
+from pyro_apd.generators.draw_blocks import DrawBlocks, draws_per_block
+from pyro_apd.generators.network import GaussianFit, MixtureGenerator
 from pyro_apd.generators.residual import Block, MatrixNoise
 
-# Columns of a chunk, at most: as many rows of eight bits as a CPU's caches hold once they are decoded.
+# Columns of a chunk, at most: decoded, a chunk fits into the caches of a CPU.
 _CHUNK = 16384
-# Draws whose residuals noise is fitted to: enough for so many rows a column, within these bounds.
-_ROWS_A_COLUMN, _MIN_RESIDUALS, _MAX_RESIDUALS = 16, 16, 64
-# Latent entries that all noise of a draw is made from.
+# Draws to whose residuals noise is fitted: enough for so many rows per column, within these bounds.
+_ROWS_PER_COLUMN, _MIN_RESIDUALS, _MAX_RESIDUALS = 16, 16, 64
+# Latent entries from which all noise of a draw is made.
 _NOISE_LATENTS = 2
 
 
 class ChunkedGenerator(MixtureGenerator):
     """:class:`CoordinateGenerator` for networks of a million weights and more.
 
-    Coordinates, noise and what is trained are those of :class:`CoordinateGenerator`. The basis is an ``int8`` matrix
-    with a scale for each row and chunk: layers whose weights move by different amounts do not share one. It is decoded
-    a chunk at a time, for draws and for gradients, so that neither memory nor file ever hold it in ``float32``. Noise
-    comes from a generator that the last two latent entries seed: a latent is ``rank + 3`` numbers, whatever the size of
-    the network. It is a smooth function of the others, and of these two none at all. Cost: about ``rank / 4 + 1``
-    networks in ``float32``.
+    Coordinates, noise and trained parameters are those of :class:`CoordinateGenerator`. The basis is an ``int8`` matrix
+    with a scale per row and chunk, so that layers whose weights vary by different amounts do not share a scale. It is
+    decoded chunk by chunk, for draws and for gradients, so that neither memory nor file ever hold it in ``float32``.
+    Noise comes from a random number generator that the last two latent entries seed: a latent has ``rank + 3`` numbers
+    for any size of the network. A draw is a smooth function of the other entries, but not of these two. Cost: about
+    ``rank / 4 + 1`` networks in ``float32``.
 
     :param int output_size: D, numbers of a draw.
     :param int rank: R, number of principal coordinates.
     :param chunks: lengths of the chunks, which add up to D.
     :param int num_modes: M.
-    :param int num_scales: covariances, each of as many successive modes; by default one a mode.
-    :param int bend: hidden units of the perceptron; 0 for none.
     :param noise: blocks with noise of their own, ``(start, rows, columns, rank)`` each; each begins and ends where a
         chunk does.
+    :param int num_scales: covariances, each shared by as many successive modes; by default one per mode.
+    :param int mlp_width: hidden units of the perceptron; 0 for none.
     """
 
     basis: Tensor
@@ -60,9 +61,9 @@ class ChunkedGenerator(MixtureGenerator):
         num_modes: int = 1,
         noise: Sequence[Sequence[int]] = (),
         num_scales: int | None = None,
-        bend: int = 0,
+        mlp_width: int = 0,
     ) -> None:
-        super().__init__(output_size, rank, num_modes, num_scales, bend)
+        super().__init__(output_size, rank, num_modes, num_scales, mlp_width)
         for length in chunks:
             check_sizes(chunk=length)
         if sum(chunks) != output_size:
@@ -83,22 +84,22 @@ class ChunkedGenerator(MixtureGenerator):
         cls,
         theta_CSD: Tensor | DrawBlocks,
         rank: int,
-        stretch: int | None = None,
+        segment_length: int | None = None,
         noise: Sequence[Block] = (),
-        bend: int = 32,
+        mlp_width: int = 32,
         sizes: Sequence[int] | None = None,
     ) -> ChunkedGenerator:
         """As :meth:`CoordinateGenerator.fit`, in the weights' own units from the start.
 
-        :param sizes: numbers of each site of a draw, in order; no chunk is of two of them.
+        :param sizes: numbers of each site of a draw, in order; no chunk reaches from one site into the next.
         """
         draws = theta_CSD if isinstance(theta_CSD, DrawBlocks) else DrawBlocks(theta_CSD)
-        fit = GaussianFit.of(draws, rank, stretch)
-        num_chains, num_stretches, rank = fit.means_CMR.shape
+        fit = GaussianFit.of(draws, rank, segment_length)
+        num_chains, num_segments, rank = fit.means_CMR.shape
         size = draws.shape[2]
         chunks = _lengths((size,) if sizes is None else sizes, min(_CHUNK, draws.width))
         entries = [block.entry for block in noise]
-        generator = cls(size, rank, chunks, num_chains * num_stretches, entries, num_scales=num_chains, bend=bend)
+        generator = cls(size, rank, chunks, num_chains * num_segments, entries, num_chains, mlp_width)
         generator = generator.to(fit.means_CMR)
         with torch.no_grad():
             generator.location.copy_(fit.principal.location_D * fit.divisor_D + fit.shift_D)
@@ -114,9 +115,8 @@ class ChunkedGenerator(MixtureGenerator):
     @property
     def config(self) -> dict[str, Any]:
         """See :class:`Generator`."""
-        bend = 0 if self.bend is None else self.bend[0].out_features
         chunks = [span.stop - span.start for span in self._chunks]
-        return {"kind": "chunked", **self._mixture_config, "chunks": chunks, "bend": bend}
+        return {"kind": "chunked", **self._mixture_config, "chunks": chunks}
 
     def expanded(self, coordinates_SR: Tensor, span: slice) -> Tensor:
         """See :class:`MixtureGenerator`; ``span`` begins and ends with chunks."""
@@ -129,15 +129,15 @@ class ChunkedGenerator(MixtureGenerator):
         if not self.noise:
             return theta_SD
         seeds = _seeds(latent_SL[:, -_NOISE_LATENTS:])
-        # With gradients, draws of a part are few; without them all may be asked for at once, and are taken singly.
-        length = len(seeds) if torch.is_grad_enabled() else together(self.output_size * theta_SD.element_size())
+        # With gradients the caller asks for few draws at a time; without them it may ask for all at once.
+        length = len(seeds) if torch.is_grad_enabled() else draws_per_block(self.output_size * theta_SD.element_size())
         for start in range(0, len(seeds), length):
-            part = slice(start, min(start + length, len(seeds)))
-            generators = [torch.Generator(device=theta_SD.device).manual_seed(seed) for seed in seeds[part]]
+            block = slice(start, min(start + length, len(seeds)))
+            generators = [torch.Generator(device=theta_SD.device).manual_seed(seed) for seed in seeds[block]]
             for module in self._noise_modules():
                 size = module.block.latent_size
                 noise_SB = torch.stack([_normal(size, theta_SD, generator) for generator in generators])
-                theta_SD[part, module.block.span] += module(noise_SB)
+                theta_SD[block, module.block.span] += module(noise_SB)
         return theta_SD
 
     @torch.no_grad()
@@ -153,8 +153,8 @@ class ChunkedGenerator(MixtureGenerator):
         return coordinates_SR.to(theta_SD)
 
     def _num_residuals(self, block: Block) -> int:
-        """See :class:`MixtureGenerator`; the rows of a wide layer say enough of its columns in few draws."""
-        return min(_MAX_RESIDUALS, max(_MIN_RESIDUALS, _ROWS_A_COLUMN * block.columns // block.rows))
+        """See :class:`MixtureGenerator`; with many rows, few draws suffice to estimate the scales of columns."""
+        return min(_MAX_RESIDUALS, max(_MIN_RESIDUALS, _ROWS_PER_COLUMN * block.columns // block.rows))
 
     def _decoded(self, k: int) -> Tensor:
         """Chunk ``k`` of the basis, ``(R, W)``."""
@@ -163,17 +163,20 @@ class ChunkedGenerator(MixtureGenerator):
         return part_RW
 
     def _within(self, span: slice) -> range:
-        """Numbers of the chunks that make up ``span``."""
+        """Indices of the chunks that make up ``span``."""
         inside = [k for k, chunk in enumerate(self._chunks) if span.start <= chunk.start and chunk.stop <= span.stop]
         return range(inside[0], inside[-1] + 1)
 
 
 class CoordinatesAlone(Generator):
-    """The coordinates of a generator in place of its draws: shares its parameters, so that training one trains both."""
+    """Gives the coordinates of a generator in place of its draws. It shares its parameters, so that training one trains
+    both."""
 
     def __init__(self, generator: MixtureGenerator) -> None:
         super().__init__()
-        self.generator, self.latent_size, self.output_size = generator, generator.latent_size, generator.rank
+        self.generator = generator
+        self.latent_size = generator.latent_size
+        self.output_size = generator.rank
 
     @property
     def config(self) -> dict[str, Any]:
@@ -193,7 +196,7 @@ _SCALE = "basis" + precision.SCALE_SUFFIX
 
 
 class _Expansion(torch.autograd.Function):
-    """Location and coordinates times the basis, a chunk at a time; the gradient is that of the coordinates alone."""
+    """Location plus coordinates times the basis, chunk by chunk; only the coordinates have a gradient."""
 
     @staticmethod
     def forward(ctx: Any, coordinates_SR: Tensor, generator: ChunkedGenerator, span: slice) -> Tensor:
@@ -202,7 +205,7 @@ class _Expansion(torch.autograd.Function):
         for k in generator._within(span):
             chunk = generator._chunks[k]
             inner = slice(chunk.start - span.start, chunk.stop - span.start)
-            # In place: a product that is written where it belongs is not copied there.
+            # With out=, the product is not copied.
             torch.addmm(generator.location[chunk], coordinates_SR, generator._decoded(k), out=part_SW[:, inner])
         return part_SW
 
@@ -236,10 +239,10 @@ def _lengths(sizes: Sequence[int], longest: int) -> list[int]:
 
 
 def _seeds(latent_SN: Tensor) -> list[int]:
-    """A seed for each draw, from the bits of two numbers of its latent."""
-    # Seeds are the host's business: a copy of two numbers a draw, and one wait on a GPU for each call.
+    """A seed per draw, from the bits of two numbers of its latent."""
+    # Seeds are set on the host: two numbers per draw are copied, and a GPU is waited for once per call.
     bits_SN = latent_SN.detach().to("cpu", torch.float32).contiguous().view(torch.int32).to(torch.int64)
-    # Mixed, since torch's generator looks at the lower half of a seed.
+    # Mixed, since torch's generator takes the lower half of a seed.
     mixed_S = (bits_SN[:, 0] * 0x9E3779B1 + bits_SN[:, 1] * 0x85EBCA6B) & 0x7FFFFFFFFFFFFFFF
     return [int(seed) ^ int(seed) >> 32 for seed in mixed_S]
 

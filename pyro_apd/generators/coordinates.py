@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Principal coordinates of draws: the few directions of weight space along which a chain really moved."""
+"""Principal coordinates of draws: the few directions of weight space along which a chain varied most."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class PrincipalCoordinates:
         return basis_RD
 
     def basis_parts(self, spans: Sequence[slice] | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """The same some columns ``(R, W)`` at a time, for a basis that is not to be in memory whole.
+        """The same in blocks ``(R, W)``, for a basis that is not held in memory as a whole.
 
-        :param spans: the parts, as in :meth:`DrawBlocks.columns`.
+        :param spans: the columns of each block, as in :meth:`DrawBlocks.columns`.
         """
         left_RS = self.left_SR.to(self.location_D).mT
         for span, part_SW in self.draws.columns(spans):
@@ -51,8 +51,8 @@ class PrincipalCoordinates:
 def principal_coordinates(theta_SD: Tensor | DrawBlocks, rank: int) -> PrincipalCoordinates:
     """The ``rank`` directions of largest variance, from the ``S x S`` Gram matrix: nothing is ever ``D x D``.
 
-    Directions without variance are left out, so that the rank found may be smaller than asked for. The draws are read
-    some columns at a time, and once more for the basis.
+    Directions without variance are left out, so that there may be fewer than ``rank``. The draws are read in blocks of
+    columns, and once more for the basis.
 
     :param theta_SD: draws, as a tensor or in blocks.
     :param int rank: largest number of directions.
@@ -61,7 +61,7 @@ def principal_coordinates(theta_SD: Tensor | DrawBlocks, rank: int) -> Principal
     draws = theta_SD if isinstance(theta_SD, DrawBlocks) else DrawBlocks(theta_SD.unsqueeze(0))
     num_draws, size = len(draws), draws.shape[2]
     location_D = torch.empty(size, dtype=draws.dtype, device=draws.device)
-    # In double precision, since squaring halves the digits that small directions have.
+    # In double precision, since squaring halves the number of correct digits of directions of small variance.
     gram_SS = torch.zeros(num_draws, num_draws, dtype=torch.float64, device=draws.device)
     for span, part_SW in draws.columns():
         location_D[span] = part_SW.mean(0)
@@ -83,6 +83,6 @@ def _leading(gram_SS: Tensor, rank: int, resolution: float) -> Tensor:
 
 
 def _sign(vectors: Tensor) -> Tensor:
-    """Eigenvectors are defined up to a sign; this fixes it: the largest entry is positive."""
+    """Eigenvectors are defined up to a sign. Here the entry of largest absolute value is positive."""
     largest = vectors.abs().argmax(0, keepdim=True)
     return vectors.gather(0, largest).sign()

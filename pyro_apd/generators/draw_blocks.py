@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws read a part at a time, some rows (draws) or some columns (weights), since all may be larger than memory."""
+"""Draws read in blocks of rows (draws) or columns (weights), since all together may be larger than memory."""
 
 from __future__ import annotations
 
@@ -10,35 +10,38 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Bytes of a part: a thirty-second of the draws within these bounds. Wide parts read long runs of a file.
+# Bytes of a block: a thirty-second of the draws, within these bounds. Large blocks read files faster.
 _MIN_BYTES, _MAX_BYTES = 8 * 2**20, 256 * 2**20
-# Bytes of draws that go through the network together; a step of training holds several times as much.
+# Bytes of draws that are evaluated by the network together; a training step needs several times as much memory.
 _DRAWS_BYTES = 4 * 2**20
 
 
 class DrawBlocks:
-    """Some draws of each chain, in order of chains, of which only the part at work is ever copied.
+    """Some draws of each chain, in order of chains, of which only the present block is copied.
 
     Indexing with a tensor of row numbers gives these rows.
 
     :param Tensor theta_CSD: draws by chain, in memory or mapped from a file.
-    :param Tensor index_T: which draws of each chain; by default all.
-    :ivar tuple shape: chains, draws of each, numbers of a draw: ``(C, T, D)``.
+    :param Tensor index_T: which draws per chain; by default all.
+    :ivar tuple shape: chains, draws per chain, numbers per draw: ``(C, T, D)``.
     """
 
     def __init__(self, theta_CSD: Tensor, index_T: Tensor | None = None) -> None:
         if index_T is None:
             index_T = torch.arange(theta_CSD.shape[1])
-        self._theta_CSD, self._index_T = theta_CSD, index_T.to(theta_CSD.device)
+        self._theta_CSD = theta_CSD
+        self._index_T = index_T.to(theta_CSD.device)
         self.shape = (theta_CSD.shape[0], len(index_T), theta_CSD.shape[2])
-        self.dtype, self.device = theta_CSD.dtype, theta_CSD.device
+        self.dtype = theta_CSD.dtype
+        self.device = theta_CSD.device
         self._shift_D: Tensor | None = None
         self._divisor_D: Tensor | None = None
 
     def standardised(self, shift_D: Tensor, divisor_D: Tensor) -> DrawBlocks:
         """The same draws less ``shift`` and divided by ``divisor``, as they are read."""
         blocks = DrawBlocks(self._theta_CSD, self._index_T)
-        blocks._shift_D, blocks._divisor_D = shift_D, divisor_D
+        blocks._shift_D = shift_D
+        blocks._divisor_D = divisor_D
         return blocks
 
     def __len__(self) -> int:
@@ -48,27 +51,27 @@ class DrawBlocks:
         return self.part(row_N, slice(None))
 
     def part(self, row_N: Tensor, span: slice) -> Tensor:
-        """Some columns ``(N, W)`` of rows by number; no others are read."""
+        """Some columns ``(N, W)`` of some rows; nothing else is read."""
         chain_N = row_N.div(self.shape[1], rounding_mode="floor")
         return self._standardise(self._theta_CSD[:, :, span][chain_N, self._index_T[row_N % self.shape[1]]], span)
 
     def rows(self, step: int = 1) -> Iterator[Tensor]:
-        """Every row, or one in ``step``, in order, some ``(N, D)`` at a time."""
+        """Every row, or one in ``step``, in order, in blocks ``(N, D)``."""
         row_S = torch.arange(0, len(self), step, device=self.device)
-        for row_N in row_S.split(part_length(self.shape[2] * self.dtype.itemsize, self._num_bytes)):
+        for row_N in row_S.split(items_per_block(self.shape[2] * self.dtype.itemsize, self._num_bytes)):
             yield self[row_N]
 
     @property
     def width(self) -> int:
-        """Columns of all rows that are worked on at a time."""
-        return min(self.shape[2], part_length(len(self) * self.dtype.itemsize, self._num_bytes))
+        """Columns per block, of all rows."""
+        return min(self.shape[2], items_per_block(len(self) * self.dtype.itemsize, self._num_bytes))
 
     def columns(self, spans: Sequence[slice] | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Columns in order, some ``(S, W)`` at a time with where they stand.
+        """Columns in order, in blocks ``(S, W)``, each with its span.
 
-        A part may be changed in place, and lasts until the next is asked for: all share the same memory.
+        A block may be changed in place. It is valid until the next one, since all share the same memory.
 
-        :param spans: the parts; by default all columns, :attr:`width` at a time.
+        :param spans: the columns of each block; by default all columns, :attr:`width` at a time.
         """
         num_chains, num_draws, size = self.shape
         if spans is None:
@@ -89,11 +92,11 @@ class DrawBlocks:
         return mean_D, scale_D
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """``function`` of all rows, ``(S, ...)``, of which it is given some ``(N, D)`` at a time."""
+        """``function`` of all rows, ``(S, ...)``, evaluated in blocks ``(N, D)``."""
         return torch.cat([function(rows_ND) for rows_ND in self.rows()])
 
     def _standardise(self, values: Tensor, span: slice) -> Tensor:
-        """In place: ``values`` are a copy."""
+        """In place, since ``values`` are a copy."""
         if self._shift_D is None or self._divisor_D is None:
             return values
         return values.sub_(self._shift_D[span]).div_(self._divisor_D[span])
@@ -103,11 +106,11 @@ class DrawBlocks:
         return len(self) * self.shape[2] * self.dtype.itemsize
 
 
-def part_length(item_bytes: int, num_bytes: int = 0) -> int:
-    """How many items, such as rows, of that size to work on at a time, of ``num_bytes`` in all."""
+def items_per_block(item_bytes: int, num_bytes: int = 0) -> int:
+    """How many items, such as rows, of ``item_bytes`` each make a block, of ``num_bytes`` in all."""
     return max(1, min(max(_MIN_BYTES, num_bytes // 32), _MAX_BYTES) // max(1, item_bytes))
 
 
-def together(draw_bytes: int) -> int:
-    """How many draws of that size to work on at a time where each is taken through the network."""
+def draws_per_block(draw_bytes: int) -> int:
+    """How many draws of ``draw_bytes`` each make a block that the network evaluates."""
     return max(1, _DRAWS_BYTES // max(1, draw_bytes))

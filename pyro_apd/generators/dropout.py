@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""MC-dropout as a generator: one network, of which each draw leaves out some units."""
+"""MC-dropout as a generator: one network, of which each draw drops some units."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_apd.generators.network import Generator, check_sizes
+from pyro_apd.generators.base import Generator, check_sizes, is_entry
+from pyro_apd.runtime import checks
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,9 @@ class DroppedInputs:
     def checked(cls, entry: Sequence[int], output_size: int) -> DroppedInputs:
         """From ``(start, rows, units, repeats)``.
 
-        :raises ValueError: if these are not whole numbers that fit into a draw of ``output_size`` numbers.
+        :raises ValueError: if these are not integers that fit into a draw of ``output_size`` numbers.
         """
-        is_whole = len(entry) == 4 and all(isinstance(n, int) and not isinstance(n, bool) for n in entry)
-        if not is_whole or entry[0] < 0 or min(entry[1:]) < 1:
+        if not is_entry(entry, smallest=(0, 1, 1, 1)):
             raise ValueError(f"A layer with dropped inputs must be (start, rows, units, repeats); got {entry!r}.")
         layer = cls(*entry)
         if layer.span.stop > output_size:
@@ -47,12 +47,12 @@ class DroppedInputs:
 
     @property
     def entry(self) -> tuple[int, int, int, int]:
-        """As a file has it."""
+        """As in the settings of a generator."""
         return (self.start, self.rows, self.units, self.repeats)
 
     @property
     def span(self) -> slice:
-        """Where the entries are."""
+        """Its entries within a draw."""
         return slice(self.start, self.start + self.rows * self.units * self.repeats)
 
 
@@ -60,8 +60,8 @@ class DropoutGenerator(Generator):
     """The weights of one network, with inputs of some layers dropped out (Gal & Ghahramani, ICML 2016).
 
     Dropping an input of a layer, and dividing those kept by 1 - p, is the same as doing so to the weights that the
-    input meets: each draw is an ordinary network. One latent number a unit decides whether the unit is kept. Cost: one
-    network.
+    input meets: each draw is an ordinary network. One latent number per unit decides whether the unit is kept. Cost:
+    one network.
 
     :param int output_size: D, numbers of a draw.
     :param layers: ``(start, rows, units, repeats)`` of each layer whose inputs are dropped, see :class:`DroppedInputs`.
@@ -71,16 +71,16 @@ class DropoutGenerator(Generator):
     def __init__(self, output_size: int, layers: Sequence[Sequence[int]], rate: float = 0.5) -> None:
         super().__init__()
         check_sizes(output_size=output_size)
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1:
-            raise ValueError(f"Generator setting rate={rate!r} must be a number between 0 and 1.")
+        rate = checks.number("Generator setting rate", rate, above=0, below=1)
         self.layers = [DroppedInputs.checked(entry, output_size) for entry in layers]
         if not self.layers:
             raise ValueError("Generator setting layers=[] must name at least one layer.")
-        # In order and apart, so that a file cannot ask for more latent numbers than it has weights.
+        # In order and without overlap, so that a file cannot ask for more latent numbers than it has weights.
         for one, other in pairwise(self.layers):
             if other.start < one.span.stop:
                 raise ValueError(f"Layers {one.entry} and {other.entry} must be in order, and must not overlap.")
-        self.output_size, self.rate = output_size, float(rate)
+        self.output_size = output_size
+        self.rate = rate
         self.latent_size = sum(layer.units for layer in self.layers)
         self.weights = nn.Parameter(torch.zeros(output_size))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_apd.generators.network import Generator, check_sizes
+from pyro_apd.generators.base import Generator, check_sizes
 
 
 class LowRankGenerator(Generator):
@@ -25,7 +25,9 @@ class LowRankGenerator(Generator):
     def __init__(self, output_size: int, rank: int) -> None:
         super().__init__()
         check_sizes(output_size=output_size, rank=rank)
-        self.output_size, self.rank, self.latent_size = output_size, rank, rank + output_size
+        self.output_size = output_size
+        self.rank = rank
+        self.latent_size = rank + output_size
         self.location = nn.Parameter(torch.zeros(output_size))
         self.deviations = nn.Parameter(torch.zeros(rank, output_size))
         self.scale = nn.Parameter(torch.zeros(output_size))

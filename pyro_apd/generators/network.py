@@ -1,82 +1,52 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The generator of our own: from a latent to principal coordinates to weights, starting at the Gaussian fit."""
+"""The default generator: from a latent to principal coordinates to weights, starting at the Gaussian fit."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from pyro_apd.generators.base import Generator, check_sizes
 from pyro_apd.generators.coordinates import PrincipalCoordinates, principal_coordinates
-from pyro_apd.generators.draw_blocks import DrawBlocks, together
+from pyro_apd.generators.draw_blocks import DrawBlocks, draws_per_block
 from pyro_apd.generators.residual import Block, MatrixNoise
+from pyro_apd.runtime import checks
 
-# Draws, over all chains, whose residuals the noise is fitted to.
+# Draws, of all chains together, to whose residuals the noise is fitted.
 _NUM_RESIDUALS = 64
 
 
-class Generator(nn.Module, ABC):
-    """From standard normal latents ``(S, L)`` to unconstrained draws ``(S, D)``; one latent is one network.
-
-    :ivar int latent_size: L.
-    :ivar int output_size: D.
-    """
-
-    latent_size: int
-    output_size: int
-
-    @property
-    @abstractmethod
-    def config(self) -> dict[str, Any]:
-        """What :func:`~pyro_apd.generators.build_generator` rebuilds the architecture from."""
-
-    @abstractmethod
-    def forward(self, latent_SL: Tensor) -> Tensor:
-        """Draws ``(S, D)``."""
-
-    def latents(self, count: int, like: Tensor) -> Tensor:
-        """Standard normal latents ``(count, L)`` with dtype and device of ``like``, by torch's global generator.
-
-        Each is standard normal; together they may be evener than independent draws are.
-        """
-        return torch.randn(count, self.latent_size, dtype=like.dtype, device=like.device)
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raises ValueError unless all are positive integers."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"Generator setting {name}={size!r} must be a positive integer.")
-
-
 class MixtureGenerator(Generator):
-    """A mixture of Gaussians along chains in principal coordinates; what takes these to weights is a subclass's.
+    """A mixture of Gaussians along chains in principal coordinates; subclasses map these to weights.
 
-    The first latent entry, cut into quantiles, chooses the mode, so that the choice is part of the latent. The next
-    ``rank`` are coloured by a covariance that neighbouring modes share, moved to the mode's mean, and bent by a
-    perceptron that starts at zero. A chain of a network drifts, and its draws lie along a path, which no Gaussian in
-    many coordinates resembles: a mode is a stretch of a chain.
+    The first latent entry, by its quantile, chooses the mode, so that the choice is part of the latent. The next
+    ``rank`` entries are multiplied by the root of a covariance that neighbouring modes share, added to the mode's mean,
+    and corrected by a perceptron (MLP) that starts at zero. The draws of a network's chain lie along a path, which one
+    Gaussian in many coordinates cannot represent; each mode represents one segment of a chain.
 
     Parameters as of :class:`CoordinateGenerator`.
     """
 
-    def __init__(self, output_size: int, rank: int, num_modes: int, num_scales: int | None, bend: int) -> None:
+    def __init__(self, output_size: int, rank: int, num_modes: int, num_scales: int | None, mlp_width: int) -> None:
         super().__init__()
         num_scales = num_modes if num_scales is None else num_scales
         check_sizes(output_size=output_size, rank=rank, num_modes=num_modes, num_scales=num_scales)
-        check_sizes(**({"bend": bend} if bend else {}))
-        self.output_size, self.rank, self.num_modes = output_size, rank, num_modes
+        self.output_size = output_size
+        self.rank = rank
+        self.num_modes = num_modes
+        self.mlp_width = checks.integer("Generator setting mlp_width", mlp_width, at_least=0)
         self.location = nn.Parameter(torch.zeros(output_size))
         self.mode_location = nn.Parameter(torch.zeros(num_modes, rank))
         self.mode_scale = nn.Parameter(torch.zeros(num_scales, rank, rank))
-        self.bend = _perceptron(rank, bend, rank) if bend else None
+        # Files name its tensors after this attribute.
+        self.bend = _perceptron(rank, mlp_width) if mlp_width else None
         self.noise = nn.ModuleList()
 
     @property
@@ -87,6 +57,7 @@ class MixtureGenerator(Generator):
             "rank": self.rank,
             "num_modes": self.num_modes,
             "num_scales": len(self.mode_scale),
+            "bend": self.mlp_width,  # the name in files
             **({"noise": noise} if noise else {}),
         }
 
@@ -97,12 +68,12 @@ class MixtureGenerator(Generator):
         return mode_S
 
     def latents(self, count: int, like: Tensor) -> Tensor:
-        """See :class:`Generator`; evenly over modes and along chains, in random order."""
+        """See :class:`Generator`; evenly spread over modes and along chains, in random order."""
         latent_SL = super().latents(count, like)
         order_S = torch.randperm(count, device=like.device)
         place_S = order_S + torch.rand(count, dtype=like.dtype, device=like.device)
         quantile_S = (place_S / count + torch.rand((), dtype=like.dtype, device=like.device)) % 1.0
-        # Away from the ends, which are infinite.
+        # Without the ends, whose quantiles are infinite.
         latent_SL[:, 0] = torch.special.ndtri(quantile_S.clamp(1e-6, 1 - 1e-6))
         return latent_SL
 
@@ -111,7 +82,7 @@ class MixtureGenerator(Generator):
         latent_SL = latent_SL[:, : 1 + self.rank]
         mode_S = self.mode(latent_SL)
         scale_S = (mode_S * len(self.mode_scale)).div(self.num_modes, rounding_mode="floor")
-        # One product for all covariances, and then the right one of each: cheaper than a matrix a draw.
+        # One product with all covariances, of which each draw takes its own: cheaper than a matrix per draw.
         gaussian_SKR = torch.einsum("krq,sq->skr", self.mode_scale, latent_SL[:, 1:])
         index_S1R = scale_S[:, None, None].expand(-1, 1, self.rank)
         coordinates_SR = self.mode_location[mode_S] + gaussian_SKR.gather(1, index_S1R).squeeze(1)
@@ -121,18 +92,18 @@ class MixtureGenerator(Generator):
 
     @abstractmethod
     def expanded(self, coordinates_SR: Tensor, span: slice) -> Tensor:
-        """Entries ``span`` of draws without their noise, ``(S, W)``."""
+        """Entries ``span`` of the draws without noise, ``(S, W)``."""
 
     @torch.no_grad()
     def _fit_modes(self, fit: GaussianFit) -> None:
         self.mode_location.copy_(fit.means_CMR.flatten(0, 1))
-        self.mode_scale.copy_(_square_root(fit.around_CSR.mT @ fit.around_CSR / fit.around_CSR.shape[1]))
+        self.mode_scale.copy_(_square_root(fit.deviations_CSR.mT @ fit.deviations_CSR / fit.deviations_CSR.shape[1]))
 
     @torch.no_grad()
     def _fit_noise(self, draws: DrawBlocks, coordinates_SR: Tensor) -> None:
         if not self.noise:
             return
-        length = together(self.output_size * draws.dtype.itemsize)
+        length = draws_per_block(self.output_size * draws.dtype.itemsize)
         for module in self._noise_modules():
             span = module.block.span
             step = max(1, len(draws) // self._num_residuals(module.block))
@@ -145,12 +116,12 @@ class MixtureGenerator(Generator):
             module.fit(residuals)
 
     def _num_residuals(self, block: Block) -> int:
-        """Draws whose residuals the noise of a block is fitted to."""
+        """Number of draws to whose residuals the noise of a block is fitted."""
         return _NUM_RESIDUALS
 
     @torch.no_grad()
     def scale_noise(self, factor: float) -> None:
-        """Makes all noise that many times as large."""
+        """Multiplies the scale of all noise by ``factor``."""
         for module in self._noise_modules():
             module.row_scale.mul_(factor)
 
@@ -167,10 +138,9 @@ class CoordinateGenerator(MixtureGenerator):
     :param int output_size: D, numbers of a draw.
     :param int rank: R, number of principal coordinates.
     :param int num_modes: M.
-    :param int num_scales: covariances, each of as many successive modes; by default one a mode.
-    :param int bend: hidden units of the perceptron; 0 for none.
-    :param int width: those of a perceptron of latents and mode, which older files have in its place; 0 for none.
     :param noise: blocks with noise of their own, ``(start, rows, columns, rank)`` each.
+    :param int num_scales: covariances, each shared by as many successive modes; by default one per mode.
+    :param int mlp_width: hidden units of the perceptron; 0 for none.
     """
 
     def __init__(
@@ -178,17 +148,13 @@ class CoordinateGenerator(MixtureGenerator):
         output_size: int,
         rank: int,
         num_modes: int = 1,
-        width: int = 0,
         noise: Sequence[Sequence[int]] = (),
         num_scales: int | None = None,
-        bend: int = 0,
+        mlp_width: int = 0,
     ) -> None:
-        super().__init__(output_size, rank, num_modes, num_scales, bend)
-        check_sizes(**({"width": width} if width else {}))
+        super().__init__(output_size, rank, num_modes, num_scales, mlp_width)
         blocks = [Block.checked(entry, output_size) for entry in noise]
-        self._widths = {"width": width, "bend": bend}
         self.basis = nn.Parameter(torch.zeros(rank, output_size))
-        self.residual = _perceptron(1 + rank + num_modes, width, rank) if width else None
         self.noise.extend(MatrixNoise(block) for block in blocks)
         self.latent_size = 1 + rank + sum(block.latent_size for block in blocks)
         self._unit_D: Tensor | None = None
@@ -198,31 +164,30 @@ class CoordinateGenerator(MixtureGenerator):
         cls,
         theta_CSD: Tensor | DrawBlocks,
         rank: int,
-        stretch: int | None = None,
+        segment_length: int | None = None,
         noise: Sequence[Block] = (),
-        bend: int = 32,
+        mlp_width: int = 32,
     ) -> CoordinateGenerator:
-        """The generator that draws from the Gaussian fit of each stretch of each chain, in coordinates common to all.
+        """The generator that draws from the Gaussian fit of each segment of each chain, in coordinates common to all.
 
         Directions are principal in units of each weight's standard deviation, and so are location and basis until
-        :meth:`fold`: one learning rate then fits all weights. Mean and covariance of the draws in the span of the basis
-        are those of all draws together; the noise has what the draws leave outside of that span.
+        :meth:`fold`: one learning rate then suits all weights. In the span of the basis, mean and covariance are those
+        of all draws; the noise represents what the draws have outside of that span.
 
         :param theta_CSD: draws by chain, as a tensor or in blocks.
         :param int rank: largest number of coordinates; fewer where the draws vary in fewer directions.
-        :param int stretch: successive draws that make a mode; by default a whole chain is one. The covariance is
-            that of the draws of a chain around the means of their stretches.
-        :param noise: matrices of weights that are to have noise.
+        :param int segment_length: successive draws that make a segment, which is one mode; by default a whole chain.
+            The covariance is that of the draws of a chain around the means of their segments.
+        :param noise: matrices of weights with noise.
         :raises ValueError: if all draws are the same.
         """
         draws = theta_CSD if isinstance(theta_CSD, DrawBlocks) else DrawBlocks(theta_CSD)
-        fit = GaussianFit.of(draws, rank, stretch)
+        fit = GaussianFit.of(draws, rank, segment_length)
         basis_RD = fit.principal.basis_RD
-        num_chains, num_stretches, rank = fit.means_CMR.shape
+        num_chains, num_segments, rank = fit.means_CMR.shape
         entries = [block.entry for block in noise]
-        generator = cls(
-            draws.shape[2], rank, num_chains * num_stretches, noise=entries, num_scales=num_chains, bend=bend
-        ).to(basis_RD)
+        num_modes = num_chains * num_segments
+        generator = cls(draws.shape[2], rank, num_modes, entries, num_chains, mlp_width).to(basis_RD)
         with torch.no_grad():
             generator.location.copy_(fit.principal.location_D + fit.shift_D / fit.divisor_D)
             generator.basis = nn.Parameter(basis_RD)
@@ -234,16 +199,7 @@ class CoordinateGenerator(MixtureGenerator):
     @property
     def config(self) -> dict[str, Any]:
         """See :class:`Generator`."""
-        return {"kind": "coordinates", **self._mixture_config, **self._widths}
-
-    def coordinates(self, latent_SL: Tensor) -> Tensor:
-        """See :class:`MixtureGenerator`."""
-        coordinates_SR = super().coordinates(latent_SL)
-        if self.residual is not None:
-            latent_SL = latent_SL[:, : 1 + self.rank]
-            one_hot_SC = functional.one_hot(self.mode(latent_SL), self.num_modes).to(latent_SL)
-            coordinates_SR = coordinates_SR + self.residual(torch.cat([latent_SL, one_hot_SC], dim=-1))
-        return coordinates_SR
+        return {"kind": "coordinates", **self._mixture_config}
 
     def expanded(self, coordinates_SR: Tensor, span: slice) -> Tensor:
         """See :class:`MixtureGenerator`."""
@@ -262,7 +218,7 @@ class CoordinateGenerator(MixtureGenerator):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Puts the units in which :meth:`fit` leaves location, basis and noise into these, for good."""
+        """Multiplies the units that :meth:`fit` keeps apart into location, basis and noise."""
         if self._unit_D is not None:
             self.location.mul_(self._unit_D)
             self.basis.mul_(self._unit_D)
@@ -273,47 +229,47 @@ class CoordinateGenerator(MixtureGenerator):
 
 @dataclass(frozen=True)
 class GaussianFit:
-    """Draws in principal coordinates, in units of each weight's standard deviation, and their stretches.
+    """Draws in principal coordinates, in units of each weight's standard deviation, and their segments.
 
     :ivar PrincipalCoordinates principal: of the draws less ``shift_D``, divided by ``divisor_D``.
-    :ivar Tensor means_CMR: means of the stretches of each chain.
-    :ivar Tensor around_CSR: draws less the means of their stretches.
+    :ivar Tensor means_CMR: means of the segments of each chain.
+    :ivar Tensor deviations_CSR: draws less the means of their segments.
     """
 
     principal: PrincipalCoordinates
     shift_D: Tensor
     divisor_D: Tensor
     means_CMR: Tensor
-    around_CSR: Tensor
+    deviations_CSR: Tensor
 
     @classmethod
     @torch.no_grad()
-    def of(cls, draws: DrawBlocks, rank: int, stretch: int | None) -> GaussianFit:
+    def of(cls, draws: DrawBlocks, rank: int, segment_length: int | None) -> GaussianFit:
         """Parameters and errors as of :meth:`CoordinateGenerator.fit`."""
         num_chains, num_draws, _ = draws.shape
-        num_stretches = 1 if stretch is None else max(1, num_draws // stretch)
+        num_segments = 1 if segment_length is None else max(1, num_draws // segment_length)
         shift_D, scale_D = draws.moments()
         divisor_D = scale_D.where(scale_D > 0, torch.ones_like(scale_D))
         principal = principal_coordinates(draws.standardised(shift_D, divisor_D), rank)
         coordinates_CSR = principal.coordinates_SR.unflatten(0, (num_chains, num_draws))
-        return cls(principal, shift_D, divisor_D, *_stretches(coordinates_CSR, num_stretches))
+        return cls(principal, shift_D, divisor_D, *_segments(coordinates_CSR, num_segments))
 
 
-def _perceptron(num_inputs: int, width: int, num_outputs: int) -> nn.Sequential:
-    """Zero to begin with."""
-    last = nn.Linear(width, num_outputs)
+def _perceptron(size: int, width: int) -> nn.Sequential:
+    """A map from ``size`` numbers to as many, which is zero at the start."""
+    last = nn.Linear(width, size)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(nn.Linear(num_inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
+    return nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
 
 
-def _stretches(coordinates_CSR: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Means ``(C, count, R)`` of successive stretches of each chain, of lengths as equal as can be, and what is left
-    of the draws without them."""
+def _segments(coordinates_CSR: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Means ``(C, count, R)`` of successive segments of each chain, of nearly equal length, and the deviations
+    ``(C, S, R)`` of the draws from them."""
     parts = coordinates_CSR.tensor_split(count, dim=1)
     means = [part.mean(1) for part in parts]
-    around_CSR = torch.cat([part - mean.unsqueeze(1) for part, mean in zip(parts, means, strict=True)], dim=1)
-    return torch.stack(means, dim=1), around_CSR
+    deviations_CSR = torch.cat([part - mean.unsqueeze(1) for part, mean in zip(parts, means, strict=True)], dim=1)
+    return torch.stack(means, dim=1), deviations_CSR
 
 
 def _square_root(covariance: Tensor) -> Tensor:

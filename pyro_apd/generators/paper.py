@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyro_apd.generators.network import Generator, check_sizes
+from pyro_apd.generators.base import Generator, check_sizes
 
 
 class PaperGenerator(Generator):
@@ -26,7 +26,9 @@ class PaperGenerator(Generator):
     def __init__(self, output_size: int, latent_size: int = 32, width: int = 100) -> None:
         super().__init__()
         check_sizes(output_size=output_size, latent_size=latent_size, width=width)
-        self.output_size, self.latent_size, self.width = output_size, latent_size, width
+        self.output_size = output_size
+        self.latent_size = latent_size
+        self.width = width
         self.layers = he_perceptron([latent_size, width, width, width, output_size])
 
     @property

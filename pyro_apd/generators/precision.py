@@ -1,9 +1,9 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""In how many bits a file keeps each number of a generator, and back. The generator itself computes in ``float32``.
+"""Encodes the numbers of a generator for a file in fewer bits, and decodes them. Generators compute in ``float32``.
 
-Every encoding is idempotent: what was decoded is encoded into the same bits again.
+Every encoding is idempotent: decoded numbers are encoded into the same bits again.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-#: Precisions by name. ``float32`` keeps every tensor at its own dtype, whatever that is.
+#: Precisions by name. ``float32`` keeps every tensor at its own dtype.
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 
-#: Appended to the name of a tensor kept in ``int8``: the tensor of its scales, one a row; or, where the generator
-#: itself computes with integers, one for each row and chunk, and both are then kept as they are.
+#: Appended to the name of a tensor kept in ``int8``, for the tensor of its scales: one per row. Where the generator
+#: itself computes with integers, there is one per row and chunk, and both tensors are kept unchanged.
 SCALE_SUFFIX = "#scale"
 
-# A matrix below this many entries, or with rows this short, gains no bytes worth the digits that int8 takes from it.
+# For matrices with fewer entries, or with shorter rows, int8 saves too few bytes for the digits that it loses.
 _MIN_ENTRIES, _MIN_COLUMNS = 8192, 16
-# Rows whose largest entry is below this are kept as zeros: their scale would leave the range of normal numbers.
+# Rows whose largest entry is smaller are kept as zeros, since their scale would be a subnormal number.
 _TINY = 2.0**-100
 _LEVELS = 127
 
@@ -38,7 +38,7 @@ def check_dtype(dtype: object, name: str = "dtype") -> str:
 
 
 def encode(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """What a file keeps of ``tensors``: as they are for ``"float32"``, else narrower where that holds their numbers.
+    """The tensors as a file keeps them: unchanged for ``"float32"``, else in fewer bits where these suffice.
 
     ``"int8"`` keeps each row of a large matrix as integers of -127 to 127 and one ``float32`` scale, and every other
     tensor in ``float16``. A tensor that ``float16`` cannot hold to its own resolution, since its numbers are beyond
@@ -61,8 +61,8 @@ def encode(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 
 
 def decode(stored: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """Tensors that a generator takes, from what :func:`encode` gave: ``float32``, but for ``dtype="float32"``, where
-    each is at the dtype that it had.
+    """The tensors of a generator, from the result of :func:`encode`: in ``float32``, or with ``dtype="float32"`` each
+    at its original dtype.
 
     :raises ValueError: if ``dtype`` is not one of :data:`DTYPES`.
     """
@@ -87,7 +87,7 @@ def is_large(value: Tensor) -> bool:
 
 
 def is_scale(name: str, stored: Mapping[str, object]) -> bool:
-    """Whether ``name`` is that of the scales of another tensor that is there."""
+    """Whether ``name`` is the name of the scales of another of the tensors."""
     return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in stored
 
 
@@ -111,7 +111,7 @@ def to_int8(value_RD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """In ``dtype`` where no entry loses more than its resolution at the largest entry, else in float32."""
+    """In ``dtype`` if no entry changes by more than the resolution at the largest entry, else in float32."""
     value = value.detach()
     if value.numel() == 0:
         return value.to(dtype)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What principal coordinates leave out, drawn as noise of a structure that matrices of weights have."""
+"""Noise for what principal coordinates leave out, structured by rows and columns of matrices of weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pyro_apd.generators.base import is_entry
+
 
 @dataclass(frozen=True)
 class Block:
     """A matrix of weights within a draw: entries ``start`` to ``start + rows * columns``, row by row.
 
-    :ivar int rank: directions among its columns along which there is less noise.
+    :ivar int rank: directions in the space of its columns along which there is less noise.
     """
 
     start: int
@@ -28,10 +30,9 @@ class Block:
     def checked(cls, entry: Sequence[int], output_size: int) -> Block:
         """From ``(start, rows, columns, rank)``.
 
-        :raises ValueError: if these are not whole numbers that fit into a draw of ``output_size`` numbers.
+        :raises ValueError: if these are not integers that fit into a draw of ``output_size`` numbers.
         """
-        is_whole = len(entry) == 4 and all(isinstance(n, int) and not isinstance(n, bool) for n in entry)
-        if not is_whole or entry[0] < 0 or min(entry[1:]) < 1 or entry[3] > entry[2]:
+        if not is_entry(entry, smallest=(0, 1, 1, 1)) or entry[3] > entry[2]:
             raise ValueError(f"A block of noise must be (start, rows, columns, rank), rank <= columns; got {entry!r}.")
         block = cls(*entry)
         if block.span.stop > output_size:
@@ -40,29 +41,29 @@ class Block:
 
     @property
     def entry(self) -> tuple[int, int, int, int]:
-        """As a file has it."""
+        """As in the settings of a generator."""
         return (self.start, self.rows, self.columns, self.rank)
 
     @property
     def span(self) -> slice:
-        """Where the entries are."""
+        """Its entries within a draw."""
         return slice(self.start, self.start + self.rows * self.columns)
 
     @property
     def latent_size(self) -> int:
-        """Standard normal numbers that a draw takes."""
+        """Standard normal numbers per draw."""
         return self.rows * self.columns
 
 
 class MatrixNoise(nn.Module):
     """Gaussian noise on a matrix of weights, ``rows * (E - damping * (E @ Q.T) @ Q) * columns``; E is standard normal.
 
-    Every weight moves by itself, by a scale of its row (unit) times one of its column (input), but for a few directions
-    Q among the columns, which all units share and along which they move less: those in which the layer's inputs pin
-    the weights. Without these, noise of the right size in every weight would swamp the function near the data. Noise in
-    all the other directions costs the function little there, and gives it its spread far from the data. The form is
-    that of a matrix-variate normal distribution (Dawid 1981) whose covariance among columns is diagonal less one of low
-    rank. Cost: ``rank`` rows of the matrix.
+    Each weight varies independently, with a scale of its row (unit) times a scale of its column (input), except along a
+    few directions Q in the space of columns, which all units share and in which the noise is damped: those in which the
+    layer's inputs determine the weights. Without damping, noise of the right size in every weight would dominate the
+    function near the data. Noise in the other directions changes the function little there, and gives it its spread far
+    from the data. This is a matrix-variate normal distribution (Dawid 1981) whose covariance among columns is diagonal
+    less a matrix of low rank. Cost: ``rank`` rows of the matrix.
 
     :param Block block: the matrix.
     """
@@ -87,14 +88,15 @@ class MatrixNoise(nn.Module):
 
     @torch.no_grad()
     def fit(self, residuals: Callable[[], Iterable[Tensor]]) -> None:
-        """Sets scales and directions by residuals of draws; they are gone through twice.
+        """Sets scales and directions from residuals of draws, which are read twice.
 
-        The scale of columns is in units of its own size until :meth:`fold`, so that one learning rate fits all
-        parameters.
+        The scale of columns is relative to its root mean square until :meth:`fold`, so that one learning rate suits
+        all parameters.
 
-        :param residuals: gives them some ``(N, rows * columns)`` at a time.
+        :param residuals: returns an iterator over blocks ``(N, rows * columns)`` of them.
         """
-        square_OI, count = torch.zeros_like(self.row_scale.unsqueeze(-1) * self.column_scale), 0
+        square_OI = torch.zeros_like(self.row_scale.unsqueeze(-1) * self.column_scale)
+        count = 0
         for part_NB in residuals():
             square_OI += part_NB.square().sum(0).view_as(square_OI)
             count += len(part_NB)
@@ -109,10 +111,10 @@ class MatrixNoise(nn.Module):
             white_NI = (part_NB.unflatten(-1, divisor_OI.shape) / divisor_OI).flatten(0, 1)
             covariance_II.addmm_(white_NI.mT, white_NI)
         variance_I, vectors_II = torch.linalg.eigh(covariance_II / (max(count, 1) * len(row_O)))
-        # Columns that never move are no directions in which others are pinned.
+        # Columns without variance are left out: they are constant, rather than determined by the inputs.
         rank = self.block.rank
-        moving = variance_I > 1e-6 * variance_I[-1]
-        first = min(int((~moving).sum()), len(variance_I) - 1)
+        varying = variance_I > 1e-6 * variance_I[-1]
+        first = min(int((~varying).sum()), len(variance_I) - 1)
         chosen = slice(first, min(first + rank, len(variance_I) - 1))
         typical = variance_I[chosen.stop :].mean()
         count = chosen.stop - chosen.start
@@ -126,7 +128,7 @@ class MatrixNoise(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Puts the unit into the scale of columns, for good."""
+        """Multiplies the unit that :meth:`fit` keeps apart into the scale of columns."""
         if self._unit is not None:
             self.column_scale.mul_(self._unit)
             self._unit = None

@@ -1,9 +1,9 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The file that a distilled posterior is: safetensors with a JSON description, as ``docs/format.md`` states it.
+"""The file of a distilled posterior: safetensors with a JSON description, see ``docs/format.md``.
 
-Nothing in a file is executed or unpickled, and nothing is allocated before its size was checked against the file's.
+Nothing in a file is executed or unpickled, and nothing is allocated before its size is checked against the file's.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from pyro_apd._version import __version__
 from pyro_apd.errors import ArtifactError
 from pyro_apd.generators import precision
 from pyro_apd.models.layout import Layout
-from pyro_apd.posterior import container
-from pyro_apd.posterior.container import METADATA_KEY, Entry
+from pyro_apd.runtime import tensor_file
+from pyro_apd.runtime.checks import is_integer
+from pyro_apd.runtime.tensor_file import Entry, FileKind, Header
 
 __all__ = [
     "FORMAT_VERSION",
+    "KIND",
     "MAX_NUM_SAMPLES",
     "METADATA_KEY",
     "Artifact",
@@ -39,30 +41,41 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 2
+_FIRST_VERSION = 2  # the first one that is read
 
-#: Largest default number of draws that a file may state: loading a file must not make its first use fill memory.
+#: The key of the description in the metadata of safetensors.
+METADATA_KEY = "pyro_apd"
+KIND = FileKind(
+    METADATA_KEY,
+    "distilled posterior",
+    "what DistilledPosterior.save wrote",
+    "Save the posterior again, or fetch the file anew.",
+    ArtifactError,
+)
+
+#: Largest default number of draws that a file may state, so that drawing by default from a file does not fill memory.
 MAX_NUM_SAMPLES = 1_000_000
 
-# What building something from a description raises where the description makes no sense.
+# Errors of building something from a description that makes no sense.
 _NONSENSE = (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError, OverflowError, RecursionError)
 
-#: From a generator's configuration, its parameters and buffers by name, on the meta device or any other.
+#: From a generator's configuration to its parameters and buffers by name, on the meta device or any other.
 Expect = Callable[[dict[str, Any]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a file holds.
+    """Contents of a file.
 
     :ivar Layout layout: the latent sites.
-    :ivar dict generator: the generator's configuration, from which it is built.
+    :ivar dict generator: the generator's configuration.
     :ivar dict tensors: its parameters and buffers by name.
-    :ivar int num_samples: how many draws the posterior gives by default.
-    :ivar dict metadata: figures of the training, seed, notes: anything that JSON holds.
+    :ivar int num_samples: default number of draws.
+    :ivar dict metadata: metrics of the training, seed, notes: anything that JSON holds.
     :ivar dict training_log: a list of numbers by name.
-    :ivar dict versions: of what wrote the file.
+    :ivar dict versions: of the software that wrote the file.
     :ivar str dtype: precision in which the file keeps the tensors, one of :data:`pyro_apd.generators.precision.DTYPES`.
-    :ivar int format: version of the file that was read; what is written has :data:`FORMAT_VERSION`.
+    :ivar int format: version of the file that was read; files are written with :data:`FORMAT_VERSION`.
     """
 
     layout: Layout
@@ -77,10 +90,24 @@ class Artifact:
 
 
 def to_bytes(artifact: Artifact) -> bytes:
-    """The file's contents: the same artifact always gives the same bytes.
+    """The contents of the file: the same artifact always gives the same bytes.
 
     :raises ValueError: if metadata do not fit into JSON, or ``num_samples`` is out of range.
     """
+    return tensor_file.to_bytes(KIND, *_contents(artifact))
+
+
+def write(artifact: Artifact, path: str | os.PathLike[str]) -> None:
+    """Writes the file, atomically: a failure or interruption leaves what was there before.
+
+    :raises ValueError: as :func:`to_bytes`.
+    :raises OSError: if the file cannot be written.
+    """
+    tensor_file.write(KIND, *_contents(artifact), path)
+
+
+def _contents(artifact: Artifact) -> tuple[dict[str, Tensor], str]:
+    """Tensors and description as the file keeps them."""
     if not 1 <= artifact.num_samples <= MAX_NUM_SAMPLES:
         raise ValueError(f"num_samples={artifact.num_samples} must be from 1 to {MAX_NUM_SAMPLES:,} to be saved.")
     description = {
@@ -97,26 +124,18 @@ def to_bytes(artifact: Artifact) -> bytes:
         text = json.dumps(description, sort_keys=True, allow_nan=True)
     except TypeError as error:
         raise ValueError(f"metadata must be what JSON holds (numbers, strings, lists, dicts): {error}.") from error
-    return container.pack(precision.encode(artifact.tensors, artifact.dtype), text)
-
-
-def write(artifact: Artifact, path: str | os.PathLike[str]) -> None:
-    """Writes the file at once or not at all: an interruption leaves what was there before.
-
-    :raises ValueError: as :func:`to_bytes`.
-    """
-    container.write(to_bytes(artifact), path)
+    return precision.encode(artifact.tensors, artifact.dtype), text
 
 
 def read(path: str | os.PathLike[str], expect: Expect | None = None) -> Artifact:
-    """Reads what :func:`write` wrote, and :func:`write` of older versions; tensors are on the CPU.
+    """Reads a file that :func:`write` wrote; tensors are on the CPU.
 
-    :param expect: what tensors the generator takes; the file's are held to it before any is allocated.
-    :raises ArtifactError: if the file is truncated, damaged, of another kind, or of a newer format.
+    :param expect: the tensors that the generator takes; those of the file are compared before any is allocated.
+    :raises ArtifactError: if the file is truncated, damaged, of another kind, or of another format version.
     :raises FileNotFoundError: if there is none.
     """
     path = Path(path)
-    header = container.read_header(path)
+    header = tensor_file.read_header(KIND, path)
     description = _checked_description(header, path)
     table = _decoded_table(header.table, description["dtype"], path)
     if expect is not None:
@@ -125,7 +144,7 @@ def read(path: str | os.PathLike[str], expect: Expect | None = None) -> Artifact
         except _NONSENSE as error:
             raise ArtifactError(f"{path} describes a generator that cannot be built: {error}") from error
         _check_table(table, expected, path)
-    tensors = container.read_tensors(path, header)
+    tensors = tensor_file.read_tensors(KIND, path, header)
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ArtifactError(f"{path}: tensor '{name}' holds NaN or infinite values.")
@@ -133,13 +152,13 @@ def read(path: str | os.PathLike[str], expect: Expect | None = None) -> Artifact
 
 
 def read_description(path: str | os.PathLike[str]) -> Artifact:
-    """The same without the tensors, however large they are.
+    """The same without the tensors, which are not read.
 
-    :raises ArtifactError: as :func:`read`, but for damage to the tensors, which are not looked at.
+    :raises ArtifactError: as :func:`read`, except for damage to the tensors.
     :raises FileNotFoundError: if there is none.
     """
     path = Path(path)
-    return Artifact(tensors={}, **_checked_description(container.read_header(path), path))
+    return Artifact(tensors={}, **_checked_description(tensor_file.read_header(KIND, path), path))
 
 
 def read_table(path: str | os.PathLike[str]) -> dict[str, Entry]:
@@ -148,11 +167,11 @@ def read_table(path: str | os.PathLike[str]) -> dict[str, Entry]:
     :raises ArtifactError: as :func:`read_description`.
     :raises FileNotFoundError: if there is none.
     """
-    return container.read_header(Path(path)).table
+    return tensor_file.read_header(KIND, Path(path)).table
 
 
 def _decoded_table(table: Mapping[str, Entry], dtype: str, path: Path) -> dict[str, Entry]:
-    """The table without scales of rows, which belong to matrices of integers that stand for floating-point numbers."""
+    """The table after decoding: without scales of rows, and with their matrices in floating point."""
     if dtype != "int8":
         return dict(table)
     decoded = {}
@@ -188,35 +207,36 @@ def _check_table(table: Mapping[str, Entry], expected: Mapping[str, Tensor], pat
             )
 
 
-def _checked_description(header: container.Header, path: Path) -> dict[str, Any]:
+def _checked_description(header: Header, path: Path) -> dict[str, Any]:
     try:
-        description = container.parse_json(header.text)
+        description = tensor_file.parse_json(header.text)
         version = description["format"]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged: its description cannot be read ({error!r}).") from error
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+    if not is_integer(version) or version < 1:
         raise ArtifactError(f"{path} is damaged: its format version is {version!r}.")
     if version > FORMAT_VERSION:
         raise ArtifactError(
             f"{path} has format version {version}; this pyro_apd reads up to {FORMAT_VERSION}. Update it: pip install "
             "-U pyro-apd."
         )
-    if (version > 1) != (header.digest is not None):
+    if version < _FIRST_VERSION:
         raise ArtifactError(
-            f"{path} is damaged: of version {version}, it {'lacks' if version > 1 else 'has'} a digest."
+            f"{path} has format version {version}, of before the first release; this pyro_apd reads from "
+            f"{_FIRST_VERSION} on. Distil the posterior again."
         )
-    if version == 1:
-        description.setdefault("dtype", "float32")
+    if header.digest is None:
+        raise ArtifactError(f"{path} is damaged: it lacks a digest. {KIND.remedy}")
     kinds = {"layout": list, "generator": dict, "num_samples": int, "metadata": dict, "training_log": dict}
     kinds |= {"versions": dict, "dtype": str}
     for name, kind in kinds.items():
         if not isinstance(description.get(name), kind):
             raise ArtifactError(f"{path} is damaged: '{name}' in its description is not a {kind.__name__}.")
-    if description["dtype"] not in precision.DTYPES or (version == 1 and description["dtype"] != "float32"):
+    if description["dtype"] not in precision.DTYPES:
         raise ArtifactError(
             f"{path} is damaged: its dtype {description['dtype']!r} is none of {', '.join(precision.DTYPES)}."
         )
-    if isinstance(description["num_samples"], bool) or not 1 <= description["num_samples"] <= MAX_NUM_SAMPLES:
+    if not is_integer(description["num_samples"]) or not 1 <= description["num_samples"] <= MAX_NUM_SAMPLES:
         raise ArtifactError(f"{path} is damaged: num_samples is {description['num_samples']!r:.40}.")
     layout = _checked_layout(description["layout"], header.file_size, path)
     return {**{name: description[name] for name in kinds}, "layout": layout, "format": version}
@@ -227,8 +247,8 @@ def _checked_layout(sites: list[Any], file_size: int, path: Path) -> Layout:
         layout = Layout.from_json(sites)
     except _NONSENSE as error:
         raise ArtifactError(f"{path} describes sites that cannot be: {error}") from error
-    # A value may have a few times the numbers that determine it (a Cholesky factor of correlations has four times as
-    # many at most), but a simplex of one class, say, has any number out of none.
+    # A constrained value may have a few times as many numbers as its unconstrained one (a Cholesky factor of
+    # correlations at most four times), but simplexes of one class have any number of ones for none.
     constrained = sum(math.prod(site.shape) for site in layout)
     if constrained > 4 * layout.size + file_size:
         raise ArtifactError(f"{path} describes sites of {constrained} numbers, far more than its generator determines.")

@@ -1,19 +1,20 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Means, deviations and quantiles of sites from independent draws, with what the number of draws leaves uncertain."""
+"""Quantiles of sites from independent draws, with their Monte-Carlo errors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_apd.models.layout import Layout
+from pyro_apd.runtime.checks import is_number
 
-# Columns sorted together.
+# Columns per block that is sorted.
 _BLOCK = 4096
 
 
@@ -21,7 +22,7 @@ class Estimates(dict[str, Tensor]):
     """Values by site, as an autoguide gives them, and their Monte-Carlo errors.
 
     :ivar dict error: standard error of each entry, by site, of the same shape.
-    :ivar int num_samples: draws that they are from.
+    :ivar int num_samples: number of draws that they are estimated from.
     """
 
     def __init__(self, values: dict[str, Tensor], error: dict[str, Tensor], num_samples: int) -> None:
@@ -30,31 +31,10 @@ class Estimates(dict[str, Tensor]):
         self.num_samples = num_samples
 
 
-def mean_and_sd(draws: dict[str, Tensor]) -> tuple[Estimates, Estimates]:
-    """Means and standard deviations of draws ``(S, ...)``, S at least 2.
-
-    The error of a deviation takes the fourth moment into account, so that it holds for heavy tails as well.
-    """
-    mean, mean_error, sd, sd_error = {}, {}, {}, {}
-    num_samples = 0
-    for name, value in draws.items():
-        num_samples = len(value)
-        mean[name] = value.mean(0)
-        centred = value - mean[name]
-        variance = centred.square().mean(0)
-        fourth = centred.square_().square_().mean(0)
-        sd[name] = (variance * (num_samples / (num_samples - 1))).sqrt()
-        mean_error[name] = sd[name] / math.sqrt(num_samples)
-        spread = (fourth - variance.square()).clamp_min(0.0) / num_samples
-        tiny = torch.finfo(value.dtype).tiny
-        sd_error[name] = torch.where(sd[name] > 0, spread.sqrt() / (2 * sd[name]).clamp_min(tiny), 0.0)
-    return Estimates(mean, mean_error, num_samples), Estimates(sd, sd_error, num_samples)
-
-
 def quantiles(layout: Layout, theta_SD: Tensor, levels: Sequence[float]) -> Estimates:
-    """Quantiles of unconstrained draws, taken to where each site lives: ``(Q, *site.shape)`` by site.
+    """Quantiles of unconstrained draws, constrained: ``(Q, *site.shape)`` by site.
 
-    The error is half the distance of the order statistics one standard error of the level away on either side.
+    The error is half the distance between the quantiles at one standard error of the level below and above.
     """
     num_samples, size = theta_SD.shape
     level_Q = torch.tensor(levels, dtype=torch.float64)
@@ -77,9 +57,8 @@ def check_levels(levels: object) -> list[float]:
 
     :raises ValueError: unless it is a number, or numbers, from 0 to 1.
     """
-    values = levels.tolist() if isinstance(levels, Tensor) else levels
-    values = [values] if isinstance(values, (int, float)) else values
-    is_right = isinstance(values, (list, tuple)) and len(values) > 0
-    if not is_right or not all(isinstance(q, (int, float)) and 0 <= q <= 1 for q in values):  # type: ignore[attr-defined]
-        raise ValueError(f"`quantiles` must be numbers from 0 to 1, such as [0.05, 0.5, 0.95]; got {levels!r}.")
-    return [float(q) for q in values]  # type: ignore[attr-defined]
+    found = levels.tolist() if isinstance(levels, Tensor) else levels
+    values: list[Any] = list(found) if isinstance(found, (list, tuple)) else [found]
+    if not values or not all(is_number(value) and 0 <= value <= 1 for value in values):
+        raise ValueError(f"quantiles={levels!r} must be numbers from 0 to 1, such as [0.05, 0.5, 0.95].")
+    return [float(value) for value in values]

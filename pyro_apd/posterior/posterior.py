@@ -1,19 +1,18 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The distilled posterior: a generator that draws networks, with the interface of Pyro's posteriors."""
+"""The distilled posterior: a generator of networks with the interface of Pyro's posteriors."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_apd.errors import ArtifactError
@@ -23,10 +22,12 @@ from pyro_apd.models.networks import Ensemble, plain_network
 from pyro_apd.posterior import artifact, estimates
 from pyro_apd.posterior.estimates import Estimates
 from pyro_apd.predictive.vmap_draws import DrawSource
-from pyro_apd.runtime.global_state import preserved_param_store, seeded
+from pyro_apd.runtime import checks
+from pyro_apd.runtime.global_state import seeded
+from pyro_apd.runtime.seeds import checked_seed
 
-#: Name of the auxiliary sample site that holds the latent of a draw when the posterior runs as a guide. Without a
-#: site of its own, Pyro's vectorised Predictive would see S times the same draw.
+#: Name of the auxiliary sample site of the latent of a draw, when the posterior runs as a guide. Without this site,
+#: Pyro's vectorised Predictive would see S times the same draw.
 NOISE_SITE = "_apd_noise"
 
 _NO_DENSITY = (
@@ -36,9 +37,9 @@ _NO_DENSITY = (
 
 
 class _LatentNoise(dist.Normal):
-    """Standard normal latents whose density is no one's to ask for: it is not that of the draw made from them.
+    """Standard normal latents without a density, since theirs is not the density of the draw.
 
-    Inference that would take it for one stops here, instead of returning weights that mean nothing.
+    Inference that asks for one raises here, instead of returning weights that mean nothing.
     """
 
     def log_prob(self, value: Tensor) -> NoReturn:
@@ -48,23 +49,20 @@ class _LatentNoise(dist.Normal):
 class DistilledPosterior(nn.Module):
     """A generator of draws from a posterior, distilled from draws of a chain (Wang et al., ICML 2018).
 
-    It stands in wherever Pyro takes a posterior: :meth:`get_samples` as after :class:`~pyro.infer.MCMC`, called as a
-    guide as after :class:`~pyro.infer.SVI`. Draws are independent, and there is no end to them. One latent vector is
-    one network: ``sample(latent=z)`` gives it again.
+    It can be used wherever Pyro takes a posterior: :meth:`get_samples` as after :class:`~pyro.infer.MCMC`, and called
+    as a guide as after :class:`~pyro.infer.SVI`. Draws are independent, and their number is not limited. One latent
+    vector is one network: ``sample(latent=z)`` returns it again, and ``rsample(latent=z)`` differentiably.
 
     The density of what it draws is implicit, as for any generative adversarial network: there is no ``log_prob``.
 
     :param Layout layout: the latent sites of the model.
     :param Generator generator: from latents ``(S, L)``, standard normal, to unconstrained draws ``(S, D)``.
-    :param int num_samples: draws that :meth:`get_samples` gives by default.
-    :param dict metadata: what JSON holds: seed, figures, notes. It travels in the file.
-    :param dict training_log: numbers by step, by name.
+    :param int num_samples: default number of draws of :meth:`get_samples`.
+    :param dict metadata: seed, metrics, notes: anything that JSON holds. It is saved in the file.
+    :param dict training_log: lists of numbers by name, one number per evaluation.
     :param str storage_dtype: precision of the file, see :attr:`storage_dtype`.
     :raises ValueError: if generator and layout disagree in size, or ``storage_dtype`` is not known.
     """
-
-    #: Draws are independent, hence of one chain.
-    num_chains = 1
 
     def __init__(
         self,
@@ -79,7 +77,7 @@ class DistilledPosterior(nn.Module):
         super().__init__()
         if generator.output_size != layout.size:
             raise ValueError(
-                f"The generator gives {generator.output_size} numbers a draw, but the layout has {layout.size}: "
+                f"The generator gives {generator.output_size} numbers per draw, but the layout has {layout.size}: "
                 f"{layout!r}."
             )
         self.layout = layout
@@ -87,71 +85,89 @@ class DistilledPosterior(nn.Module):
         self.num_samples = num_samples
         self.metadata = {} if metadata is None else metadata
         self.training_log = {} if training_log is None else training_log
-        self.storage_dtype = storage_dtype
+        self._storage_dtype = precision.check_dtype(storage_dtype, "storage_dtype")
         self._architecture: tuple[nn.Module, ...] = ()
 
     @property
     def storage_dtype(self) -> str:
-        """Precision in which :meth:`save` keeps the generator, and :attr:`num_bytes` counts it.
+        """Precision in which :meth:`save` keeps the generator, and which :attr:`num_bytes` counts.
 
         ``"float32"`` keeps each number at the dtype that the generator has; ``"float16"`` and ``"bfloat16"`` take two
-        bytes a number; ``"int8"`` one, in large matrices, with a scale a row, and two elsewhere (see
-        ``docs/format.md``). The generator in memory is not touched; :meth:`rounded` gives what a file would draw.
+        bytes per number; ``"int8"`` one in large matrices, with a scale per row, and two elsewhere (see
+        ``docs/format.md``). The generator in memory does not change; :meth:`rounded` returns one that draws as the file
+        does.
         """
         return self._storage_dtype
-
-    @storage_dtype.setter
-    def storage_dtype(self, value: str) -> None:
-        self._storage_dtype = precision.check_dtype(value, "storage_dtype")
 
     @property
     def latent_size(self) -> int:
         """Length ``L`` of the latent vector of a draw."""
         return self.generator.latent_size
 
-    def sample(self, sample_shape: Sequence[int] = (), *, latent: Tensor | None = None) -> dict[str, Tensor]:
+    @property
+    def device(self) -> torch.device:
+        """Device of the generator, and of what it draws."""
+        return self._like().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point dtype of the generator, and of what it draws."""
+        return self._like().dtype
+
+    def rsample(self, sample_shape: Sequence[int] = torch.Size(), latent: Tensor | None = None) -> dict[str, Tensor]:
         """Draws networks: constrained values ``(*sample_shape, *site.shape)`` by site.
 
-        Each is a draw from the posterior; those of one call are spread evenly over chains and along them, as draws of
-        an MCMC run are, so that averages over them vary less than over independent draws.
+        Values are differentiable with respect to ``latent``, and to those parameters of :attr:`generator` that require
+        a gradient. Each is a draw from the posterior. The draws of one call are spread evenly over chains and along
+        them, as draws of an MCMC run are, so that averages over them vary less than over independent draws.
 
         :param sample_shape: leading dimensions of the draws.
         :param Tensor latent: latents ``(..., L)`` of the draws wanted, instead of fresh ones.
-        :raises ValueError: if both are given, or ``latent`` is of another length than ``latent_size``.
+        :raises ValueError: if both are given, or ``latent`` is of another length than :attr:`latent_size`.
+
+        Example::
+
+            latent = torch.zeros(posterior.latent_size, requires_grad=True)
+            distance = (posterior.rsample(latent=latent)["net.weight"] - target).square().sum()
+            distance.backward()
         """
-        with torch.no_grad():
-            if latent is None:
-                like = self._like()
-                count = torch.Size(sample_shape).numel()
-                latent = self.generator.latents(count, like).reshape(*sample_shape, self.latent_size)
-            elif len(tuple(sample_shape)) > 0:
-                raise ValueError("`latent` fixes how many draws there are; leave `sample_shape` out.")
-            if latent.shape[-1:] != (self.latent_size,):
-                raise ValueError(
-                    f"`latent` has shape {tuple(latent.shape)}; its last dimension must be {self.latent_size}."
-                )
-            theta = self.generator(latent.reshape(-1, self.latent_size).to(self._like()))
-            return self.layout.constrain(theta.reshape(*latent.shape[:-1], self.layout.size))
+        like = self._like()
+        if latent is None:
+            count = torch.Size(sample_shape).numel()
+            latent = self.generator.latents(count, like).reshape(*sample_shape, self.latent_size)
+        elif len(tuple(sample_shape)) > 0:
+            raise ValueError("`latent` determines the number of draws; leave `sample_shape` out.")
+        if latent.shape[-1:] != (self.latent_size,):
+            raise ValueError(
+                f"`latent` has shape {tuple(latent.shape)}; its last dimension must be {self.latent_size}."
+            )
+        theta_SD = self.generator(latent.reshape(-1, self.latent_size).to(like))
+        return self.layout.constrain(theta_SD.reshape(*latent.shape[:-1], self.layout.size))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = torch.Size(), latent: Tensor | None = None) -> dict[str, Tensor]:
+        """:meth:`rsample` without gradients; parameters and errors as there."""
+        return self.rsample(sample_shape, latent)
 
     def get_samples(
         self, num_samples: int | None = None, group_by_chain: bool = False, *, seed: int | None = None
     ) -> dict[str, Tensor]:
-        """Fresh draws as ``MCMC.get_samples()`` gives them: ``(S, ...)`` by site, or ``(1, S, ...)`` by chain.
+        """Fresh draws in the form of ``MCMC.get_samples()``: ``(S, ...)`` by site, or ``(1, S, ...)`` by chain.
 
-        :param int num_samples: S; by default :attr:`num_samples`, which is 100 unless the posterior says otherwise.
+        :param int num_samples: S; by default :attr:`num_samples`, which is 100 unless it was set.
         :param bool group_by_chain: add a leading dimension for the one chain.
         :param int seed: makes the draws reproducible without touching the global generator.
         :raises ValueError: if ``num_samples`` is not positive.
         """
         num_samples = self._number(num_samples)
-        with seeded(seed, self._like().device):
+        with seeded(checked_seed(seed), self.device):
             draws = self.sample((num_samples,))
         return {name: value.unsqueeze(0) for name, value in draws.items()} if group_by_chain else draws
 
     def stream(self, num_samples: int | None = None, *, seed: int | None = None) -> DrawSource:
-        """The draws that :meth:`get_samples` gives, each made when it is used and again when it is used again.
+        """The draws of :meth:`get_samples`, each made when it is used, and made again when it is used again.
 
-        :func:`pyro_apd.outputs` and its kin take it in place of draws, and never hold more networks than a chunk.
+        Functions such as :func:`pyro_apd.outputs` take it in place of draws, and then hold only a chunk of networks.
 
         :param int num_samples: S; by default :attr:`num_samples`.
         :param int seed: makes the draws reproducible without touching the global generator.
@@ -160,27 +176,16 @@ class DistilledPosterior(nn.Module):
         latent_SL = self._latents(self._number(num_samples), seed)
         return DrawSource(lambda latent: self.sample(latent=latent), latent_SL, self.layout.names)
 
-    def mean_and_sd(self, num_samples: int = 1000, *, seed: int | None = None) -> tuple[Estimates, Estimates]:
-        """Mean and standard deviation of every site, each a dict of values shaped as the site.
-
-        They are estimates: ``.error`` of either holds the Monte-Carlo standard error of every entry.
-
-        :param int num_samples: draws to take them from, at least 2; all are in memory together.
-        :param int seed: makes them reproducible without touching the global generator.
-        :raises ValueError: if there are fewer than 2 draws.
-        """
-        return estimates.mean_and_sd(self.get_samples(self._number(num_samples, least=2), seed=seed))
-
     def quantiles(
         self, quantiles: float | Sequence[float] | Tensor, num_samples: int = 1000, *, seed: int | None = None
     ) -> Estimates:
-        """Quantiles of every site as of an autoguide, ``(Q, *site.shape)``: of the unconstrained numbers, constrained.
+        """Quantiles of every site, ``(Q, *site.shape)``, as of an autoguide: of the unconstrained numbers, constrained.
 
-        They are estimates: ``.error`` holds the Monte-Carlo standard error of every entry. A site such as a simplex,
-        whose entries determine each other, gets values that it can take.
+        They are estimates: ``.error`` holds the Monte-Carlo standard error of every entry. Dependent entries, such as
+        those of a simplex, get values in the support of the site.
 
         :param quantiles: levels from 0 to 1.
-        :param int num_samples: draws to take them from, at least 2; all are in memory together.
+        :param int num_samples: draws that they are estimated from, at least 2; all are in memory together.
         :param int seed: makes them reproducible without touching the global generator.
         :raises ValueError: if a level is not from 0 to 1, or there are fewer than 2 draws.
         """
@@ -192,7 +197,7 @@ class DistilledPosterior(nn.Module):
     def median(self, num_samples: int = 1000, *, seed: int | None = None) -> Estimates:
         """Median of every site, shaped as the site; see :meth:`quantiles`.
 
-        :param int num_samples: draws to take it from, at least 2.
+        :param int num_samples: draws that it is estimated from, at least 2.
         :param int seed: makes it reproducible without touching the global generator.
         :raises ValueError: if there are fewer than 2 draws.
         """
@@ -201,21 +206,21 @@ class DistilledPosterior(nn.Module):
         return Estimates({name: value[0] for name, value in found.items()}, error, found.num_samples)
 
     def bind(self, net: nn.Module) -> DistilledPosterior:
-        """Remembers the architecture for :meth:`network` and :meth:`ensemble`; it does not travel in the file.
+        """Sets the architecture for :meth:`network` and :meth:`ensemble`; it is not saved in the file.
 
-        :param net: a :class:`~pyro_apd.BNN`, or a :class:`torch.nn.Module` without Pyro in it whose parameters have the
-            sites' names, with or without a prefix such as ``net.``.
+        :param net: a :class:`~pyro_apd.BNN`, or a plain :class:`torch.nn.Module` whose parameters have the sites'
+            names, with or without a prefix such as ``net.``.
         :returns: this posterior.
-        :raises ValueError: if ``net`` has parameters that are not drawn here, or of other shapes.
+        :raises ValueError: if ``net`` has parameters that are no sites, or of other shapes.
         """
         plain_network(net, self.layout, self._draw_of_zeros())
-        self._architecture = (net,)  # a tuple, so that it is no part of this module
+        self._architecture = (net,)  # in a tuple, so that it does not become a submodule
         return self
 
     def network(self, sample: Mapping[str, Tensor] | None = None, *, net: nn.Module | None = None) -> nn.Module:
         """A plain network with the weights of one draw as its parameters, in evaluation mode.
 
-        :param dict sample: one draw by site, as :meth:`sample` gives; None draws one.
+        :param dict sample: one draw by site, as of :meth:`sample`; None draws one.
         :param net: the architecture, as in :meth:`bind`; needed unless it was called.
         :raises ValueError: if there is no architecture, or it does not fit the draw.
         """
@@ -224,7 +229,7 @@ class DistilledPosterior(nn.Module):
             n: tuple(v.shape) for n, v in sample.items() if n in self.layout.names and v.shape != self.layout[n].shape
         }
         if unlike:
-            raise ValueError(f"`sample` must be one draw, as sample() gives; sites have shapes {unlike}.")
+            raise ValueError(f"`sample` must be one draw, as of sample(); sites have shapes {unlike}.")
         return plain_network(self._architecture_or(net), self.layout, sample)
 
     def ensemble(
@@ -236,11 +241,12 @@ class DistilledPosterior(nn.Module):
         chunk_size: int | None = None,
         seed: int | None = None,
     ) -> Ensemble:
-        """A module that returns the average prediction of so many networks, differentiable in its input.
+        """A module that returns the average prediction of ``num_samples`` networks, differentiable in its input.
 
         :param int num_samples: S; by default :attr:`num_samples`.
         :param net: the architecture, as in :meth:`bind`; needed unless it was called.
-        :param str link: what is averaged: ``"softmax"``, ``"sigmoid"`` or ``"identity"`` of the outputs; a BNN knows.
+        :param str link: of the outputs before they are averaged: ``"softmax"``, ``"sigmoid"`` or ``"identity"``; not
+            needed for a BNN.
         :param int chunk_size: networks evaluated together; None: all.
         :param int seed: makes the draws reproducible without touching the global generator.
         :raises ValueError: if there is no architecture, it does not fit, ``link`` is not known or missing, or
@@ -262,15 +268,11 @@ class DistilledPosterior(nn.Module):
         }
 
     def log_prob(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """There is none: a generator's density is implicit.
+        """Not available: a generator's density is implicit.
 
         :raises NotImplementedError: always.
         """
         raise NotImplementedError(_NO_DENSITY)
-
-    def diagnostics(self) -> dict[str, Any]:
-        """As ``MCMC.diagnostics()``, of which only ``divergences`` has a meaning here: there are none."""
-        return {"divergences": {}}
 
     @property
     def num_bytes(self) -> int:
@@ -278,24 +280,25 @@ class DistilledPosterior(nn.Module):
         return len(artifact.to_bytes(self._artifact()))
 
     def save(self, path: str | os.PathLike[str], dtype: str | None = None) -> None:
-        """Writes everything needed to draw to one safetensors file, at once or not at all.
+        """Writes one safetensors file with everything that drawing needs, atomically.
 
-        :param path: file to write; what is there is replaced.
-        :param str dtype: precision of the numbers in the file, by default :attr:`storage_dtype`, whose values it takes.
-        :raises ValueError: if ``dtype`` is not known, or metadata do not fit into JSON.
+        :param path: file to write; an existing file is replaced.
+        :param str dtype: precision of the numbers in the file, by default :attr:`storage_dtype`.
+        :raises ValueError: if ``dtype`` is not known, or metadata are not what JSON holds.
+        :raises OSError: if the file cannot be written; an existing file is then unchanged.
         """
         artifact.write(self._artifact(dtype), path)
 
     def rounded(self, dtype: str | None = None) -> DistilledPosterior:
-        """The posterior that :meth:`save` and :meth:`load` would give at that precision, without a file.
+        """The posterior that :meth:`save` and :meth:`load` would return at that precision, without a file.
 
         :param str dtype: as in :meth:`save`.
-        :returns: a posterior of its own, on the same device, whose ``storage_dtype`` is ``dtype``.
+        :returns: a new posterior, on the same device, whose ``storage_dtype`` is ``dtype``.
         :raises ValueError: if ``dtype`` is not known.
         """
         contents = self._artifact(dtype)
         tensors = precision.decode(precision.encode(contents.tensors, contents.dtype), contents.dtype)
-        rounded = self._from_artifact(replace(contents, tensors=tensors)).to(self._like().device)
+        rounded = self._from_artifact(replace(contents, tensors=tensors)).to(self.device)
         rounded._architecture = self._architecture
         return rounded
 
@@ -303,10 +306,10 @@ class DistilledPosterior(nn.Module):
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> DistilledPosterior:
         """Reads what :meth:`save` wrote, at any precision. Nothing in the file is executed.
 
-        A file at reduced precision gives a generator in ``float32``, and remembers its precision in
-        :attr:`storage_dtype`: saved again, it has the same bytes.
+        The generator of a file at reduced precision is in ``float32``, and its precision is :attr:`storage_dtype`:
+        saved again, the file has the same bytes.
 
-        :raises ArtifactError: if the file is truncated, damaged, of another kind, or of a newer format.
+        :raises ArtifactError: if the file is truncated, damaged, of another kind, or of another format version.
         :raises FileNotFoundError: if there is none.
         """
 
@@ -326,7 +329,7 @@ class DistilledPosterior(nn.Module):
 
     @classmethod
     def _from_artifact(cls, contents: artifact.Artifact) -> DistilledPosterior:
-        # Without memory or numbers of its own: it takes the tensors that there are.
+        # On the meta device, without memory of its own, since it takes the tensors of the file.
         with torch.device("meta"):
             generator = build_generator(contents.generator)
         tensors = {name: value.detach() for name, value in contents.tensors.items()}
@@ -343,27 +346,8 @@ class DistilledPosterior(nn.Module):
     def _draw_of_zeros(self) -> dict[str, Tensor]:
         return self.sample(latent=self._like().expand(self.latent_size))
 
-    def check_model(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Makes sure that ``model``, called with these arguments, has the latent sites that are drawn here.
-
-        :raises ArtifactError: if a site is missing on either side, or differs in shape or support.
-        """
-        with poutine.block(), preserved_param_store(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            trace = poutine.trace(model).get_trace(*args, **kwargs)
-        known = {name for name, site in trace.iter_stochastic_nodes()}
-        names = [name for name in self.layout.names if name in known]
-        missing = [name for name in self.layout.names if name not in known]
-        theirs = {d["name"]: d for d in Layout.from_trace(trace, names).to_json()}
-        ours = {d["name"]: d for d in self.layout.to_json()}
-        unlike = [f"{n}: {theirs[n]['shape']} {theirs[n]['support']['kind']}" for n in names if theirs[n] != ours[n]]
-        if missing or unlike:
-            raise ArtifactError(
-                f"This posterior is of another model. It draws {self.layout!r}; the model lacks {missing} and differs "
-                f"in {unlike}."
-            )
-
     def extra_repr(self) -> str:
-        """What ``print`` shows of it."""
+        """Sites and sizes, for ``print``."""
         return f"sites={list(self.layout.names)}, weights={self.layout.size}, latent_size={self.latent_size}"
 
     def _artifact(self, dtype: str | None = None) -> artifact.Artifact:
@@ -379,23 +363,19 @@ class DistilledPosterior(nn.Module):
 
     def _latents(self, num_samples: int, seed: int | None) -> Tensor:
         like = self._like()
-        with seeded(seed, like.device):
+        with seeded(checked_seed(seed), like.device):
             return self.generator.latents(num_samples, like)
 
     def _architecture_or(self, net: nn.Module | None) -> nn.Module:
         if net is None and not self._architecture:
             raise ValueError(
-                "A posterior draws weights and does not know the network that they are of. Pass net=, the "
-                "pyro_apd.BNN or a torch.nn.Module of its architecture, or call posterior.bind(net) once."
+                "A posterior draws weights and does not know their network. Pass net=, the pyro_apd.BNN or a "
+                "torch.nn.Module of its architecture, or call posterior.bind(net) once."
             )
         return self._architecture[0] if net is None else net
 
     def _number(self, num_samples: int | None, least: int = 1) -> int:
-        num_samples = self.num_samples if num_samples is None else num_samples
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < least:
-            kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
-            raise ValueError(f"num_samples={num_samples!r} must be {kind}.")
-        return num_samples
+        return checks.integer("num_samples", self.num_samples if num_samples is None else num_samples, at_least=least)
 
     def _like(self) -> Tensor:
         """A scalar of the generator's floating dtype and device."""

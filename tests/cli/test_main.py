@@ -119,11 +119,11 @@ def test_inspect_prints_what_a_file_holds(capsys):
 
 
 def test_inspect_as_json(capsys):
-    assert main(["inspect", "--json", str(FILES / "posterior_v1_paper.safetensors")]) == 0
+    assert main(["inspect", "--json", str(FILES / "posterior_v2_float32.safetensors")]) == 0
     description = json.loads(capsys.readouterr().out)
-    assert description["format"] == 1
-    assert description["metadata"]["notes"] == "first format"
-    assert [site["name"] for site in description["layout"]] == ["net.0.weight", "scale", "mix"]
+    assert description["format"] == 2
+    assert description["metadata"]["notes"] == "second format"
+    assert [site["name"] for site in description["layout"]] == ["net.0.weight", "net.0.bias", "scale", "mix"]
 
 
 def test_inspect_refuses_what_is_no_posterior(capsys, tmp_path):
@@ -134,7 +134,7 @@ def test_inspect_refuses_what_is_no_posterior(capsys, tmp_path):
 
 
 def test_inspect_writes_no_control_characters(capsys, tmp_path):
-    posterior = DistilledPosterior.load(FILES / "posterior_v1_paper.safetensors")
+    posterior = DistilledPosterior.load(FILES / "posterior_v2_float32.safetensors")
     posterior.metadata["notes"] = "\x1b[2Jwiped\n" + "long " * 100
     posterior.save(tmp_path / "p")
     assert main(["inspect", str(tmp_path / "p")]) == 0

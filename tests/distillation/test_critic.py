@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_apd.distillation.critic import GAMES, build_critic, critic_loss, gradient_penalty
+from pyro_apd.distillation.critic import GAN_LOSSES, build_critic, critic_loss, gradient_penalty
 
 
 def linear(slope):
@@ -55,17 +55,17 @@ def test_critic_scores_vectors():
     ("name", "of_critic", "of_generator"),
     [("wgan", -3.0, 1.0), ("lsgan", 0.5 + 0.5, 2.0), ("non-saturating", 0.126928 + 0.313262, 1.313262)],
 )
-def test_games_by_hand(name, of_critic, of_generator):
-    game, real, fake = GAMES[name], torch.full((5, 1), 2.0), torch.full((7, 1), -1.0)
-    assert game.of_critic(lambda values: values, real, fake).item() == pytest.approx(of_critic, abs=1e-5)
-    assert game.of_generator(fake).item() == pytest.approx(of_generator, abs=1e-5)
+def test_gan_losses_by_hand(name, of_critic, of_generator):
+    gan_loss, real, fake = GAN_LOSSES[name], torch.full((5, 1), 2.0), torch.full((7, 1), -1.0)
+    assert gan_loss.of_critic(lambda values: values, real, fake).item() == pytest.approx(of_critic, abs=1e-5)
+    assert gan_loss.of_generator(fake).item() == pytest.approx(of_generator, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(GAMES))
+@pytest.mark.parametrize("name", sorted(GAN_LOSSES))
 def test_only_wgan_bounds_its_weights(name):
     critic = linear([3.0, -4.0])
-    GAMES[name].constrain(critic)
+    GAN_LOSSES[name].constrain(critic)
     expected = [0.01, -0.01] if name == "wgan" else [3.0, -4.0]
     assert critic.weight.flatten().tolist() == pytest.approx(expected)
-    optimiser = GAMES[name].optimiser(critic.parameters(), 1e-3)
+    optimiser = GAN_LOSSES[name].optimiser(critic.parameters(), 1e-3)
     assert optimiser.param_groups[0]["lr"] == (5e-5 if name == "wgan" else 1e-3)

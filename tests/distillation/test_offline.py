@@ -3,7 +3,6 @@
 
 """Distillation from end to end, on models small enough to take a second."""
 
-import importlib
 import warnings
 
 import pyro
@@ -17,16 +16,15 @@ from pyro_apd.chains.stores import base as chains_store
 from pyro_apd.chains.stores.base import STATISTICS
 from pyro_apd.chains.stores.disk import DiskStore, open_store
 from pyro_apd.distillation import DistillationError, DistillationWarning, distill
-from pyro_apd.distillation.effort import Effort
-from pyro_apd.generators import draw_blocks
+from pyro_apd.distillation.budget import TrainingBudget
+from pyro_apd.distillation.objective import FunctionObjective
+from pyro_apd.generators import CoordinateGenerator, draw_blocks
 from pyro_apd.models.bnn import BNN
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.runtime.hashing import fingerprint
 from tests.support.models import Classifier, Conjugate, constrained
 from tests.support.storages import Largest
-
-offline = importlib.import_module("pyro_apd.distillation.offline")
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
 Y = torch.randint(3, (60,), generator=torch.Generator().manual_seed(2))
@@ -72,7 +70,7 @@ def test_metadata_tell_what_was_done():
     assert posterior.metadata["space"] == "functions"
     assert (posterior.metadata["num_chains"], posterior.metadata["num_draws"]) == (2, 50)
     assert posterior.metadata["held_out"] == {"period": 25, "start": 10, "length": 5}
-    assert posterior.metadata["figures"].keys() == {"distance", "spread_ratio", "mi_ratio"}
+    assert posterior.metadata["metrics"].keys() == {"distance", "spread_ratio", "mi_ratio"}
     assert posterior.training_log["step"][-1] == 20
 
 
@@ -132,7 +130,7 @@ def test_training_in_function_space_beats_the_start():
     w = side[:, None] * torch.tensor([2.0, -1.0, 1.0]) + 0.1 * torch.randn(200, 3)
     posterior = distill({"w": w}, Conjugate().full, data=(Conjugate().x,), num_steps=600, seed=0, progress=False)
     log = posterior.training_log["distance"]
-    assert posterior.metadata["figures"]["distance"] < 0.6 * log[0]
+    assert posterior.metadata["metrics"]["distance"] < 0.6 * log[0]
 
 
 @pytest.mark.slow
@@ -165,7 +163,7 @@ def test_an_entry_that_never_moved_stays():
 def test_weight_space_says_so(caplog):
     with caplog.at_level("INFO", "pyro_apd"):
         posterior = distill({"w": torch.randn(40, 5)}, num_steps=5, seed=0, progress=False)
-    assert "blind to what the draws predict" in caplog.text
+    assert "without comparing what the draws predict" in caplog.text
     assert posterior.metadata["space"] == "weights"
 
 
@@ -248,8 +246,8 @@ def test_probe_inputs_of_the_user_are_what_the_model_sees():
     distill(
         chains(), Watched(), data=(X,), probe_inputs=(probes,), num_steps=3, seed=0, progress=False, group_by_chain=True
     )
-    assert all((x > 50).all() for x in seen if len(x) == Effort.num_probes)
-    assert any(len(x) == Effort.num_probes for x in seen)
+    assert all((x > 50).all() for x in seen if len(x) == TrainingBudget.num_probes)
+    assert any(len(x) == TrainingBudget.num_probes for x in seen)
 
 
 def test_probe_inputs_that_the_model_cannot_take():
@@ -258,25 +256,25 @@ def test_probe_inputs_that_the_model_cannot_take():
 
 
 def test_probe_inputs_without_a_model():
-    with pytest.raises(ValueError, match="need a model"):
+    with pytest.raises(ValueError, match="are inputs of a model"):
         distill({"w": torch.randn(40, 4)}, probe_inputs=(X,), progress=False)
 
 
 def plant_collapse(monkeypatch):
     """Draws of the start stripped of their spread."""
-    fit = offline.CoordinateGenerator.fit
+    fit = CoordinateGenerator.fit
 
     def narrow(*args, **kwargs):
         generator = fit(*args, **kwargs)
         generator.basis.data *= 1e-3
         return generator
 
-    monkeypatch.setattr(offline.CoordinateGenerator, "fit", narrow)
+    monkeypatch.setattr(CoordinateGenerator, "fit", narrow)
 
 
 def test_a_collapsed_generator_is_not_returned_silently(monkeypatch):
     plant_collapse(monkeypatch)
-    with pytest.warns(DistillationWarning, match=r"collapsed: its .* Figures on held-out draws: distance"):
+    with pytest.warns(DistillationWarning, match=r"collapsed: its .* Metrics on held-out draws: distance"):
         of_classifier(num_steps=0)
     with pytest.raises(DistillationError, match="collapsed"):
         of_classifier(num_steps=0, strict=True)
@@ -284,7 +282,7 @@ def test_a_collapsed_generator_is_not_returned_silently(monkeypatch):
 
 def interrupt(monkeypatch, at):
     calls = []
-    backward = offline.FunctionObjective.backward
+    backward = FunctionObjective.backward
 
     def stopping(self, generate):
         calls.append(1)
@@ -292,7 +290,7 @@ def interrupt(monkeypatch, at):
             raise KeyboardInterrupt
         return backward(self, generate)
 
-    monkeypatch.setattr(offline.FunctionObjective, "backward", stopping)
+    monkeypatch.setattr(FunctionObjective, "backward", stopping)
 
 
 def test_ctrl_c_returns_the_best_so_far(monkeypatch):
@@ -308,7 +306,7 @@ def test_state_is_restored_after_an_error(monkeypatch):
     def broken(self, generate):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(offline.FunctionObjective, "backward", broken)
+    monkeypatch.setattr(FunctionObjective, "backward", broken)
     with pytest.raises(ZeroDivisionError):
         of_classifier()
     assert torch.equal(torch.get_rng_state(), before)
@@ -324,7 +322,7 @@ def test_state_is_restored_after_an_error(monkeypatch):
         ({"rank": 0}, "rank=0"),
         (
             {"generator": "diffusion"},
-            r"generator='diffusion' is not known; choose one of \['chunked', 'coordinates', 'paper'\], or None",
+            "generator='diffusion' must be one of 'chunked', 'coordinates', 'paper'. None chooses by the size",
         ),
         ({"generator": "paper", "rank": 4}, "rank=4 has no meaning"),
         ({"generator": "paper", "objective": "gan"}, "objective='gan' with generator='paper': accepted are"),
@@ -344,7 +342,9 @@ def test_draws_that_are_all_the_same():
 
 @pytest.mark.parametrize("size", [1, 2, 300])
 def test_sizes_below_and_above_the_rank(size):
-    posterior = distill({"w": torch.randn(60, size)}, num_steps=2, seed=0, progress=False)
+    with warnings.catch_warnings():  # so few draws of so many numbers may come out too wide
+        warnings.simplefilter("ignore", DistillationWarning)
+        posterior = distill({"w": torch.randn(60, size)}, num_steps=2, seed=0, progress=False)
     assert posterior.generator.rank == min(size, 12)  # a quarter of the draws to train on
     assert posterior.get_samples(3)["w"].shape == (3, size)
 
@@ -367,7 +367,8 @@ def test_parts_change_a_result_by_rounding_alone(monkeypatch, options):
     set_part_bytes(monkeypatch, 1500)
     parts = of_classifier(num_steps=0, **options)
     torch.testing.assert_close(parts.get_samples(20, seed=0), whole.get_samples(20, seed=0), rtol=1e-3, atol=1e-4)
-    assert parts.metadata["figures"] == pytest.approx(whole.metadata["figures"], rel=1e-2, abs=2e-2)
+    # Evaluated with other random numbers, since these are made by the block.
+    assert parts.metadata["metrics"] == pytest.approx(whole.metadata["metrics"], rel=5e-2, abs=5e-2)
 
 
 @pytest.mark.parametrize("space", ["functions", "weights"])
@@ -379,8 +380,8 @@ def test_draws_on_disk_are_never_copied_whole(tmp_path, monkeypatch, space):
         store.write(0, draw, 0.1 * torch.randn(1, layout.size), dict.fromkeys(STATISTICS, 1.0))
     store.close()
     set_part_bytes(monkeypatch, 2**18)
-    # The judge's distances between draws, one matrix a probe, are small only beside larger networks.
-    monkeypatch.setattr(Effort, "of", classmethod(lambda cls, *args: cls(num_probes=8)))
+    # The evaluator's distances between draws, one matrix per probe, are small only beside larger networks.
+    monkeypatch.setattr(TrainingBudget, "of", classmethod(lambda cls, *args: cls(num_probes=8)))
     store = open_store(tmp_path / "draws")
     known = {"model": model, "data": (torch.randn(50, 1000), torch.arange(50) % 4)} if space == "functions" else {}
     with warnings.catch_warnings(), Largest(store.theta_CSD) as largest:

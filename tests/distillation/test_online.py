@@ -15,7 +15,7 @@ from pyro_apd import SGLD, DistillationError, DistillationWarning, DivergenceErr
 from pyro_apd.chains.checkpoint import CheckpointError
 from pyro_apd.chains.driver import MCMC
 from pyro_apd.distillation import online, training
-from pyro_apd.distillation.effort import Effort
+from pyro_apd.distillation.budget import TrainingBudget
 from pyro_apd.posterior.posterior import DistilledPosterior
 from tests.distillation.test_offline import Largest
 from tests.support.models import Conjugate
@@ -29,7 +29,9 @@ X, Y = MODEL.x, MODEL.y
 @pytest.fixture(autouse=True)
 def _few_probes(monkeypatch):
     """What is tested here does not hang on how finely generators are compared, and that is most of the time."""
-    monkeypatch.setattr(Effort, "of", classmethod(lambda cls, *args: cls(num_probes=8, num_judged=40)))
+    monkeypatch.setattr(
+        TrainingBudget, "of", classmethod(lambda cls, *args: cls(num_probes=8, num_evaluation_draws=40))
+    )
 
 
 def kernel(model=MODEL.full, step_size=5e-3, **options):
@@ -97,9 +99,9 @@ def test_rounds_are_logged_and_told_of():
     metadata = posterior.metadata
     assert (metadata["online"], metadata["draws_seen"], metadata["seed"]) == (True, 40, 0)
     assert [entry["draws"] for entry in metadata["rounds"]] == [10, 20, 40]
-    assert metadata["rounds"][-1] == {"draws": 40, **metadata["figures"]}
+    assert metadata["rounds"][-1] == {"draws": 40, **metadata["metrics"]}
     assert [len(p.metadata["rounds"]) for p, _ in told] == [1, 2, 3]
-    # A quarter of the steps, but for the last; 40 draws a chain, of which every second is kept, in the end.
+    # A quarter of the steps, but for the last; 40 draws per chain, of which every second is kept, in the end.
     assert [p.metadata["num_steps"] for p, _ in told] == [2, 2, 8]
     assert [p.metadata["num_draws"] for p, _ in told] == [10, 20, 20]
 
@@ -192,20 +194,20 @@ def test_drivers_and_online_runs_refuse_each_others_checkpoints(tmp_path, finish
 
 
 def test_ctrl_c_after_a_round_gives_what_it_made():
-    with pytest.warns(DistillationWarning, match="interrupted after 20 of 40 draws a chain, .* of the first 20"):
+    with pytest.warns(DistillationWarning, match="interrupted after 20 of 40 draws per chain, .* of the first 20"):
         posterior = run(on_round=stopping(20))
     assert (posterior.metadata["draws_seen"], posterior.metadata["num_steps"]) == (20, 2)
 
 
 def test_ctrl_c_between_rounds_gives_the_last(monkeypatch):
     interrupt_draw(monkeypatch, 45)
-    with pytest.warns(DistillationWarning, match="interrupted after 34 of 40 draws a chain, .* of the first 20"):
+    with pytest.warns(DistillationWarning, match="interrupted after 34 of 40 draws per chain, .* of the first 20"):
         assert run().metadata["draws_seen"] == 20
 
 
 def test_ctrl_c_before_the_first_round_gives_the_start(monkeypatch):
     interrupt_draw(monkeypatch, 26)
-    with pytest.warns(DistillationWarning, match="interrupted after 15 of 40 draws a chain, .* of the first 15"):
+    with pytest.warns(DistillationWarning, match="interrupted after 15 of 40 draws per chain, .* of the first 15"):
         posterior = run()
     assert (posterior.metadata["draws_seen"], posterior.metadata["num_steps"]) == (15, 0)
     assert torch.isfinite(posterior.get_samples(5)["w"]).all()
@@ -234,7 +236,7 @@ def interrupt_training(monkeypatch, at):
 
 def test_ctrl_c_while_a_round_trains_ends_the_run(monkeypatch):
     interrupt_training(monkeypatch, at=2)
-    with pytest.warns(DistillationWarning, match="interrupted after 20 of 40 draws a chain, .* of the first 20"):
+    with pytest.warns(DistillationWarning, match="interrupted after 20 of 40 draws per chain, .* of the first 20"):
         assert run().metadata["draws_seen"] == 20
 
 
@@ -253,7 +255,7 @@ def test_ctrl_c_while_the_last_round_begins_gives_the_one_before(monkeypatch):
         return make(source, wishes, *args)
 
     monkeypatch.setattr(online, "distill_draws", stopped)
-    with pytest.warns(DistillationWarning, match="interrupted after 40 of 40 draws a chain, .* of the first 20"):
+    with pytest.warns(DistillationWarning, match="interrupted after 40 of 40 draws per chain, .* of the first 20"):
         assert run().metadata["draws_seen"] == 20
 
 
@@ -269,7 +271,7 @@ def collapse(monkeypatch, is_every):
     def narrow(source, wishes, *args):
         posterior, trained = make(source, wishes, *args)
         if is_every or wishes.num_steps != 8:
-            trained.figures["spread_ratio"] = 0.01
+            trained.metrics["spread_ratio"] = 0.01
         return posterior, trained
 
     monkeypatch.setattr(online, "distill_draws", narrow)
@@ -305,7 +307,7 @@ def test_restarting_puts_chains_at_draws_of_the_generator_and_warns(monkeypatch,
 
     monkeypatch.setattr(online._OnlineRun, "drew", noting)
     rounds = {}
-    with pytest.warns(DistillationWarning, match="restart=True: chains go on from what the generator drew"):
+    with pytest.warns(DistillationWarning, match="restart=True: chains continue from draws of the generator"):
         run(restart=True, rounds=3, num_chains=num_chains, on_round=lambda p, n: rounds.setdefault(n, p))
     assert list(states) == [20, 30]  # after 10 and 20 draws, but not after the last
     expected = rounds[10].get_samples(num_chains, seed=4 + 10)["w"]
@@ -383,19 +385,19 @@ def test_keyword_arguments_of_the_model():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 9}, "num_samples=9 must be an integer of at least 10"),
+        ({"num_samples": 9}, "num_samples=9 must be an integer >= 10"),
         ({"num_samples": 40.0}, "num_samples=40.0 must be an integer"),
         ({"num_samples": "40", "warmup_steps": None}, "num_samples=.40. must be an integer"),
-        ({"warmup_steps": -1}, "warmup_steps=-1 must be an integer of at least 0"),
-        ({"num_chains": 0}, "num_chains=0 must be an integer of at least 1"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be an integer >= 0"),
+        ({"num_chains": 0}, "num_chains=0 must be a positive integer"),
         ({"num_chains": True}, "num_chains=True must be an integer"),
         ({"num_chains": "2"}, "num_chains='2' must be an integer"),
-        ({"buffer_size": 19}, "buffer_size=19 must be an integer of at least 20"),
-        ({"num_chains": 30}, "buffer_size=40 must be an integer of at least 60"),
-        ({"rounds": 0}, "rounds=0 must be an integer of at least 1"),
+        ({"buffer_size": 19}, "buffer_size=19 must be an integer >= 20"),
+        ({"num_chains": 30}, "buffer_size=40 must be an integer >= 60"),
+        ({"rounds": 0}, "rounds=0 must be a positive integer"),
         ({"checkpoint_every": 5}, "checkpoint_every=5 needs checkpoint="),
-        ({"checkpoint_every": 0, "checkpoint": "run.ckpt"}, "checkpoint_every=0 must be an integer of at least 1"),
-        ({"num_steps": -1}, "num_steps=-1 must be an integer of at least 0"),
+        ({"checkpoint_every": 0, "checkpoint": "run.ckpt"}, "checkpoint_every=0 must be a positive integer"),
+        ({"num_steps": -1}, "num_steps=-1 must be an integer >= 0"),
         ({"rank": 0}, "rank=0"),
         ({"seed": -1}, "seed=-1"),
         ({"storage_dtype": "int4"}, "`storage_dtype` must be one of"),
@@ -409,7 +411,7 @@ def test_arguments_out_of_range(options, message):
 
 @pytest.mark.parametrize("other", [pyro.infer.NUTS(MODEL.full), SGLD, None], ids=["NUTS", "class", "None"])
 def test_kernels_of_others(other):
-    with pytest.raises(TypeError, match=r"`kernel` must be a kernel of this package.* through OnlineDistillation"):
+    with pytest.raises(TypeError, match=r"`kernel` must be a kernel of this package.* by OnlineDistillation"):
         distill_online(other, X, Y)
 
 

@@ -17,8 +17,8 @@ import pyro_apd
 from pyro_apd import SGLD, DivergenceError, distill_online
 from pyro_apd.chains.checkpoint import CheckpointError, from_bytes_of
 from pyro_apd.chains.distributed import path_of_rank
-from pyro_apd.distillation import offline, online, training
-from pyro_apd.distillation.effort import Effort
+from pyro_apd.distillation import online, setup, training
+from pyro_apd.distillation.budget import TrainingBudget
 from pyro_apd.distillation.objective import AdversarialObjective
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.runtime.ranks import RankError, join_process_group
@@ -34,8 +34,8 @@ X, Y = MODEL.x, MODEL.y
 @pytest.fixture(autouse=True)
 def _few_probes(monkeypatch):
     """As for one process."""
-    few = Effort(num_probes=8, num_judged=40)
-    monkeypatch.setattr(Effort, "of", staticmethod(lambda num_weights, num_products=0: few))
+    few = TrainingBudget(num_probes=8, num_evaluation_draws=40)
+    monkeypatch.setattr(TrainingBudget, "of", staticmethod(lambda num_weights, num_products=0: few))
 
 
 def run(step_size=5e-3, **options):
@@ -67,7 +67,7 @@ def test_chains_and_buffer_do_not_depend_on_the_number_of_processes(step_size, t
 @pytest.mark.parametrize("is_blind", [False, True], ids=["functions", "weights"])
 def test_all_get_one_trained_generator(is_blind, tmp_path, monkeypatch):
     if is_blind:  # then there is a critic
-        monkeypatch.setattr(offline, "function_space", lambda source, probe_inputs: None)
+        monkeypatch.setattr(setup, "function_space", lambda source, probe_inputs: None)
 
     def on_rank(rank):
         seen = []
@@ -108,10 +108,10 @@ def test_gradients_are_those_of_all_processes_together(tmp_path):
             loss.backward()
             return loss.detach()
 
-    class Judging:
+    class Evaluating:
         tolerance = 0.0
 
-        def figures(self, theta):
+        def metrics(self, theta):
             return {"distance": -float(next(iter(theta)).mean())}  # the last is the best
 
     def on_rank(rank):
@@ -120,7 +120,7 @@ def test_gradients_are_those_of_all_processes_together(tmp_path):
             nn.init.constant_(toy.value, 77.0)  # the first one's parameters go for all
         schedule = training.Schedule(400, 0.05)
         with torch.random.fork_rng():
-            training.train(toy, Pull(1.0 + 2.0 * rank), Judging(), schedule, progress=False, ranks=ranks)
+            training.train(toy, Pull(1.0 + 2.0 * rank), Evaluating(), schedule, progress=False, ranks=ranks)
         return toy.value.item()
 
     first, second = on_ranks(on_rank, 2, tmp_path)
@@ -214,7 +214,7 @@ def test_all_chains_diverged(tmp_path):
 
 
 def test_settings():
-    with pytest.raises(ValueError, match="chain_method='parallel' must be 'vectorized' or 'distributed'"):
+    with pytest.raises(ValueError, match="chain_method='parallel' must be one of 'vectorized', 'distributed'"):
         run(chain_method="parallel")
 
 

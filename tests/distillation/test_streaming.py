@@ -13,7 +13,7 @@ from pyro.infer.mcmc import StreamingMCMC
 from pyro.ops.streaming import CountStats
 
 from pyro_apd import MCMC, SGLD, OnlineDistillation, distill
-from pyro_apd.distillation.effort import Effort
+from pyro_apd.distillation.budget import TrainingBudget
 from tests.support.models import Conjugate, constrained
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,9 @@ OPTIONS = {"num_steps": 0, "seed": 0, "progress": False}
 @pytest.fixture(autouse=True)
 def _few_probes(monkeypatch):
     """What is tested here does not hang on how finely generators are compared, and that is most of the time."""
-    monkeypatch.setattr(Effort, "of", classmethod(lambda cls, *args: cls(num_probes=8, num_judged=40)))
+    monkeypatch.setattr(
+        TrainingBudget, "of", classmethod(lambda cls, *args: cls(num_probes=8, num_evaluation_draws=40))
+    )
 
 
 def online(model=MODEL.full, data=DATA, **options):
@@ -191,7 +193,7 @@ def test_copies_share_no_draws():
 
 
 def test_without_draws():
-    with pytest.raises(ValueError, match="No draws came yet: run the chain first"):
+    with pytest.raises(ValueError, match="There are no draws yet: run the chain first"):
         online().get()
 
 
@@ -204,7 +206,7 @@ def test_with_too_few_draws():
 
 @pytest.mark.parametrize("size", [1, 0, 2.0, True, "9"])
 def test_buffer_sizes_that_are_none(size):
-    with pytest.raises(ValueError, match=f"buffer_size={size!r} must be an integer of at least 2"):
+    with pytest.raises(ValueError, match=f"buffer_size={size!r} must be an integer >= 2"):
         online(buffer_size=size)
 
 

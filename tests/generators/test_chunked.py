@@ -127,7 +127,7 @@ def test_draws_without_gradients_are_those_with(monkeypatch):
     _, parts = pair()
     latent_SL = parts.latents(9, torch.zeros(()))
     with_gradients_SD = parts(latent_SL).detach()
-    monkeypatch.setattr(chunked, "together", lambda num_bytes: 2)
+    monkeypatch.setattr(chunked, "draws_per_block", lambda num_bytes: 2)
     with torch.no_grad():
         torch.testing.assert_close(parts(latent_SL), with_gradients_SD)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_apd.generators import draw_blocks
-from pyro_apd.generators.draw_blocks import DrawBlocks, part_length
+from pyro_apd.generators.draw_blocks import DrawBlocks, items_per_block
 
 
 @pytest.fixture
@@ -108,4 +108,4 @@ def test_map_sees_parts_and_gives_all(small_parts):
     ids=["small", "a thirty-second", "bounded", "one at least"],
 )
 def test_length_of_a_part(item_bytes, num_bytes, length):
-    assert part_length(item_bytes, num_bytes) == length
+    assert items_per_block(item_bytes, num_bytes) == length

@@ -66,13 +66,12 @@ def test_each_mode_is_the_gaussian_of_its_chain():
         assert difference.abs().max() < 0.1 * scale**2
 
 
-def test_the_residual_is_zero_at_the_start_but_trainable():
+def test_the_perceptron_is_zero_at_the_start_but_trainable():
     generator = CoordinateGenerator.fit(chains(), rank=2)
     generator(torch.randn(8, 3, dtype=torch.float64)).square().sum().backward()
-    assert generator.residual is None  # of older files
     assert not generator.bend[-1].weight.any()
     assert generator.bend[-1].weight.grad.abs().sum() > 0
-    assert CoordinateGenerator.fit(chains(), rank=2, bend=0).bend is None
+    assert CoordinateGenerator.fit(chains(), rank=2, mlp_width=0).bend is None
 
 
 @pytest.mark.parametrize("stretch", [4, 10, 39, 40, 100])
@@ -80,7 +79,7 @@ def test_the_start_has_mean_and_covariance_of_all_draws_in_stretches_too(stretch
     """The law of total variance: within stretches and between them. Exact where stretches are of equal length."""
     theta_CSD = chains()
     with torch.no_grad():
-        generator = CoordinateGenerator.fit(theta_CSD, rank=6, stretch=stretch)
+        generator = CoordinateGenerator.fit(theta_CSD, rank=6, segment_length=stretch)
         assert (generator.num_modes, len(generator.mode_scale)) == (3 * max(1, 40 // stretch), 3)
         mean_D, covariance_DD = moments(generator)
     theta_SD = theta_CSD.flatten(0, 1)
@@ -94,7 +93,7 @@ def test_stretches_follow_a_path_where_one_gaussian_does_not():
     theta_SD = torch.stack([angle_S.cos(), angle_S.sin()], 1) + 0.02 * torch.randn(240, 2, dtype=torch.float64)
     off = {}
     for name, stretch in (("one", None), ("many", 12)):
-        generator = CoordinateGenerator.fit(theta_SD[None], rank=2, stretch=stretch)
+        generator = CoordinateGenerator.fit(theta_SD[None], rank=2, segment_length=stretch)
         with torch.no_grad():
             drawn_SD = generator(generator.latents(500, theta_SD))
         off[name] = float((drawn_SD.norm(dim=1) - 1).abs().mean())
@@ -104,7 +103,7 @@ def test_stretches_follow_a_path_where_one_gaussian_does_not():
 
 def test_modes_are_in_order_of_time_and_chain_and_share_their_chains_covariance():
     theta_CSD = chains(num_chains=2, num_draws=20)
-    generator = CoordinateGenerator.fit(theta_CSD, rank=6, stretch=5)
+    generator = CoordinateGenerator.fit(theta_CSD, rank=6, segment_length=5)
     generator.fold()
     latent_SL = torch.zeros(8, generator.latent_size, dtype=torch.float64)
     latent_SL[:, 0] = torch.special.ndtri((torch.arange(8, dtype=torch.float64) + 0.5) / 8)
@@ -118,12 +117,15 @@ def test_modes_are_in_order_of_time_and_chain_and_share_their_chains_covariance(
     assert (moved_SD[0] - moved_SD[4]).abs().max() > 0.1
 
 
-def test_a_config_of_before_there_were_stretches_still_builds():
-    old = {"kind": "coordinates", "output_size": 7, "rank": 3, "num_modes": 2, "width": 8}
+def test_a_config_with_a_setting_out_of_use_still_builds():
+    """Files written before it was dropped say that it is not in use."""
+    old = {"kind": "coordinates", "output_size": 7, "rank": 3, "num_modes": 2, "num_scales": 2, "width": 0, "bend": 8}
     generator = build_generator(old)
-    assert (generator.bend, len(generator.mode_scale), generator.residual is None) == (None, 2, False)
-    assert generator.config == {**old, "num_scales": 2, "bend": 0}
-    assert generator(torch.randn(4, generator.latent_size)).shape == (4, 7)
+    assert generator.mlp_width == 8
+    assert set(generator.state_dict()) > {"bend.0.weight", "bend.4.bias"}
+    assert generator.config == {name: value for name, value in old.items() if name != "width"}
+    with pytest.raises(ValueError, match="width > 0 are no longer supported"):
+        build_generator({**old, "width": 8})
 
 
 def test_a_chain_that_moved_in_fewer_directions_than_the_others():
@@ -187,9 +189,9 @@ def test_a_batch_to_train_on_has_every_mode_equally_often():
 @pytest.mark.parametrize(
     "original",
     [
-        CoordinateGenerator(7, 3, 2, width=8),
-        CoordinateGenerator(7, 3, 2, width=8, noise=[(1, 2, 3, 2)]),
-        CoordinateGenerator(7, 3, 6, num_scales=2, bend=4),
+        CoordinateGenerator(7, 3, 2),
+        CoordinateGenerator(7, 3, 2, mlp_width=8, noise=[(1, 2, 3, 2)]),
+        CoordinateGenerator(7, 3, 6, num_scales=2, mlp_width=4),
         PaperGenerator(7, latent_size=4, width=5),
     ],
 )
@@ -222,8 +224,8 @@ def test_building_on_meta_allocates_nothing():
         ({"kind": "coordinates", "output_size": 3, "rank": 2, "depth": 9}, "not those of a 'coordinates' generator"),
         ({"kind": "coordinates", "output_size": 3, "rank": 0}, "rank=0"),
         ({"kind": "coordinates", "output_size": 3, "rank": 2, "num_scales": 0}, "num_scales=0"),
-        ({"kind": "coordinates", "output_size": 3, "rank": 2, "bend": -1}, "bend=-1"),
-        ({"kind": "coordinates", "output_size": 3, "rank": 2, "width": 1.5}, "width=1.5"),
+        ({"kind": "coordinates", "output_size": 3, "rank": 2, "bend": -1}, "mlp_width=-1"),
+        ({"kind": "coordinates", "output_size": 3, "rank": 2, "width": 1.5}, "width > 0"),
         ({"kind": "coordinates", "output_size": 3, "rank": 2, "noise": [[0, 2, 2, 1]]}, "reaches beyond the 3"),
         ({"kind": "paper", "output_size": True}, "output_size=True"),
         ({"kind": "paper", "output_size": 3, "width": 2.0}, "width=2.0"),

@@ -1,4 +1,4 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where draws are kept: in memory, or in files."""
+"""Stores of draws: in memory, or in files."""

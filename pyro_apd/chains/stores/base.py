@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where draws are kept while chains run and after.
+"""Stores of draws, for a running chain and afterwards.
 
-A store is one flat buffer ``theta_CSD`` of unconstrained draws by chain, made once at its full size, and three figures
-a draw. Draws of sites on the real line are views of it; others are constrained a block at a time, once. Here it lies in
-memory; :mod:`pyro_apd.chains.stores.disk` keeps the same in files.
+A store is one flat buffer ``theta_CSD`` of unconstrained draws by chain, allocated once at its full size, and three
+statistics per draw. Draws of real sites are views of it; those of others are constrained once, in blocks. Here the
+buffer is in memory; :mod:`pyro_apd.chains.stores.disk` keeps it in files.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch.distributions import Transform
 
 from pyro_apd.models.layout import Layout
 
-#: What is kept of every draw beside it.
+#: Statistics that are kept with every draw.
 STATISTICS = ("potential", "grad_norm", "step_size")
 
-# Bytes that are constrained, copied or looked through at a time.
+# Bytes of a block of draws, which are constrained, copied or checked together.
 _BLOCK_BYTES = 16 * 2**20
 
 
@@ -33,21 +33,23 @@ class DrawStore(ABC):
 
     :ivar Layout layout: the sites that are kept, in order of the columns of ``theta_CSD``.
     :ivar int num_chains: chains, ``C``.
-    :ivar int num_draws: draws of each when the run is complete, ``S``.
+    :ivar int num_draws: draws per chain when the run is complete, ``S``.
     """
 
     def __init__(self, layout: Layout, num_chains: int, num_draws: int) -> None:
-        self.layout, self.num_chains, self.num_draws = layout, num_chains, num_draws
+        self.layout = layout
+        self.num_chains = num_chains
+        self.num_draws = num_draws
 
     @property
     @abstractmethod
     def counts(self) -> list[int]:
-        """Draws there are, by chain."""
+        """Number of draws so far, by chain."""
 
     @property
     @abstractmethod
     def theta_CSD(self) -> Tensor:
-        """All draws, unconstrained; what was not drawn is undefined."""
+        """All draws, unconstrained; entries of draws still to come are undefined."""
 
     @property
     @abstractmethod
@@ -56,19 +58,19 @@ class DrawStore(ABC):
 
     @abstractmethod
     def write(self, chain: int, draw: int, theta_CD: Tensor, statistics: Mapping[str, Any]) -> None:
-        """Puts down a draw of the chains from ``chain`` on; columns as in :attr:`layout`."""
+        """Stores a draw of the chains from ``chain`` on; columns as in :attr:`layout`."""
 
     @abstractmethod
     def truncate(self, chain: int, count: int) -> None:
-        """Forgets draws of a chain from ``count`` on."""
+        """Removes the draws of a chain from ``count`` on."""
 
     @abstractmethod
     def flush(self, durably: bool = False) -> None:
-        """Makes all that was written visible to other processes; ``durably``, also proof against a power cut."""
+        """Makes all draws visible to other processes; with ``durably``, they also survive a power cut."""
 
     @abstractmethod
     def _buffer(self, size: int) -> Tensor:
-        """Room for constrained values ``(C, S, size)``, filled by :meth:`_fill`."""
+        """A buffer for constrained values ``(C, S, size)``, filled by :meth:`_fill`."""
 
     def _fill(self, buffer: Tensor, chain: int, start: int, values: Tensor) -> None:
         buffer[chain, start : start + len(values)] = values
@@ -77,29 +79,29 @@ class DrawStore(ABC):
         return buffer
 
     def freeze(self, chain: int, start: int, stop: int) -> None:
-        """Repeats the draw before ``start`` of a chain up to ``stop``: the state that it stopped at.
+        """Repeats the draw before ``start`` of a chain up to ``stop``: the state in which it stopped.
 
         With ``start=0`` draw 0 itself is repeated; it must have been written.
         """
         source = max(start - 1, 0)
         theta_CD = self.theta_CSD[chain, source].clone().unsqueeze(0)
-        figures = {name: values[chain, source].clone() for name, values in self.statistics.items()}
+        statistics = {name: values[chain, source].clone() for name, values in self.statistics.items()}
         for draw in range(start, stop):
-            self.write(chain, draw, theta_CD, figures)
+            self.write(chain, draw, theta_CD, statistics)
 
     def complete_part(self) -> tuple[list[int], int]:
-        """Chains and draws that form the largest full block: all of a complete run, else what can be grouped."""
+        """Chains and number of draws of the largest block without gaps: all draws of a complete run."""
         return largest_block(self.counts)
 
     def blocks(self, num_draws: int | None = None) -> list[tuple[int, int]]:
-        """Spans of draws that are worked on at a time; none takes more than some 16 MB a chain."""
+        """Spans of draws that are processed together; each takes at most some 16 MB per chain."""
         num_draws = self.num_draws if num_draws is None else num_draws
         width = max(1, self.layout.size) * max(4, self.theta_CSD.element_size())
         length = max(1, _BLOCK_BYTES // width)
         return [(start, min(start + length, num_draws)) for start in range(0, num_draws, length)]
 
     def unconstrained(self) -> Tensor:
-        """Draws of the complete part ``(C, S, D)``; a view, unless chains in between are missing."""
+        """Draws of the complete part ``(C, S, D)``; a view, unless chains in between are left out."""
         chains, num_draws = self.complete_part()
         return _rows(self.theta_CSD, chains)[:, :num_draws]
 
@@ -122,7 +124,7 @@ class DrawStore(ABC):
         return {name: values[name] for name in sorted(values)}
 
     def _constrained(self, chains: list[int], num_draws: int, maps: Mapping[str, Transform]) -> dict[str, Tensor]:
-        """Values of some sites ``(C, S, ...)``, a block at a time, side by side in one buffer."""
+        """Values of some sites ``(C, S, ...)``, computed in blocks, as columns of one buffer."""
 
         def values_of(chain: int, start: int, stop: int) -> dict[str, Tensor]:
             theta = self.layout.split(self.theta_CSD[chain, start:stop])
@@ -132,14 +134,14 @@ class DrawStore(ABC):
         buffer = self._buffer(sum(shape.numel() for shape in shapes.values()))
         for chain in chains:
             for start, stop in self.blocks(num_draws):
-                parts = [value.flatten(1) if value.dim() > 1 else value[:, None]
-                         for value in values_of(chain, start, stop).values()]  # fmt: skip
-                self._fill(buffer, chain, start, torch.cat(parts, 1))
+                values = values_of(chain, start, stop).values()
+                columns = [value.flatten(1) if value.dim() > 1 else value[:, None] for value in values]
+                self._fill(buffer, chain, start, torch.cat(columns, 1))
         buffer = _rows(self._filled(buffer), chains)[:, :num_draws]
-        columns = buffer.split([shape.numel() for shape in shapes.values()], -1)
+        parts = buffer.split([shape.numel() for shape in shapes.values()], -1)
         return {
-            name: column.reshape(*column.shape[:2], *shape)
-            for (name, shape), column in zip(shapes.items(), columns, strict=True)
+            name: part.reshape(*part.shape[:2], *shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
         }
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
@@ -155,14 +157,14 @@ class MemoryStore(DrawStore):
 
     def __init__(self, layout: Layout, num_chains: int, num_draws: int, theta: Tensor) -> None:
         super().__init__(layout, num_chains, num_draws)
-        # Not filled: pages come into being as draws do.
+        # Not filled, so that the system provides memory only as draws come.
         self._theta_CSD = theta.new_empty((num_chains, num_draws, layout.size))
         self._statistics = {name: self._theta_CSD.new_full((num_chains, num_draws), torch.nan) for name in STATISTICS}
         self._counts = [0] * num_chains
 
     @classmethod
     def of(cls, store: DrawStore, device: torch.device | str) -> MemoryStore:
-        """What another store holds, read into memory a block at a time."""
+        """The draws of another store, copied into memory in blocks."""
         copy = cls(store.layout, store.num_chains, store.num_draws, store.theta_CSD.new_empty(0, device=device))
         copy._counts = list(store.counts)
         for chain, count in enumerate(copy._counts):
@@ -174,17 +176,20 @@ class MemoryStore(DrawStore):
 
     @classmethod
     def adopting(cls, store: DrawStore, rows: range | None = None) -> MemoryStore:
-        """The very tensors of another store, or of some of its chains, which may be given up afterwards."""
+        """The tensors of another store, or of some of its chains, without a copy. The other store may be deleted."""
         part = slice(None) if rows is None else slice(rows.start, rows.stop)
-        theta_CSD, counts = store.theta_CSD[part], list(store.counts)[part]
+        theta_CSD = store.theta_CSD[part]
+        counts = list(store.counts)[part]
         adopted = cls(store.layout, len(counts), 0, theta_CSD.new_empty(0))
-        adopted.num_draws, adopted._counts, adopted._theta_CSD = store.num_draws, counts, theta_CSD
+        adopted.num_draws = store.num_draws
+        adopted._counts = counts
+        adopted._theta_CSD = theta_CSD
         adopted._statistics = {name: values[part] for name, values in store.statistics.items()}
         return adopted
 
     @property
     def counts(self) -> list[int]:
-        """Draws there are, by chain."""
+        """Number of draws so far, by chain."""
         return self._counts
 
     @property
@@ -194,11 +199,11 @@ class MemoryStore(DrawStore):
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """Figures of every draw, ``(C, S)`` each, on the draws' device."""
+        """Statistics of every draw, ``(C, S)`` each, on the draws' device."""
         return self._statistics
 
     def write(self, chain: int, draw: int, theta_CD: Tensor, statistics: Mapping[str, Any]) -> None:
-        """Copies; nothing here waits for the device."""
+        """Copies, without waiting for the device."""
         stop = chain + len(theta_CD)
         self._theta_CSD[chain:stop, draw].copy_(theta_CD)
         for name in STATISTICS:
@@ -207,7 +212,7 @@ class MemoryStore(DrawStore):
             self._counts[c] = max(self._counts[c], draw + 1)
 
     def truncate(self, chain: int, count: int) -> None:
-        """Forgets draws of a chain from ``count`` on."""
+        """Removes the draws of a chain from ``count`` on."""
         self._counts[chain] = min(self._counts[chain], count)
 
     def flush(self, durably: bool = False) -> None:
@@ -218,9 +223,9 @@ class MemoryStore(DrawStore):
 
 
 def largest_block(counts: Sequence[int]) -> tuple[list[int], int]:
-    """Of chains with so many draws each, those, and how many of their draws, that are most together.
+    """The chains, and the number of their draws, that make the largest block; ``counts`` are draws by chain.
 
-    All chains, and no draws, where there are none.
+    All chains, and no draws, where there are no draws.
     """
     by_count = sorted(range(len(counts)), key=lambda c: (-counts[c], c))
     sizes = [(k + 1) * counts[c] for k, c in enumerate(by_count)]
@@ -239,13 +244,13 @@ def kept_layout(layout: Layout, names: Sequence[str] | None) -> Layout:
         return layout
     missing = [name for name in names if name not in layout.names]
     if missing:
-        raise ValueError(f"save_params has {missing}, which are no latent sites; the model has {list(layout.names)}.")
+        raise ValueError(f"save_params has {missing}, which are not latent sites; the model has {list(layout.names)}.")
     sites = [site for site in layout if site.name in set(names)]
     return Layout({site.name: site.shape for site in sites}, {site.name: site.support for site in sites})
 
 
 def kept_columns(layout: Layout, kept: Layout, theta_CD: Tensor) -> Tensor:
-    """The columns of ``theta_CD`` that belong to kept sites; the very same tensor where all are kept."""
+    """The columns of ``theta_CD`` that belong to kept sites; the same tensor where all are kept."""
     if kept.size == layout.size:
         return theta_CD
     parts = [theta_CD[:, site.start : site.stop] for site in layout if site.name in kept.names]
@@ -253,7 +258,7 @@ def kept_columns(layout: Layout, kept: Layout, theta_CD: Tensor) -> Tensor:
 
 
 def _rows(values: Tensor, chains: list[int]) -> Tensor:
-    """Some chains of ``(C, S, ...)``; a view where they lie in a row."""
+    """Some chains of ``(C, S, ...)``; a view where they are contiguous."""
     first, last = chains[0], chains[-1]
     return values[first : last + 1] if last - first + 1 == len(chains) else values[chains]
 
@@ -266,13 +271,13 @@ def _is_identity(transform: Transform) -> bool:
 
 
 def as_bytes(values: Tensor) -> memoryview:
-    """The numbers of a tensor on the host as bytes, without a copy where they lie in a row."""
+    """The numbers of a tensor as bytes on the host, without a copy where they are contiguous there."""
     values = values.detach().cpu().contiguous()
     return values.reshape(-1).view(torch.uint8).numpy().data
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; of many entries, a part at a time."""
+    """Whether no entry is NaN or infinite; large tensors are checked in parts."""
     if values.numel() * values.element_size() <= _BLOCK_BYTES or values.dim() == 0:
         return bool(values.isfinite().all())
     if len(values) == 1:

@@ -1,18 +1,18 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws in files: a folder that a run writes in constant memory, and that can be read whether or not it is complete.
+"""Draws in files: a folder that a run writes in constant memory, and that can be read before it is complete.
 
 ::
 
-    draws.json       format, layout, dtype, shape; written last, so that a folder with it is a store
+    draws.json       format, layout, dtype, shape; written after the others, so that a folder with it is a store
     theta.npy        (C, S, D), unconstrained draws
-    statistics.npy   (C, S, 4): 1 where a draw is there, then potential, grad_norm and step_size
-    constrained.npy  (C, S, K), values of the sites that are not real, as the model sees them; made when they are read
+    statistics.npy   (C, S, 4): 1 where the draw was written, then potential, grad_norm and step_size
+    constrained.npy  (C, S, K), constrained values of the sites that are not real; made when they are read
 
-Files are written with plain writes and read through a mapping. What is written then takes no memory of the process, a
-full disk is an error and not a crash, and a draw counts only once its ``1`` stands behind it, so that a killed process
-leaves a store that can be read.
+Files are written with ordinary writes and read through a memory mapping. Written draws then take no memory of the
+process, and a full disk is an error and not a crash. A draw exists once its ``1`` is written, after the draw itself, so
+that a killed process leaves a store that can be read.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from pyro_apd.chains.stores.base import STATISTICS, DrawStore, as_bytes
 from pyro_apd.models.layout import Layout
+from pyro_apd.runtime.files import atomic_write, remove_leftovers
 
 logger = logging.getLogger("pyro_apd")
 
@@ -40,18 +41,18 @@ FORMAT_VERSION = 1
 _KIND = "pyro_apd draws"
 _FILES = ("draws.json", "theta.npy", "statistics.npy", "constrained.npy")
 _DTYPES = {torch.float32: "<f4", torch.float64: "<f8", torch.float16: "<f2", torch.bfloat16: "<i2"}
-# Draws on an accelerator wait for this many others, since each copy to the host waits for the device.
+# Draws on an accelerator are copied to the host so many at a time, since each copy waits for the device.
 _PENDING = 32
 
 
 class DiskStore(DrawStore):
-    """Draws in a folder, as this module lays it out. Made by :meth:`create` or :func:`open_store`.
+    """Draws in a folder with the files of this module. Made by :meth:`create` or :func:`open_store`.
 
-    Tensors that it gives map the files: they take memory as they are read, which the system takes back when it needs
-    it. Changing them in place does not change the files.
+    Its tensors map the files: they take memory as they are read, which the system can reclaim. Changing them in place
+    does not change the files.
 
     :ivar Path path: the folder.
-    :ivar dict info: what the writer noted, anything that JSON holds.
+    :ivar dict info: notes of the writer, anything that JSON holds.
     """
 
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
@@ -59,62 +60,66 @@ class DiskStore(DrawStore):
         super().__init__(layout, *description["shape"][:2])
         self.path, self.info = path, dict(description.get("info", {}))
         self.dtype: torch.dtype = getattr(torch, description["dtype"])
-        self._figure_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self._statistics_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self._maps: dict[str, Tensor] = {}
         self._files: dict[str, tuple[int, int]] = {}
         self._pending: list[tuple[int, int, Tensor, Tensor]] = []
 
     @classmethod
     def create(
-        cls, path: str | os.PathLike[str], layout: Layout, num_chains: int, num_draws: int, dtype: torch.dtype,
+        cls,
+        path: str | os.PathLike[str],
+        layout: Layout,
+        num_chains: int,
+        num_draws: int,
+        dtype: torch.dtype,
         info: Mapping[str, Any] | None = None,
-    ) -> DiskStore:  # fmt: skip
-        """Makes the folder and files of the full size, which take room on disk as they fill.
+    ) -> DiskStore:
+        """Makes the folder, with files of the full size, which take space on disk as they fill.
 
-        A store that was there is replaced; tensors that map it stay what they are.
+        A store at this path is replaced; tensors that map its files stay valid.
 
-        :raises FileExistsError: if ``path`` is a file, or a folder with other things in it.
-        :raises OSError: if the disk has no room for the draws.
+        :raises FileExistsError: if ``path`` is a file, or a folder with other files.
+        :raises OSError: if the disk has no space for the draws.
         """
         path = Path(path).absolute()
         # A run that was killed while it made the files leaves some of them.
-        if path.exists() and not (path.is_dir() and set(os.listdir(path)) <= {*_FILES, "draws.json.tmp"}):
-            raise FileExistsError(f"store_path='{path}' is there already, and is no store of draws; give another path.")
+        if path.is_dir():
+            remove_leftovers(path / "draws.json")
+        if path.exists() and not (path.is_dir() and set(os.listdir(path)) <= set(_FILES)):
+            raise FileExistsError(f"store_path='{path}' exists and is no store of draws; give another path.")
         path.mkdir(parents=True, exist_ok=True)
         if (path / "draws.json").exists():
             logger.warning("Replacing the store of draws at '%s'.", path)
         for name in _FILES:
             (path / name).unlink(missing_ok=True)
         shape = (num_chains, num_draws, layout.size)
-        needed, free = int(np.prod(shape)) * dtype.itemsize, shutil.disk_usage(path).free
-        if needed > free:
-            raise OSError(
-                f"The draws take {needed / 1e6:,.0f} MB ({num_chains} chains of {num_draws} draws of {layout.size} "
-                f"numbers), and '{path}' has {free / 1e6:,.0f} MB left. Keep fewer draws (thinning, save_params), or "
-                "give another store_path."
-            )
+        _check_space(path, shape, dtype)
         description = {
-            "kind": _KIND, "format": FORMAT_VERSION, "layout": layout.to_json(), "shape": list(shape),
-            "dtype": str(dtype).removeprefix("torch."), "statistics": ["is_kept", *STATISTICS],
+            "kind": _KIND,
+            "format": FORMAT_VERSION,
+            "layout": layout.to_json(),
+            "shape": list(shape),
+            "dtype": str(dtype).removeprefix("torch."),
+            "statistics": ["is_kept", *STATISTICS],
             "info": dict(info or {}),
-        }  # fmt: skip
+        }
         store = cls(path, description)
         store.layout = layout
         _make_npy(path / "theta.npy", shape, dtype)
-        _make_npy(path / "statistics.npy", (num_chains, num_draws, 1 + len(STATISTICS)), store._figure_dtype)
-        temporary = path / "draws.json.tmp"
-        temporary.write_text(json.dumps(description, indent=1) + "\n")
-        os.replace(temporary, path / "draws.json")
+        _make_npy(path / "statistics.npy", (num_chains, num_draws, 1 + len(STATISTICS)), store._statistics_dtype)
+        with atomic_write(path / "draws.json") as temporary:
+            temporary.write_text(json.dumps(description, indent=1) + "\n")
         return store
 
     @property
     def counts(self) -> list[int]:
-        """Draws there are, by chain: those before the first that is not marked as kept."""
+        """Number of draws by chain: those before the first that is not marked as kept."""
         self.flush()
-        # Read afresh: another process may be writing, and what a private mapping shows of that is up to the system.
+        # Read from the file: another process may be writing, and a private mapping need not show that.
         shape, dtype, offset = _npy_header(self.path / "statistics.npy")
-        figures = np.fromfile(self.path / "statistics.npy", dtype, int(np.prod(shape)), offset=offset)
-        kept_CS = torch.from_numpy(figures.reshape(shape)[:, :, 0] == 1)
+        numbers = np.fromfile(self.path / "statistics.npy", dtype, int(np.prod(shape)), offset=offset)
+        kept_CS = torch.from_numpy(numbers.reshape(shape)[:, :, 0] == 1)
         return [self.num_draws if bool(row.all()) else int(row.int().argmin()) for row in kept_CS]
 
     @property
@@ -126,42 +131,42 @@ class DiskStore(DrawStore):
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """Figures of every draw, ``(C, S)`` each, mapped."""
+        """Statistics of every draw, ``(C, S)`` each, mapped."""
         self.flush()
-        figures = self._map("statistics.npy")
-        return {name: figures[:, :, 1 + i] for i, name in enumerate(STATISTICS)}
+        statistics_CSK = self._map("statistics.npy")
+        return {name: statistics_CSK[:, :, 1 + i] for i, name in enumerate(STATISTICS)}
 
     def write(self, chain: int, draw: int, theta_CD: Tensor, statistics: Mapping[str, Any]) -> None:
         """Writes to the files; from an accelerator, several draws at a time.
 
         :raises OSError: if the disk is full.
         """
-        figures = theta_CD.new_ones((len(theta_CD), 1 + len(STATISTICS)), dtype=self._figure_dtype)
+        statistics_CK = theta_CD.new_ones((len(theta_CD), 1 + len(STATISTICS)), dtype=self._statistics_dtype)
         for i, name in enumerate(STATISTICS):
-            figures[:, 1 + i] = statistics[name]
+            statistics_CK[:, 1 + i] = statistics[name]
         if theta_CD.device.type == "cpu":
-            self._put_draw(chain, draw, theta_CD, figures)
+            self._put_draw(chain, draw, theta_CD, statistics_CK)
             return
-        self._pending.append((chain, draw, theta_CD.clone(), figures))
+        self._pending.append((chain, draw, theta_CD.clone(), statistics_CK))
         if len(self._pending) >= _PENDING:
             self.flush()
 
     def truncate(self, chain: int, count: int) -> None:
-        """Forgets draws of a chain from ``count`` on."""
+        """Removes the draws of a chain from ``count`` on."""
         self.flush()
         for draw in range(count, self.counts[chain]):
-            self._put("statistics.npy", chain, draw, torch.zeros(1 + len(STATISTICS), dtype=self._figure_dtype))
+            self._put("statistics.npy", chain, draw, torch.zeros(1 + len(STATISTICS), dtype=self._statistics_dtype))
 
     def flush(self, durably: bool = False) -> None:
-        """Writes what waits; ``durably``, down to the disk."""
+        """Writes pending draws; with ``durably``, synced to the disk."""
         pending, self._pending = self._pending, []
         if pending:
-            # A chain's draws come over in one copy.
+            # Draws of the same shape are copied to the host together.
             for _, group in _by_shape(pending).items():
                 theta_NCD = torch.stack([theta for _, _, theta, _ in group]).cpu()
-                figures_NCK = torch.stack([figures for *_, figures in group]).cpu()
-                for (chain, draw, _, _), theta_CD, figures in zip(group, theta_NCD, figures_NCK, strict=True):
-                    self._put_draw(chain, draw, theta_CD, figures)
+                statistics_NCK = torch.stack([statistics_CK for *_, statistics_CK in group]).cpu()
+                for (chain, draw, _, _), theta_CD, statistics_CK in zip(group, theta_NCD, statistics_NCK, strict=True):
+                    self._put_draw(chain, draw, theta_CD, statistics_CK)
         if durably:
             for file, _ in self._files.values():
                 os.fsync(file)
@@ -174,7 +179,7 @@ class DiskStore(DrawStore):
         self._files = {}
 
     def remove(self) -> None:
-        """Deletes the folder. Tensors that it gave stay valid."""
+        """Deletes the folder. Its tensors stay valid."""
         self.close()
         shutil.rmtree(self.path, ignore_errors=True)
 
@@ -186,17 +191,17 @@ class DiskStore(DrawStore):
         for file, _ in getattr(self, "_files", {}).values():
             os.close(file)
 
-    def _put_draw(self, chain: int, draw: int, theta_CD: Tensor, figures_CK: Tensor) -> None:
+    def _put_draw(self, chain: int, draw: int, theta_CD: Tensor, statistics_CK: Tensor) -> None:
         for i in range(len(theta_CD)):
             self._put("theta.npy", chain + i, draw, theta_CD[i])
-        # After the draws: a figure says that its draw is there.
+        # After the draws, since the statistics mark a draw as kept.
         for i in range(len(theta_CD)):
-            self._put("statistics.npy", chain + i, draw, figures_CK[i])
+            self._put("statistics.npy", chain + i, draw, statistics_CK[i])
 
     def _put(self, name: str, chain: int, draw: int, values: Tensor) -> None:
         if name not in self._files:
-            self._files[name] = (os.open(self.path / name, os.O_WRONLY | getattr(os, "O_BINARY", 0)),
-                                 _npy_header(self.path / name)[2])  # fmt: skip
+            _, _, offset = _npy_header(self.path / name)
+            self._files[name] = (os.open(self.path / name, os.O_WRONLY | getattr(os, "O_BINARY", 0)), offset)
         file, start = self._files[name]
         data = as_bytes(values)
         _write_all(file, data, start + (chain * self.num_draws + draw) * data.nbytes)
@@ -207,7 +212,7 @@ class DiskStore(DrawStore):
         return self._maps[name]
 
     def _buffer(self, size: int) -> Tensor:
-        # A file of the present run's; one left by an earlier reading may be of fewer draws.
+        # A new file, since that of an earlier reading may have fewer draws.
         (self.path / "constrained.npy").unlink(missing_ok=True)
         self._maps.pop("constrained.npy", None)
         if "constrained.npy" in self._files:
@@ -227,7 +232,7 @@ class DiskStore(DrawStore):
 def open_store(path: str | os.PathLike[str]) -> DiskStore:
     """Opens the store that a run with ``store="disk"`` wrote, finished or not, also while it is being written.
 
-    What it gives can be used in place of the run: ``distill(open_store(path), model, data=(x, y))``.
+    The store can be used in place of the run: ``distill(open_store(path), model, data=(x, y))``.
 
     :raises FileNotFoundError: if there is no store at ``path``.
     :raises ValueError: if it is damaged, or of a newer format.
@@ -246,7 +251,7 @@ def open_store(path: str | os.PathLike[str]) -> DiskStore:
     chains, draws, size = description["shape"]
     expected = {
         "theta.npy": ((chains, draws, size), _DTYPES[store.dtype]),
-        "statistics.npy": ((chains, draws, 1 + len(STATISTICS)), _DTYPES[store._figure_dtype]),
+        "statistics.npy": ((chains, draws, 1 + len(STATISTICS)), _DTYPES[store._statistics_dtype]),
     }
     for name, (shape, dtype) in expected.items():
         found_shape, found_dtype, offset = _npy_header(path / name)
@@ -257,6 +262,17 @@ def open_store(path: str | os.PathLike[str]) -> DiskStore:
                 f"{(path / name).stat().st_size} bytes, and draws.json asks for {dtype} of shape {shape}, {needed}."
             )
     return store
+
+
+def _check_space(path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    needed = int(np.prod(shape)) * dtype.itemsize
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        raise OSError(
+            f"The draws take {needed / 1e6:,.0f} MB ({shape[0]} chains of {shape[1]} draws of {shape[2]} numbers), and "
+            f"'{path}' has {free / 1e6:,.0f} MB left. Keep fewer draws (thinning, save_params), or give another "
+            "store_path."
+        )
 
 
 def _check_description(path: Path, description: Any) -> None:
@@ -293,7 +309,7 @@ def _write_all(file: int, data: memoryview, position: int) -> None:
 
 
 def _make_npy(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """A new file with NumPy's header and zeros that take no room yet."""
+    """A new file with NumPy's header, and zeros that take no space yet."""
     number = np.dtype(_DTYPES[dtype])
     with path.open("xb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(number), "fortran_order": False, "shape": shape}
@@ -302,9 +318,9 @@ def _make_npy(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def _npy_header(path: Path) -> tuple[tuple[int, ...], str, int]:
-    """Shape, dtype and where the numbers begin.
+    """Shape, dtype and the offset of the numbers.
 
-    :raises ValueError: if the file is missing, or is none of NumPy's in C order.
+    :raises ValueError: if the file is missing, or is no array of NumPy in C order.
     """
     try:
         with path.open("rb") as file:
@@ -320,7 +336,7 @@ def _npy_header(path: Path) -> tuple[tuple[int, ...], str, int]:
 
 
 def _map_npy(path: Path) -> Tensor:
-    """The numbers of a file as a tensor that reads them when they are looked at."""
+    """The numbers of a file as a tensor that reads them on access."""
     shape, dtype, offset = _npy_header(path)
     if int(np.prod(shape)) == 0:
         return torch.from_numpy(np.empty(shape, dtype))

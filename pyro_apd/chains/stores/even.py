@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A store of fixed size for runs of any length: draws evenly spaced over all that there were."""
+"""A store of fixed size for runs of any length: draws evenly spaced over the whole run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pyro_apd.models.layout import Layout
 
 
 class EvenStore(MemoryStore):
-    """Keeps every ``stride``-th draw of each chain; when it is full, every second goes and the stride doubles.
+    """Keeps every ``stride``-th draw of each chain. When it is full, it drops every second one, and doubles the stride.
 
-    Between half of ``capacity`` and all of it are there, from the first draw to the last, whatever the length of the
-    run; which ones does not depend on when it is looked at, nor on chance.
+    For any length of the run, between half of ``capacity`` and all of it are held, from the first draw to the last.
+    Which draws these are depends only on how many there were.
 
     :param Layout layout: the sites.
     :param int num_chains: chains, ``C``.
-    :param int capacity: draws of each that there is room for, at least 2.
+    :param int capacity: the largest number of draws per chain, at least 2.
     :param Tensor theta: any state of the chains; its dtype and device are the buffer's.
-    :ivar int stride: draws from one that is kept to the next.
+    :ivar int stride: distance between kept draws.
     """
 
     def __init__(self, layout: Layout, num_chains: int, capacity: int, theta: Tensor) -> None:
@@ -35,7 +35,7 @@ class EvenStore(MemoryStore):
         self._ended: set[int] = set()
 
     def write(self, chain: int, draw: int, theta_CD: Tensor, statistics: Mapping[str, Any]) -> None:
-        """Keeps a draw or lets it go by."""
+        """Keeps a draw if its number is a multiple of the stride."""
         while draw % self.stride == 0 and draw // self.stride >= self.num_draws:
             self._halve()
         if draw % self.stride:
@@ -48,11 +48,11 @@ class EvenStore(MemoryStore):
             self._counts[c] = max(self._counts[c], slot + 1)
 
     def truncate(self, chain: int, count: int) -> None:
-        """Forgets draws of a chain from ``count`` on, counting all that were written."""
+        """Removes the draws of a chain from ``count`` on, where all written draws are counted."""
         self._counts[chain] = min(self._counts[chain], -(-count // self.stride))
 
     def freeze(self, chain: int, start: int, stop: int) -> None:
-        """A chain that stopped has no draws from ``start`` on; its last state is not repeated."""
+        """Ends a chain that stopped at ``start``; its last state is not repeated."""
         self.truncate(chain, start)
         self._ended.add(chain)
 
@@ -67,15 +67,16 @@ class EvenStore(MemoryStore):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what another store of the same size held."""
+        """Restores the draws of another store of the same size."""
         self._theta_CSD.copy_(state["theta"])
         for name in STATISTICS:
             self._statistics[name].copy_(state["statistics"][name])
-        self._counts, self._ended = list(state["counts"]), set(state["ended"])
+        self._counts = list(state["counts"])
+        self._ended = set(state["ended"])
         self.stride = int(state["stride"])
 
     def _halve(self) -> None:
-        """In place: the source of every move lies behind its target."""
+        """In place, since every draw moves to an earlier slot."""
         for values in (self._theta_CSD, *self._statistics.values()):
             for slot in range(1, (self.num_draws + 1) // 2):
                 values[:, slot] = values[:, 2 * slot]

@@ -42,7 +42,7 @@ from pyro_apd.diagnostics.arviz_export.predictions import ModelGroups, attempt
 from pyro_apd.diagnostics.arviz_export.variables import Selection, Variables, function_probe
 from pyro_apd.diagnostics.comparison.evaluation import Inputs, find_inputs, model_of
 from pyro_apd.diagnostics.draws import ChainDraws, Draws, draw_posterior, draw_shapes, kernel_settings, read_chain
-from pyro_apd.runtime.files import written_whole
+from pyro_apd.runtime.files import atomic_write
 
 _LOG = logging.getLogger("pyro_apd")
 
@@ -117,7 +117,7 @@ def save_netcdf(idata: Any, path: str | os.PathLike[str]) -> Path:
 
     :raises FileNotFoundError: if the folder does not exist.
     """
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         compat.write(idata, temporary)
     return Path(path)
 

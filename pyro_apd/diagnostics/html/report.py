@@ -32,7 +32,7 @@ from pyro_apd.diagnostics.formatting import format_bytes, format_number
 from pyro_apd.diagnostics.html import pictures
 from pyro_apd.diagnostics.mixing.function_space import FunctionProbe
 from pyro_apd.diagnostics.mixing.health import Health, chain_health, layer_health
-from pyro_apd.runtime.files import written_whole
+from pyro_apd.runtime.files import atomic_write
 from pyro_apd.runtime.global_state import seeded
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def report(
     :raises ValueError: as :func:`~pyro_apd.diagnostics.compare`.
     """
     # Opened first, so that a folder that does not exist costs no computation.
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         if fidelity is None:
             fidelity = compare(
                 *(mcmc, posterior, model, x, y),

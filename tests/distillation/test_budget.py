@@ -13,8 +13,14 @@ from torch import nn
 from pyro_apd.chains.stores import base as chains_store
 from pyro_apd.chains.stores.base import STATISTICS
 from pyro_apd.chains.stores.disk import DiskStore, open_store
-from pyro_apd.distillation import DistillationWarning, distill, effort
-from pyro_apd.distillation.effort import CHUNKED_FROM, MAX_CHUNKED_RANK, Effort, Work, choose_generator
+from pyro_apd.distillation import DistillationWarning, budget, distill
+from pyro_apd.distillation.budget import (
+    CHUNKED_FROM,
+    MAX_CHUNKED_RANK,
+    PredictionCost,
+    TrainingBudget,
+    choose_generator,
+)
 from pyro_apd.generators import ChunkedGenerator, CoordinateGenerator, draw_blocks
 from pyro_apd.models.bnn import BNN
 from pyro_apd.models.layout import Layout
@@ -30,7 +36,9 @@ SIZES = (20, 16, 3)
 def few(monkeypatch):
     """What is tested does not hang on how finely generators are compared, and that is most of the time."""
     monkeypatch.setattr(
-        Effort, "of", classmethod(lambda cls, *args: cls(num_steps=2, batch_size=12, num_probes=8, num_judged=30))
+        TrainingBudget,
+        "of",
+        classmethod(lambda cls, *args: cls(num_steps=2, batch_size=12, num_probes=8, num_evaluation_draws=30)),
     )
 
 
@@ -65,26 +73,26 @@ def moments(posterior):
 
 
 def test_work_falls_with_size_and_not_below_what_is_of_use():
-    assert Effort.of(CHUNKED_FROM) == Effort() == Effort.of(500, 1000)
-    larger, largest = Effort.of(4 * CHUNKED_FROM), Effort.of(1000 * CHUNKED_FROM)
-    assert (larger.num_steps, larger.batch_size, larger.num_judged) == (125, 32, 100)
-    assert (largest.num_steps, largest.batch_size, largest.num_judged, largest.num_evaluations) == (50, 16, 40, 5)
-    assert Effort.of(1000, 4 * CHUNKED_FROM) == larger
+    assert TrainingBudget.of(CHUNKED_FROM) == TrainingBudget() == TrainingBudget.of(500, 1000)
+    larger, largest = TrainingBudget.of(4 * CHUNKED_FROM), TrainingBudget.of(1000 * CHUNKED_FROM)
+    assert (larger.num_steps, larger.batch_size, larger.num_evaluation_draws) == (125, 32, 100)
+    assert largest == TrainingBudget(50, 16, num_evaluation_draws=40, num_evaluations=5)
+    assert TrainingBudget.of(1000, 4 * CHUNKED_FROM) == larger
 
 
 def test_products_of_an_input():
     layer, filters = nn.Linear(30, 20), nn.Conv2d(1, 4, 3)
     x, images = torch.ones(1, 30), torch.ones(1, 1, 10, 10)
-    assert Work.of(lambda: layer(x).relu()) == Work(600, 2 * 20 * 4)
-    assert Work.of(lambda: filters(images).flatten(1)) == Work(8 * 8 * 4 * 9, 8 * 8 * 4 * 4)
-    assert Work.of(lambda: 1 / 0) == Work()
+    assert PredictionCost.of(lambda: layer(x).relu()) == PredictionCost(600, 2 * 20 * 4)
+    assert PredictionCost.of(lambda: filters(images).flatten(1)) == PredictionCost(8 * 8 * 4 * 9, 8 * 8 * 4 * 4)
+    assert PredictionCost.of(lambda: 1 / 0) == PredictionCost()
 
 
 def test_without_torchs_dispatch_modes_nothing_is_known_of_the_work(monkeypatch):
     """They are no public interface of torch; the test above notices if they change."""
     layer, x = nn.Linear(30, 20), torch.ones(1, 30)
     monkeypatch.setitem(sys.modules, "torch.utils._python_dispatch", None)
-    assert Work.of(lambda: layer(x)) == Work()
+    assert PredictionCost.of(lambda: layer(x)) == PredictionCost()
 
 
 def test_the_generator_follows_from_the_size():
@@ -98,7 +106,7 @@ def test_the_generator_follows_from_the_size():
 
 def test_large_networks_are_distilled_in_chunks(few, monkeypatch):
     assert isinstance(of(None).generator, CoordinateGenerator)
-    monkeypatch.setattr(effort, "CHUNKED_FROM", 300)
+    monkeypatch.setattr(budget, "CHUNKED_FROM", 300)
     posterior = of(None)
     assert isinstance(posterior.generator, ChunkedGenerator)
     assert posterior.metadata["space"] == "functions"
@@ -114,7 +122,7 @@ def test_a_file_stays_within_twelve_networks():
     """An eighth bit a coordinate and weight, location and noise: with the largest rank there is."""
     layout = Layout({"a": (300, 200)})
     lengths = [10_000] * 6
-    generator = ChunkedGenerator(60_000, MAX_CHUNKED_RANK, lengths, 40, [(0, 300, 200, 32)], 1, bend=32)
+    generator = ChunkedGenerator(60_000, MAX_CHUNKED_RANK, lengths, 40, [(0, 300, 200, 32)], 1, mlp_width=32)
     assert DistilledPosterior(layout, generator, storage_dtype="int8").num_bytes <= 12 * 4 * 60_000
 
 
@@ -136,7 +144,7 @@ def test_the_start_has_the_law_of_the_default(few, known):
 def test_training_in_coordinates_is_training(few):
     start, trained = (of("chunked", False, num_steps=steps) for steps in (0, 6))
     assert trained.training_log["step"][-1] == 6
-    assert trained.metadata["figures"]["distance"] <= start.metadata["figures"]["distance"] + 1e-6
+    assert trained.metadata["metrics"]["distance"] <= start.metadata["metrics"]["distance"] + 1e-6
     assert trained.generator.rank == start.generator.rank
 
 
@@ -153,7 +161,7 @@ def test_noise_that_is_too_loud_is_turned_down(kind, made, few, monkeypatch):
     start, quieter = of(kind, num_steps=0), of(kind, num_steps=1)
     scale = [float(posterior.generator.noise[0].row_scale.mean()) for posterior in (start, quieter)]
     assert scale[1] < 0.4 * scale[0]
-    assert quieter.metadata["figures"]["distance"] < start.metadata["figures"]["distance"]
+    assert quieter.metadata["metrics"]["distance"] < start.metadata["metrics"]["distance"]
 
 
 def test_the_same_seed_gives_the_same_file(few, tmp_path):

@@ -1,0 +1,35 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Options are checked once, and are Python's own numbers afterwards."""
+
+import numpy as np
+import pytest
+
+from pyro_apd.distillation.options import DistillOptions
+
+
+def test_numbers_of_numpy_become_pythons():
+    options = DistillOptions(num_steps=np.int64(7), rank=np.int32(3), seed=np.uint64(2**63))
+    assert (options.num_steps, options.rank, options.seed) == (7, 3, 2**63)
+    assert all(type(value) is int for value in (options.num_steps, options.rank, options.seed))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": True}, "num_steps=True must be an integer >= 0. None takes the default"),
+        ({"rank": 0}, "rank=0 must be a positive integer. None takes the default"),
+        ({"seed": -1}, "seed=-1 must be None or an integer"),
+        ({"generator": 3}, "generator=3 must be one of 'chunked', 'coordinates', 'paper'"),
+        ({"objective": "wgan"}, "objective='wgan' with generator='coordinates': accepted are"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        DistillOptions(**options)
+
+
+def test_a_round_takes_a_share_of_the_steps():
+    assert DistillOptions().steps(500) == 500
+    assert DistillOptions(num_steps=40, share_of_steps=4).steps(500) == 10

@@ -1,0 +1,108 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A file is written as a whole or not at all."""
+
+import errno
+import os
+
+import pytest
+
+from pyro_apd.runtime.files import atomic_write, remove_leftovers
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text("before")
+    return path
+
+
+def write(path, text, **options):
+    with atomic_write(path, **options) as temporary:
+        temporary.write_text(text)
+
+
+def test_what_was_there_is_replaced(path):
+    write(path, "after")
+    assert path.read_text() == "after"
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_what_was_there_is_kept_where_it_is_asked_for(path):
+    previous = path.with_name("older.json")
+    write(path, "after", previous=previous)
+    assert (path.read_text(), previous.read_text()) == ("after", "before")
+    path.unlink()
+    write(path, "first", previous=previous)
+    assert (path.read_text(), previous.read_text()) == ("first", "before")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_error_while_writing_leaves_what_was_there(path, error):
+    def fail():
+        with atomic_write(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert path.read_text() == "before"
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_an_error_of_the_disk_says_what_is_intact(path, monkeypatch, call):
+    def full(*args):
+        raise OSError(errno.EACCES, "disk full")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(PermissionError, match=r"Cannot write '.*table.json': disk full. '.*table.json' is as it was"):
+        write(path, "after")
+    with pytest.raises(PermissionError, match=r"Cannot write '.*new.json': disk full. Nothing was written."):
+        write(path.with_name("new.json"), "after")
+    assert path.read_text() == "before"
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_without_an_error_number_too(path, monkeypatch):
+    with pytest.raises(OSError, match=r"table.json': odd. '.*table.json' is as it was before"), atomic_write(path):
+        raise OSError("odd")
+
+
+def test_file_and_folder_are_synced_before_and_after_the_rename(path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, f=original: (calls.append(name), f(*args))[1])
+    write(path, "after")
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_files_have_the_permissions_that_the_user_gives_new_files(path):
+    (path.parent / "other").write_text("")
+    write(path, "after")
+    assert path.stat().st_mode == (path.parent / "other").stat().st_mode
+
+
+def test_a_folder_that_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"Cannot write '.*x.txt': there is no folder '.*nowhere'"):
+        write(tmp_path / "nowhere" / "x.txt", "")
+
+
+def test_two_writers_do_not_share_a_temporary_file(path):
+    with atomic_write(path) as one, atomic_write(path) as other:
+        assert one != other
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one"
+
+
+def test_leftovers_of_a_killed_writer_are_removed(path):
+    with atomic_write(path) as temporary:
+        temporary.write_text("after")
+        leftover = temporary.with_name(temporary.name)
+    leftover.write_text("half")
+    path.with_name(".other.json.1.tmp").write_text("of another file")
+    remove_leftovers(path)
+    assert sorted(os.listdir(path.parent)) == [".other.json.1.tmp", path.name]
