@@ -22,6 +22,9 @@ from pyro_apd.runtime.tensor_file import FileKind
 #: Of the file; raised when what is in it changes its meaning.
 FORMAT = 1
 
+#: Draws by site, or a generator: what a warm run can keep.
+KeptPosterior = Mapping[str, Tensor] | DistilledPosterior
+
 _DRAWS = FileKind(
     "pyro_apd_draws",
     "file of draws",
@@ -138,7 +141,7 @@ class HistoryFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
-    def read(self, settings: Mapping[str, Any]) -> tuple[History | None, Any]:
+    def read(self, settings: Mapping[str, Any]) -> tuple[History | None, KeptPosterior | None]:
         """The history there is, None if none, and the last posterior, None if it was not kept.
 
         :raises ValueError: if the file is of a run with other settings, or no history.
@@ -160,7 +163,7 @@ class HistoryFile:
             raise ValueError(f"{self.path} is of a run with other settings ({said}). Give another `history_path`.")
         return history, self._read_state(content.get("state"))
 
-    def write(self, history: History, posterior: Any = None) -> None:
+    def write(self, history: History, posterior: KeptPosterior | None = None) -> None:
         """Puts a history, and a posterior where one is given, in place of what is there.
 
         :raises ValueError: if the posterior is neither draws nor a :class:`~pyro_apd.DistilledPosterior`.
@@ -175,7 +178,7 @@ class HistoryFile:
             if old.name != content.get("state", {}).get("file"):
                 old.unlink()
 
-    def _write_state(self, posterior: Any, number: int) -> dict[str, str]:
+    def _write_state(self, posterior: KeptPosterior, number: int) -> dict[str, str]:
         path = self.path.with_name(f"{self.path.stem}.round-{number:04d}.safetensors")
         if isinstance(posterior, DistilledPosterior):
             posterior.save(path)
@@ -188,7 +191,7 @@ class HistoryFile:
             f"is a {type(posterior).__name__}. Leave `history_path` out, or use retraining='cold'."
         )
 
-    def _read_state(self, known: Mapping[str, str] | None) -> Any:
+    def _read_state(self, known: Mapping[str, str] | None) -> KeptPosterior | None:
         if known is None:
             return None
         path = self.path.with_name(Path(known["file"]).name)

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from pyro.ops.streaming import StreamingStats
 from torch import Tensor
 
@@ -55,12 +56,12 @@ class OnlineDistillation(StreamingStats):
         self._model = model
         self._data = data
         self._options = options
-        self._buffers: dict[Any, EvenStore] = {}
-        self._seen: dict[Any, int] = {}
+        self._buffers: dict[Hashable, EvenStore] = {}
+        self._seen: dict[Hashable, int] = {}
 
     def update(self, sample: Mapping[Any, Tensor]) -> None:
         """Takes a draw: constrained values by site, or by ``(chain, site)`` as Pyro's driver has them."""
-        by_chain: dict[Any, dict[str, Tensor]] = {}
+        by_chain: dict[Hashable, dict[str, Tensor]] = {}
         for key, value in sample.items():
             chain, name = key if isinstance(key, tuple) else (0, key)
             by_chain.setdefault(chain, {})[name] = value
@@ -98,7 +99,7 @@ class OnlineDistillation(StreamingStats):
         posterior.metadata |= {"online": True, "draws_seen": min(self._seen[keys[chain]] for chain in chains)}
         return posterior
 
-    def hook(self, kernel: Any, params: Mapping[str, Tensor], stage: str, i: int) -> None:
+    def hook(self, kernel: MCMCKernel, params: Mapping[str, Tensor], stage: str, i: int) -> None:
         """Pyro's ``hook_fn``: takes the draws after warm-up. Vectorised chains of this package come as one call."""
         if not stage.startswith("Sample"):
             return
@@ -115,7 +116,7 @@ class OnlineDistillation(StreamingStats):
             number = re.search(r"\[(\d+)\]", stage)
             self._add(int(number[1]) if number else 0, values)
 
-    def _add(self, chain: Any, values: Mapping[str, Tensor]) -> None:
+    def _add(self, chain: Hashable, values: Mapping[str, Tensor]) -> None:
         if chain not in self._buffers:
             layout = Layout({name: values[name].shape for name in sorted(values)})
             like = next(iter(values.values()))

@@ -107,7 +107,7 @@ def test_a_flipped_bit_is_found_and_the_one_before_used(path, position):
     contents = bytearray(path.read_bytes())
     contents[position] ^= 1
     path.write_bytes(contents)
-    with pytest.warns(RuntimeWarning, match=r"run.ckpt is (damaged|not|a safetensors file, but no checkpoint).*one before it, '.*run.ckpt.previous'"):
+    with pytest.warns(RuntimeWarning, match=r"run.ckpt is .*(damaged|not|no).*one before it, '.*run.ckpt.previous'"):
         assert read_checkpoint(path).chains[0].num_done == 4
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import pyro_apd
 from pyro_apd import SGLD, DivergenceError, distill_online
-from pyro_apd.chains.checkpoint import CheckpointError, from_bytes_of
+from pyro_apd.chains.checkpoint import CheckpointError, read_file
 from pyro_apd.chains.distributed import path_of_rank
 from pyro_apd.distillation import online, setup, training
 from pyro_apd.distillation.budget import TrainingBudget
@@ -196,7 +196,7 @@ def test_a_checkpoint_that_one_process_alone_could_write_is_passed_over(tmp_path
 
     fuse.touch()
     assert on_ranks(on_rank, 2, tmp_path)[1] == 9
-    written = [from_bytes_of(path_of_rank(path, rank)).notes["written"] for rank in (0, 1)]
+    written = [read_file(path_of_rank(path, rank)).notes["written"] for rank in (0, 1)]
     assert written == [3, 2]
     resumed = on_ranks(on_rank, 2, tmp_path)
     assert resumed == on_ranks(lambda rank: contents(run(), tmp_path / f"whole{rank}"), 2, tmp_path)
