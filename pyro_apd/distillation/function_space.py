@@ -85,7 +85,7 @@ def function_space(source: Source, probe_inputs: Sequence[Any] | None) -> tuple[
     example_SD = source.theta_CSD[0, :2]
     try:
         rows = RowArguments(source.model, args, source.kwargs if probe_inputs is None else {})
-        probes = Probes(rows.rows, as_they_are=probe_inputs is not None)
+        probes = Probes(rows.rows, unchanged=probe_inputs is not None)
         return _viewed(rows, source, probes.draw(TrainingBudget.num_probes), example_SD), probes
     except Exception as error:
         logger.info("The model cannot be run on a subset of rows (%s).", error)

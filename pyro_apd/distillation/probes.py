@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Inputs at which functions are compared: near the data, and far from them, where posteriors differ most."""
+"""Probe inputs, at which functions are compared: near the data, and far from them, where posteriors differ most."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Shares of the probes: mixtures of two rows, rows with noise added, rows as they are; the rest is noise alone. The more
-# rows as they are, the better the generator is near the data, and the worse far from them.
-_MIXTURES, _PERTURBED, _AS_THEY_ARE = 0.25, 0.35, 0.2
+# Shares of the probes: mixtures of two rows, rows with added noise, unchanged rows; the rest is noise alone. With more
+# unchanged rows the generator is better near the data, and worse far from them.
+_MIXTURES, _PERTURBED, _UNCHANGED = 0.25, 0.35, 0.2
 
 
 class RowArguments:
-    """A model as a function of those of its arguments that have one row a datum.
+    """A model as a function of those of its arguments that have one row per datum.
 
     :param callable model: a Pyro model.
     :param args: its arguments; the leading dimension of the first tensor is the number of rows.
@@ -26,7 +26,9 @@ class RowArguments:
     """
 
     def __init__(self, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._model, self._args, self._kwargs = model, list(args), dict(kwargs)
+        self._model = model
+        self._args = list(args)
+        self._kwargs = dict(kwargs)
         entries: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         tensors = [(key, value) for key, value in entries if isinstance(value, Tensor) and value.dim() > 0]
         if not tensors or len(tensors[0][1]) == 0:
@@ -47,27 +49,29 @@ class RowArguments:
 
 
 class Probes:
-    """An endless supply of probe inputs made from rows of data.
+    """Makes probe inputs from rows of data.
 
     A quarter are mixtures of two rows (Zhang et al., ICLR 2018), 35 % are rows with Gaussian noise of up to the data's
-    own standard deviation, mostly of little, 20 % are rows as they are, the rest are uniform noise in the data's range.
-    Integer arguments are only ever rows.
+    standard deviation, mostly less, 20 % are unchanged rows, and the rest are uniform noise in the range of the data.
+    Integer arguments are always unchanged rows.
 
-    :param rows: tensors with one row a datum, ``(N, ...)`` each.
-    :param bool as_they_are: only pick rows.
+    :param rows: tensors with one row per datum, ``(N, ...)`` each.
+    :param bool unchanged: take all probes from the rows, unchanged.
     """
 
-    def __init__(self, rows: Sequence[Tensor], *, as_they_are: bool = False) -> None:
-        self._rows, self._as_they_are = tuple(rows), as_they_are
+    def __init__(self, rows: Sequence[Tensor], *, unchanged: bool = False) -> None:
+        self._rows = tuple(rows)
+        self._unchanged = unchanged
         self._ranges = [_range(value) if value.is_floating_point() else None for value in rows]
 
     def draw(self, count: int) -> tuple[Tensor, ...]:
-        """``count`` probes, by torch's global generator."""
-        device, num_rows = self._rows[0].device, len(self._rows[0])
+        """``count`` probes, with torch's global generator."""
+        device = self._rows[0].device
+        num_rows = len(self._rows[0])
         first, second = torch.randint(num_rows, (2, count), device=device)
         amount = torch.rand(count, device=device).square()
         return tuple(
-            value[first] if bounds is None or self._as_they_are else _vary(value, bounds, first, second, amount)
+            value[first] if bounds is None or self._unchanged else _vary(value, bounds, first, second, amount)
             for value, bounds in zip(self._rows, self._ranges, strict=True)
         )
 
@@ -78,7 +82,7 @@ def _vary(
     low, high, deviation = bounds
     count = len(first)
     mixtures, perturbed = int(_MIXTURES * count), int((_MIXTURES + _PERTURBED) * count)
-    noise = int((_MIXTURES + _PERTURBED + _AS_THEY_ARE) * count)
+    noise = int((_MIXTURES + _PERTURBED + _UNCHANGED) * count)
     probes = value[first].clone()
     amount = amount.to(value).reshape(-1, *[1] * (value.dim() - 1))
     probes[:mixtures] = torch.lerp(probes[:mixtures], value[second[:mixtures]], amount[:mixtures] / 2)
@@ -91,11 +95,11 @@ def _vary(
 def _range(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Lower and upper bound and standard deviation: of all entries, or by column where columns differ in unit.
 
-    Pixels share a unit, also those that are constant in the data, and are to vary like the others. A column whose
-    range is far from that of the whole has a unit of its own.
+    Pixels have a common unit, so that also those that are constant in the data are varied. Columns whose ranges differ
+    much from that of all columns have units of their own.
     """
     low, high = value.amin(0), value.amax(0)
-    moving = (high - low)[high > low]
-    if value.dim() != 2 or len(moving) == 0 or moving.median() >= 0.5 * (high.amax() - low.amin()):
+    ranges = (high - low)[high > low]
+    if value.dim() != 2 or len(ranges) == 0 or ranges.median() >= 0.5 * (high.amax() - low.amin()):
         return low.amin(), high.amax(), value.std(correction=0)
     return low, high, value.std(0, correction=0)

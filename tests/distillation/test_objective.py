@@ -65,7 +65,7 @@ def test_a_batch_made_in_parts_has_the_gradient_of_the_same_draws_made_at_once(m
         fixed_SD = torch.linspace(-1, 1, 192).reshape(64, 3)
         weight.grad = None
         torch.manual_seed(0)
-        objective = FunctionObjective(space(), Probes([torch.linspace(-2, 2, 50)], as_they_are=True), theta_SD)
+        objective = FunctionObjective(space(), Probes([torch.linspace(-2, 2, 50)], unchanged=True), theta_SD)
         torch.manual_seed(1)
         loss = objective.backward(generate)
         assert not loss.requires_grad

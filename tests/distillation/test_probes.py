@@ -71,7 +71,7 @@ def test_integers_are_only_ever_rows():
 
 def test_probes_as_they_are():
     rows = torch.randn(10, 2)
-    (picked,) = Probes([rows], as_they_are=True).draw(30)
+    (picked,) = Probes([rows], unchanged=True).draw(30)
     assert (picked[:, None] == rows).all(-1).any(1).all()
     assert rows.shape == (10, 2)
 
