@@ -132,8 +132,8 @@ class History:
 class HistoryFile:
     """A history on disk, and beside it the last posterior where the next round starts from it.
 
-    Both are written after each round. A file appears whole or not at all, and the history names the posterior that
-    belongs to it, so that an interrupt at any moment leaves a pair that fits.
+    Both are written after each round, atomically. The history names the posterior that belongs to it, so that an
+    interruption at any moment leaves a matching pair.
 
     :param path: the JSON file.
     """
@@ -151,7 +151,7 @@ class HistoryFile:
         try:
             content = json.loads(self.path.read_text())
         except ValueError as error:
-            raise ValueError(f"{self.path} is not JSON ({error}); move it away to begin anew.") from error
+            raise ValueError(f"{self.path} is not JSON ({error}); move it away to start over.") from error
         history = History.from_json(content)
         unlike = {
             name: (history.settings.get(name), settings.get(name))
@@ -164,7 +164,7 @@ class HistoryFile:
         return history, self._read_state(content.get("state"))
 
     def write(self, history: History, posterior: KeptPosterior | None = None) -> None:
-        """Puts a history, and a posterior where one is given, in place of what is there.
+        """Replaces the history on disk, and the posterior where one is given.
 
         :raises ValueError: if the posterior is neither draws nor a :class:`~pyro_apd.DistilledPosterior`.
         """

@@ -30,7 +30,7 @@ from pyro_apd.data.sources import shown_arguments
 from pyro_apd.distillation.failure import DistillationWarning
 from pyro_apd.distillation.function_space import function_space
 from pyro_apd.distillation.offline import distill_draws, report
-from pyro_apd.distillation.options import DistillOptions
+from pyro_apd.distillation.options import DistillOptions, RunLengths
 from pyro_apd.distillation.source import MIN_DRAWS, Source
 from pyro_apd.distillation.training import Training
 from pyro_apd.models.layout import Layout
@@ -48,9 +48,8 @@ logger = logging.getLogger("pyro_apd")
 
 # Key of the buffer among the chains of a checkpoint.
 _BUFFER = -1
-# A round before the last takes one in so many of the steps.
+# A round before the last takes one in this many of the steps.
 _SHARE_OF_STEPS = 4
-_NUM_CHECKPOINTS = 20
 
 #: Called after each round with the posterior so far and the number of draws per chain.
 OnRound = Callable[[DistilledPosterior, int], None]
@@ -131,7 +130,7 @@ def distill_online(
     :raises DistillationError: with ``strict=True``, where a warning would have been issued.
     """
     _check_kernel(kernel)
-    sizes = _Sizes.checked(num_samples, warmup_steps, num_chains, buffer_size, rounds, checkpoint_every)
+    lengths = RunLengths.checked(num_samples, warmup_steps, num_chains, buffer_size, rounds, checkpoint_every)
     if checkpoint_every is not None and checkpoint is None:
         raise ValueError(f"checkpoint_every={checkpoint_every} needs checkpoint=, the file to write to.")
     checks.choice("chain_method", chain_method, ("vectorized", "distributed"))
@@ -143,9 +142,9 @@ def distill_online(
             stacklevel=2,
         )
     options = DistillOptions(num_steps=num_steps, rank=rank, storage_dtype=storage_dtype, seed=seed)
-    start = checked_initial_params(initial_params, sizes.num_chains)
-    every = None if checkpoint is None else sizes.checkpoint_every
-    plan = Plan(sizes.num_samples, sizes.warmup_steps, sizes.num_chains, start, None, every)
+    start = checked_initial_params(initial_params, lengths.num_chains)
+    every = None if checkpoint is None else lengths.checkpoint_every
+    plan = Plan(lengths.num_samples, lengths.warmup_steps, lengths.num_chains, start, None, every)
     path = None if checkpoint is None else Path(checkpoint).absolute()
     settings = Settings(plan, chain_method, checkpoint_path=path, disable_progbar=not progress, gather="all")
     ranks = join_process_group() if chain_method == "distributed" else Ranks()
@@ -153,11 +152,11 @@ def distill_online(
     # As in a run of the driver, since checks of distributions would be repeated in every step.
     with poutine.block(), pyro.validation_enabled(False), preserved_param_store(), ExitStack() as stack:
         distiller = _Rounds(kernel, args, dict(model_kwargs or {}), options, probe_inputs, on_round, progress, ranks)
-        run = _OnlineRun(distiller, settings, stack, sizes.capacity, sizes.schedule, restart)
+        run = _OnlineRun(distiller, settings, stack, lengths.capacity, lengths.schedule, restart)
         try:
             run.sample()
             run.check_chains()
-            posterior, training = distiller.make(run.whole_buffer(), sizes.num_samples, is_last=True)
+            posterior, training = distiller.make(run.whole_buffer(), lengths.num_samples, is_last=True)
         except KeyboardInterrupt:
             posterior, training = run.interrupted()
     report(training, strict)
@@ -358,55 +357,6 @@ def _has_enough(store: DrawStore) -> bool:
     """Whether there are enough draws for a round, all finite: a chain may have diverged since the last check."""
     chains, num_draws = store.complete_part()
     return len(chains) * num_draws >= MIN_DRAWS and all_finite(store.unconstrained())
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Lengths of a run, after checks."""
-
-    num_samples: int
-    warmup_steps: int
-    num_chains: int
-    buffer_size: int
-    rounds: int
-    checkpoint_every: int
-
-    @classmethod
-    def checked(
-        cls,
-        num_samples: int,
-        warmup_steps: int | None,
-        num_chains: int,
-        buffer_size: int,
-        rounds: int,
-        checkpoint_every: int | None,
-    ) -> _Sizes:
-        num_samples = checks.integer("num_samples", num_samples, at_least=MIN_DRAWS)
-        if warmup_steps is None:
-            warmup_steps = num_samples // 2
-        warmup_steps = checks.integer("warmup_steps", warmup_steps, at_least=0)
-        num_chains = checks.integer("num_chains", num_chains)
-        if checkpoint_every is None:
-            checkpoint_every = max(1, (num_samples + warmup_steps) // _NUM_CHECKPOINTS)
-        return cls(
-            num_samples,
-            warmup_steps,
-            num_chains,
-            checks.integer("buffer_size", buffer_size, at_least=max(2 * MIN_DRAWS, 2 * num_chains)),
-            checks.integer("rounds", rounds),
-            checks.integer("checkpoint_every", checkpoint_every),
-        )
-
-    @property
-    def capacity(self) -> int:
-        """Draws per chain that the buffer holds."""
-        return self.buffer_size // self.num_chains
-
-    @property
-    def schedule(self) -> list[int]:
-        """Draws per chain after which there is a round, the last one left out."""
-        counts = [self.num_samples // 2**k for k in range(self.rounds - 1, 0, -1)]
-        return [count for count in counts if count]
 
 
 def _check_kernel(kernel: object) -> None:

@@ -8,17 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyro_apd.distillation.critic import GAN_LOSSES
+from pyro_apd.distillation.source import MIN_DRAWS
 from pyro_apd.generators import GENERATORS
 from pyro_apd.generators.precision import check_dtype
 from pyro_apd.runtime import checks
 from pyro_apd.runtime.seeds import checked_seed
+
+_DEFAULT = "None takes the default."
+_NUM_CHECKPOINTS = 20
 
 
 @dataclass(frozen=True)
 class DistillOptions:
     """Options of :func:`~pyro_apd.distill`; None for the defaults.
 
-    :ivar int share_of_steps: an online round before the last takes one in so many of the steps.
+    :ivar int share_of_steps: an online round before the last takes one in this many of the steps.
     :raises ValueError: naming the option that is out of range or has no meaning.
     """
 
@@ -57,4 +61,57 @@ class DistillOptions:
         return (default if self.num_steps is None else self.num_steps) // self.share_of_steps
 
 
-_DEFAULT = "None takes the default."
+@dataclass(frozen=True)
+class RunLengths:
+    """Numbers of an online run, after checks; as of :func:`~pyro_apd.distill_online`.
+
+    :ivar int checkpoint_every: draws between checkpoints; by default a twentieth of the run.
+    """
+
+    num_samples: int
+    warmup_steps: int
+    num_chains: int
+    buffer_size: int
+    rounds: int
+    checkpoint_every: int
+
+    @classmethod
+    def checked(
+        cls,
+        num_samples: int,
+        warmup_steps: int | None,
+        num_chains: int,
+        buffer_size: int,
+        rounds: int,
+        checkpoint_every: int | None,
+    ) -> RunLengths:
+        """The numbers as Python's own integers, with defaults in place of None.
+
+        :raises ValueError: naming the number that is out of range.
+        """
+        num_samples = checks.integer("num_samples", num_samples, at_least=MIN_DRAWS)
+        if warmup_steps is None:
+            warmup_steps = num_samples // 2
+        warmup_steps = checks.integer("warmup_steps", warmup_steps, at_least=0)
+        num_chains = checks.integer("num_chains", num_chains)
+        if checkpoint_every is None:
+            checkpoint_every = max(1, (num_samples + warmup_steps) // _NUM_CHECKPOINTS)
+        return cls(
+            num_samples,
+            warmup_steps,
+            num_chains,
+            checks.integer("buffer_size", buffer_size, at_least=max(2 * MIN_DRAWS, 2 * num_chains)),
+            checks.integer("rounds", rounds),
+            checks.integer("checkpoint_every", checkpoint_every),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Draws per chain that the buffer holds."""
+        return self.buffer_size // self.num_chains
+
+    @property
+    def schedule(self) -> list[int]:
+        """Draws per chain after which there is a round, the last one left out."""
+        counts = [self.num_samples // 2**k for k in range(self.rounds - 1, 0, -1)]
+        return [count for count in counts if count]

@@ -118,7 +118,7 @@ def prepare(task: DistillationTask, options: DistillOptions) -> PreparedTraining
     if options.generator == "paper":
         return _prepare_paper(task, options)
     generator = _fit(task, options)
-    # Location and basis are fitted to all draws. Steps on batches of draws would only add noise to so many numbers.
+    # Location and basis are fitted to all draws. Steps on batches of draws would only add noise to these many numbers.
     for name, parameter in generator.named_parameters():
         parameter.requires_grad_(name not in ("basis", "location"))
     num_steps = options.steps(task.budget.num_steps)

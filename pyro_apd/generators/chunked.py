@@ -25,7 +25,7 @@ from pyro_apd.generators.residual import Block, MatrixNoise
 
 # Columns of a chunk, at most: decoded, a chunk fits into the caches of a CPU.
 _CHUNK = 16384
-# Draws to whose residuals noise is fitted: enough for so many rows per column, within these bounds.
+# Draws to whose residuals noise is fitted: enough for this many rows per column, within these bounds.
 _ROWS_PER_COLUMN, _MIN_RESIDUALS, _MAX_RESIDUALS = 16, 16, 64
 # Latent entries from which all noise of a draw is made.
 _NOISE_LATENTS = 2

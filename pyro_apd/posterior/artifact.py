@@ -49,7 +49,7 @@ KIND = FileKind(
     METADATA_KEY,
     "distilled posterior",
     "what DistilledPosterior.save wrote",
-    "Save the posterior again, or fetch the file anew.",
+    "Save the posterior again, or download the file again.",
     ArtifactError,
 )
 

@@ -4,7 +4,7 @@
 """Files of tensors with a JSON description: safetensors, checked before anything is allocated, and never unpickled.
 
 Besides the checks of :mod:`safetensors` itself: sizes against the size of the file, names that occur twice, and a
-SHA-256 of description and tensors. The digest detects damage. It is no signature, since whoever writes a file can
+SHA-256 of description and tensors. The digest detects damage. It is no signature, since anyone who writes a file can
 compute it.
 """
 
@@ -62,7 +62,7 @@ class FileKind:
     key: str
     name: str
     accepted: str
-    remedy: str = "Write it again, or fetch it anew."
+    remedy: str = "Write it again, or download it again."
     error: type[Exception] = TensorFileError
 
 

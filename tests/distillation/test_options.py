@@ -6,7 +6,7 @@
 import numpy as np
 import pytest
 
-from pyro_apd.distillation.options import DistillOptions
+from pyro_apd.distillation.options import DistillOptions, RunLengths
 
 
 def test_numbers_of_numpy_become_pythons():
@@ -33,3 +33,11 @@ def test_options_out_of_range(options, message):
 def test_a_round_takes_a_share_of_the_steps():
     assert DistillOptions().steps(500) == 500
     assert DistillOptions(num_steps=40, share_of_steps=4).steps(500) == 10
+
+
+def test_lengths_of_a_run_have_defaults():
+    lengths = RunLengths.checked(np.int64(40), None, 2, 60, 3, None)
+    assert lengths == RunLengths(40, 20, 2, 60, 3, 3)
+    assert all(type(value) is int for value in vars(lengths).values())
+    assert (lengths.capacity, lengths.schedule) == (30, [10, 20])
+    assert RunLengths.checked(10, 0, 1, 20, 9, 5).schedule == [1, 2, 5]

@@ -41,7 +41,7 @@ FORMAT_VERSION = 1
 _KIND = "pyro_apd draws"
 _FILES = ("draws.json", "theta.npy", "statistics.npy", "constrained.npy")
 _DTYPES = {torch.float32: "<f4", torch.float64: "<f8", torch.float16: "<f2", torch.bfloat16: "<i2"}
-# Draws on an accelerator are copied to the host so many at a time, since each copy waits for the device.
+# Draws on an accelerator are copied to the host in groups of this size, since each copy waits for the device.
 _PENDING = 32
 
 
