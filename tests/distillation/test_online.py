@@ -17,6 +17,7 @@ from pyro_apd.chains.driver import MCMC
 from pyro_apd.distillation import online, training
 from pyro_apd.distillation.budget import TrainingBudget
 from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.runtime.seeds import derived_seed
 from tests.distillation.test_offline import Largest
 from tests.support.models import Conjugate
 
@@ -310,7 +311,7 @@ def test_restarting_puts_chains_at_draws_of_the_generator_and_warns(monkeypatch,
     with pytest.warns(DistillationWarning, match="restart=True: chains continue from draws of the generator"):
         run(restart=True, rounds=3, num_chains=num_chains, on_round=lambda p, n: rounds.setdefault(n, p))
     assert list(states) == [20, 30]  # after 10 and 20 draws, but not after the last
-    expected = rounds[10].get_samples(num_chains, seed=4 + 10)["w"]
+    expected = rounds[10].get_samples(num_chains, seed=derived_seed(4, "restart", 10))["w"]
     assert torch.equal(states[20].reshape(num_chains, 3), expected)
 
 
@@ -390,8 +391,8 @@ def test_keyword_arguments_of_the_model():
         ({"num_samples": "40", "warmup_steps": None}, "num_samples=.40. must be an integer"),
         ({"warmup_steps": -1}, "warmup_steps=-1 must be an integer >= 0"),
         ({"num_chains": 0}, "num_chains=0 must be a positive integer"),
-        ({"num_chains": True}, "num_chains=True must be an integer"),
-        ({"num_chains": "2"}, "num_chains='2' must be an integer"),
+        ({"num_chains": True}, "num_chains=True must be a positive integer"),
+        ({"num_chains": "2"}, "num_chains='2' must be a positive integer"),
         ({"buffer_size": 19}, "buffer_size=19 must be an integer >= 20"),
         ({"num_chains": 30}, "buffer_size=40 must be an integer >= 60"),
         ({"rounds": 0}, "rounds=0 must be a positive integer"),
