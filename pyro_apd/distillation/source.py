@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_apd.chains.stores.base import DrawStore, all_finite
-from pyro_apd.data.sources import shown_arguments
+from pyro_apd.data.row_reader import shown_arguments
 from pyro_apd.models.layout import Layout
 from pyro_apd.runtime.global_state import preserved_param_store
 
@@ -95,10 +95,10 @@ def read_source(
 def split_held_out(num_draws: int) -> tuple[Tensor, Tensor]:
     """Indices of a chain's draws to train on, and to hold out: the middle fifth of every 25 draws.
 
-    Neighbouring draws resemble each other, so runs of draws are held out rather than single ones. Runs all along
-    rather than the end: a chain that still moves has its end elsewhere than its middle, and a generator judged there
-    would be judged on what it was never shown. What resemblance is left between the two cannot flatter by much: a
-    generator is far too small to learn draws by heart.
+    Neighbouring draws are correlated, so runs of draws are held out rather than single ones. The runs are spread over
+    the chain: the end of a chain that has not converged differs from its middle, and a generator evaluated there would
+    be evaluated on a part that it never saw. The correlation that is left between training and held-out draws hardly
+    biases the metrics, since a generator is far too small to memorise draws.
     """
     index = torch.arange(num_draws)
     if num_draws < HELD_OUT["period"]:
