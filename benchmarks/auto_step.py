@@ -40,6 +40,7 @@ from benchmarks.common import RESULTS, markdown_table, write_json
 from pyro_apd import BNN, PSGLD, SGHMC, SGLD
 from pyro_apd.cli.demo import digit_network
 from pyro_apd.datasets import digits
+from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.predictive.predictive import log_likelihood
 
 SEEDS = (0, 1, 2)
@@ -213,7 +214,8 @@ def conjugate(quick: bool) -> list[dict[str, Any]]:
 def _drawn(kernel: Any, problem: Regression, thinning: int, quick: bool) -> tuple[Tensor, dict[str, Any]]:
     """Draws of 32 chains that advance together, in float64, and the chosen step size."""
     num_draws, num_warmup = (20, 200) if quick else (200, 1000)
-    chain = kernel.begin((problem.x, problem.y), {}, warmup_steps=num_warmup, num_samples=num_draws, num_chains=32)
+    data, chains = (problem.x, problem.y), ChainSet(count=32)
+    chain = kernel.begin(data, {}, warmup_steps=num_warmup, num_samples=num_draws, chains=chains)
     draws = []
     with torch.no_grad():
         chain.advance(num_warmup)

@@ -32,6 +32,7 @@ from benchmarks.common import markdown_table, write_json
 from pyro_apd import BNN, SGLD
 from pyro_apd.data.index_stream import EpochStream, IndependentStream
 from pyro_apd.datasets import mnist
+from pyro_apd.kernels.engine.chain_set import ChainSet
 
 BATCH_SIZE, STEP_SIZE, TARGET = 100, 1e-6, 0.15
 MEMORY = "tensors in memory, `batch_size=100`"
@@ -87,7 +88,7 @@ def begun(args: tuple[Any, ...], settings: dict[str, Any], compile: bool) -> Cal
     """A chain as a function from a number of steps to their wall time and CPU time in seconds."""
     net = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
     kernel = SGLD(BNN(net, prior_scale=0.141), STEP_SIZE, thinning=20, seed=0, compile=compile, **settings)
-    chain = kernel.begin(args, {}, warmup_steps=0, first_chain=0)
+    chain = kernel.begin(args, {}, warmup_steps=0, chains=ChainSet())
 
     def advance(num_steps: int) -> tuple[float, float]:
         began = time.perf_counter(), time.process_time()

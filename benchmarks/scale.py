@@ -31,6 +31,7 @@ from torch import nn
 import pyro_apd as apd
 from benchmarks.common import RESULTS, markdown_table, write_json
 from benchmarks.memory import anonymous
+from pyro_apd.kernels.engine.chain_set import ChainSet
 
 NUM_INPUTS, NUM_CLASSES, BATCH_SIZE = 64, 10, 100
 WEIGHTS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
@@ -71,7 +72,7 @@ def child(num_weights: int | None, num_chains: int | None) -> None:
     kernel = apd.SGLD(
         apd.BNN(network(num_weights), prior_scale="fan_in"), 1e-6, batch_size=BATCH_SIZE, seed=0, compile=False
     )
-    chain = kernel.begin((x, y), {}, warmup_steps=1, num_chains=num_chains)
+    chain = kernel.begin((x, y), {}, warmup_steps=1, chains=ChainSet(count=num_chains))
     size = chain.layout.size
     chain.advance(2)  # captures the model
     count = max(3, min(200, 20_000_000 // (size * (num_chains or 1))))

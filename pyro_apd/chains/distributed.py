@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,16 +28,18 @@ from pyro_apd.chains.checkpoint import (
     previous_path,
     read_file,
 )
-from pyro_apd.chains.group import Group
-from pyro_apd.chains.run import Run, Settings, constructor_settings
+from pyro_apd.chains.run import Run, constructor_settings
+from pyro_apd.chains.settings import Settings
 from pyro_apd.chains.stores.base import DrawStore, MemoryStore
 from pyro_apd.chains.stores.disk import DiskStore, open_store
+from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.models.layout import Layout
 from pyro_apd.runtime.ranks import Ranks
+from pyro_apd.runtime.seeds import fresh_seed
 from pyro_apd.runtime.trees import tree_leaves
 
-#: Who gets the draws of all chains, and what is split over processes.
-GATHERS, SPLITS = ("rank0", "all", "none"), ("chains", "data")
+if TYPE_CHECKING:
+    from pyro_apd.kernels.base import StochasticGradientKernel
 
 
 class RankRun(Run):
@@ -54,7 +56,7 @@ class RankRun(Run):
 
     def __init__(
         self,
-        kernel: Any,
+        kernel: StochasticGradientKernel,
         settings: Settings,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -64,16 +66,20 @@ class RankRun(Run):
         self._is_part = settings.chain_method == "distributed"
         super().__init__(kernel, _of_rank(settings, ranks) if self._is_part else settings, args, kwargs, stack)
         num_chains = self.plan.num_chains
-        self.ranks, self.own, self._is_shared, self._is_exchanged = ranks, self.chains, False, False
-        #: Whether processes meet before each checkpoint, so that there always is one that all have.
+        self.ranks = ranks
+        self.own = self.chains
+        self._is_shared = False
+        self._is_exchanged = False
+        #: Whether processes wait for each other before each checkpoint, so that there always is one that all have.
         self.is_in_step = False
         if not self._is_part:
             return
         if self.settings.split == "data":
             self.is_in_step = True
-            self.groups, self.progress = [Group(0, num_chains, ranks=ranks)], {0: Progress()}
+            self.groups = [ChainSet(0, num_chains, data_ranks=ranks)]
+            self.progress = {0: Progress()}
             return
-        # A step size is found by all at once: none may go on from before a measure and others from after it.
+        # All processes find a step size together: none may resume from before a measure and others from after it.
         self.is_in_step = getattr(kernel, "schedule", ...) is None
         if num_chains < ranks.size:
             raise ValueError(
@@ -84,7 +90,7 @@ class RankRun(Run):
         self._is_shared = self.settings.store_path is not None and self.settings.gather != "none"
         self.chains = range(num_chains) if self._is_shared else self.own
         row = self.own.start if self._is_shared else 0
-        self.groups = [Group(self.own.start, len(self.own), row, num_chains, ranks)]
+        self.groups = [ChainSet(self.own.start, len(self.own), total=num_chains, first_row=row, peer_ranks=ranks)]
         self.progress = {self.own.start: Progress()}
 
     def sample(self) -> None:
@@ -104,7 +110,7 @@ class RankRun(Run):
 
     @property
     def num_followed(self) -> int:
-        """Chains of which it is known what became of them."""
+        """Number of chains whose outcome is known here."""
         return self.plan.num_chains if self._is_exchanged else len(self.own)
 
     def settled_store(self) -> DrawStore:
@@ -203,10 +209,10 @@ class RankRun(Run):
             )
         return earlier
 
-    def checkpoint(self, group: Group, progress: Progress) -> None:
-        """Writes it, where processes go in step once all are here."""
+    def checkpoint(self, chains: ChainSet, progress: Progress) -> None:
+        """Writes it; where processes go in step, once all are here."""
         self.meet_before_writing()
-        super().checkpoint(group, progress)
+        super().checkpoint(chains, progress)
 
     def meet_before_writing(self) -> None:
         """Then of what processes have written none is more than one checkpoint ahead.
@@ -241,7 +247,7 @@ class RankRun(Run):
         known = super()._seed(saved)
         if known is not None or self.kernel.seed is not None:
             return known
-        return int(self.ranks.broadcast_object(int(torch.randint(2**31, ()))))
+        return int(self.ranks.broadcast_object(fresh_seed()))
 
     def _name(self) -> str:
         return str(self.ranks.broadcast_object(super()._name()))

@@ -9,7 +9,6 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -17,24 +16,31 @@ import pyro.infer
 import torch
 from pyro import poutine
 from pyro.infer.mcmc.api import AbstractMCMC, StreamingMCMC
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from pyro.infer.mcmc.util import diagnostics as diagnostics_by_site
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_apd.chains.distributed import GATHERS, SPLITS, RankRun
+from pyro_apd.chains.distributed import RankRun
 from pyro_apd.chains.group import Hook, Plan, rebuilt_error
-from pyro_apd.chains.run import Run, Settings, draws_path
+from pyro_apd.chains.run import Run
+from pyro_apd.chains.settings import (
+    Settings,
+    check_method,
+    checked_checkpoint,
+    checked_initial_params,
+    checked_store,
+    checkpoint_interval,
+    refuse_files,
+)
 from pyro_apd.chains.stores.base import DrawStore
 from pyro_apd.chains.stores.disk import open_store
 from pyro_apd.errors import DivergenceError
+from pyro_apd.runtime.checks import integer
 from pyro_apd.runtime.global_state import preserved_param_store
 from pyro_apd.runtime.ranks import join_process_group
 
 __all__ = ["MCMC", "open_store"]
-
-METHODS = ("vectorized", "sequential", "parallel", "distributed")
-# Checkpoints a run, where nothing is said.
-_NUM_CHECKPOINTS = 20
 
 
 class MCMC(pyro.infer.MCMC):
@@ -81,9 +87,16 @@ class MCMC(pyro.infer.MCMC):
     :raises ValueError: if settings are out of range or do not go together.
     """
 
+    #: Numbers of the chains whose draws are here: all, or of a distributed run, those of this process.
+    chains: range
+    #: The draws of the last run, all of them, and their statistics.
+    store: DrawStore | None
+    #: Errors of the chains that diverged.
+    diverged: list[DivergenceError]
+
     def __init__(
         self,
-        kernel: Any,
+        kernel: MCMCKernel,
         num_samples: int,
         warmup_steps: int | None = None,
         initial_params: Mapping[str, Tensor] | None = None,
@@ -102,70 +115,91 @@ class MCMC(pyro.infer.MCMC):
         gather: str | None = None,
         split: str | None = None,
     ) -> None:
-        _check_numbers(num_samples=num_samples, num_chains=num_chains)
-        _check_numbers(0, warmup_steps=0 if warmup_steps is None else warmup_steps)
-        _check_method(chain_method, gather, split)
+        num_samples = integer("num_samples", num_samples)
+        num_chains = integer("num_chains", num_chains)
+        warmup_steps = None if warmup_steps is None else integer("warmup_steps", warmup_steps, at_least=0)
+        check_method(chain_method, gather, split)
         self._is_ours = callable(getattr(kernel, "begin", None))
-        #: Numbers of the chains whose draws are here: all, or of a distributed run, those of this process.
         self.chains = range(num_chains)
-        #: The draws of the last run, all of them, and their statistics.
-        self.store: DrawStore | None = None
-        #: What :class:`~pyro_apd.errors.DivergenceError` said of each chain that diverged.
-        self.diverged: list[DivergenceError] = []
-        checkpoint_path = _checked_checkpoint(checkpoint, checkpoint_every)
-        folder = _checked_store(store, store_path, checkpoint_path)
+        self.store = None
+        self.diverged = []
+        checkpoint_path = checked_checkpoint(checkpoint, checkpoint_every)
+        folder = checked_store(store, store_path, checkpoint_path)
         if not self._is_ours:
-            _refuse_files(kernel, folder or checkpoint)
-            self._init_as_pyro(
-                kernel, num_samples, warmup_steps, initial_params, num_chains, hook_fn, mp_context, disable_progbar,
-                disable_validation, transforms, save_params, chain_method,
-            )  # fmt: skip
+            refuse_files(kernel, folder or checkpoint)
+            options = {
+                "warmup_steps": warmup_steps,
+                "initial_params": initial_params,
+                "hook_fn": hook_fn,
+                "disable_progbar": disable_progbar,
+                "disable_validation": disable_validation,
+                "transforms": transforms,
+                # Pyro unpacks them in this order.
+                "save_params": None if save_params is None else sorted(save_params),
+            }
+            self._init_as_pyro(kernel, num_samples, num_chains, chain_method, mp_context, options)
             return
-        AbstractMCMC.__init__(self, kernel, num_chains, transforms)
-        self.chain_method = chain_method or "vectorized"
-        self.num_samples = num_samples
-        self.warmup_steps = num_samples if warmup_steps is None else warmup_steps
+        num_warmup = num_samples if warmup_steps is None else warmup_steps
+        starts = checked_initial_params(initial_params, num_chains)
+        interval = checkpoint_interval(checkpoint_path, checkpoint_every, num_samples + num_warmup)
+        settings = Settings(
+            Plan(num_samples, num_warmup, num_chains, starts, hook_fn, interval),
+            chain_method or "vectorized",
+            save_params=None if save_params is None else list(save_params),
+            store_path=folder,
+            checkpoint_path=checkpoint_path,
+            mp_context=mp_context,
+            disable_progbar=disable_progbar,
+            gather=gather or "rank0",
+            split=split or "chains",
+        )
+        self._init_as_ours(kernel, settings, transforms, disable_validation)
+
+    def _init_as_ours(
+        self,
+        kernel: MCMCKernel,
+        settings: Settings,
+        transforms: Mapping[str, Transform] | None,
+        disable_validation: bool | None,
+    ) -> None:
+        """A kernel of this package."""
+        plan = settings.plan
+        AbstractMCMC.__init__(self, kernel, plan.num_chains, transforms)
+        self.chain_method = settings.chain_method
+        self.num_samples = plan.num_samples
+        self.warmup_steps = plan.warmup_steps
         self.disable_validation = disable_validation
+        self._settings = settings
         self._given_transforms = transforms
         self._samples: dict[str, Tensor] | None = None
         self._args: tuple[Any, ...] | None = None
         self._kwargs: dict[str, Any] | None = None
-        self._diagnostics: list[dict[str, Any]] = [{"divergences": []} for _ in range(num_chains)]
-        every = checkpoint_every or max(1, (self.num_samples + self.warmup_steps) // _NUM_CHECKPOINTS)
-        starts = checked_initial_params(initial_params, num_chains)
-        interval = None if checkpoint is None else every
-        plan = Plan(self.num_samples, self.warmup_steps, num_chains, starts, hook_fn, interval)
-        names = None if save_params is None else list(save_params)
-        self._settings = Settings(
-            plan, self.chain_method, names, folder, checkpoint_path, mp_context, disable_progbar, gather or "rank0",
-            split or "chains",
-        )  # fmt: skip
+        self._diagnostics: list[dict[str, Any]] = [{"divergences": []} for _ in range(plan.num_chains)]
 
-    def _init_as_pyro(self, kernel: Any, num_samples: int, warmup_steps: int | None, initial_params: Any,
-                      num_chains: int, hook_fn: Hook | None, mp_context: str | None, disable_progbar: bool,
-                      disable_validation: bool | None, transforms: Any, save_params: Any,
-                      chain_method: str | None) -> None:  # fmt: skip
-        """A kernel of Pyro's or of others: as Pyro runs it."""
-        name = type(kernel).__name__
+    def _init_as_pyro(
+        self,
+        kernel: MCMCKernel,
+        num_samples: int,
+        num_chains: int,
+        chain_method: str | None,
+        mp_context: str | None,
+        options: dict[str, Any],
+    ) -> None:
+        """A kernel of Pyro or of others: as Pyro runs it."""
         if chain_method in ("vectorized", "distributed"):
             raise ValueError(
-                f"chain_method={chain_method!r} is for this package's kernels; {name} runs 'sequential' or 'parallel'."
+                f"chain_method={chain_method!r} is for this package's kernels; {type(kernel).__name__} runs "
+                "'sequential' or 'parallel'."
             )
-        common = {
-            "warmup_steps": warmup_steps, "initial_params": initial_params, "hook_fn": hook_fn,
-            "disable_progbar": disable_progbar, "disable_validation": disable_validation, "transforms": transforms,
-            "save_params": None if save_params is None else sorted(save_params),  # Pyro unpacks them in this order
-        }  # fmt: skip
         is_sequential = chain_method == "sequential" and num_chains > 1
-        super().__init__(
-            kernel, num_samples, num_chains=1 if is_sequential else num_chains, mp_context=mp_context,
-            **common | ({"initial_params": None} if is_sequential else {}),
-        )  # fmt: skip
+        alone = {"num_chains": 1, "initial_params": None} if is_sequential else {"num_chains": num_chains}
+        super().__init__(kernel, num_samples, mp_context=mp_context, **{**options, **alone})
         self.chain_method = chain_method or ("parallel" if num_chains > 1 else "sequential")
         if is_sequential:
             # Pyro's own choice is by the number of cores; its streaming driver always runs one chain after the other.
-            self.sampler = StreamingMCMC(kernel, num_samples, num_chains=num_chains, **common).sampler
-            self.num_chains, self._diagnostics = num_chains, [None] * num_chains  # type: ignore[list-item]
+            self.sampler = StreamingMCMC(kernel, num_samples, num_chains=num_chains, **options).sampler
+            self.num_chains = num_chains
+            self._diagnostics = [None] * num_chains  # type: ignore[list-item]
 
     @poutine.block  # type: ignore[untyped-decorator]
     def run(self, *args: Any, **kwargs: Any) -> None:
@@ -314,66 +348,3 @@ class MCMC(pyro.infer.MCMC):
 def _validation(is_enabled: bool) -> Iterator[None]:
     with pyro.validation_enabled(is_enabled):
         yield
-
-
-def _check_numbers(least: int = 1, **values: Any) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} must be an integer, at least {least}.")
-
-
-def _refuse_files(kernel: Any, path: Any) -> None:
-    if path is not None:
-        raise ValueError(
-            f"store='disk' and checkpoint= are for this package's kernels; {type(kernel).__name__} has neither."
-        )
-
-
-def _check_method(chain_method: str | None, gather: str | None, split: str | None) -> None:
-    if chain_method is not None and chain_method not in METHODS:
-        raise ValueError(f"chain_method={chain_method!r} must be one of {', '.join(map(repr, METHODS))}.")
-    for name, value, accepted in (("gather", gather, GATHERS), ("split", split, SPLITS)):
-        if value is not None and chain_method != "distributed":
-            raise ValueError(f"{name}={value!r} goes with chain_method='distributed'; got {chain_method!r}.")
-        if value is not None and value not in accepted:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, accepted))}.")
-    if split == "data" and gather is not None:
-        raise ValueError(f"gather={gather!r} goes with split='chains'; with split='data' all have all draws.")
-
-
-def _checked_checkpoint(path: str | os.PathLike[str] | None, every: int | None) -> Path | None:
-    if every is not None:
-        _check_numbers(checkpoint_every=every)
-        if path is None:
-            raise ValueError(f"checkpoint_every={every} needs checkpoint=, the file to write to.")
-    return None if path is None else Path(path).absolute()
-
-
-def _checked_store(store: str, store_path: Any, checkpoint: Path | None) -> Path | None:
-    if store not in ("memory", "disk"):
-        raise ValueError(f"store={store!r} must be 'memory' or 'disk'.")
-    if store == "memory":
-        if store_path is not None:
-            raise ValueError(f"store_path={store_path!r} goes with store='disk'; got store='memory'.")
-        return None
-    if store_path is None and checkpoint is None:
-        raise ValueError("store='disk' needs store_path=, a folder for the draws.")
-    return draws_path(checkpoint) if store_path is None else Path(store_path).absolute()  # type: ignore[arg-type]
-
-
-def checked_initial_params(params: Mapping[str, Tensor] | None, num_chains: int) -> dict[str, Tensor] | None:
-    """With a leading dimension of chains.
-
-    :raises ValueError: if it is given and not the number of chains.
-    """
-    if params is None:
-        return None
-    if num_chains == 1:
-        return {name: torch.as_tensor(value).unsqueeze(0) for name, value in params.items()}
-    for name, value in params.items():
-        if value.dim() == 0 or len(value) != num_chains:
-            raise ValueError(
-                f"initial_params has '{name}' of shape {tuple(value.shape)}; with num_chains={num_chains} its leading "
-                f"dimension must be {num_chains}, a start for each chain."
-            )
-    return dict(params)

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyro_apd.chains.checkpoint import Progress
 from pyro_apd.chains.stores.base import STATISTICS, DrawStore, kept_columns
 from pyro_apd.errors import DivergenceError
-from pyro_apd.runtime.ranks import Ranks
+from pyro_apd.kernels.engine.chain_set import ChainSet
 
-Hook = Callable[[Any, dict[str, Tensor], str, int], None]
+if TYPE_CHECKING:
+    from pyro_apd.kernels.base import StochasticGradientKernel
+    from pyro_apd.kernels.engine.chain import Chain
+
+#: Pyro's ``hook_fn(kernel, params, stage, i)``.
+Hook = Callable[[MCMCKernel, dict[str, Tensor], str, int], None]
 
 
 @dataclass(frozen=True)
@@ -45,80 +51,62 @@ class Plan:
         return self.warmup_steps + self.num_samples
 
 
-@dataclass(frozen=True)
-class Group:
-    """Chains that advance together.
-
-    :ivar int first: the first one's number.
-    :ivar width: how many, vectorised; None for one chain by itself.
-    :ivar row: where in the store the first one's draws go; None for its number.
-    :ivar of: chains of the whole run, where others of it are in other processes; else None.
-    :ivar fellows: those processes; else None.
-    :ivar ranks: processes that run these same chains, each with some of the data; else None.
-    """
-
-    first: int
-    width: int | None = None
-    row: int | None = None
-    of: int | None = None
-    fellows: Ranks | None = None
-    ranks: Ranks | None = None
-
-    @property
-    def chains(self) -> range:
-        """Their numbers."""
-        return range(self.first, self.first + (self.width or 1))
-
-    def row_of(self, chain: int) -> int:
-        """Where in the store a chain's draws go."""
-        return chain if self.row is None else chain - self.first + self.row
-
-
 class Listener(Protocol):
-    """Who is told how a run goes."""
+    """Is told the progress of a run."""
 
-    def drew(self, group: Group, num_done: int, num_diverged: int) -> None:
+    def drew(self, chains: ChainSet, num_done: int, num_diverged: int) -> None:
         """A draw was made."""
 
-    def is_due(self, group: Group, num_done: int) -> bool:
+    def is_due(self, chains: ChainSet, num_done: int) -> bool:
         """Whether a checkpoint is wanted now."""
 
-    def checkpoint(self, group: Group, progress: Progress) -> None:
-        """Here it is; draws up to it are in the store."""
+    def checkpoint(self, chains: ChainSet, progress: Progress) -> None:
+        """A checkpoint; draws up to it are in the store."""
 
 
-def begin(kernel: Any, plan: Plan, group: Group, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The group's chains at their start."""
-    start = plan.initial_params
-    if start is not None:
-        rows = group.first if group.width is None else slice(group.first, group.first + group.width)
-        start = {name: value[rows] for name, value in start.items()}
-    shared = {"of_chains": group.of, "fellows": group.fellows, "ranks": group.ranks}
-    elsewhere = {name: value for name, value in shared.items() if value is not None}
+def begin(
+    kernel: StochasticGradientKernel,
+    plan: Plan,
+    chains: ChainSet,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Chain:
+    """These chains at their start."""
     return kernel.begin(
         args,
         kwargs,
         warmup_steps=plan.warmup_steps,
         num_samples=plan.num_samples,
-        num_chains=group.width,
-        first_chain=group.first,
-        initial_params=start,
-        **elsewhere,
+        chains=chains,
+        initial_params=None if plan.initial_params is None else chains.select(plan.initial_params),
     )
 
 
 class GroupRun:
     """The chains of one group, drawing.
 
-    :param chain: what ``kernel.begin`` gave.
+    :param kernel: the kernel, which began the chain.
+    :param Chain chain: what ``kernel.begin`` gave.
+    :param Plan plan: what the run was asked for.
     :param DrawStore store: where draws go.
-    :param Progress progress: how far the group had come; it is kept up to date.
+    :param Progress progress: how far the group has come; it is kept up to date.
     """
 
-    def __init__(self, kernel: Any, chain: Any, plan: Plan, group: Group, store: DrawStore, progress: Progress) -> None:
-        self.kernel, self.chain, self.plan, self.group = kernel, chain, plan, group
-        self.store, self.progress = store, progress
-        self._is_single = group.width is None
+    def __init__(
+        self,
+        kernel: StochasticGradientKernel,
+        chain: Chain,
+        plan: Plan,
+        store: DrawStore,
+        progress: Progress,
+    ) -> None:
+        self.kernel = kernel
+        self.chain = chain
+        self.chains = chain.chains
+        self.plan = plan
+        self.store = store
+        self.progress = progress
+        self._is_single = self.chains.count is None
         self._known = {d["chain"] for d in progress.divergences}
         if progress.state is not None:
             chain.load_state_dict(progress.state)
@@ -126,11 +114,11 @@ class GroupRun:
 
     @property
     def _theta_CD(self) -> Tensor:
-        theta: Tensor = self.chain.theta
+        theta = self.chain.theta
         return theta.unsqueeze(0) if self._is_single else theta
 
     def run(self, listener: Listener) -> None:
-        """Draws to the end. Chains that diverge stay where they were last well, and are noted in the progress.
+        """Draws to the end. Chains that diverge stay at their checkpoint, and are noted in the progress.
 
         :raises DivergenceError: if all chains of a vectorised group diverged; what a single chain raises is noted only.
         """
@@ -145,11 +133,11 @@ class GroupRun:
             if hook is not None:
                 hook(self.kernel, self._params(), *self._stage(index))
             progress.num_done += 1
-            listener.drew(self.group, progress.num_done, len(progress.divergences))
-            if listener.is_due(self.group, progress.num_done):
+            listener.drew(self.chains, progress.num_done, len(progress.divergences))
+            if listener.is_due(self.chains, progress.num_done):
                 self._checkpoint(listener)
         progress.num_done = plan.total
-        # The last steps may have run away since the chain last looked.
+        # The chain may have diverged since its last check.
         try:
             self.kernel.end(self.chain)
         except DivergenceError as error:
@@ -159,7 +147,7 @@ class GroupRun:
         self._checkpoint(listener, is_finished=True)
 
     def _advance(self, index: int) -> bool:
-        """One draw, kept from ``index`` 0 on; False where no chain is left to go on."""
+        """One draw, kept from ``index`` 0 on; False where all chains have diverged."""
         chain = self.chain
         try:
             chain.advance(self.kernel.thinning)
@@ -169,7 +157,7 @@ class GroupRun:
             return False
         if index >= 0:
             theta_CD = kept_columns(chain.layout, self.store.layout, self._theta_CD)
-            self.store.write(self.group.row_of(self.group.first), index, theta_CD, chain.statistics())
+            self.store.write(self.chains.store_row(self.chains.first), index, theta_CD, chain.statistics())
             chain.observe()
         self._note_new(max(index + 1, 0))
         return True
@@ -179,13 +167,13 @@ class GroupRun:
             self._note(error, num_kept)
 
     def _note(self, error: DivergenceError, num_kept: int) -> None:
-        """Puts the frozen state in place of what a chain drew since it was last seen well, of ``num_kept`` draws."""
+        """Replaces what a chain drew since its checkpoint, of ``num_kept`` draws, with its frozen state."""
         row = 0 if self._is_single else error.chain
-        number = self.group.first + row
+        number = self.chains.first + row
         if number in self._known:
             return
         self._known.add(number)
-        place = self.group.row_of(number)
+        place = self.chains.store_row(number)
         first = min(max(error.last_good_step // self.kernel.thinning - self.plan.warmup_steps, 0), num_kept)
         self.progress.divergences.append({**error.to_json(), "chain": number, "first_draw": first})
         if self.plan.num_chains == 1:
@@ -193,9 +181,9 @@ class GroupRun:
             return
         stop = self.plan.num_samples if self._is_single else num_kept
         if first == 0 and stop > 0:
-            theta_CD = self.chain.state_dict()["last_good"].reshape(-1, self.chain.layout.size)[row : row + 1]
-            figures = dict.fromkeys(STATISTICS, torch.nan) | {"step_size": error.step_size}
-            self.store.write(place, 0, kept_columns(self.chain.layout, self.store.layout, theta_CD), figures)
+            theta_CD = self.chain.checkpoint.reshape(-1, self.chain.layout.size)[row : row + 1]
+            statistics = dict.fromkeys(STATISTICS, torch.nan) | {"step_size": error.step_size}
+            self.store.write(place, 0, kept_columns(self.chain.layout, self.store.layout, theta_CD), statistics)
         self.store.freeze(place, max(first, 1), stop)
 
     def _params(self) -> dict[str, Tensor]:
@@ -203,8 +191,8 @@ class GroupRun:
         return dict(self.chain.layout.split(self.chain.theta.clone()))
 
     def _stage(self, index: int) -> tuple[str, int]:
-        """Pyro's name for what goes on, and the draw's number in it."""
-        number = f" [{self.group.first}]" if self._is_single and self.plan.num_chains > 1 else ""
+        """Pyro's name of the stage, and the draw's number in it."""
+        number = f" [{self.chains.first}]" if self._is_single and self.plan.num_chains > 1 else ""
         return (f"Sample{number}", index) if index >= 0 else (f"Warmup{number}", self.progress.num_done)
 
     def _checkpoint(self, listener: Listener, is_finished: bool = False) -> None:
@@ -213,9 +201,9 @@ class GroupRun:
         self.store.flush(durably=True)
         state = None if is_finished else self.chain.state_dict()
         done, report = self.progress.num_done, self.progress.report
-        listener.checkpoint(self.group, Progress(done, state, list(self.progress.divergences), report))
+        listener.checkpoint(self.chains, Progress(done, state, list(self.progress.divergences), report))
 
 
 def rebuilt_error(note: Mapping[str, Any]) -> DivergenceError:
-    """The error that a note in a chain's progress speaks of, without draws."""
+    """The error that a chain's progress has a note of, without draws."""
     return DivergenceError.from_json({name: value for name, value in note.items() if name != "first_draw"})

@@ -10,17 +10,14 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
 import torch.multiprocessing
-from pyro.infer.mcmc.logger import ProgressBar
 from torch import Tensor
 
 from pyro_apd.chains.checkpoint import (
@@ -33,38 +30,22 @@ from pyro_apd.chains.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from pyro_apd.chains.group import Group, GroupRun, Plan, begin
+from pyro_apd.chains.group import GroupRun, begin
+from pyro_apd.chains.progress_bar import ProgressBars
+from pyro_apd.chains.settings import Settings, draws_path
 from pyro_apd.chains.stores.base import DrawStore, MemoryStore, kept_layout
 from pyro_apd.chains.stores.disk import DiskStore, open_store
 from pyro_apd.chains.workers import Job, run_workers
+from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.kernels.engine.temperature import Temperature
 from pyro_apd.models.layout import Layout
+from pyro_apd.runtime.seeds import derived_seed, fresh_seed
+
+if TYPE_CHECKING:
+    from pyro_apd.kernels.base import StochasticGradientKernel
+    from pyro_apd.kernels.engine.chain import Chain
 
 logger = logging.getLogger("pyro_apd")
-
-# Seconds between updates of the progress bar; writing what it shows costs more than a step.
-_BAR_EVERY = 0.1
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run goes about its plan; see :class:`~pyro_apd.chains.MCMC`.
-
-    :ivar store_path: a folder for the draws; None keeps them in memory, or beside the checkpoint.
-    :ivar checkpoint_path: a file; None for no checkpoints.
-    :ivar gather: of chains in several processes, who gets their draws.
-    :ivar split: what several processes share among themselves, ``"chains"`` or ``"data"``.
-    """
-
-    plan: Plan
-    chain_method: str
-    save_params: list[str] | None = None
-    store_path: Path | None = None
-    checkpoint_path: Path | None = None
-    mp_context: str | None = None
-    disable_progbar: bool = False
-    gather: str = "rank0"
-    split: str = "chains"
 
 
 class Run:
@@ -75,20 +56,30 @@ class Run:
     """
 
     def __init__(
-        self, kernel: Any, settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any], stack: ExitStack
+        self,
+        kernel: StochasticGradientKernel,
+        settings: Settings,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        stack: ExitStack,
     ) -> None:
-        self.kernel, self.settings, self.plan, self.args, self.kwargs = kernel, settings, settings.plan, args, kwargs
+        self.kernel = kernel
+        self.settings = settings
+        self.plan = settings.plan
+        self.args = args
+        self.kwargs = kwargs
         self.store: DrawStore | None = None
-        self._stack, self._path = stack, settings.checkpoint_path
+        self._stack = stack
+        self._path = settings.checkpoint_path
         self._is_parallel = settings.chain_method == "parallel" and self.plan.num_chains > 1
         is_one = settings.chain_method == "vectorized" or self.plan.num_chains == 1
         width = self.plan.num_chains if self.plan.num_chains > 1 else None
         self.chains = range(self.plan.num_chains)
-        self.groups = [Group(0, width)] if is_one else [Group(i) for i in range(self.plan.num_chains)]
-        self.progress = {group.first: Progress() for group in self.groups}
+        self.groups = [ChainSet(0, width)] if is_one else [ChainSet(i) for i in range(self.plan.num_chains)]
+        self.progress = {chains.first: Progress() for chains in self.groups}
         self._identity: dict[str, Any] = {}
         self._notes: dict[str, Any] = {}
-        self._bars: _Bars | None = None
+        self._bars: ProgressBars | None = None
 
     def sample(self) -> None:
         """All chains, from where a checkpoint left them."""
@@ -96,33 +87,34 @@ class Run:
         self._stack.callback(self.kernel.cleanup)
         self._stack.enter_context(_seeded_kernel(self.kernel, self._seed(saved)))
         done = {first: progress.num_done for first, progress in saved.chains.items()} if saved else {}
-        pending = [group for group in self.groups if done.get(group.first, 0) < self.plan.total]
-        # The first chain tells the layout; where it is not to run here, it is only asked.
-        group = (pending or self.groups)[0] if not self._is_parallel else Group(0)
-        chain = begin(self.kernel, self.plan, group, self.args, self.kwargs)
+        pending = [chains for chains in self.groups if done.get(chains.first, 0) < self.plan.total]
+        # The first chain has the layout, also where all chains run in other processes, or are finished.
+        first = (pending or self.groups)[0] if not self._is_parallel else ChainSet(0)
+        chain: Chain | None = begin(self.kernel, self.plan, first, self.args, self.kwargs)
+        assert chain is not None
         store = self._open(chain, saved)
         if self._is_parallel:
             self.kernel.end(chain)
             self._run_workers()
             return
-        for group in self.groups:
-            if self.progress[group.first].num_done >= self.plan.total:
+        for chains in self.groups:
+            progress = self.progress[chains.first]
+            if progress.num_done >= self.plan.total:
                 continue
             if chain is None:
-                chain = begin(self.kernel, self.plan, group, self.args, self.kwargs)
-            with _Bars(self.plan, 1, self.settings.disable_progbar) as self._bars:
-                self._bars.start(0, self.progress[group.first].num_done)
-                run = GroupRun(self.kernel, chain, self.plan, group, store, self.progress[group.first])
-                run.run(self)
+                chain = begin(self.kernel, self.plan, chains, self.args, self.kwargs)
+            with ProgressBars(self.plan, 1, self.settings.disable_progbar) as self._bars:
+                self._bars.start(0, progress.num_done)
+                GroupRun(self.kernel, chain, self.plan, store, progress).run(self)
             chain = None
 
     @property
     def num_followed(self) -> int:
-        """Chains of which it is known what became of them."""
+        """Number of chains whose outcome is known here."""
         return len(self.chains)
 
     def report(self, chain: int) -> dict[str, Any]:
-        """What the kernel said at the end of a chain, or of the group that it was in."""
+        """What the kernel reported at the end of a chain, or of the group that it was in."""
         first = max(first for first in self.progress if first <= chain)
         report = dict(self.progress[first].report)
         if "temperatures" in report:
@@ -130,7 +122,7 @@ class Run:
         return report
 
     def divergences(self) -> list[dict[str, Any]]:
-        """What is noted of chains that diverged."""
+        """Notes of the chains that diverged."""
         noted = [note for progress in self.progress.values() for note in progress.divergences]
         return sorted(noted, key=lambda note: note["chain"])
 
@@ -141,7 +133,7 @@ class Run:
             return self.store
         if self._device.type != "cpu":
             return MemoryStore.of(self.store, self._device)
-        # The mapped files are memory enough, and a copy would take as much again.
+        # The mapped files serve as memory; a copy would take as much again.
         store = MemoryStore.adopting(self.store)
         if self._path is None:
             self.store.remove()
@@ -149,19 +141,19 @@ class Run:
 
     # -- a Listener ---------------------------------------------------------------------------------------------------
 
-    def drew(self, group: Group, num_done: int, num_diverged: int) -> None:
-        """Tells the progress bar."""
+    def drew(self, chains: ChainSet, num_done: int, num_diverged: int) -> None:
+        """Updates the progress bar."""
         assert self._bars is not None
         if self._bars.wants(num_done):
             self._bars.show(0, num_done, num_diverged, self.kernel.logging())
 
-    def is_due(self, group: Group, num_done: int) -> bool:
+    def is_due(self, chains: ChainSet, num_done: int) -> bool:
         """Whether it is time for a checkpoint."""
         return self.plan.checkpoint_every is not None and num_done % self.plan.checkpoint_every == 0
 
-    def checkpoint(self, group: Group, progress: Progress) -> None:
+    def checkpoint(self, chains: ChainSet, progress: Progress) -> None:
         """Writes it."""
-        self._save({group.first: progress})
+        self._save({chains.first: progress})
 
     # -- internals ----------------------------------------------------------------------------------------------------
 
@@ -174,7 +166,7 @@ class Run:
         return saved.notes.get("seed") if saved else None
 
     def _name(self) -> str:
-        """What tells this run's draws from those of others."""
+        """A name by which this run's draws are recognised."""
         return os.urandom(8).hex()
 
     def _create(self, path: Path, kept: Layout, dtype: torch.dtype, info: Mapping[str, Any]) -> DiskStore:
@@ -185,9 +177,10 @@ class Run:
         self._saved.update(saved)
         write_checkpoint(self._path, Checkpoint(self._identity, self._saved, self._notes))
 
-    def _open(self, chain: Any, saved: Checkpoint | None) -> DrawStore:
-        """The store, new or as the checkpoint knows it."""
-        self._device, dtype = chain.theta.device, chain.theta.dtype
+    def _open(self, chain: Chain, saved: Checkpoint | None) -> DrawStore:
+        """The store: new, or that of the checkpoint."""
+        self._device = chain.theta.device
+        dtype = chain.theta.dtype
         kept = kept_layout(chain.layout, self.settings.save_params)
         path = self.settings.store_path
         if self._path is not None:
@@ -207,7 +200,8 @@ class Run:
         self._notes = {"run": self._name(), "seed": self.kernel.seed, "versions": {"torch": torch.__version__}}
         store = self._create(path, kept, dtype, {"run": self._notes["run"]})
         self._stack.callback(store.close)
-        self.store, self._saved = store, {first: Progress() for first in self.progress}
+        self.store = store
+        self._saved = {first: Progress() for first in self.progress}
         if self._path is not None:
             self._save({})
         return store
@@ -229,12 +223,12 @@ class Run:
         store.layout = kept
         self._stack.callback(store.close)
         counts = store.counts
-        for group in self.groups:
-            progress = saved.chains[group.first]
-            for number in group.chains:
+        for chains in self.groups:
+            progress = saved.chains[chains.first]
+            for number in chains.numbers:
                 expected = min(max(progress.num_done - self.plan.warmup_steps, 0), self.plan.num_samples)
                 is_ended = any(note["chain"] == number for note in progress.divergences)
-                row = group.row_of(number)
+                row = chains.store_row(number)
                 if counts[row] < expected and not is_ended:
                     raise CheckpointError(
                         f"The draws at '{path}' lack some that the checkpoint '{self._path}' counts: chain {number} "
@@ -242,14 +236,15 @@ class Run:
                     )
                 if not is_ended:
                     store.truncate(row, expected)
-        self.progress, self._notes = saved.chains, saved.notes
+        self.progress = saved.chains
+        self._notes = saved.notes
         self._saved = dict(saved.chains)
         done = {first: progress.num_done for first, progress in saved.chains.items()}
         logger.info("Resuming from '%s': draws made, warm-up included, by chain: %s.", self._path, done)
         return store
 
     def _describe(self, layout: Layout, theta: Tensor) -> dict[str, Any]:
-        """What tells this run from others, by the name of what would differ."""
+        """What identifies this run, by the name of what would differ in another."""
         settings = {name: describe(value) for name, value in constructor_settings(self.kernel).items()}
         start = self.plan.initial_params
         return {
@@ -269,19 +264,27 @@ class Run:
 
     def _run_workers(self) -> None:
         assert isinstance(self.store, DiskStore)
-        active = [group for group in self.groups if self.progress[group.first].num_done < self.plan.total]
+        assert self.kernel.seed is not None
+        numbers = [chains.first for chains in self.groups]
         jobs = [
             Job(
-                self.kernel, self.plan, group.first, self.store.path, self.progress[group.first],
-                seed=self.kernel.seed + group.first, is_reporting=not self.settings.disable_progbar,
-                validates=pyro.distributions.is_validation_enabled(), dtype=torch.get_default_dtype(),
+                self.kernel,
+                self.plan,
+                number,
+                self.store.path,
+                self.progress[number],
+                seed=derived_seed(self.kernel.seed, "worker", number),
+                is_reporting=not self.settings.disable_progbar,
+                validates=pyro.distributions.is_validation_enabled(),
+                dtype=torch.get_default_dtype(),
                 parent=os.getpid(),
             )
-            for group in active
-        ]  # fmt: skip
-        with _Bars(self.plan, self.plan.num_chains, self.settings.disable_progbar) as bars:
-            for group in self.groups:
-                bars.start(group.first, self.progress[group.first].num_done)
+            for number in numbers
+            if self.progress[number].num_done < self.plan.total
+        ]
+        with ProgressBars(self.plan, self.plan.num_chains, self.settings.disable_progbar) as bars:
+            for number in numbers:
+                bars.start(number, self.progress[number].num_done)
             run_workers(jobs, self.args, self.kwargs, self._context(), bars.show, self._save, self.progress)
 
     def _context(self) -> Any:
@@ -294,65 +297,20 @@ class Run:
         return torch.multiprocessing.get_context(method or ("spawn" if is_on_gpu else None))
 
 
-class _Bars:
-    """Pyro's progress bars, told at most a few times a second.
-
-    Where they are disabled none is made: even a bar that shows nothing takes a lock that tqdm shares with all forked
-    processes, and which one that is killed while it has it never gives back.
-    """
-
-    def __init__(self, plan: Plan, count: int, is_disabled: bool) -> None:
-        self._plan, self._shown, self._at = plan, [0] * count, 0.0
-        self._bar = None if is_disabled else ProgressBar(plan.warmup_steps, plan.num_samples, num_bars=count)
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def start(self, index: int, num_done: int) -> None:
-        """Where a resumed chain is."""
-        if self._bar is not None:
-            self._bar.update(num_done, pos=index)
-        self._shown[index] = num_done
-
-    def wants(self, num_done: int) -> bool:
-        """Whether it is time to show something."""
-        if self._bar is None or self._bar.disable:  # Pyro disables its own where there is nobody to watch
-            return False
-        return num_done in (1, self._plan.total) or time.monotonic() - self._at > _BAR_EVERY
-
-    def show(self, index: int, num_done: int, num_diverged: int, log: Mapping[str, str]) -> None:
-        """Brings a bar up to date."""
-        if self._bar is None:
-            return
-        self._at = time.monotonic()
-        stage = "Warmup" if num_done <= self._plan.warmup_steps else "Sample"
-        name = stage if len(self._shown) == 1 else f"{stage} [{index + 1}]"
-        self._bar.set_description(name, pos=index, refresh=False)
-        # Vectorised chains speak of it themselves.
-        counted = {} if "diverged" in log else {"divergences": str(num_diverged)}
-        self._bar.set_postfix({**log, **counted}, pos=index, refresh=False)
-        self._bar.update(num_done - self._shown[index], pos=index)
-        self._shown[index] = num_done
-
-
 @contextmanager
-def _seeded_kernel(kernel: Any, saved: int | None) -> Iterator[None]:
+def _seeded_kernel(kernel: StochasticGradientKernel, saved: int | None) -> Iterator[None]:
     """A kernel without a seed gets one for the run, from the global generator, so that all processes have the same."""
     given = kernel.seed
     if given is None:
-        kernel.seed = int(torch.randint(2**31, ())) if saved is None else saved
+        kernel.seed = fresh_seed() if saved is None else saved
     try:
         yield
     finally:
         kernel.seed = given
 
 
-def constructor_settings(kernel: Any) -> dict[str, Any]:
-    """What a kernel was made with, as far as it shows it; what it found out since is no setting."""
+def constructor_settings(kernel: StochasticGradientKernel) -> dict[str, Any]:
+    """What a kernel was made with, as far as its attributes show it, without what it found out since."""
     names = {"schedule"}  # what ``step_size`` became
     for base in type(kernel).__mro__:
         if "__init__" in vars(base):
@@ -361,15 +319,10 @@ def constructor_settings(kernel: Any) -> dict[str, Any]:
     return {name: value for name, value in sorted(vars(kernel).items()) if name in names}
 
 
-def draws_path(checkpoint: Path) -> Path:
-    """Where the draws of a run with a checkpoint are, unless said otherwise."""
-    return checkpoint.with_name(checkpoint.name + ".draws")
-
-
 def _shared_folder(num_bytes: int) -> Path:
-    """A folder for draws that several processes write: in shared memory where that has room, else with other files.
+    """A folder for draws that several processes write: in shared memory if there is room, else with temporary files.
 
-    Its name has the process's number, so that what a killed run leaves can be told from what is in use.
+    Its name has the process's number, so that the files of a killed run can be told from files in use.
     """
     shared = Path("/dev/shm")
     has_room = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 1.1 * num_bytes

@@ -19,15 +19,19 @@ from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
 import torch.multiprocessing
 
 from pyro_apd.chains.checkpoint import Progress
-from pyro_apd.chains.group import Group, GroupRun, Plan, begin
+from pyro_apd.chains.group import GroupRun, Plan, begin
 from pyro_apd.chains.stores.disk import open_store
+from pyro_apd.kernels.engine.chain_set import ChainSet
+
+if TYPE_CHECKING:
+    from pyro_apd.kernels.base import StochasticGradientKernel
 
 # Seconds between what a worker reports for the progress bar, and between looks whether workers are alive.
 _REPORT_EVERY, _LOOK_EVERY = 0.2, 1.0
@@ -49,7 +53,7 @@ class WorkerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is sent with.
+    """What a worker is started with.
 
     :ivar kernel: a kernel of this package.
     :ivar Plan plan: what the run was asked for.
@@ -57,10 +61,13 @@ class Job:
     :ivar Path store_path: the folder of a :class:`~pyro_apd.chains.stores.disk.DiskStore`.
     :ivar Progress progress: how far the chain had come.
     :ivar int seed: of the worker's global generator, for hooks and models that use it.
-    :ivar bool is_reporting: whether anybody watches.
+    :ivar bool is_reporting: whether to report draws for the progress bar.
+    :ivar bool validates: whether Pyro validates distributions.
+    :ivar dtype: torch's default dtype.
+    :ivar int parent: process that started the worker, which ends when the parent has ended.
     """
 
-    kernel: Any
+    kernel: StochasticGradientKernel
     plan: Plan
     chain: int
     store_path: Path
@@ -86,7 +93,7 @@ class _Messenger:
         except BrokenPipeError:  # nobody is there to read it, nor anything else of this process's
             os._exit(1)
 
-    def drew(self, group: Group, num_done: int, num_diverged: int) -> None:
+    def drew(self, chains: ChainSet, num_done: int, num_diverged: int) -> None:
         if os.getppid() != self._job.parent:
             os._exit(1)
         now = time.monotonic()
@@ -94,11 +101,11 @@ class _Messenger:
             self._reported_at = now
             self.send("drew", (num_done, num_diverged, dict(self._job.kernel.logging())))
 
-    def is_due(self, group: Group, num_done: int) -> bool:
+    def is_due(self, chains: ChainSet, num_done: int) -> bool:
         every = self._job.plan.checkpoint_every
         return every is not None and num_done % every == 0
 
-    def checkpoint(self, group: Group, progress: Progress) -> None:
+    def checkpoint(self, chains: ChainSet, progress: Progress) -> None:
         self.send("checkpoint", progress)
 
 
@@ -227,11 +234,10 @@ def _work(
     pyro.enable_validation(job.validates)
     pyro.set_rng_seed(job.seed % 2**32)
     messenger = _Messenger(job, pipe)
-    group = Group(job.chain)
     try:
         with closing(open_store(job.store_path)) as store:
-            chain = begin(job.kernel, job.plan, group, args, kwargs)
-            GroupRun(job.kernel, chain, job.plan, group, store, job.progress).run(messenger)
+            chain = begin(job.kernel, job.plan, ChainSet(job.chain), args, kwargs)
+            GroupRun(job.kernel, chain, job.plan, store, job.progress).run(messenger)
         messenger.send("finished", job.progress)
     except BaseException as error:
         messenger.send("error", _portable(error, job.chain))

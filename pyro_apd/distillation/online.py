@@ -21,9 +21,8 @@ from torch import Tensor
 
 from pyro_apd.chains.checkpoint import Checkpoint, Progress, arguments_digest, check_identity, describe
 from pyro_apd.chains.distributed import RankRun
-from pyro_apd.chains.driver import checked_initial_params
-from pyro_apd.chains.group import Group, Plan, rebuilt_error
-from pyro_apd.chains.run import Settings
+from pyro_apd.chains.group import Plan, rebuilt_error
+from pyro_apd.chains.settings import Settings, checked_initial_params
 from pyro_apd.chains.stores.base import DrawStore, all_finite
 from pyro_apd.chains.stores.even import EvenStore
 from pyro_apd.data.row_reader import shown_arguments
@@ -33,6 +32,8 @@ from pyro_apd.distillation.offline import distill_draws, report
 from pyro_apd.distillation.options import DistillOptions, RunLengths
 from pyro_apd.distillation.source import MIN_DRAWS, Source
 from pyro_apd.distillation.training import Training
+from pyro_apd.kernels.engine.chain import Chain
+from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.runtime import checks
@@ -42,7 +43,6 @@ from pyro_apd.runtime.seeds import derived_seed, fresh_seed
 
 if TYPE_CHECKING:
     from pyro_apd.kernels.base import StochasticGradientKernel
-    from pyro_apd.kernels.engine.chain import Chain
 
 logger = logging.getLogger("pyro_apd")
 
@@ -251,9 +251,9 @@ class _OnlineRun(RankRun):
         assert whole is not None
         return whole
 
-    def drew(self, group: Group, num_done: int, num_diverged: int) -> None:
+    def drew(self, chains: ChainSet, num_done: int, num_diverged: int) -> None:
         """Updates the progress bar, and distils if a round is due."""
-        super().drew(group, num_done, num_diverged)
+        super().drew(chains, num_done, num_diverged)
         self._num_done = num_done
         num_kept = num_done - self.plan.warmup_steps
         if num_kept not in self._schedule:
@@ -304,16 +304,15 @@ class _OnlineRun(RankRun):
             f"Chains {names} of {self.plan.num_chains} diverged and stopped. The first said: {error}", RuntimeWarning
         )
 
-    def checkpoint(self, group: Group, progress: Progress) -> None:
-        """Writes chains, buffer and the metrics of rounds."""
+    def checkpoint(self, chains: ChainSet, progress: Progress) -> None:
+        """Writes chains, buffer and what rounds there were."""
         self.meet_before_writing()
         self._notes["rounds"] = list(self._rounds.log)
-        self._save({group.first: progress, _BUFFER: Progress(state=self.buffer.state_dict())})
+        self._save({chains.first: progress, _BUFFER: Progress(state=self.buffer.state_dict())})
 
     def _open(self, chain: Chain, saved: Checkpoint | None) -> DrawStore:
-        self._chain = chain
-        self._device = chain.theta.device
-        given = self._rounds.options
+        self._chain, self._device = chain, chain.theta.device
+        given = self._rounds.wishes
         if given.seed is None:
             seed = self.ranks.broadcast_object(fresh_seed()) if saved is None else saved.notes["training_seed"]
             self._rounds.options = replace(given, seed=seed)

@@ -8,7 +8,6 @@ A sampler is a subclass with one method, :meth:`StochasticGradientKernel._update
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from abc import abstractmethod
@@ -26,15 +25,20 @@ from pyro_apd.kernels.adaptation.dynamics import Dynamics
 from pyro_apd.kernels.adaptation.step_size import MAX_INFLATION, AutoStep, checked_max_inflation
 from pyro_apd.kernels.adaptation.warm_start import checked_warm_start
 from pyro_apd.kernels.adaptation.warmup import WarmUp
-from pyro_apd.kernels.engine.chain import Chain
-from pyro_apd.kernels.engine.data_parallel import SplitPotential
+from pyro_apd.kernels.engine.chain import Chain, Sampler
+from pyro_apd.kernels.engine.chain_set import ChainSet
+from pyro_apd.kernels.engine.control_variates import ControlVariates
+from pyro_apd.kernels.engine.data_parallel import DataParallelGradient
+from pyro_apd.kernels.engine.gradients import GradientEstimator, PlainGradient
 from pyro_apd.kernels.engine.schedules import Schedule, as_schedule
-from pyro_apd.kernels.engine.step import SMALL, Step
+from pyro_apd.kernels.engine.starts import checked_start
+from pyro_apd.kernels.engine.step import SMALL, Step, StepSettings, steps_per_program
 from pyro_apd.kernels.engine.temperature import Temperature
 from pyro_apd.models.layout import Layout
 from pyro_apd.models.potential import Pieces, Potential, build_potential
+from pyro_apd.runtime.checks import flag, integer, number
 from pyro_apd.runtime.global_state import seeded
-from pyro_apd.runtime.ranks import Ranks
+from pyro_apd.runtime.seeds import checked_seed, derived_seed, fresh_seed
 
 
 class StochasticGradientKernel(MCMCKernel):
@@ -107,37 +111,36 @@ class StochasticGradientKernel(MCMCKernel):
             raise ValueError(f"model={model!r} must be a Pyro model, that is a callable; got {type(model).__name__}.")
         if isinstance(model, type):
             raise ValueError(f"model={model.__name__} is a class; give an instance of it, such as {model.__name__}().")
-        for name, value in (("batch_size", batch_size), ("num_data", num_data), ("thinning", thinning)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} must be a positive integer.")
-        if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature >= 0):
-            raise ValueError(f"temperature={temperature!r} must be a finite number >= 0; 1 is the posterior.")
-        if not isinstance(replacement, bool):
-            raise ValueError(f"replacement={replacement!r} must be True or False.")
-        if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
-            raise ValueError(f"prefetch={prefetch!r} must be an integer >= 0; 0 reads each batch when it is due.")
-        if not (isinstance(compile, bool) or compile == "auto"):
-            raise ValueError(f"compile={compile!r} must be True, False or 'auto'.")
         self.model = model
         #: Step size by step; None where it is found during warm-up.
         self.schedule: Schedule | None = None if step_size == "auto" else as_schedule(step_size)
-        self.max_inflation, self.warm_start = checked_max_inflation(max_inflation), checked_warm_start(warm_start)
+        self.max_inflation = checked_max_inflation(max_inflation)
+        self.warm_start = checked_warm_start(warm_start)
         #: What ``step_size="auto"`` chose for the last chain, and why.
         self.tuning: dict[str, Any] = {}
-        self.batch_size, self.num_data = batch_size, num_data
-        self.replacement, self.prefetch = replacement, prefetch
-        self.thinning, self.temperature = thinning, float(temperature)
-        self.init_strategy, self.seed = init_strategy, seed
-        self.control_variates = control_variates
-        self.compile, self.capture = compile, capture
+        self.batch_size = None if batch_size is None else integer("batch_size", batch_size)
+        self.num_data = None if num_data is None else integer("num_data", num_data)
+        self.replacement = flag("replacement", replacement)
+        self.prefetch = integer("prefetch", prefetch, at_least=0, hint="With 0, each batch is read when it is due.")
+        self.thinning = integer("thinning", thinning)
+        self.temperature = number("temperature", temperature, at_least=0, hint="1 is the posterior.")
+        self.init_strategy = init_strategy
+        self.seed = checked_seed(seed)
+        self.control_variates = flag("control_variates", control_variates)
+        if not (isinstance(compile, bool) or compile == "auto"):
+            raise ValueError(f"compile={compile!r} must be True, False or 'auto'.")
+        self.compile = compile
+        self.capture = flag("capture", capture)
         self._initial_params: dict[str, Tensor] | None = None
         self._chain: Chain | None = None
         self._num_chains_begun = 0
         self._home = (os.getpid(), torch.initial_seed())
         self._last_params: dict[str, Tensor] | None = None
-        self._warmup_steps = self._num_draws = 0
+        self._warmup_steps = 0
+        self._num_draws = 0
         self._log: OrderedDict[str, str] = OrderedDict()
-        self._started_at = self._logged_at = 0.0
+        self._started_at = 0.0
+        self._logged_at = 0.0
         self._temperatures: list[Temperature] = []
 
     # -- Pyro's contract ----------------------------------------------------------------------------------------------
@@ -160,84 +163,72 @@ class StochasticGradientKernel(MCMCKernel):
         *,
         warmup_steps: int,
         num_samples: int | None = None,
-        num_chains: int | None = None,
-        first_chain: int | None = None,
+        chains: ChainSet | None = None,
         initial_params: Mapping[str, Tensor] | None = None,
-        keep_draws: bool = True,
-        of_chains: int | None = None,
-        fellows: Ranks | None = None,
-        ranks: Ranks | None = None,
     ) -> Chain:
-        """A chain, or several that advance together, ready to be driven.
+        """A chain, or several that advance together, ready to take steps.
 
         :param args: arguments of the run, and ``kwargs`` its keyword arguments.
         :param int warmup_steps: draws of warm-up.
         :param int num_samples: draws after it, where they are known.
-        :param int num_chains: None for one chain with state ``(D,)``, or C for a state ``(C, D)``.
-        :param int first_chain: index of the (first) chain in its run; a chain's seed depends on nothing else. None
-            counts the chains that this kernel began.
+        :param ChainSet chains: which chains of the run these are; None for a single one, numbered by the chains that
+            this kernel began.
         :param initial_params: unconstrained values by site; for C chains with a leading dimension of C.
-        :param bool keep_draws: keep the draws for the error of a chain that diverges.
-        :param int of_chains: chains of the whole run, where others of it are in other processes.
-        :param Ranks fellows: those processes, which find one step size together where it is ``"auto"``.
-        :param Ranks ranks: processes that each have some of the data and run the same chains.
         :raises: as :meth:`setup`.
         """
         self._started_at, self._logged_at, self._log = time.monotonic(), 0.0, OrderedDict()
-        first = self._num_chains_begun if first_chain is None else first_chain
-        seeds = [self._seed_of(first + i, is_numbered=first_chain is not None) for i in range(num_chains or 1)]
-        self._num_chains_begun += num_chains or 1
+        run_seed = self._run_seed(is_numbered=chains is not None)
+        if chains is None:
+            chains = ChainSet(first=self._num_chains_begun)
+        self._num_chains_begun += chains.size
+        seeds = chains.seeds(run_seed)
         potential, starts = self._open(args, kwargs, seeds)
-        if ranks is not None:
-            if self.control_variates:
-                raise ValueError("control_variates=True does not go with split='data'; leave one of them out.")
-            potential = SplitPotential(potential, ranks)
         self.layout, self.transforms = potential.layout, potential.layout.transforms
-        theta = torch.stack(starts) if num_chains else starts[0]
+        estimator = self._estimator(potential, chains)
+        theta = starts[0] if chains.count is None else torch.stack(starts)
         if initial_params is not None:
-            theta = _checked_start(initial_params, potential.layout, theta)
-        if ranks is not None:
-            ranks.broadcast(theta, 0)
-        known = (warmup_steps + (warmup_steps if num_samples is None else num_samples)) * self.thinning
+            theta = checked_start(initial_params, potential.layout, theta)
+        if chains.data_ranks is not None:
+            chains.data_ranks.broadcast(theta)
         num_warmup = warmup_steps * self.thinning
         potential.source.prefetch = self.prefetch
-        auto, rows = None, None if of_chains is None else range(first, first + len(seeds))
+        auto = None
         if self.schedule is None:
-            seed_of_run = seeds[0] if rows is None else self._seed_of(0, is_numbered=True)
-            auto = AutoStep(self.max_inflation, num_warmup, seed_of_run)
-        warmup = WarmUp(num_warmup, self.temperature, self._dynamics, auto, self.warm_start)
-        warmup.goes_with(fellows or Ranks(), rows, of_chains or len(seeds))
-        self._chain = Chain(
-            potential,
-            theta,
-            auto or self.schedule,  # type: ignore[arg-type]
-            self._update,
-            seeds,
-            type(self).__name__,
-            compile=self.compile if ranks is None else False,
-            expected_steps=known,
-            unroll=_unroll(self.thinning) if potential.layout.size * (of_chains or num_chains or 1) <= SMALL else 1,
-            keep_draws=keep_draws,
-            warmup=warmup,
-            control_variates=self.control_variates,
-            kinetic=self._kinetic,
-            of_chains=of_chains,
-            first_number=first if of_chains is not None else 0,
-            data_stream=0 if ranks is None else ranks.rank,
+            auto = AutoStep(self.max_inflation, num_warmup, derived_seed(run_seed, "step size"))
+        schedule = auto or self.schedule
+        assert schedule is not None
+        num_draws = warmup_steps + (warmup_steps if num_samples is None else num_samples)
+        settings = StepSettings(
+            compile=self.compile if chains.data_ranks is None else False,
+            expected_steps=num_draws * self.thinning * chains.num_counted,
+            unroll=steps_per_program(self.thinning) if potential.layout.size * chains.num_counted <= SMALL else 1,
         )
+        sampler = Sampler(type(self).__name__, self._update, self._dynamics, self._kinetic)
+        warmup = WarmUp(num_warmup, self.temperature, chains, auto, self.warm_start)
+        self._chain = Chain(potential, estimator, theta, chains, seeds, sampler, schedule, settings, warmup)
         self._start_chain(self._chain)
         return self._chain
 
-    def end(self, chain: Chain) -> None:
-        """Says that a chain of :meth:`begin` is over. Warns if its warm-up was too short.
+    def _estimator(self, potential: Potential, chains: ChainSet) -> GradientEstimator:
+        """How gradients are estimated.
 
-        :raises DivergenceError: if its last steps ran away unnoticed.
+        :raises ValueError: if settings do not go together.
+        """
+        if chains.data_ranks is not None:
+            if self.control_variates:
+                raise ValueError("control_variates=True and split='data' cannot be combined; leave one of them out.")
+            return DataParallelGradient(potential, chains.data_ranks)
+        return ControlVariates(potential) if self.control_variates else PlainGradient(potential)
+
+    def end(self, chain: Chain) -> None:
+        """Ends a chain of :meth:`begin`. Warns if its warm-up was too short.
+
+        :raises DivergenceError: if it diverged in its last steps.
         """
         chain.check()
         self._temperatures = chain.temperatures(self.temperature)
-        if chain.warmup is not None:
-            self.tuning = chain.warmup.report()
-            chain.warmup.finish(chain)
+        self.tuning = chain.warmup.report()
+        chain.warmup.finish(chain)
 
     def report(self, chain: Chain) -> dict[str, Any]:
         """What is to be said of a chain at its end, as JSON values; see :meth:`diagnostics`."""
@@ -252,7 +243,7 @@ class StochasticGradientKernel(MCMCKernel):
         starting = InitMessenger(self.init_strategy)(self.model)
         starts: list[Tensor] = []
         for seed in seeds:
-            with seeded(seed):
+            with seeded(derived_seed(seed, "start")):
                 if not starts:
                     potential, start = build_potential(
                         starting,
@@ -377,37 +368,14 @@ class StochasticGradientKernel(MCMCKernel):
             raise RuntimeError(f"{type(self).__name__}.setup(warmup_steps, *args) comes first; the driver calls it.")
         return self._chain
 
-    def _seed_of(self, index: int, is_numbered: bool = False) -> int:
-        """The seed of a chain: by its index in the run and, in a worker process of Pyro's, by the worker's."""
+    def _run_seed(self, is_numbered: bool) -> int:
+        """The seed that those of chains are derived from; in a worker process of Pyro's driver, one per worker.
+
+        :param is_numbered: whether chains have numbers in their run, so that no other process has the same number.
+        """
         if self.seed is None:
-            return int(torch.randint(2**62, ()))
-        worker = 0
-        if os.getpid() != self._home[0] and not is_numbered:
-            # Pyro seeds the worker of chain i with the parent's initial seed plus i.
-            worker = (torch.initial_seed() - self._home[1]) % 2**31
-        stream = self.seed * 1_000_003 + index * 7_919 + worker
-        return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(stream % 2**62)))
-
-
-def _unroll(thinning: int) -> int:
-    """Steps to compile into one program: a draw's in equal parts, of five at most, since compiling takes time."""
-    return max(num for num in range(1, 6) if thinning % num == 0)
-
-
-def _checked_start(given: Mapping[str, Tensor], layout: Layout, like: Tensor) -> Tensor:
-    """``initial_params`` as one vector.
-
-    :raises ValueError: if sites or shapes are not the model's, or a value is not finite.
-    """
-    batch = tuple(like.shape[:-1])
-    expected = {site.name: (*batch, *site.unconstrained_shape) for site in layout}
-    shapes = {name: tuple(torch.as_tensor(value).shape) for name, value in given.items()}
-    if shapes != expected:
-        raise ValueError(
-            f"initial_params has sites and shapes {shapes}, but the model's unconstrained latents are {expected}. "
-            "Values are unconstrained; for several chains MCMC(initial_params=) wants a leading dimension of chains."
-        )
-    theta = layout.join({name: torch.as_tensor(value).detach() for name, value in given.items()}).to(like)
-    if not bool(torch.isfinite(theta).all()):
-        raise ValueError("initial_params holds NaN or infinite values.")
-    return theta
+            return fresh_seed()
+        if is_numbered or os.getpid() == self._home[0]:
+            return self.seed
+        # Pyro seeds the worker of chain i with the parent's initial seed plus i.
+        return derived_seed(self.seed, "worker", (torch.initial_seed() - self._home[1]) % 2**31)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from pyro_apd.kernels.base import StochasticGradientKernel
 from pyro_apd.kernels.engine.chain import Chain
 from pyro_apd.kernels.engine.schedules import Schedule
 from pyro_apd.kernels.engine.step import Step
+from pyro_apd.runtime.checks import flag, number
 
 
 class PSGLD(StochasticGradientKernel):
@@ -56,22 +56,19 @@ class PSGLD(StochasticGradientKernel):
         **settings: Any,
     ) -> None:
         super().__init__(model, step_size, **settings)
-        if not 0 < decay < 1:
-            raise ValueError(f"decay={decay!r} must lie between 0 and 1.")
-        if not (math.isfinite(stability) and stability > 0):
-            raise ValueError(f"stability={stability!r} must be a positive finite number.")
-        self.decay, self.stability, self.use_gamma = decay, stability, use_gamma
+        self.decay = number("decay", decay, above=0, below=1)
+        self.stability = number("stability", stability, above=0)
+        self.use_gamma = flag("use_gamma", use_gamma)
 
     def _start_chain(self, chain: Chain) -> None:
         chain.auxiliary["second_moment"] = chain.zeros()
 
     def _dynamics(self, chain: Chain) -> Dynamics:
-        """As of SGLD with the present preconditioner, held fixed: what its fluctuations add is not in it."""
-        potential = chain.potential
+        """As of SGLD with the present preconditioner, held fixed: its fluctuations are not included."""
         second = torch.cat(chain.auxiliary["second_moment"], -1)
         if chain.step == 0:
-            gradient = potential.gradient(chain.theta, potential.source.draw())[0]
-            second = (gradient / (potential.num_data or 1)).square()
+            gradient = chain.estimator.gradient(chain.theta, chain.potential.source.draw())[0]
+            second = (gradient / (chain.estimator.num_data or 1)).square()
         return Dynamics(metric=(second.sqrt() + self.stability).reciprocal())
 
     def _update(self, step: Step) -> None:

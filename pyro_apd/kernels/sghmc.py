@@ -17,6 +17,7 @@ from pyro_apd.kernels.engine.chain import Chain
 from pyro_apd.kernels.engine.schedules import Schedule
 from pyro_apd.kernels.engine.step import Step
 from pyro_apd.models.potential import Pieces
+from pyro_apd.runtime.checks import number
 
 
 class SGHMC(StochasticGradientKernel):
@@ -50,11 +51,9 @@ class SGHMC(StochasticGradientKernel):
         **settings: Any,
     ) -> None:
         super().__init__(model, step_size, **settings)
-        if not 0 < friction <= 1:
-            raise ValueError(f"friction={friction!r} must lie above 0 and at most at 1.")
-        if not 0 <= noise_estimate < friction:
-            raise ValueError(f"noise_estimate={noise_estimate!r} must lie between 0 and friction={friction!r}.")
-        self.friction, self.noise_estimate = friction, noise_estimate
+        self.friction = number("friction", friction, above=0, at_most=1)
+        hint = f"It must be less than friction={friction!r}."
+        self.noise_estimate = number("noise_estimate", noise_estimate, at_least=0, below=self.friction, hint=hint)
 
     def _start_chain(self, chain: Chain) -> None:
         # At rest; the momentum reaches its own temperature within some 1 / friction steps of warm-up.

@@ -170,7 +170,7 @@ def test_chains_that_diverge(diverging, store, tmp_path):
     assert second["diverged"] == first["diverged"]
 
 
-def test_one_process_diverging_altogether_goes_on_with_its_fellows(tmp_path):
+def test_the_others_go_on_where_all_chains_of_one_process_diverge(tmp_path):
     """On a real kernel: all chains of rank 1 run away, those of rank 0 do not."""
 
     def quartic(y):

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from pyro_apd.chains.checkpoint import Checkpoint, Progress, read_checkpoint, write_checkpoint
-from pyro_apd.chains.group import Group, GroupRun, Plan, begin, rebuilt_error
+from pyro_apd.chains.group import GroupRun, Plan, begin, rebuilt_error
 from pyro_apd.chains.stores.base import MemoryStore, kept_layout
+from pyro_apd.kernels.engine.chain_set import ChainSet
 from tests.chains.walk import LAYOUT, Walk
 
 
@@ -16,22 +17,22 @@ class Listening:
     def __init__(self, every=None, path=None):
         self.drawn, self.every, self.path, self.saved = [], every, path, []
 
-    def drew(self, group, num_done, num_diverged):
+    def drew(self, chains, num_done, num_diverged):
         self.drawn.append((num_done, num_diverged))
 
-    def is_due(self, group, num_done):
+    def is_due(self, chains, num_done):
         return self.every is not None and num_done % self.every == 0
 
-    def checkpoint(self, group, progress):
-        write_checkpoint(self.path, Checkpoint({}, {group.first: progress}))
+    def checkpoint(self, chains, progress):
+        write_checkpoint(self.path, Checkpoint({}, {chains.first: progress}))
         self.saved.append(progress.num_done)
 
 
 def draw(kernel, plan, width=None, first=0, progress=None, store=None, listener=None, kept=LAYOUT):
-    group = Group(first, width)
+    chains = ChainSet(first, width)
     store = MemoryStore(kept, plan.num_chains, plan.num_samples, torch.empty(0)) if store is None else store
     progress = Progress() if progress is None else progress
-    run = GroupRun(kernel, begin(kernel, plan, group, (), {}), plan, group, store, progress)
+    run = GroupRun(kernel, begin(kernel, plan, chains, (), {}), plan, store, progress)
     run.run(Listening() if listener is None else listener)
     return store, progress
 
@@ -40,7 +41,7 @@ def draw(kernel, plan, width=None, first=0, progress=None, store=None, listener=
 def test_draws_after_warmup_are_kept_thinned(width):
     plan = Plan(num_samples=4, warmup_steps=3, num_chains=width or 1)
     store, progress = draw(Walk(thinning=2), plan, width)
-    chain = begin(Walk(), plan, Group(0, width), (), {})
+    chain = begin(Walk(), plan, ChainSet(0, width), (), {})
     for step in range(14):
         chain.advance(1)
         if step >= 7 and step % 2:
@@ -54,8 +55,8 @@ def test_draws_after_warmup_are_kept_thinned(width):
 def test_warmup_ends_once_and_before_the_first_kept_draw(warmup_steps):
     seen = []
     plan = Plan(2, warmup_steps, 1, hook=lambda k, p, stage, i: seen.append(chain.is_warm))
-    chain = begin(Walk(), plan, Group(0), (), {})
-    GroupRun(Walk(), chain, plan, Group(0), MemoryStore(LAYOUT, 1, 2, torch.empty(0)), Progress()).run(Listening())
+    chain = begin(Walk(), plan, ChainSet(0), (), {})
+    GroupRun(Walk(), chain, plan, MemoryStore(LAYOUT, 1, 2, torch.empty(0)), Progress()).run(Listening())
     assert seen == [False] * warmup_steps + [True] * 2
 
 
@@ -78,8 +79,8 @@ def test_hooks_as_pyros(width, num_chains, stages):
 def test_initial_params_by_group():
     start = {"w": torch.zeros(3, 3), "scale": torch.arange(3.0), "b": torch.zeros(3, 2, 2)}
     plan = Plan(1, 0, 3, start)
-    assert LAYOUT.split(begin(Walk(), plan, Group(2), (), {}).theta)["scale"] == 2
-    assert LAYOUT.split(begin(Walk(), plan, Group(0, 3), (), {}).theta)["scale"].tolist() == [0, 1, 2]
+    assert LAYOUT.split(begin(Walk(), plan, ChainSet(2), (), {}).theta)["scale"] == 2
+    assert LAYOUT.split(begin(Walk(), plan, ChainSet(0, 3), (), {}).theta)["scale"].tolist() == [0, 1, 2]
 
 
 def test_only_kept_sites_are_stored():

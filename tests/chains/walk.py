@@ -17,16 +17,15 @@ LAYOUT = Layout({"w": (3,), "scale": (), "b": (2, 2)}, {"scale": constraints.pos
 class WalkChain:
     """One chain, or several vectorised; chain i is the same in both."""
 
-    def __init__(self, kernel, num_chains, first, start, of_chains=None):
-        self.kernel, self.layout, self.first = kernel, kernel.layout, first
-        self._is_single, count = num_chains is None, num_chains or 1
-        self._generators = [torch.Generator().manual_seed(1000 * kernel.seed + first + i) for i in range(count)]
+    def __init__(self, kernel, chains, start):
+        self.kernel, self.layout, self.chains, self.first = kernel, kernel.layout, chains, chains.first
+        self._is_single = chains.count is None
+        self._generators = [torch.Generator().manual_seed(seed) for seed in chains.seeds(kernel.seed)]
         self._theta = torch.stack([torch.randn(self.layout.size, generator=g) for g in self._generators])
         if start is not None:
-            self._theta = self.layout.join(start).reshape(count, -1).clone()
+            self._theta = self.layout.join(start).reshape(chains.size, -1).clone()
         self.step, self.is_warm, self.divergences = 0, False, []
         self.num_observed = 0
-        self._has_fellows = of_chains is not None and of_chains > count
 
     @property
     def theta(self):
@@ -59,7 +58,7 @@ class WalkChain:
         )
         self._theta[i] = -7.0  # the last good state
         self.divergences.append(error)
-        if len(self.divergences) == len(self._generators) and not self._has_fellows:
+        if len(self.divergences) == len(self._generators) and self.chains.is_whole_run:
             raise error
 
     def end_warmup(self):
@@ -74,10 +73,14 @@ class WalkChain:
     def observe(self):
         self.num_observed += 1
 
+    @property
+    def checkpoint(self):
+        return torch.full_like(self.theta, -7.0)
+
     def state_dict(self):
         generators = [generator.get_state() for generator in self._generators]
-        extra = {"last_good": torch.full_like(self._theta, -7.0), "num_observed": self.num_observed}
-        return {"theta": self._theta, "generators": generators, "step": self.step, "is_warm": self.is_warm, **extra}
+        progress = {"step": self.step, "is_warm": self.is_warm, "num_observed": self.num_observed}
+        return {"theta": self._theta, "generators": generators, **progress}
 
     def load_state_dict(self, state):
         self._theta, self.step, self.is_warm = state["theta"].clone(), state["step"], state["is_warm"]
@@ -100,11 +103,8 @@ class Walk:
         self.noticed_after = {chain: step + 2 for chain, step in self.diverges_after.items()}
         self._num_ended, self.look_every = 0, look_every
 
-    def begin(
-        self, args, kwargs, *, warmup_steps, num_samples, num_chains=None, first_chain=0, initial_params=None,
-        of_chains=None, fellows=None,
-    ):  # fmt: skip
-        return WalkChain(self, num_chains, first_chain, initial_params, of_chains)
+    def begin(self, args, kwargs, *, warmup_steps, num_samples, chains, initial_params):
+        return WalkChain(self, chains, initial_params)
 
     def end(self, chain):
         self._num_ended += 1

@@ -12,6 +12,7 @@ from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from pyro_apd.kernels import SGLD
+from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.models.bnn import BNN
 from pyro_apd.models.potential import build_potential
 from tests.support.models import Classifier, Conjugate, constrained
@@ -105,7 +106,7 @@ def test_a_convolutional_network_is_captured_for_chains_together():
     x, y = torch.randn(20, 1, 4, 4), torch.arange(20) % 3
     model = BNN(nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.MaxPool2d(3), nn.Flatten(), nn.Linear(2, 3)))
     kernel = SGLD(model, 1e-3, batch_size=10, compile=False, seed=0)
-    chain = kernel.begin((x, y), {}, warmup_steps=0, num_chains=3)
+    chain = kernel.begin((x, y), {}, warmup_steps=0, chains=ChainSet(count=3))
     chain.advance(2)
     assert chain.path == "captured"
 

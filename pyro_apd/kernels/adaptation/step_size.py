@@ -4,266 +4,59 @@
 """``step_size="auto"``: a step size from measured curvature and gradient noise, chosen during warm-up and then kept.
 
 The step is the largest at which a Gaussian of the measured curvatures would come out too wide by no more than a stated
-share (:mod:`pyro_apd.kernels.adaptation.dynamics` has the theory), for two
-reasons together, discretisation and mini-batch noise:
+share (:mod:`pyro_apd.kernels.adaptation.dynamics` has the theory), by
+discretisation and mini-batch noise together:
 
 * With up to 32 latents the Hessian and the noise are measured whole, and the share holds for **every direction**.
 * With more, their spectra are estimated from random vectors, and the share holds for the **trace of the covariance**.
   In a Bayesian neural network most directions have little more curvature than the prior, so the few stiff ones hardly
-  count: these are held back from the limit of stability instead, at 5 times the share of the way to it, and never more
-  than half. At the default share the stiffest direction comes out twice too wide by discretisation, and mini-batch
-  noise may widen stiff directions further.
+  count. These are kept away from the limit of stability instead: the step size is at most 5 times the share of that
+  limit, and never more than half of it. At the default share the variance of the stiffest direction is twice too large
+  by discretisation, and mini-batch noise may widen stiff directions further.
 
-Of chains that advance together one step goes for all: the share holds on their average, and the stiffest of them sets
-the distance from instability. Where other processes have chains of the run, all measure their own at the same steps and
-hand round the figures, never a state, so that the step is the one that a single process would choose.
+Chains that advance together have one step size: the share holds on their average, and the stiffest of them sets the
+distance from instability. Where other processes have chains of the run, all measure their own at the same steps and
+exchange the results, never a state, so that the step size is the one that a single process would choose.
 
-A model of several modes or of strong curvature changes is no Gaussian: the share is then one of a Gaussian like it at
-the points where it was measured.
+A posterior with several modes or with curvature that changes strongly is not Gaussian: the share is then that of the
+Gaussian approximations at the points where it was measured.
 
 The curvature of a network rises by orders of magnitude while it learns. So it is measured several times over the
-warm-up, at equal distances; the step follows, and what is kept is the median of the measures in its last quarter.
+warm-up, at equal distances; the step size follows, and the median of the measures in the last quarter is kept.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from pyro_apd.data.minibatch import FullBatch, MinibatchSource, PlateSubsample, RowSubsample
-from pyro_apd.data.row_reader import RowReader
-from pyro_apd.kernels.adaptation.curvature import dense_hessian, hessian_product, lanczos
 from pyro_apd.kernels.adaptation.dynamics import Dynamics
-from pyro_apd.runtime.ranks import Ranks
+from pyro_apd.kernels.adaptation.spectrum import CurvatureSpectrum, LocalPotential, measure_spectrum
+from pyro_apd.runtime.checks import number
+from pyro_apd.runtime.seeds import derived_seed
 
 logger = logging.getLogger("pyro_apd")
 
 #: Share by which variances may come out too large, where nothing is said.
 MAX_INFLATION = 0.1
-#: Models of up to so many latents are measured direction by direction.
-MAX_DENSE = 32
 
-# Measures a warm-up, at least so many steps apart.
+# Measures per warm-up, at least so many steps apart.
 _NUM_MEASURES, _MIN_APART = 12, 50
 # Measures from this share of the warm-up on decide.
 _SETTLED = 0.75
-# Products with the Hessian: for the largest curvature alone, and for a spectrum.
-_NUM_LARGEST, _NUM_SPECTRUM = 8, 12
-# Batches that the noise is measured by: where every direction counts by itself, and where only their sum does.
-_NUM_NOISE_DENSE, _NUM_NOISE = 64, 8
-# Batches that a whole Hessian is averaged over, at most.
-_NUM_HESSIAN = 8
-# Times that a chain may run away while its step is looked for.
+# Times that a chain may diverge while its step size is adapted.
 _MAX_BACK_OFFS = 8
 # What is aimed at, as a part of what is allowed: measures have errors.
 _MARGIN = 0.9
-# A step changes at most so much from one measure to the next by what the potential says.
+# Limit of the change of the step size from one measure to the next, where the potential decides about it.
 _MAX_CHANGE = 4.0
 # In warm-up the drift of a step moves the state by no more than this share of its norm.
 _MAX_DRIFT = 0.05
-# Measures early in the warm-up, as shares of it: what a wrong first step does is to be seen soon.
+# Measures early in the warm-up, as shares of it: the effect of a wrong first step should be seen soon.
 _EARLY = (0.01, 0.03)
-
-GradientAndEnergy = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is measured: a potential at a point.
-
-    :ivar gradient: gradient of U ``(..., D)`` and U, at ``(..., D)`` on a batch.
-    :ivar draw: the next batch.
-    :ivar Tensor theta: the point, ``(D,)`` or ``(C, D)``.
-    :ivar Dynamics dynamics: of the sampler, there.
-    :ivar float temperature: T.
-    :ivar epoch_length: batches an epoch without replacement: 1 for full data, None where batches count as independent.
-    :ivar is_active: of C chains, ``(C,)``, those of other processes among them: which have not diverged; None for all.
-    :ivar Ranks ranks: processes that have other chains of the run; by default there are none.
-    :ivar rows: which of a run's chains are here, and ``of_chains``, how many it has; None where it has no others.
-    """
-
-    gradient: GradientAndEnergy
-    draw: Callable[[], tuple[Tensor, ...]]
-    theta: Tensor
-    dynamics: Dynamics
-    temperature: float = 1.0
-    epoch_length: int | None = None
-    is_active: Tensor | None = None
-    ranks: Ranks = field(default_factory=Ranks)
-    rows: range | None = None
-    of_chains: int = 1
-
-    def active(self, values: Tensor) -> Tensor:
-        """Figures ``()`` or ``(C,)`` of the chains that go on, from those of all chains of the run."""
-        return values if self.is_active is None else values[self.is_active]
-
-    def everywhere(self, *figures: Tensor) -> tuple[Tensor, ...]:
-        """Figures ``(C, ...)`` of all chains of the run, in their order, from those of the chains here.
-
-        :raises RankError: if another process is gone.
-        """
-        if self.ranks.size == 1:
-            return figures
-        by_process = self.ranks.gathered([figure.cpu() for figure in figures])
-        return tuple(torch.cat(parts) for parts in zip(*by_process, strict=True))
-
-    def random(self, generator: torch.Generator) -> Tensor:
-        """A random vector of the shape of ``theta``; a chain has the same whichever others are here."""
-        if self.rows is None:
-            return torch.randn(self.theta.shape, generator=generator).to(self.theta)
-        found = torch.empty(self.theta.shape)
-        for chain in range(self.of_chains):
-            vector = torch.randn(self.theta.shape[-1], generator=generator)
-            if chain in self.rows:
-                found[chain - self.rows.start] = vector
-        return found.to(self.theta)
-
-    def product(self, batches: list[tuple[Tensor, ...]]) -> Callable[[Tensor], Tensor]:
-        """Products with the Hessian on these batches, in the sampler's metric."""
-
-        def gradient(theta: Tensor) -> Tensor:
-            total = self.gradient(theta, batches[0])[0].clone()
-            for batch in batches[1:]:
-                total += self.gradient(theta, batch)[0]
-            return total / len(batches)
-
-        return lambda v: self.scaled(hessian_product(gradient, self.theta, self.scaled(v)))
-
-    def scaled(self, vector: Tensor) -> Tensor:
-        """``vector`` times the square root of the preconditioner."""
-        metric = self.dynamics.metric
-        return vector if metric is None else vector * metric.sqrt()
-
-
-def epoch_length(source: MinibatchSource) -> int | None:
-    """Batches that a source draws without replacement before it begins anew; None where that is not known."""
-    if isinstance(source, FullBatch):
-        return 1
-    if source.replacement:
-        return None
-    if isinstance(source, (RowSubsample, RowReader)):
-        assert source.num_data is not None
-        return source.num_data // source.batch_size
-    if isinstance(source, PlateSubsample) and len(source.plates) == 1:
-        ((size, batch),) = source.plates.values()
-        return size // batch
-    # A loader may draw with replacement. Taking batches for independent errs on the side of small steps.
-    return None
-
-
-@dataclass(frozen=True)
-class Directions:
-    """A Gaussian's directions, one by one or as a quadrature of their spectrum.
-
-    :ivar Tensor curvature: lambda ``(..., K)``, positive.
-    :ivar Tensor weight: what T / lambda counts in the trace of the covariance, ``(..., K)``.
-    :ivar Tensor noise: variance of the mini-batch gradient there, ``(..., K)``; of a quadrature, times the weight.
-    :ivar Tensor largest: largest curvature, ``(...)``.
-    :ivar bool is_dense: whether each is a direction of its own, to be held to the share by itself.
-    """
-
-    curvature: Tensor
-    weight: Tensor
-    noise: Tensor
-    largest: Tensor
-    is_dense: bool
-
-    def everywhere(self, target: Target) -> Directions:
-        """Those of all chains of the run."""
-        here = (self.curvature, self.weight, self.noise, self.largest)
-        curvature, weight, noise, largest = target.everywhere(*here)
-        return Directions(curvature, weight, noise, largest, self.is_dense)
-
-    def inflation(self, step_size: float, target: Target) -> Tensor:
-        """By what share variances come out too large, ``(...)``: in the worst direction if dense, else of the trace."""
-        ratio, of = target.dynamics.variance_ratio, (target.temperature, target.epoch_length)
-        if self.is_dense:
-            return ratio(step_size, self.curvature, self.noise, *of).amax(-1) - 1
-        # Directions and noise are quadratures with nodes of their own: the ratio is linear in the noise.
-        quiet = ratio(step_size, self.curvature, torch.zeros_like(self.curvature), *of)
-        heat = ratio(step_size, self.curvature, torch.ones_like(self.curvature), *of) - quiet
-        widened = torch.where(self.weight > 0, self.weight * quiet, 0.0)
-        heated = torch.where(self.noise > 0, self.noise * heat, 0.0)
-        total = ((widened + heated) / self.curvature).sum(-1) / (self.weight / self.curvature).sum(-1)
-        return total.nan_to_num(math.inf) - 1
-
-
-def largest_curvature(target: Target, generator: torch.Generator) -> Tensor:
-    """Largest curvature ``(...)`` in the sampler's metric, on one batch."""
-    return lanczos(target.product([target.draw()]), target.random(generator), _NUM_LARGEST).largest
-
-
-def measure_directions(target: Target, generator: torch.Generator) -> Directions:
-    """Curvature and gradient noise at a point: whole for small models, as spectra for large ones."""
-    return _measure_dense(target) if target.theta.shape[-1] <= MAX_DENSE else _measure_spectra(target, generator)
-
-
-def _measure_dense(target: Target) -> Directions:
-    length = target.epoch_length
-    batches = [target.draw() for _ in range(min(length or _NUM_HESSIAN, _NUM_HESSIAN))]
-    hessian = dense_hessian(target.product(batches), target.theta)
-    values, vectors = torch.linalg.eigh(hessian.nan_to_num(0.0))
-    noise_MD = _gradient_noise(target, _NUM_NOISE_DENSE)
-    noise = torch.zeros_like(values)
-    if noise_MD.dim() > 0:
-        noise = torch.einsum("m...d,...dk->m...k", noise_MD, vectors).square().sum(0)
-    curvature, largest = _positive(values, values.abs().amax(-1))
-    return Directions(curvature, torch.ones_like(curvature), noise, largest, is_dense=True)
-
-
-def _measure_spectra(target: Target, generator: torch.Generator) -> Directions:
-    product = target.product([target.draw()])
-    probe = target.scaled(target.random(generator))
-    seen = lanczos(product, probe, _NUM_SPECTRUM)
-    noise_MD = _gradient_noise(target, _NUM_NOISE)
-    if noise_MD.dim() == 0:
-        curvature, largest = _positive(seen.nodes, seen.largest)
-        return Directions(curvature, seen.weights, torch.zeros_like(curvature), largest, is_dense=False)
-    # A random mixture of the batches' deviations has the covariance of their noise.
-    mixture = torch.randn(len(noise_MD), generator=generator, dtype=torch.float64)
-    vector = (noise_MD.movedim(0, -1) @ mixture).to(target.theta)
-    vector = vector * (noise_MD.square().sum((0, -1)).sqrt().to(vector) / vector.norm(dim=-1)).unsqueeze(-1)
-    # In the trace over theta, a preconditioner counts once more.
-    noisy = lanczos(product, target.scaled(vector), _NUM_SPECTRUM)
-    nodes = torch.cat([seen.nodes, noisy.nodes], -1)
-    curvature, largest = _positive(nodes, torch.maximum(seen.largest, noisy.largest))
-    none_seen, none_noisy = torch.zeros_like(noisy.weights), torch.zeros_like(seen.weights)
-    return Directions(
-        curvature,
-        torch.cat([seen.weights, none_seen], -1),
-        torch.cat([none_noisy, noisy.weights], -1),
-        largest,
-        is_dense=False,
-    )
-
-
-def _gradient_noise(target: Target, num_batches: int) -> Tensor:
-    """Deviations of batch gradients from their mean ``(M, ..., D)``, scaled so that their squares sum to the variance.
-
-    A scalar 0 where every batch is all the data.
-    """
-    length = target.epoch_length
-    if length == 1:
-        return torch.zeros(())
-    gradients = [
-        target.scaled(target.gradient(target.theta, target.draw())[0]).double().cpu() for _ in range(num_batches)
-    ]
-    stacked = torch.stack(gradients)
-    # Of one epoch's batches, which cancel, the sample variance is too large by k / (k - 1).
-    share = 1.0 if length is None or length < num_batches else (length - 1) / length
-    return (stacked - stacked.mean(0)) * math.sqrt(share / (num_batches - 1))
-
-
-def _positive(curvature: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """Curvatures by their size, and none below a millionth of the largest: where U bends down, no Gaussian is near."""
-    largest = torch.where(largest > 0, largest, 1e-12)
-    return torch.maximum(curvature.abs(), 1e-6 * largest.unsqueeze(-1)), largest
 
 
 @dataclass(frozen=True)
@@ -287,22 +80,22 @@ def stable_step_size(largest: float, dynamics: Dynamics, max_inflation: float) -
     return min(5 * max_inflation, 0.5) * dynamics.limit / largest
 
 
-def choose(directions: Directions, target: Target, max_inflation: float) -> Choice:
+def choose(spectrum: CurvatureSpectrum, local: LocalPotential, max_inflation: float) -> Choice:
     """The largest step size that keeps both rules of this module."""
-    largest = float(target.active(directions.largest).max())
-    high = stable_step_size(largest, target.dynamics, max_inflation)
-    if target.temperature == 0:
+    largest = float(local.active(spectrum.largest).max())
+    high = stable_step_size(largest, local.dynamics, max_inflation)
+    if local.temperature == 0:
         return Choice(high, "stability", 0.0, largest)
 
     def inflation(step_size: float) -> float:
-        return float(target.active(directions.inflation(step_size, target)).mean())
+        return float(local.active(spectrum.inflation(step_size, local)).mean())
 
     allowed = _MARGIN * max_inflation
     if inflation(high) <= allowed:
         return Choice(high, "stability", inflation(high), largest)
     low = high * 1e-6
     if not inflation(low) <= allowed:
-        # No step would do, as where gradients are not finite: what is stable is the least bad.
+        # No step size is small enough, as where gradients are not finite: use what is stable.
         return Choice(high, "stability", inflation(high), largest)
     for _ in range(60):
         middle = math.sqrt(low * high)
@@ -313,16 +106,18 @@ def choose(directions: Directions, target: Target, max_inflation: float) -> Choi
 class AutoStep:
     """The step size of a chain, or of chains that advance together, over its warm-up.
 
-    All its state is numbers: vectors that it starts from are drawn anew at each measure.
+    All its state is numbers: random vectors are drawn anew at each measure.
 
     :param float max_inflation: share by which variances may come out too large.
     :param int num_warmup: Langevin steps of the warm-up; with 0, what is measured at the start is kept.
-    :param int seed: of the vectors that it starts from.
+    :param int seed: of the random vectors.
     :ivar float step_size: the present step size.
     """
 
     def __init__(self, max_inflation: float, num_warmup: int, seed: int) -> None:
-        self.max_inflation, self.num_warmup, self.seed = max_inflation, num_warmup, seed
+        self.max_inflation = max_inflation
+        self.num_warmup = num_warmup
+        self.seed = seed
         self.step_size = math.nan
         self._choices: list[Choice] = []
         self._energies: list[float] = []
@@ -346,35 +141,36 @@ class AutoStep:
         """Whether it is time to measure, before Langevin step ``step``."""
         return not self.is_settled and step >= self._marks[self._num_done]
 
-    def measure(self, target: Target) -> None:
+    def measure(self, local: LocalPotential) -> None:
         """Measures, and sets the step size. Waits for the device.
 
         :raises ValueError: if U is flat, so that no step size is better than another.
         """
-        generator = torch.Generator().manual_seed((self.seed + 7_919 * self._num_done) % 2**62)
+        seed = derived_seed(self.seed, "measure", self._num_done)
         is_last = self._num_done == len(self._marks) - 1
-        if target.is_active is not None and not bool(target.is_active.any()):
-            # All chains stand still, and say so when they are over.
+        if local.is_active is not None and not bool(local.is_active.any()):
+            # All chains have diverged, which is reported when they are over.
             self._num_done += 1
             return
         if is_last or self._marks[self._num_done] >= _SETTLED * self.num_warmup:
-            choice = choose(measure_directions(target, generator).everywhere(target), target, self.max_inflation)
-            self._choices.append(choice)
+            choice = choose(measure_spectrum(local, seed).of_all_chains(local), local, self.max_inflation)
+            if math.isfinite(choice.step_size):
+                self._choices.append(choice)
             wanted, largest = choice.step_size, choice.largest_curvature
         else:
-            (of_chains,) = target.everywhere(largest_curvature(target, generator))
-            largest = float(target.active(of_chains).max())
-            wanted = stable_step_size(max(largest, 1e-12), target.dynamics, self.max_inflation)
+            (by_chain,) = local.of_all_chains(local.largest_curvature(seed))
+            largest = float(local.active(by_chain).max())
+            wanted = stable_step_size(max(largest, 1e-12), local.dynamics, self.max_inflation)
         self._num_done += 1
         if not math.isfinite(wanted):
-            # The start has no finite potential, or the chain ran away: its own watch says so at the next step.
+            # The start has no finite potential, or the chain diverged: the next check of the chain reports it.
             wanted = self.step_size if math.isfinite(self.step_size) else 1e-12
-        gradient, energies = target.gradient(target.theta, target.draw())
-        # The drift of one step, compared with the state: from far away a gradient can be large where curvature is not.
-        drift = target.scaled(target.scaled(gradient)).norm(dim=-1) / (1.0 + target.theta.norm(dim=-1))
-        drift, energies = target.everywhere(drift, energies)
-        energy = float(target.active(energies).mean())
-        fastest = 2 * _MAX_DRIFT / max(float(target.active(drift).max()), 1e-30)
+        gradient, energies = local.gradient(local.theta, local.draw())
+        # The drift of one step, relative to the state: far from a mode gradients can be large where curvature is not.
+        drift = local.scaled(local.scaled(gradient)).norm(dim=-1) / (1.0 + local.theta.norm(dim=-1))
+        drift, energies = local.of_all_chains(drift, energies)
+        energy = float(local.active(energies).mean())
+        fastest = 2 * _MAX_DRIFT / max(float(local.active(drift).max()), 1e-30)
         self.step_size = self._guarded(min(wanted, fastest) if math.isfinite(fastest) else wanted, energy)
         self._energies.append(energy)
         if self.is_settled:
@@ -385,24 +181,24 @@ class AutoStep:
             )
 
     def back_off(self, step: int) -> bool:
-        """Takes a tenth of the step size, after a chain ran away by Langevin ``step``; False where it is too late.
+        """Takes a tenth of the step size, after a chain diverged by Langevin ``step``; False where it is too late.
 
-        The next measures may not go far beyond it at once.
+        The next measures may not exceed it by much at once.
         """
         if self.is_settled or self._num_back_offs == _MAX_BACK_OFFS:
             return False
         self._num_back_offs += 1
         self.step_size /= 10
         self._lowest = min(self._lowest, self.step_size)
-        logger.info("step_size='auto': a chain ran away by step %d; going on with %.3g.", step, self.step_size)
+        logger.info("step_size='auto': a chain diverged by step %d; going on with %.3g.", step, self.step_size)
         return True
 
     def _guarded(self, wanted: float, energy: float) -> float:
-        """A step that the potential does not speak against.
+        """Limits the proposed step size while the potential is rising.
 
-        Steps that are too large make networks with a learned noise scale take everything for noise. That is flat, and
-        would ask for larger steps still. So a chain above where it started slows down, and one that rose keeps its
-        step.
+        With steps that are too large, networks with a learned noise scale explain everything as noise. The potential is
+        flat there, so that even larger steps would be proposed. So above its potential at the start a chain slows down,
+        and one whose potential rose keeps its step size.
         """
         if not self._energies:
             self._lowest = wanted / _MAX_CHANGE**3
@@ -412,17 +208,21 @@ class AutoStep:
         return min(wanted, self.step_size * (1.0 if energy > self._energies[-1] else _MAX_CHANGE))
 
     def _settle(self) -> None:
+        if self._choices:
+            self.step_size = self._median_choice().step_size
+            logger.info("%s", self.explanation())
+
+    def _median_choice(self) -> Choice:
+        """Of an even number, the smaller of the two in the middle."""
         ranked = sorted(self._choices, key=lambda choice: choice.step_size)
-        # Of an even number, the smaller of the two in the middle.
-        self.step_size = ranked[(len(ranked) - 1) // 2].step_size
-        logger.info("%s", self.explanation())
+        return ranked[(len(ranked) - 1) // 2]
 
     def explanation(self) -> str:
         """What was chosen and why, in a sentence or two."""
         found = self.report()
         return (
-            f"step_size='auto': chose {found['step_size']:.3g}, bound by {found['bound']}. Variances are predicted "
-            f"{found['inflation']:.1%} too large ({found['allowed']:.0%} allowed); the largest curvature is "
+            f"step_size='auto': chose {found['step_size']:.3g}, bound by {found['bound']}. Variances are predicted to "
+            f"be {found['inflation']:.1%} too large ({found['allowed']:.0%} allowed); the largest curvature is "
             f"{found['largest_curvature']:.3g}. Measured {found['num_measures']} times in {self.num_warmup} steps."
         )
 
@@ -432,8 +232,7 @@ class AutoStep:
         """
         if not self.is_settled or not self._choices:
             return {}
-        ranked = sorted(self._choices, key=lambda choice: choice.step_size)
-        middle = ranked[(len(ranked) - 1) // 2]
+        middle = self._median_choice()
         return {
             "step_size": self.step_size,
             "bound": middle.bound,
@@ -467,10 +266,7 @@ def checked_max_inflation(max_inflation: float) -> float:
 
     :raises ValueError: if it is not a positive finite number.
     """
-    is_number = isinstance(max_inflation, (int, float)) and not isinstance(max_inflation, bool)
-    if not (is_number and math.isfinite(max_inflation) and max_inflation > 0):
-        raise ValueError(
-            f"max_inflation={max_inflation!r} must be a positive number: the share by which step_size='auto' lets "
-            f"variances come out too large. The default is {MAX_INFLATION}."
-        )
-    return float(max_inflation)
+    hint = (
+        f"It is the share by which step_size='auto' lets variances come out too large; the default is {MAX_INFLATION}."
+    )
+    return number("max_inflation", max_inflation, above=0, hint=hint)

@@ -3,13 +3,13 @@
 
 """``warm_start=``: each chain is optimised to a mode before it warms up.
 
-A network started at a draw from its prior spends its warm-up on learning, at the steps of a sampler. An optimiser is
-there sooner; several chains, each from a start and with mini-batches of its own, are then a deep ensemble, around the
-members of which the chains sample (Sommer et al., ICLR 2025, start their samplers so).
+A network started at a draw from its prior spends its warm-up on learning, at the step sizes of a sampler. An optimiser
+reaches a mode sooner. Several chains, each with a start and mini-batches of its own, then form a deep ensemble, and the
+chains sample around its members (as in Sommer et al., ICLR 2025).
 
-A step of Adam moves each weight by about the learning rate, whatever its gradient: what takes a network with wide
-weights out of its prior undoes one whose weights are a twentieth of that, as those of a trained convolutional network
-are. So the rate goes by the size of the weights at the start.
+A step of Adam moves each weight by about the learning rate, whatever its gradient. A rate that suits wide weights
+destroys a network whose weights are a twentieth of that, as those of a trained convolutional network are. So the
+learning rate is relative to the size of the weights at the start.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from pyro_apd.runtime.checks import integer
 
 #: Learning rate of Adam at its highest, as a share of the weights' root mean square, and within what bounds.
 RELATIVE_RATE, LOWEST_RATE, HIGHEST_RATE = 0.025, 0.001, 0.01
@@ -38,8 +40,8 @@ def optimised(
 
     :param gradient: gradient of U ``(..., D)`` and U ``(...)``, at ``(..., D)`` on a batch.
     :param draw: the next batch.
-    :param theta: where to start, ``(D,)``, or ``(C, D)`` for C chains that know nothing of each other.
-    :returns: where it came to, as ``theta``; a chain whose entries are no longer finite is given back as it was.
+    :param theta: where to start, ``(D,)``, or ``(C, D)`` for C independent chains.
+    :returns: the optimised state, as ``theta``; a chain whose entries are no longer finite stays at its start.
     """
     position, highest = theta.clone(), highest_rate(theta)
     mean, square = torch.zeros_like(theta), torch.zeros_like(theta)
@@ -57,7 +59,7 @@ def optimised(
 def highest_rate(theta: Tensor) -> Tensor:
     """The highest learning rate of each chain, ``(..., 1)``, from where it starts, ``(..., D)``."""
     size = theta.square().mean(-1, keepdim=True).sqrt()
-    # At zero there is nothing to undo.
+    # At zero there is nothing that a high rate could destroy.
     return torch.where(size > 0, (RELATIVE_RATE * size).clamp(LOWEST_RATE, HIGHEST_RATE), HIGHEST_RATE)
 
 
@@ -73,11 +75,5 @@ def checked_warm_start(warm_start: int | None) -> int:
 
     :raises ValueError: if it is neither None nor a non-negative integer.
     """
-    if warm_start is None:
-        return 0
-    if isinstance(warm_start, bool) or not isinstance(warm_start, int) or warm_start < 0:
-        raise ValueError(
-            f"warm_start={warm_start!r} must be None or a number of optimisation steps, such as 2000, that each chain "
-            "takes before it warms up."
-        )
-    return warm_start
+    hint = "It is the number of optimisation steps that each chain takes before it warms up, such as 2000; or None."
+    return 0 if warm_start is None else integer("warm_start", warm_start, at_least=0, hint=hint)

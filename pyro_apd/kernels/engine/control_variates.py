@@ -6,67 +6,85 @@
     grad U(theta)  is estimated by  grad U(m) + (N/B) sum over the batch of (grad l_i(theta) - grad l_i(m))
 
 with l_i the negative log-likelihood of a datum, the prior exact in each term, and m a point near the mode, where the
-gradient over all data is taken once. The noise of what is left is proportional to the distance from m, so that the
-heat which mini-batches bring almost disappears. A step costs two gradients. Far from m, or in a posterior with many
-modes, the estimate is noisier than the plain one: this is for posteriors with one mode that the data concentrate.
+gradient over all data is computed once. The noise of the estimate is proportional to the distance from m, so the excess
+variance due to mini-batches almost disappears. A step costs two gradients. Far from m, or in a posterior with many
+modes, the estimate is noisier than the plain one: this is for concentrated posteriors with one mode.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_apd.data.minibatch import MinibatchSource
 from pyro_apd.models.potential import GradientFunction, Inputs, Pieces, Potential
 
 
 class ControlVariates:
-    """Stands in for a potential where gradients are asked for.
+    """A :class:`~pyro_apd.kernels.engine.gradients.GradientEstimator` with control variates about one state.
 
     :param Potential potential: the potential.
-    :param centre: m, by site, ``(n,)`` or ``(C, n)``.
-    :param gradient: of U over all data at m, by site.
-    :param Tensor energy: U over all data at m, ``()`` or ``(C,)``.
+    :ivar centre: m, by site, ``(n,)`` or ``(C, n)``, once :meth:`prepare` was called; None before.
+    :ivar full_gradient: gradient of U over all data at m, by site.
+    :ivar energy: U over all data at m, ``()`` or ``(C,)``.
     """
 
-    def __init__(self, potential: Potential, centre: Pieces, gradient: Pieces, energy: Tensor) -> None:
+    def __init__(self, potential: Potential) -> None:
         self._potential = potential
-        self.source: MinibatchSource = potential.source
-        self.path = potential.path
-        self.centre, self.gradient, self.energy = tuple(centre), tuple(gradient), energy
+        self.centre: Pieces | None = None
+        self.full_gradient: Pieces = ()
+        self.energy: Tensor = torch.empty(0)
+        # Measurements use the plain gradient.
+        self.gradient = potential.gradient
+
+    @property
+    def path(self) -> str:
+        """``"captured"`` or ``"traced"``."""
+        return self._potential.path
 
     @property
     def num_data(self) -> int | None:
         """N."""
         return self._potential.num_data
 
-    @classmethod
-    def about(cls, potential: Potential, theta: Pieces) -> ControlVariates:
-        """With m at ``theta``, from one pass over the data.
+    def prepare(self, pieces: Pieces) -> None:
+        """Sets m to the present state, if it has none yet, at the cost of one pass over the data.
 
         :raises ValueError: if there are no mini-batches, or they cannot be made to cover the data once.
         """
-        centre = tuple(piece.clone() for piece in theta)
-        return cls(potential, centre, *_full_gradient(potential, centre))
+        if self.centre is None:
+            centre = tuple(piece.clone() for piece in pieces)
+            self.full_gradient, self.energy = _full_gradient(self._potential, centre)
+            self.centre = centre
 
     def gradient_function(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
         """As :meth:`~pyro_apd.models.potential.Potential.gradient_function`, with control variates."""
         plain = self._potential.gradient_function(pieces, inputs)
-        self.path = self._potential.path
+        centre, full_gradient, full_energy = self.centre, self.full_gradient, self.energy
+        if centre is None:
+            raise RuntimeError("ControlVariates.prepare(pieces) must be called before gradients are computed.")
 
         def gradients(pieces: Pieces, inputs: Inputs) -> tuple[Pieces, Tensor]:
             here, energy = plain(pieces, inputs)
-            there, energy_there = plain(self.centre, inputs)
-            corrected = tuple(h - t + full for h, t, full in zip(here, there, self.gradient, strict=True))
-            return corrected, energy - energy_there + self.energy
+            there, energy_there = plain(centre, inputs)
+            corrected = tuple(h - t + full for h, t, full in zip(here, there, full_gradient, strict=True))
+            return corrected, energy - energy_there + full_energy
 
         return gradients
 
-    def state_dict(self) -> dict[str, Any]:
-        """What :class:`ControlVariates` takes beside the potential."""
-        return {"centre": list(self.centre), "gradient": list(self.gradient), "energy": self.energy}
+    def state_dict(self) -> dict[str, Any] | None:
+        """m, and gradient and U of all data there; None before :meth:`prepare`."""
+        if self.centre is None:
+            return None
+        return {"centre": list(self.centre), "gradient": list(self.full_gradient), "energy": self.energy}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.centre = tuple(state["centre"])
+        self.full_gradient = tuple(state["gradient"])
+        self.energy = state["energy"]
 
 
 def _full_gradient(potential: Potential, pieces: Pieces) -> tuple[Pieces, Tensor]:

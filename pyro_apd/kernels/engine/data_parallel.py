@@ -15,6 +15,7 @@ data; nothing here does that.)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,35 +25,37 @@ from pyro_apd.models.potential import GradientFunction, Inputs, Pieces, Potentia
 from pyro_apd.runtime.ranks import Ranks
 
 
-class SplitPotential(Potential):
-    """The potential of the rows of all processes, which call it at the same states in the same order.
+class DataParallelGradient:
+    """A :class:`~pyro_apd.kernels.engine.gradients.GradientEstimator` for the rows of all processes.
+
+    All processes call it at the same states, in the same order.
 
     :param Potential part: of this process's rows.
     :param Ranks ranks: the processes.
     """
 
     def __init__(self, part: Potential, ranks: Ranks) -> None:
-        self.__dict__.update(part.__dict__)
-        self._part, self._prior, self._ranks = part, part.prior_alone(), ranks
+        self._part, self._ranks = part, ranks
+        self._prior = part.prior_alone()
         self._num_data = sum(ranks.gathered(part.num_data or 0)) or None
+
+    @property
+    def path(self) -> str:
+        """``"captured"`` or ``"traced"``, of this process's rows."""
+        return self._part.path
 
     @property
     def num_data(self) -> int | None:
         """Rows of all processes."""
         return self._num_data
 
-    def agreed(self, value: Any) -> Any:
-        """What the first process has."""
-        return self._ranks.broadcast_object(value)
-
     def gradient_function(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
-        """As that of one process; it waits for all.
+        """As that of one process, summed over the processes; it waits for all.
 
         :raises RankError: if a process is gone.
         """
         part = self._part.gradient_function(pieces, inputs)
         prior = self._prior.gradient_function(pieces, ())
-        self.path, self._priors = self._part.path, self._part._priors
         sizes = [piece.shape[-1] for piece in pieces]
 
         def added(pieces: Pieces, inputs: Inputs) -> tuple[Pieces, Tensor]:
@@ -67,3 +70,18 @@ class SplitPotential(Potential):
             return tuple(gradient.contiguous() for gradient in split), energy.squeeze(-1)
 
         return added
+
+    def gradient(self, theta: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The same at a joined state."""
+        pieces = tuple(piece.contiguous() for piece in self._part.pieces(theta))
+        gradients, energy = self.gradient_function(pieces, inputs)(pieces, inputs)
+        return torch.cat(gradients, -1) if gradients else torch.zeros_like(theta), energy
+
+    def prepare(self, pieces: Pieces) -> None:
+        """Nothing to do."""
+
+    def state_dict(self) -> None:
+        """There is no state."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """There is no state."""

@@ -12,12 +12,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pyro_apd.runtime.checks import is_number, number
+
 Schedule = Callable[[int], float]
 
 
 @dataclass(frozen=True)
 class Constant:
-    """The same step size throughout: a chain that is biased a little, and mixes for ever.
+    """The same step size throughout: a chain with a small bias that keeps mixing.
 
     :param float step_size: the step size, positive.
     """
@@ -59,10 +61,10 @@ class Cyclical:
     """Half-cosine cycles from ``step_size`` down towards 0, of Zhang et al. (ICLR 2020), equation 1.
 
     Large steps travel between modes, small ones sample within one. The step size never falls below ``floor`` times
-    the largest, so that a draw is never a mere copy of the one before.
+    the largest, so that no draw is a copy of the one before.
 
     :param float step_size: largest step size, at the start of a cycle.
-    :param int cycle_length: Langevin steps a cycle.
+    :param int cycle_length: Langevin steps per cycle.
     :param float floor: smallest step size, as a share of the largest.
     """
 
@@ -86,15 +88,14 @@ def as_schedule(step_size: float | str | Schedule) -> Schedule:
     """
     if callable(step_size):
         return step_size
-    if isinstance(step_size, bool) or not isinstance(step_size, (int, float)):
+    if not is_number(step_size):
         raise ValueError(
             f"step_size={step_size!r}: give a positive number, 'auto', or a callable from the Langevin step to a "
             "number, such as pyro_apd.kernels.engine.schedules.PolynomialDecay."
         )
-    return Constant(float(step_size))
+    return Constant(number("step_size", step_size, above=0))
 
 
 def _require_positive(**values: float) -> None:
     for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}={value!r} must be a positive finite number.")
+        number(name, value, above=0)

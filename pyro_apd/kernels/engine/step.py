@@ -10,18 +10,20 @@ they belong and moves the weights in the same pass. Noise comes in from outside,
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_apd.data.minibatch import MinibatchSource
 from pyro_apd.kernels.engine.cuda_graphs import replayed
+from pyro_apd.kernels.engine.gradients import GradientEstimator
 from pyro_apd.kernels.engine.noise import Noise
+from pyro_apd.kernels.engine.schedules import Schedule
 from pyro_apd.models.capture import capture
 from pyro_apd.models.potential import GradientFunction, Inputs, Pieces
 from pyro_apd.runtime.trees import tree_flatten, tree_unflatten
@@ -68,49 +70,93 @@ class Measures:
     squared_norm: Tensor | None = None
 
 
-class Gradients(Protocol):
-    """What a stepper needs of a potential, or of what stands in for it."""
-
-    path: str
-    source: MinibatchSource
-
-    @property
-    def num_data(self) -> int | None:
-        """N."""
-
-    def gradient_function(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
-        """As :meth:`pyro_apd.models.potential.Potential.gradient_function`."""
-
-
 Update = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How steps are computed.
+
+    :ivar compile: True, False, or ``"auto"``: once ``expected_steps``, or the steps taken, reach
+        :data:`COMPILE_STEPS`. By steps and not by time, so that a seed gives the same draws again.
+    :ivar int expected_steps: steps that the run will take at least, over all chains.
+    :ivar int unroll: steps in a compiled program, which share the price of a call.
+    """
+
+    compile: bool | str = False
+    expected_steps: int = 0
+    unroll: int = 1
+
+
+def steps_per_program(thinning: int) -> int:
+    """Steps to compile into one program: an equal part of those per draw, of five at most, since compiling is slow."""
+    return max(num for num in range(1, 6) if thinning % num == 0)
+
+
+class StepSizes:
+    """The step sizes of the next steps as a tensor, which is written only where a value changes.
+
+    :param schedule: step size by step.
+    :param Tensor theta: a state ``(D,)`` or ``(C, D)``.
+    :ivar float last: the step size of the last step given; nan before.
+    """
+
+    def __init__(self, schedule: Schedule, theta: Tensor) -> None:
+        self._schedule = schedule
+        self._sizes = theta.new_empty((1, len(theta), 1) if theta.dim() > 1 else (1,))
+        self._values: list[float] = []
+        self.last = float("nan")
+
+    def of_steps(self, step: int, count: int, is_frozen: Tensor | None) -> Tensor:
+        """Of ``count`` steps from ``step`` on, ``(K,)`` or ``(K, C, 1)``; 0 for frozen chains.
+
+        :raises ValueError: if the schedule gives a step size that is not positive and finite.
+        """
+        values = [self._schedule(step + i) for i in range(count)]
+        for i, value in enumerate(values):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"step_size({step + i}) = {value!r}: a schedule must stay positive, finite.")
+        if values != self._values:
+            if len(self._sizes) != count:
+                self._sizes = self._sizes.new_empty((count, *self._sizes.shape[1:]))
+            for row, value in zip(self._sizes, values, strict=True):
+                row.fill_(value)
+                if is_frozen is not None:
+                    row[is_frozen] = 0.0
+        self._values = values
+        self.last = values[-1]
+        return self._sizes
+
+    def reset(self) -> None:
+        """Has the tensor written anew at the next step, as where other chains are frozen."""
+        self._values = []
 
 
 class Stepper:
     """Takes steps: by the captured or traced gradient and the update as written, or several compiled into one program.
 
-    :param potential: gives gradients.
+    :param GradientEstimator estimator: estimates gradients.
     :param sizes: number of weights by site.
     :param update: a sampler's update.
     :param noise: where noise comes from.
-    :param compile: True, False, or ``"auto"``: once ``expected_steps``, or the steps taken, reach
-        :data:`COMPILE_STEPS`. By steps and not by time, so that a seed gives the same draws again.
-    :param expected_steps: steps that the run will take at least, over all chains.
-    :param int unroll: steps in a compiled program, which share the price of a call.
-    :ivar str path: ``"compiled"``, or the potential's ``"captured"`` or ``"traced"``.
+    :param StepSettings settings: how steps are computed.
+    :ivar str path: ``"compiled"``, or the estimator's ``"captured"`` or ``"traced"``.
     """
 
     def __init__(
         self,
-        potential: Gradients,
+        estimator: GradientEstimator,
         sizes: Sequence[int],
         update: Update,
         noise: Noise,
-        compile: bool | str,
-        expected_steps: int,
-        unroll: int,
+        settings: StepSettings,
     ) -> None:
-        self.potential, self._sizes, self._update, self._noise = potential, list(sizes), update, noise
-        self._compile, self._expected_steps, self._unroll = compile, expected_steps, unroll
+        self.estimator = estimator
+        self._sizes = list(sizes)
+        self._update = update
+        self._noise = noise
+        self._settings = settings
+        self._unroll = settings.unroll
         self._programs: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
         self.path = "traced"
 
@@ -140,10 +186,10 @@ class Stepper:
         if program is not None:
             return Measures(*program(*_leaves(state, self._noise.raw(len(inputs)), sizes, inputs)))
         for size, batch in zip(sizes, inputs, strict=True):
-            gradients = self.potential.gradient_function(theta, batch)
+            gradients = self.estimator.gradient_function(theta, batch)
             measures = self._step(gradients, state, self._noise.normal(), size, batch, is_measured)
         if self.path != "compiled":
-            self.path = self.potential.path
+            self.path = self.estimator.path
         return Measures(*measures)
 
     def _step(
@@ -155,15 +201,15 @@ class Stepper:
         if is_measured:
             measures = (energy, torch.stack([(g * g).sum(-1) for g in gradient]).sum(0))
         pieces = tuple(noise.split(self._sizes, -1))
-        num_data = self.potential.num_data or 1
+        num_data = self.estimator.num_data or 1
         self._update(Step(theta, auxiliary, gradient, pieces, size, lambda at: gradients(at, inputs)[0], num_data))
         return measures
 
     def _is_compiling(self, steps_taken: int) -> bool:
-        # The first step goes by the captured graph, which has its say about models and starting points that do not do.
-        if not self._compile or steps_taken == 0:
+        # The first step uses the captured graph, which checks the model and the start before anything is compiled.
+        if not self._settings.compile or steps_taken == 0:
             return False
-        return self._compile is True or max(self._expected_steps, steps_taken) >= COMPILE_STEPS
+        return self._settings.compile is True or max(self._settings.expected_steps, steps_taken) >= COMPILE_STEPS
 
     def _program(
         self, state: Any, sizes: Tensor, inputs: Sequence[Inputs], steps_taken: int
@@ -179,8 +225,8 @@ class Stepper:
         return self._programs[key]
 
     def _build(self, state: Any, sizes: Tensor, inputs: tuple[Inputs, ...]) -> Callable[..., Any] | None:
-        functions = [self.potential.gradient_function(state[0], batch) for batch in inputs]
-        if self.potential.path != "captured":
+        functions = [self.estimator.gradient_function(state[0], batch) for batch in inputs]
+        if self.estimator.path != "captured":
             logger.info("Steps are not compiled: the model could not be captured.")
             return None
 

@@ -1,35 +1,43 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Does a chain have the temperature that it claims? Two thermometers, Wenzel et al. (ICML 2020), appendix I.
+"""Measures a chain's temperature, in two ways: Wenzel et al. (ICML 2020), appendix I.
 
 At the target exp(-U/T), whatever the model, (theta - c) . dU/dtheta has the expectation n T over n weights, for any
-constant c (equipartition, or the virial theorem): divided by n, that is the *configurational* temperature. c is the
-prior's mean here. Where the posterior's mean is many of its sds away from it, readings are noisy, as their standard
-error says; an average of the chain's own would be less so, and wrong while the chain remembers it.
+constant c (equipartition, or the virial theorem): divided by n, that is the *configurational* temperature. Here c is
+the prior's mean. Where the posterior's mean is many of its standard deviations away from c, readings are noisy, which
+their standard error shows. With the chain's own mean they would be less noisy, but wrong until the chain has mixed.
 
-Steps that are too large and mini-batches heat the chain, and both show here; so does a chain that has not arrived.
+Steps that are too large and mini-batch noise raise the temperature; so does a chain that has not reached its target.
 Samplers with momenta also have a *kinetic* temperature, that of the momenta alone. Either can be read for each site, so
 for each layer.
 
-Gradients for a reading are taken on mini-batches of their own. Those of the chain's next step would not do: within an
-epoch they are what was left over by the batches that brought theta where it is.
+Gradients for a reading are computed on mini-batches of their own. Those of the chain's next step would bias it: within
+an epoch they are the rows that the batches so far, which moved theta, have left.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_apd.data.index_stream import Generators
+from pyro_apd.kernels.engine.gradients import GradientEstimator
+from pyro_apd.models.potential import Pieces, Potential
+
 #: Langevin steps from one reading to the next, at least: a reading costs a gradient.
 READ_EVERY = 100
-#: Blocks of consecutive readings, whose means tell the standard error in spite of autocorrelation.
+#: Blocks of consecutive readings, whose means give a standard error that allows for autocorrelation.
 NUM_BLOCKS = 20
+
+#: Sums of the momenta's thermal motion by site, given the auxiliary state and the step size.
+Kinetic = Callable[[Mapping[str, Pieces], float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,66 @@ class Thermometer:
         series = [("all", sums.sum(-1) / sum(self._sizes))]
         series += [(name, sums[..., i] / self._sizes[i]) for i, name in enumerate(names)]
         return [Temperature(self.kind, name, float(s.mean()), _standard_error(s), target) for name, s in series]
+
+
+class ThermometerSet:
+    """The thermometers of a chain, or of C chains, and the mini-batches that they read.
+
+    :param Potential potential: what is sampled; mini-batches of its source, from generators of their own, are used.
+    :param GradientEstimator estimator: estimates gradients, as for the chain's steps.
+    :param generators: of the mini-batches, one per chain for C chains.
+    :param kinetic: sums of the momenta's thermal motion by site, given the auxiliary state and the step size; None for
+        samplers without momenta.
+    """
+
+    def __init__(
+        self, potential: Potential, estimator: GradientEstimator, generators: Generators, kinetic: Kinetic | None
+    ) -> None:
+        self._potential = potential
+        self._estimator = estimator
+        self._kinetic = kinetic
+        self._source = copy.copy(potential.source)
+        self._source.prefetch = 0  # it is asked rarely
+        self._source.start(generators)
+        sizes = [site.size for site in potential.layout]
+        kinds = ["configurational"] if kinetic is None else ["configurational", "kinetic"]
+        self._thermometers = [Thermometer(kind, sizes) for kind in kinds]
+        self._read_step = 0
+
+    def observe(self, step: int, step_size: float, theta: Pieces, auxiliary: Mapping[str, Pieces]) -> None:
+        """Takes a reading, where it is time. To be called at each draw after warm-up."""
+        # More and more rarely: a long run has enough readings, and each costs a gradient.
+        if step - self._read_step < max(READ_EVERY, step // 50):
+            return
+        self._read_step = step
+        inputs = self._source.draw()
+        gradient, _ = self._estimator.gradient_function(theta, inputs)(theta, inputs)
+        priors = self._potential.gaussian_priors.parameters
+        locs = [priors.get(name, (0.0, 0.0))[0] for name in self._potential.layout.names]
+        states = zip(theta, locs, gradient, strict=True)
+        self._thermometers[0].add(torch.stack([((piece - loc) * g).sum(-1) for piece, loc, g in states], -1))
+        if self._kinetic is not None:
+            self._thermometers[1].add(self._kinetic(auxiliary, step_size))
+
+    def temperatures(self, target: float) -> list[Temperature]:
+        """The readings so far, beside the ``target``."""
+        names = self._potential.layout.names
+        return [reading for t in self._thermometers for reading in t.readings(names, target)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The readings so far, and where the mini-batches are."""
+        return {
+            "thermometers": [thermometer.state_dict() for thermometer in self._thermometers],
+            "source": self._source.state_dict(),
+            "read_step": self._read_step,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        for thermometer, readings in zip(self._thermometers, state["thermometers"], strict=True):
+            thermometer.load_state_dict(readings)
+        self._source.load_state_dict(state["source"])
+        self._read_step = int(state["read_step"])
 
 
 def _standard_error(values_CS: Tensor) -> float:

@@ -16,14 +16,12 @@ from pyro.infer import MCMC
 from pyro_apd.data.minibatch import FullBatch, RowSubsample
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
 from pyro_apd.kernels.adaptation.dynamics import Dynamics
+from pyro_apd.kernels.adaptation.spectrum import LocalPotential, epoch_length, measure_spectrum
 from pyro_apd.kernels.adaptation.step_size import (
     AutoStep,
-    Target,
     choose,
-    epoch_length,
-    largest_curvature,
-    measure_directions,
 )
+from pyro_apd.kernels.engine.chain_set import ChainSet
 from tests.support.models import Classifier, Conjugate
 
 pytestmark = pytest.mark.slow
@@ -49,33 +47,34 @@ class Quadratic:
         slope = theta * self.curvature + self.noise.sqrt() * inputs[0]
         return slope, (theta.square() * self.curvature).sum(-1) / 2 + self.energy
 
-    def target(self, dynamics=None, at=0.3, **settings):
+    def local(self, dynamics=None, at=0.3, temperature=1.0, is_active=None):
         theta = torch.full_like(self.curvature, at)
-        return Target(self.gradient, self.draw, theta, dynamics or Dynamics(), epoch_length=self.epoch, **settings)
+        return local_potential(self.gradient, self.draw, theta, dynamics, temperature, self.epoch, is_active)
 
 
-def generator():
-    return torch.Generator().manual_seed(0)
+def local_potential(gradient, draw, theta, dynamics=None, temperature=1.0, epoch=None, is_active=None):
+    chains = ChainSet(count=len(theta) if theta.dim() > 1 else None)
+    return LocalPotential(gradient, draw, theta, dynamics or Dynamics(), temperature, epoch, is_active, chains)
 
 
 def test_full_batch_choice_is_the_formula():
     """Discretisation alone inflates the stiffest direction by 1 / (1 - eps lambda / 4): solve that for 9 %."""
-    target = Quadratic([1.0, 10.0, 250.0], epoch=1).target()
-    choice = choose(measure_directions(target, generator()), target, 0.1)
+    local = Quadratic([1.0, 10.0, 250.0], epoch=1).local()
+    choice = choose(measure_spectrum(local, 0), local, 0.1)
     assert choice.step_size == pytest.approx(4 / 250 * (1 - 1 / 1.09), rel=1e-4)
     assert choice.inflation == pytest.approx(0.09, rel=1e-4)
     assert (choice.bound, choice.largest_curvature) == ("inflation", pytest.approx(250.0))
 
 
 def test_friction_enters_by_its_own_formula():
-    target = Quadratic([1.0, 250.0], epoch=1).target(Dynamics(friction=0.1))
-    choice = choose(measure_directions(target, generator()), target, 0.1)
+    local = Quadratic([1.0, 250.0], epoch=1).local(Dynamics(friction=0.1))
+    choice = choose(measure_spectrum(local, 0), local, 0.1)
     assert choice.step_size == pytest.approx(4 * 1.9 / 250 * (1 - 1 / 1.09), rel=1e-4)
 
 
 def test_metric_enters_through_the_curvature():
-    target = Quadratic([2.0, 100.0], epoch=1).target(Dynamics(metric=torch.tensor([50.0, 0.5], dtype=torch.float64)))
-    choice = choose(measure_directions(target, generator()), target, 0.1)
+    local = Quadratic([2.0, 100.0], epoch=1).local(Dynamics(metric=torch.tensor([50.0, 0.5], dtype=torch.float64)))
+    choice = choose(measure_spectrum(local, 0), local, 0.1)
     assert choice.largest_curvature == pytest.approx(100.0)
     assert choice.step_size == pytest.approx(4 / 100 * (1 - 1 / 1.09), rel=1e-4)
 
@@ -84,18 +83,18 @@ def test_metric_enters_through_the_curvature():
 def test_noise_is_measured_and_counted(temperature):
     """Variances of noise, within the error of 64 batches, and what they inflate, within the share."""
     problem = Quadratic([1.0, 10.0, 100.0], noise=[100.0, 900.0, 400.0])
-    target = problem.target(temperature=temperature)
-    directions = measure_directions(target, generator())
-    assert ((directions.noise / problem.noise - 1).abs() < 0.5).all()
-    step_size = choose(directions, target, 0.1).step_size
+    local = problem.local(temperature=temperature)
+    spectrum = measure_spectrum(local, 0)
+    assert ((spectrum.noise / problem.noise - 1).abs() < 0.5).all()
+    step_size = choose(spectrum, local, 0.1).step_size
     true = (1 + step_size * problem.noise / (4 * temperature)) / (1 - step_size * problem.curvature / 4) - 1
     assert 0.05 < float(true.max()) < 0.14
 
 
 def test_noise_of_many_batches_is_unbiased():
     problem = Quadratic([1.0, 4.0], noise=[25.0, 400.0])
-    target = problem.target()
-    found = torch.stack([measure_directions(target, generator()).noise for _ in range(40)]).mean(0)
+    local = problem.local()
+    found = torch.stack([measure_spectrum(local, 0).noise for _ in range(40)]).mean(0)
     torch.testing.assert_close(found, problem.noise, rtol=0.1, atol=0.0)
 
 
@@ -103,9 +102,9 @@ def test_many_latents_are_held_to_the_trace():
     """The trace is known here: 200 directions, with noise; the stiffest are no more than half way to instability."""
     curvature = torch.linspace(20.0, 100.0, 200)
     problem = Quadratic(curvature, noise=40 * curvature)
-    target = problem.target()
-    directions = measure_directions(target, generator())
-    choice = choose(directions, target, 0.1)
+    local = problem.local()
+    spectrum = measure_spectrum(local, 0)
+    choice = choose(spectrum, local, 0.1)
     eps, lam, noise = choice.step_size, problem.curvature, problem.noise
     true = ((1 + eps * noise / 4) / (1 - eps * lam / 4) / lam).sum() / (1 / lam).sum() - 1
     assert choice.bound == "inflation"
@@ -114,25 +113,25 @@ def test_many_latents_are_held_to_the_trace():
 
 def test_few_stiff_directions_among_many_are_held_from_instability():
     curvature = torch.cat([torch.ones(300), torch.tensor([5e3, 1e4])])
-    target = Quadratic(curvature, epoch=1).target()
-    choice = choose(measure_directions(target, generator()), target, 0.1)
+    local = Quadratic(curvature, epoch=1).local()
+    choice = choose(measure_spectrum(local, 0), local, 0.1)
     assert choice.bound == "stability"
     assert choice.step_size == pytest.approx(0.5 * 4 / 1e4, rel=0.02)
-    smaller = choose(measure_directions(target, generator()), target, 0.02)
+    smaller = choose(measure_spectrum(local, 0), local, 0.02)
     assert smaller.step_size == pytest.approx(0.1 * 4 / 1e4, rel=0.02)
 
 
 def test_temperature_zero_asks_for_stability_alone():
-    target = Quadratic([1.0, 100.0], noise=[1e6, 1e6]).target(temperature=0.0)
-    assert choose(measure_directions(target, generator()), target, 0.1).step_size == pytest.approx(0.5 * 4 / 100)
+    local = Quadratic([1.0, 100.0], noise=[1e6, 1e6]).local(temperature=0.0)
+    assert choose(measure_spectrum(local, 0), local, 0.1).step_size == pytest.approx(0.5 * 4 / 100)
 
 
 def test_one_step_for_the_chains_that_go_on():
     """Their average inflation is within the share; a chain that diverged has no say."""
     curvature = torch.tensor([[1.0, 10.0], [1.0, 40.0], [1.0, 1e9]], dtype=torch.float64)
-    target = Quadratic(curvature, epoch=1).target(is_active=torch.tensor([True, True, False]))
-    assert largest_curvature(target, generator())[:2].tolist() == pytest.approx([10.0, 40.0])
-    step_size = choose(measure_directions(target, generator()), target, 0.1).step_size
+    local = Quadratic(curvature, epoch=1).local(is_active=torch.tensor([True, True, False]))
+    assert local.largest_curvature(0)[:2].tolist() == pytest.approx([10.0, 40.0])
+    step_size = choose(measure_spectrum(local, 0), local, 0.1).step_size
     inflation = (1 / (1 - step_size * curvature[:2, 1] / 4) - 1).mean()
     assert float(inflation) == pytest.approx(0.09, rel=1e-4)
 
@@ -142,8 +141,8 @@ def test_step_follows_the_curvature_and_then_stays():
     sizes = []
     for step in range(2000):
         if auto.is_due(step):
-            target = Quadratic([1.0, 10.0 + step], epoch=1).target(at=0.0)
-            auto.measure(target)
+            local = Quadratic([1.0, 10.0 + step], epoch=1).local(at=0.0)
+            auto.measure(local)
         sizes.append(auto(step))
     assert sizes[0] == pytest.approx(0.5 * 4 / 10, rel=1e-3)
     assert sizes[0] > sizes[500] > sizes[1100]
@@ -157,7 +156,7 @@ def test_a_step_does_not_leap():
     auto = AutoStep(0.1, 1000, seed=0)
     sizes = []
     for energy, curvature in ((5.0, 1e4), (1.0, 1.0), (2.0, 1.0), (9.0, 1.0)):
-        auto.measure(Quadratic([1e-3, curvature], epoch=1, energy=energy).target(at=0.0))
+        auto.measure(Quadratic([1e-3, curvature], epoch=1, energy=energy).local(at=0.0))
         sizes.append(auto.step_size)
     assert sizes[1] == pytest.approx(4 * sizes[0])  # the potential fell: it may grow, by so much
     assert sizes[2] == sizes[1]  # the potential rose: it may not
@@ -168,7 +167,7 @@ def test_a_step_does_not_throw_a_chain_out():
     """Far out on a slope the gradient says how small a step must be, not the curvature."""
     auto = AutoStep(0.1, 1000, seed=0)
     problem = Quadratic([1e-2, 1e-2], epoch=1)
-    far = Target(lambda theta, inputs: (theta * 1e-2 + 1e4, theta.sum()), problem.draw, torch.ones(2), Dynamics())
+    far = local_potential(lambda theta, inputs: (theta * 1e-2 + 1e4, theta.sum()), problem.draw, torch.ones(2))
     auto.measure(far)
     drift = auto.step_size / 2 * 1e4 * 2**0.5
     assert drift == pytest.approx(0.05 * (1 + 2**0.5), rel=1e-3)
@@ -177,14 +176,14 @@ def test_a_step_does_not_throw_a_chain_out():
 def test_without_warm_up_the_start_decides():
     auto = AutoStep(0.1, 0, seed=0)
     assert auto.is_due(0)
-    auto.measure(Quadratic([1.0, 10.0], epoch=1).target())
+    auto.measure(Quadratic([1.0, 10.0], epoch=1).local())
     assert auto.is_settled
     assert not auto.is_due(1)
 
 
 def test_what_is_not_finite_does_not_become_a_step():
     auto = AutoStep(0.1, 1000, seed=0)
-    auto.measure(Quadratic([1.0, math.nan], epoch=1).target())
+    auto.measure(Quadratic([1.0, math.nan], epoch=1).local())
     assert math.isfinite(auto.step_size)
     assert auto.step_size > 0
 
@@ -193,7 +192,7 @@ def test_state_is_plain_and_restores():
     auto, other = AutoStep(0.1, 600, seed=5), AutoStep(0.1, 600, seed=5)
     problem = Quadratic([1.0, 10.0], epoch=1)
     while not auto.is_settled:
-        auto.measure(problem.target())
+        auto.measure(problem.local())
         other.load_state_dict(json.loads(json.dumps(auto.state_dict())))
         assert (other.step_size, other.is_settled, other.report()) == (auto.step_size, auto.is_settled, auto.report())
 
@@ -213,7 +212,7 @@ def run(kernel, num_samples, warmup_steps, args=DATA):
 def test_achieved_inflation_is_within_the_share(kernel_class):
     """Of trace and single directions, over 64 chains: their 6,400 draws know a variance to some 2 %."""
     kernel = kernel_class(PROBLEM.full, "auto", batch_size=50, seed=1, compile=False)
-    chain = kernel.begin(DATA, {}, warmup_steps=200, num_chains=64)
+    chain = kernel.begin(DATA, {}, warmup_steps=200, chains=ChainSet(count=64))
     with torch.no_grad():
         chain.advance(200)
         draws = []
@@ -249,7 +248,7 @@ def test_chains_together_share_a_step_and_survive():
     model = Classifier()
     x = torch.randn(60, 4)
     kernel = SGLD(model, "auto", batch_size=20, thinning=10, seed=0)
-    chain = kernel.begin((x, torch.randint(3, (60,))), {}, warmup_steps=30, num_samples=10, num_chains=3)
+    chain = kernel.begin((x, torch.randint(3, (60,))), {}, warmup_steps=30, num_samples=10, chains=ChainSet(count=3))
     with torch.no_grad():
         for _ in range(35):
             chain.advance(10)
@@ -297,14 +296,14 @@ def test_a_chain_that_runs_away_early_goes_on_with_a_smaller_step(num_chains, mo
         (1e-3 * torch.randn(50),),
         {},
         warmup_steps=600,
-        num_chains=num_chains,
+        chains=ChainSet(count=num_chains),
         initial_params={"scale": torch.full(chains, 1.0)},
     )
-    monkeypatch.setattr(chain.warmup.auto, "measure", lambda target: None)
+    monkeypatch.setattr(chain.warmup.auto, "measure", lambda local: None)
     chain.warmup.auto.step_size = 10.0
     with caplog.at_level("INFO", "pyro_apd"), torch.no_grad():
         chain.advance(300)
-    assert "ran away" in caplog.text
+    assert "diverged" in caplog.text
     assert chain.divergences == []
     assert chain.step_size < 10.0
     assert bool(chain.theta.isfinite().all())
@@ -322,7 +321,7 @@ def test_a_chain_whose_every_step_runs_away_diverges():
 
 def test_where_all_chains_stand_still_nothing_is_measured():
     """As where all of one process's chains, and all of the others', ran away for good during the warm-up."""
-    standing = Quadratic([[1.0, 2.0], [3.0, 4.0]], epoch=1).target(is_active=torch.zeros(2, dtype=torch.bool))
+    standing = Quadratic([[1.0, 2.0], [3.0, 4.0]], epoch=1).local(is_active=torch.zeros(2, dtype=torch.bool))
     auto = AutoStep(0.1, 600, seed=0)
     auto.step_size = 0.5
     while not auto.is_settled:

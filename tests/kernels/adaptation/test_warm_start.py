@@ -9,6 +9,7 @@ from pyro.infer import MCMC
 
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
 from pyro_apd.kernels.adaptation.warm_start import highest_rate, optimised, share_of_rate
+from pyro_apd.kernels.engine.chain_set import ChainSet
 from tests.support.models import Classifier, Conjugate
 
 PROBLEM = Conjugate()
@@ -87,7 +88,7 @@ def test_chains_together_come_to_modes_of_their_own():
     x = torch.randn(80, 4)
     y = (x[:, 0] > 0).long()
     kernel = SGLD(Classifier(), 1e-9, batch_size=40, warm_start=300, seed=1)
-    chain = kernel.begin((x, y), {}, warmup_steps=0, num_chains=3)
+    chain = kernel.begin((x, y), {}, warmup_steps=0, chains=ChainSet(count=3))
     start = chain.theta
     with torch.no_grad():
         before = chain.potential.gradient(start, chain.potential.source.draw())[1]

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.errors import DivergenceError
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
+from pyro_apd.kernels.engine.chain_set import ChainSet
 from tests.support.models import Classifier, Conjugate, constrained
 
 PROBLEM = Conjugate()
@@ -56,8 +57,8 @@ def advance(chain, num_steps):
 @pytest.mark.slow
 def test_chains_together_are_the_chains_alone(case):
     kernel, args = case
-    together = kernel.begin(args, {}, warmup_steps=0, num_chains=3, first_chain=2)
-    alone = [advance(kernel.begin(args, {}, warmup_steps=0, first_chain=i), 12) for i in (2, 3, 4)]
+    together = kernel.begin(args, {}, warmup_steps=0, chains=ChainSet(2, 3))
+    alone = [advance(kernel.begin(args, {}, warmup_steps=0, chains=ChainSet(i)), 12) for i in (2, 3, 4)]
     torch.testing.assert_close(advance(together, 12), torch.stack(alone), rtol=1e-4, atol=1e-5)
     assert together.energy.shape == together.gradient_norm.shape == (3,)
     assert together.statistics()["step_size"].tolist() == pytest.approx([1e-3] * 3)
@@ -69,12 +70,12 @@ def test_chains_together_are_the_chains_alone(case):
 @pytest.mark.parametrize("taken", [0, 1, 9])
 def test_resumed_chains_go_on_bit_for_bit(case, num_chains, taken):
     kernel, args = case
-    chain = kernel.begin(args, {}, warmup_steps=0, num_chains=num_chains, first_chain=0)
+    chain = kernel.begin(args, {}, warmup_steps=0, chains=ChainSet(count=num_chains))
     if taken:
         advance(chain, taken)
     state = chain.state_dict()
     expected = advance(chain, 8)
-    resumed = kernel.begin(args, {}, warmup_steps=0, num_chains=num_chains, first_chain=0)
+    resumed = kernel.begin(args, {}, warmup_steps=0, chains=ChainSet(count=num_chains))
     resumed.load_state_dict(state)
     assert resumed.step == taken
     assert torch.equal(advance(resumed, 8), expected)
@@ -92,7 +93,7 @@ def quartic(y):
 def test_a_chain_that_diverges_is_frozen_and_the_others_go_on(kernel_class):
     kernel = kernel_class(quartic, 1e-2, seed=0, temperature=1e-3)
     starts = {"w": torch.tensor([[0.1, 0.1], [300.0, 300.0], [-0.1, 0.2]])}
-    chain = kernel.begin((torch.zeros(3),), {}, warmup_steps=0, num_chains=3, initial_params=starts)
+    chain = kernel.begin((torch.zeros(3),), {}, warmup_steps=0, chains=ChainSet(count=3), initial_params=starts)
     advance(chain, 200)
     assert [error.chain for error in chain.divergences] == [1]
     assert chain.divergences[0].site == "w"
@@ -105,7 +106,7 @@ def test_a_chain_that_diverges_is_frozen_and_the_others_go_on(kernel_class):
     assert not torch.equal(later[0], frozen[0])
     assert len(chain.divergences) == 1
     kernel.logging()
-    resumed = kernel.begin((torch.zeros(3),), {}, warmup_steps=0, num_chains=3, initial_params=starts)
+    resumed = kernel.begin((torch.zeros(3),), {}, warmup_steps=0, chains=ChainSet(count=3), initial_params=starts)
     resumed.load_state_dict(chain.state_dict())
     assert [str(error) for error in resumed.divergences] == [str(error) for error in chain.divergences]
     assert torch.equal(advance(resumed, 60), advance(chain, 60))
@@ -113,7 +114,7 @@ def test_a_chain_that_diverges_is_frozen_and_the_others_go_on(kernel_class):
 
 def test_when_all_diverge_it_raises():
     kernel = SGLD(PROBLEM.full, 10.0, seed=0)
-    chain = kernel.begin((PROBLEM.x, PROBLEM.y), {}, warmup_steps=0, num_chains=2)
+    chain = kernel.begin((PROBLEM.x, PROBLEM.y), {}, warmup_steps=0, chains=ChainSet(count=2))
     with pytest.raises(DivergenceError, match="in chain"):
         advance(chain, 200)
     assert sorted(error.chain for error in chain.divergences) == [0, 1]

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.data.minibatch import FullBatch
 from pyro_apd.kernels import SGHMC, SGLD
-from pyro_apd.kernels.engine.data_parallel import SplitPotential
+from pyro_apd.kernels.engine.chain_set import ChainSet
+from pyro_apd.kernels.engine.data_parallel import DataParallelGradient
 from pyro_apd.models.potential import build_potential
 from pyro_apd.runtime.ranks import Ranks, join_process_group
 from tests.support.models import Classifier, Conjugate, constrained
@@ -49,14 +50,13 @@ def potentials(x, y):
     }
 
 
-def mean_gradient(potential, theta):
+def mean_gradient(estimator, source, theta):
     """Of U and U over batches that cover the data once."""
-    is_full = isinstance(potential.source, FullBatch)
-    batches = [((), 1.0)] if is_full else list(potential.source.cover())
+    batches = [((), 1.0)] if isinstance(source, FullBatch) else list(source.cover())
     gradient, energy = torch.zeros_like(theta), theta.new_zeros(len(theta))
     for inputs, weight in batches:
         stacked = tuple(t.expand(len(theta), *t.shape).contiguous() for t in inputs)
-        part, part_energy = potential.gradient(theta, stacked)
+        part, part_energy = estimator.gradient(theta, stacked)
         gradient, energy = gradient + weight * part, energy + weight * part_energy
     return gradient, energy
 
@@ -84,33 +84,36 @@ def test_the_prior_alone_of_constrained_sites_and_networks():
 
 def test_one_process_is_the_potential_itself():
     part = build_potential(MODEL.full, (MODEL.x, MODEL.y), {})[0]
-    split = SplitPotential(part, Ranks())
+    split = DataParallelGradient(part, Ranks())
     assert all(torch.equal(a, b) for a, b in zip(split.gradient(THETA, ()), part.gradient(THETA, ()), strict=True))
-    assert (split.num_data, split.agreed(3)) == (40, 3)
+    assert split.num_data == 40
+    assert ChainSet(data_ranks=Ranks()).same_on_data_ranks(3) == 3
 
 
 @pytest.mark.slow
 def test_the_sum_over_processes_is_exact(tmp_path):
     def on_rank(rank):
         ranks, rows = join_process_group(), ROWS[rank]
-        split = {name: SplitPotential(p, ranks) for name, p in potentials(MODEL.x[rows], MODEL.y[rows]).items()}
-        counts = [p.num_data for p in split.values()]
+        parts = potentials(MODEL.x[rows], MODEL.y[rows])
+        counts = [DataParallelGradient(part, ranks).num_data for part in parts.values()]
         # As many batches on both, or one would wait.
-        same = {name: p for name, p in split.items() if name == "full"}
         even = potentials(MODEL.x[rank::2], MODEL.y[rank::2])
-        same |= {f"even {name}": SplitPotential(p, ranks) for name, p in even.items()}
-        return counts, {name: mean_gradient(p, THETA) for name, p in same.items()}
+        same = {"full": parts["full"]} | {f"even {name}": part for name, part in even.items()}
+        return counts, {
+            name: mean_gradient(DataParallelGradient(part, ranks), part.source, THETA) for name, part in same.items()
+        }
 
     (counts, first), (_, second) = on_ranks(on_rank, 2, tmp_path)
     assert counts == [40] * 5
-    expected = mean_gradient(potentials(MODEL.x, MODEL.y)["full"], THETA)
+    whole = potentials(MODEL.x, MODEL.y)["full"]
+    expected = mean_gradient(whole, whole.source, THETA)
     for name, found in first.items():
         torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
         assert all(torch.equal(a, b) for a, b in zip(found, second[name], strict=True))
 
 
 def draws(kernel, x, y, ranks=None, num_draws=12):
-    chain = kernel.begin((x, y), {}, warmup_steps=6, num_samples=num_draws, num_chains=2, first_chain=0, ranks=ranks)
+    chain = kernel.begin((x, y), {}, warmup_steps=6, num_samples=num_draws, chains=ChainSet(count=2, data_ranks=ranks))
     found = []
     for i in range(num_draws):
         if i == 6:
@@ -130,7 +133,7 @@ def test_chains_are_those_of_all_rows_and_go_in_step(tmp_path):
         x, y = MODEL.x[rows], MODEL.y[rows]
         full = draws(SGHMC(MODEL.full, 1e-3, **options), x, y, ranks)
         auto = draws(SGLD(MODEL.full, "auto", batch_size=5, **options), x, y, ranks)
-        with pytest.raises(ValueError, match="control_variates=True does not go with split='data'"):
+        with pytest.raises(ValueError, match="control_variates=True and split='data' cannot be combined"):
             draws(SGLD(MODEL.full, 1e-3, batch_size=5, control_variates=True), x, y, ranks)
         return full, auto
 

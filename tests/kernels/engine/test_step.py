@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
 from pyro_apd.kernels.engine import step as step_module
+from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.kernels.engine.step import compiled
 from tests.support.models import Classifier, Conjugate
 
@@ -26,7 +27,7 @@ def _calls_stay_in_python(monkeypatch):
 
 def begin(kernel_class, compile, num_chains=None, data=(X, LABELS), thinning=2, **settings):
     kernel = kernel_class(Classifier(), 1e-3, batch_size=20, seed=1, compile=compile, thinning=thinning, **settings)
-    return kernel.begin(data, {}, warmup_steps=0, num_samples=10, num_chains=num_chains)
+    return kernel.begin(data, {}, warmup_steps=0, num_samples=10, chains=ChainSet(count=num_chains))
 
 
 def advance(chain, num_steps):

@@ -8,6 +8,7 @@ import torch
 from pyro.infer import MCMC
 
 from pyro_apd.kernels import SGHMC, SGLD
+from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.kernels.engine.temperature import Thermometer
 from tests.support.models import Classifier, Conjugate
 
@@ -19,7 +20,7 @@ PROBLEM.y = PROBLEM.y - PROBLEM.x @ PROBLEM.mean
 @pytest.fixture(autouse=True)
 def _readings_come_often(monkeypatch):
     """The chains here forget within some ten steps."""
-    monkeypatch.setattr("pyro_apd.kernels.engine.chain.READ_EVERY", 20)
+    monkeypatch.setattr("pyro_apd.kernels.engine.temperature.READ_EVERY", 20)
 
 
 def run(kernel, num_samples=1000, **settings):
@@ -77,7 +78,7 @@ def test_sites_are_read_apart_and_the_diagnostics_hold_them():
 
 def test_a_resumed_chain_reads_as_if_it_had_not_stopped():
     kernel = SGHMC(PROBLEM.full, 1e-4, batch_size=50, seed=3)
-    chain, resumed = (kernel.begin((PROBLEM.x, PROBLEM.y), {}, warmup_steps=0, first_chain=0) for _ in range(2))
+    chain, resumed = (kernel.begin((PROBLEM.x, PROBLEM.y), {}, warmup_steps=0, chains=ChainSet()) for _ in range(2))
 
     def read(chain, times):
         with torch.no_grad():
@@ -90,7 +91,7 @@ def test_a_resumed_chain_reads_as_if_it_had_not_stopped():
     read(chain, 5)
     read(resumed, 5)
     assert resumed.temperatures(1.0)[0].mean == chain.temperatures(1.0)[0].mean
-    assert len(chain.state_dict()["thermometers"][0]["readings"]) == 10
+    assert len(chain.state_dict()["thermometers"]["thermometers"][0]["readings"]) == 10
 
 
 def test_no_readings_before_a_chain_has_drawn():
