@@ -145,6 +145,49 @@ def test_modules_and_functions_stay_readable():
     assert not too_long
 
 
+# Parameters and attributes that join the rooms of sampling, where strict types help most.
+SEAMS = {"kernel", "chain", "chains", "group", "source", "store", "posterior"}
+
+
+def annotated(tree):
+    """Names of parameters and annotated attributes with their annotations, None where there is none."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            yield from ((argument.arg, argument.annotation) for argument in arguments)
+        elif isinstance(node, ast.AnnAssign):
+            yield getattr(node.target, "id", getattr(node.target, "attr", "")), node.annotation
+
+
+def untyped(name, annotation):
+    """Whether a parameter or attribute with the name of a seam has no type, or any."""
+    is_any = annotation is None or any(getattr(node, "id", "") == "Any" for node in ast.walk(annotation))
+    return name.lstrip("_") in SEAMS and is_any
+
+
+def test_seams_of_sampling_are_typed():
+    found = [
+        f"{module}: {name}"
+        for module, (_, tree) in modules().items()
+        if room(module) in ("kernels", "chains")
+        for name, annotation in annotated(tree)
+        if untyped(name, annotation)
+    ]
+    assert not found
+    code = "def f(kernel, store: Any | None, size: Any): ...\nclass C:\n    _chain: list[Any]\n    group: Group"
+    assert [name for name, a in annotated(ast.parse(code)) if untyped(name, a)] == ["kernel", "store", "_chain"]
+
+
+def test_adaptation_does_not_know_the_engine():
+    assert not [
+        f"{name} -> {target}"
+        for name in modules()
+        if folder(name) == "adaptation" and room(name) == "kernels"
+        for target in arrows(name)
+        if target.startswith("kernels.engine")
+    ]
+
+
 def public(body, prefix):
     """Public classes, functions and methods of a module, by dotted name; a property's setter is its getter's."""
     for node in body:

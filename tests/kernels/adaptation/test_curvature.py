@@ -3,9 +3,10 @@
 
 """Curvature by differences of gradients, on quadratics where it is known."""
 
+import pytest
 import torch
 
-from pyro_apd.kernels.adaptation.curvature import dense_hessian, hessian_product, lanczos
+from pyro_apd.kernels.adaptation.curvature import dense_hessian, hessian_product, lanczos, largest_curvature
 
 EIGENVALUES = torch.tensor([0.5, 1.0, 3.0, 10.0, 40.0, 250.0], dtype=torch.float64)
 BASIS = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
@@ -67,3 +68,14 @@ def test_chains_are_measured_by_themselves():
         torch.testing.assert_close(both.weights[c], alone.weights)
     dense = dense_hessian(lambda v: scale * (v @ HESSIAN), start)
     torch.testing.assert_close(dense[1], 3 * HESSIAN)
+
+
+def test_largest_curvature():
+    start = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert float(largest_curvature(product, start, 6)) == pytest.approx(250.0, rel=1e-5)
+    assert float(largest_curvature(lambda v: -product(v), start, 6)) == pytest.approx(250.0, rel=1e-5)
+    assert 200 < float(largest_curvature(product, start, 2)) <= 250.1
+
+
+def test_a_product_that_is_not_finite_gives_nan():
+    assert torch.isnan(largest_curvature(lambda v: v * torch.nan, torch.ones(2, 6), 6)).all()

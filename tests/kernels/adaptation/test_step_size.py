@@ -13,10 +13,9 @@ import pytest
 import torch
 from pyro.infer import MCMC
 
-from pyro_apd.data.minibatch import FullBatch, RowSubsample
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
 from pyro_apd.kernels.adaptation.dynamics import Dynamics
-from pyro_apd.kernels.adaptation.spectrum import LocalPotential, epoch_length, measure_spectrum
+from pyro_apd.kernels.adaptation.spectrum import LocalPotential, measure_spectrum
 from pyro_apd.kernels.adaptation.step_size import (
     AutoStep,
     choose,
@@ -195,11 +194,6 @@ def test_state_is_plain_and_restores():
         auto.measure(problem.local())
         other.load_state_dict(json.loads(json.dumps(auto.state_dict())))
         assert (other.step_size, other.is_settled, other.report()) == (auto.step_size, auto.is_settled, auto.report())
-
-
-def test_epoch_length():
-    assert epoch_length(FullBatch(DATA, {})) == 1
-    assert epoch_length(RowSubsample(DATA, {}, 30)) == 6
 
 
 def run(kernel, num_samples, warmup_steps, args=DATA):
