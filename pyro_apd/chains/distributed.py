@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Chains over the processes of a job: each runs its own, vectorised, and what they drew comes together at the end.
+"""Chains over the processes of a job: each runs its own, vectorised, and the draws are gathered at the end.
 
-All that a chain does follows from its number in the whole run. While chains run, processes say nothing to each other;
-only a step size that is to be found is one for all chains, and so found together during warm-up.
+A chain depends on its number in the whole run alone. While chains run, processes do not communicate; only a step size
+that is adapted is one for all chains, and so found together during warm-up.
 
 Or each process has some of the data, and all run all chains in step (:mod:`pyro_apd.kernels.engine.data_parallel`).
 """
@@ -94,7 +94,7 @@ class RankRun(Run):
         self.progress = {self.own.start: Progress()}
 
     def sample(self) -> None:
-        """This process's chains; then all processes tell each other what became of theirs.
+        """This process's chains; then all processes exchange the outcomes of theirs.
 
         :raises RankError: if another process is gone.
         """
@@ -134,7 +134,7 @@ class RankRun(Run):
         return whole
 
     def gathered(self, own: DrawStore) -> DrawStore | None:
-        """The draws of all processes, on those that are to have them; None elsewhere.
+        """The draws of all processes, on those that gather them; None elsewhere.
 
         :param own: draws of this process's chains.
         :raises RankError: if another process is gone.
@@ -155,7 +155,7 @@ class RankRun(Run):
         return whole
 
     def _pass_on(self, own: DrawStore, whole: MemoryStore, chain: int, count: int, source: int, to_all: bool) -> None:
-        """A chain's draws and figures, some at a time."""
+        """A chain's draws and their statistics, a block at a time."""
         transfer = self.ranks.broadcast if to_all else self.ranks.send_to_first
         row = chain - self.own.start
         for start, stop in own.blocks(count):
@@ -190,7 +190,7 @@ class RankRun(Run):
         )
 
     def _has_begun(self, saved: Checkpoint) -> bool:
-        """Whether others must have a checkpoint, too, where there is this."""
+        """Whether other processes must have a checkpoint where this one has it."""
         if self.is_in_step:
             return bool(saved.notes.get("written", 0) > 1)
         return any(progress.num_done > 0 for progress in saved.chains.values())
@@ -224,7 +224,7 @@ class RankRun(Run):
             self._notes["written"] = self._notes.get("written", 0) + 1
 
     def _asked(self) -> dict[str, Any]:
-        """What all processes have to be asked alike, by name."""
+        """What has to be the same on all processes, by name."""
         plan = self.plan
         skipped = 1 if self.settings.split == "data" else 0  # numbers of rows may differ then
         leaves = tree_leaves((self.args, self.kwargs))
@@ -268,7 +268,7 @@ class RankRun(Run):
 
 
 def _of_rank(settings: Settings, ranks: Ranks) -> Settings:
-    """Files of this process's own, where it has such, and a progress bar on the first only."""
+    """Files of this process alone, where it has some, and a progress bar on the first only."""
     checkpoint, store = settings.checkpoint_path, settings.store_path
     if checkpoint is not None:
         checkpoint = path_of_rank(checkpoint, ranks.rank)
@@ -279,5 +279,5 @@ def _of_rank(settings: Settings, ranks: Ranks) -> Settings:
 
 
 def path_of_rank(path: Path, rank: int) -> Path:
-    """Where a process keeps what all call by the name ``path``."""
+    """The file of one process, where the user gave ``path``."""
     return path.with_name(f"{path.name}.rank{rank}")

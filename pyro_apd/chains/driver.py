@@ -49,11 +49,11 @@ class MCMC(pyro.infer.MCMC):
     Draws are written into one buffer of their final size, of which :meth:`get_samples` gives views. Everything else is
     Pyro's: ``get_samples``, ``diagnostics``, ``summary``. Kernels of others, such as NUTS, run as in Pyro.
 
-    A chain that diverges stays where it was last well, and the others go on; a warning names it at the end,
-    :attr:`diverged` holds the errors, and ``diagnostics()["divergences"]`` lists its draws from there on. If no chain
-    is left, :class:`~pyro_apd.errors.DivergenceError` is raised, with the draws from before in its ``draws``. After
-    that error, or any other, ``get_samples()`` gives the draws made so far. Ctrl-C stops the run, warns, and leaves
-    the draws so far; it is raised on only where there are none. Of chains of unequal length the largest block
+    A chain that diverges is frozen at its last finite state, and the others go on; a warning names it at the end,
+    :attr:`diverged` holds the errors, and ``diagnostics()["divergences"]`` lists its draws from there on. If all
+    diverge, :class:`~pyro_apd.errors.DivergenceError` is raised, with the draws from before in its ``draws``. After
+    that error, or any other, ``get_samples()`` gives the draws made so far. Ctrl-C stops the run, warns, and keeps
+    the draws so far; KeyboardInterrupt is raised only if there are none. Of chains of unequal length the largest block
     that can be grouped is given, and :attr:`store` has the rest.
 
     :param kernel: a kernel.
@@ -79,9 +79,9 @@ class MCMC(pyro.infer.MCMC):
     :param checkpoint: a file. A run that finds its own checkpoint there continues from it, bit for bit, and one that
         finds it complete returns its draws; delete it, and ``CHECKPOINT.previous``, to start over. Draws made so far
         are kept beside it, in ``CHECKPOINT.draws``.
-    :param int checkpoint_every: draws between checkpoints, warm-up included; default twenty a run.
-    :param str gather: with ``"distributed"``, who has the draws of all chains after the run: ``"rank0"`` (default),
-        ``"all"``, or ``"none"``. Others have those of their own chains; :attr:`chains` says which.
+    :param int checkpoint_every: draws between checkpoints, warm-up included; default twenty per run.
+    :param str gather: with ``"distributed"``, which processes have the draws of all chains after the run: ``"rank0"``
+        (default), ``"all"``, or ``"none"``. Others have those of their own chains, in :attr:`chains`.
     :param str split: with ``"distributed"``, what processes share: ``"chains"`` (default), or ``"data"``; see
         :meth:`run`.
     :raises ValueError: if settings are out of range or do not go together.
@@ -220,7 +220,7 @@ class MCMC(pyro.infer.MCMC):
 
         With ``split="data"`` as well, each process gives some of the rows, and all run all chains, by gradients that
         are added up at every step. That is exact: the potential is that of all rows, N of all processes, with the prior
-        counted once (what is observed counts as data). ``batch_size`` is rows of a process a step; batches differ with
+        counted once (what is observed counts as data). ``batch_size`` is rows per process and step; batches differ with
         the number of processes, so that draws agree in distribution, and without mini-batches up to rounding. Steps are
         not compiled. All processes have all draws, of which a ``store="disk"`` is written by each, the first at
         ``STORE_PATH``.
@@ -238,7 +238,7 @@ class MCMC(pyro.infer.MCMC):
         self._samples, self.store, self.diverged = None, None, []
         self.chains = range(self.num_chains)
         self._diagnostics = [{"divergences": []} for _ in self.chains]
-        # Gradients of a run do not reach into the data.
+        # A run computes no gradients of the data.
         args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         validation = nullcontext() if self.disable_validation is None else _validation(not self.disable_validation)
         with validation, preserved_param_store(), ExitStack() as stack:
@@ -272,14 +272,14 @@ class MCMC(pyro.infer.MCMC):
         return RankRun(self.kernel, self._settings, args, kwargs, stack, join_process_group())
 
     def _collect(self, run: Run) -> int:
-        """Makes what the store holds the driver's draws; the number of them that there are a chain."""
+        """Takes the draws of the store; returns their number per chain."""
         if run.store is None:
             return 0
         run.store.flush()
         noted = run.divergences()
         self._num_followed = run.num_followed
         if len(noted) == run.num_followed:
-            # Nobody is left, and what is frozen is no draw.
+            # All chains have diverged, and a frozen state is no draw.
             for note in noted:
                 if note["chain"] in run.chains:
                     run.store.truncate(run.chains.index(note["chain"]), note["first_draw"])
@@ -291,9 +291,9 @@ class MCMC(pyro.infer.MCMC):
         first = {note["chain"]: note["first_draw"] for note in noted}
         self._diagnostics = []
         for row, (chain, count) in enumerate(zip(self.chains, self.store.counts, strict=True)):
-            figures = {name: values[row, :count].cpu().clone() for name, values in self.store.statistics.items()}
+            statistics = {name: values[row, :count].cpu().clone() for name, values in self.store.statistics.items()}
             divergences = list(range(first.get(chain, count), count))
-            self._diagnostics.append({"divergences": divergences, **figures, **run.report(chain)})
+            self._diagnostics.append({"divergences": divergences, **statistics, **run.report(chain)})
         return self.store.complete_part()[1]
 
     def _report_divergences(self, run: Run) -> None:
@@ -304,7 +304,7 @@ class MCMC(pyro.infer.MCMC):
         if len(names) < self._num_followed:
             warnings.warn(
                 f"Chains {names} of {self.num_chains} diverged and stopped; their draws from there on repeat their "
-                f"last good state, and diagnostics()['divergences'] lists them. The first said: {self.diverged[0]}",
+                f"last finite state, and diagnostics()['divergences'] lists them. The first error: {self.diverged[0]}",
                 RuntimeWarning,
             )
             return
@@ -321,7 +321,7 @@ class MCMC(pyro.infer.MCMC):
     def diagnostics(self) -> dict[str, Any]:
         """As Pyro's: effective sizes and R-hat by site, and what the kernel recorded, by chain.
 
-        ``divergences`` (indices of draws), and one entry a draw ``potential``, ``grad_norm`` and ``step_size``; of a
+        ``divergences`` (indices of draws), and one entry per draw ``potential``, ``grad_norm`` and ``step_size``; of a
         chain that came to its end also ``path``, ``temperatures`` and ``tuning``, as in the kernel's own diagnostics.
         A run that ended with fewer than four draws has only these.
         """
@@ -335,7 +335,7 @@ class MCMC(pyro.infer.MCMC):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        # Samples are views of one buffer, each of which would be pickled with all of it.
+        # Samples are views of one buffer, and each view would be pickled with the whole buffer.
         return {**self.__dict__, "_samples": None} if self._is_ours and self.store is not None else self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ Hook = Callable[[MCMCKernel, dict[str, Tensor], str, int], None]
 class Plan:
     """What a run was asked for.
 
-    :ivar int num_samples: draws kept of a chain.
+    :ivar int num_samples: draws kept per chain.
     :ivar int warmup_steps: draws before them.
     :ivar int num_chains: chains of the whole run.
     :ivar initial_params: unconstrained values by site, ``(C, ...)``; None leaves the start to the kernel.
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Draws of a chain, warm-up included."""
+        """Draws per chain, warm-up included."""
         return self.warmup_steps + self.num_samples
 
 

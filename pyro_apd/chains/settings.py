@@ -27,12 +27,12 @@ _NUM_CHECKPOINTS = 20
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run goes about its plan; see :class:`~pyro_apd.chains.MCMC`.
+    """How the plan of a run is carried out; see :class:`~pyro_apd.chains.MCMC`.
 
     :ivar store_path: a folder for the draws; None keeps them in memory, or beside the checkpoint.
     :ivar checkpoint_path: a file; None for no checkpoints.
-    :ivar gather: of chains in several processes, who gets their draws.
-    :ivar split: what several processes share among themselves, ``"chains"`` or ``"data"``.
+    :ivar gather: which of several processes get all draws.
+    :ivar split: what is split over several processes, ``"chains"`` or ``"data"``.
     """
 
     plan: Plan

@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Chains in processes of their own, each writing its draws straight into the files of one store.
+"""Chains in one process each, which write their draws directly into the files of one store.
 
-A worker reports through a pipe of its own, so that one that dies, however it dies, shows as the end of its pipe and
-cannot hold up the others. A worker whose parent is gone stops by itself.
+Each worker reports through its own pipe, so that the death of a worker, whatever the cause, shows as the end of its
+pipe and does not block the others. A worker stops when its parent has ended.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from pyro_apd.kernels.engine.chain_set import ChainSet
 if TYPE_CHECKING:
     from pyro_apd.kernels.base import StochasticGradientKernel
 
-# Seconds between what a worker reports for the progress bar, and between looks whether workers are alive.
+# Seconds between a worker's reports for the progress bar, and between checks that workers are alive.
 _REPORT_EVERY, _LOOK_EVERY = 0.2, 1.0
-# Seconds that a worker is given to end when told to.
+# Seconds that a worker has to end after it was told to.
 _GRACE = 5.0
 
 
@@ -90,7 +90,7 @@ class _Messenger:
         message = pickle.dumps((kind, content))
         try:
             self._pipe.send_bytes(message)
-        except BrokenPipeError:  # nobody is there to read it, nor anything else of this process's
+        except BrokenPipeError:  # the parent has ended, and nothing reads this process's results
             os._exit(1)
 
     def drew(self, chains: ChainSet, num_done: int, num_diverged: int) -> None:
@@ -121,10 +121,10 @@ def run_workers(
     """Runs every job in a process of its own, to the end.
 
     :param args: the model's arguments.
-    :param context: of :mod:`torch.multiprocessing`, which says how processes start.
-    :param on_draw: told a chain, its draws so far, its divergences, and what the kernel logs.
-    :param on_checkpoint: told the progress of chains that came to a checkpoint.
-    :param finished: takes up the progress at the end, by chain, as chains come to it.
+    :param context: of :mod:`torch.multiprocessing`, which determines how processes start.
+    :param on_draw: called with a chain, its draws so far, its divergences, and what the kernel logs.
+    :param on_checkpoint: called with the progress of chains that reached a checkpoint.
+    :param finished: receives the progress of each chain at its end, by chain.
     :raises WorkerError: if a process dies, or cannot be started. The others are stopped; draws are in the store.
     """
     workers: dict[int, tuple[Any, Connection]] = {}
@@ -160,13 +160,13 @@ def run_workers(
 def _start(
     job: Job, args: tuple[Any, ...], kwargs: Mapping[str, Any], context: Any, others: list[Connection]
 ) -> tuple[Any, Connection]:
-    """The worker's process and our end of its pipe; ``others`` are our ends of those before it."""
+    """The worker's process and the parent's end of its pipe; ``others`` are the parent's ends of the pipes before."""
     ours, theirs = context.Pipe(duplex=False)
     inherited = [*others, ours] if context.get_start_method() == "fork" else []
     process = context.Process(target=_work, args=(job, theirs, args, dict(kwargs), inherited), daemon=True)
     try:
         process.start()
-    except Exception as error:  # whatever pickling finds wrong
+    except Exception as error:  # pickling may raise anything
         raise WorkerError(
             f"The worker of chain {job.chain} could not be started ({type(error).__name__}: {error}). Where processes "
             "are spawned, kernel, model, data and hook_fn must pickle: define them at the top level of a module. Or "
@@ -182,7 +182,7 @@ def _start(
 def _messages(chain: int, process: Any, pipe: Connection) -> Any:
     """What a worker has sent so far.
 
-    :raises WorkerError: if its pipe has ended without its last word.
+    :raises WorkerError: if its pipe ended before the worker reported its end.
     """
     try:
         while pipe.poll():
@@ -192,8 +192,8 @@ def _messages(chain: int, process: Any, pipe: Connection) -> Any:
         code = process.exitcode
         how = f"was killed by signal {-code} ({_signal_name(-code)})" if code is not None and code < 0 else "ended"
         raise WorkerError(
-            f"The worker of chain {chain} {how} with exit code {code} before its chain was complete. Signal 9 without "
-            "anybody sending it means that memory ran out; an early exit code 1 under spawn, that kernel or model do "
+            f"The worker of chain {chain} {how} with exit code {code} before its chain was complete. Signal 9 that "
+            "nobody sent means that memory ran out; an early exit code 1 under spawn, that kernel or model do "
             "not unpickle. Draws made so far are in get_samples(). chain_method='vectorized' needs no processes.",
             chain,
             code,
@@ -223,8 +223,8 @@ def _stop(workers: Mapping[int, tuple[Any, Connection]]) -> None:
 def _work(
     job: Job, pipe: Connection, args: tuple[Any, ...], kwargs: Mapping[str, Any], inherited: list[Connection]
 ) -> None:
-    """What a worker does."""
-    # As long as anybody has the parent's end of a pipe, who writes to it waits for room, though the parent be gone.
+    """Runs in a worker process."""
+    # While any process has the parent's end of a pipe open, writing to a full pipe waits, even if the parent has ended.
     for end in inherited:
         end.close()
     # An interrupt reaches all processes of a terminal; the parent alone decides.
@@ -253,5 +253,5 @@ def _portable(error: BaseException, chain: int) -> BaseException:
         if hasattr(again, "add_note"):
             again.add_note(f"In the worker of chain {chain}:\n{text}")
         return again if isinstance(again, Exception) else WorkerError(f"Chain {chain} failed:\n{text}", chain, None)
-    except Exception:  # whatever pickling finds wrong
+    except Exception:  # pickling may raise anything
         return WorkerError(f"Chain {chain} failed:\n{text}", chain, None)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What every stochastic-gradient MCMC kernel shares: Pyro's kernel contract, mini-batches, and watching for divergence.
+"""What every stochastic-gradient MCMC kernel shares: its settings, Pyro's kernel contract, and the start of chains.
 
 A sampler is a subclass with one method, :meth:`StochasticGradientKernel._update`: its update equation.
 """
@@ -61,24 +61,24 @@ class StochasticGradientKernel(MCMCKernel):
         :mod:`pyro_apd.kernels.adaptation.step_size`). What was chosen and why is logged, and is
         ``diagnostics()["tuning"]``.
     :param float max_inflation: with ``step_size="auto"``, the share by which variances may come out too large.
-    :param int warm_start: optimise each chain for so many steps of Adam before it warms up; None for none.
-    :param int batch_size: rows a mini-batch, style (ii); None uses whatever the model and the arguments say.
-    :param int num_data: N, where it is not the leading dimension of the first tensor, or the loader does not tell.
+    :param int warm_start: steps of Adam that optimise each chain before it warms up; None for none.
+    :param int batch_size: rows per mini-batch, style (ii); None leaves mini-batches to the model or the arguments.
+    :param int num_data: N, where it is not the leading dimension of the first tensor, or a loader does not have it.
     :param bool replacement: draw the rows of batches independently; by default they come in epochs, in which no row
-        comes twice. For styles (i) and (ii): a loader draws by itself.
+        comes twice. For styles (i) and (ii): a loader has its own way of drawing.
     :param int prefetch: how far a thread reads ahead where batches come from a loader or from a file: so many batches,
         or of a small network so many times the steps (up to five) that are compiled into one program. They are sent to
         the chain's device meanwhile. Draws do not depend on it; 0 reads each batch when it is due.
-    :param int thinning: Langevin steps a draw; ``num_samples`` and ``warmup_steps`` of the driver count draws.
+    :param int thinning: Langevin steps per draw; ``num_samples`` and ``warmup_steps`` of the driver count draws.
     :param float temperature: T of the target exp(-U/T); 1 is the posterior.
     :param init_strategy: where chains start, as for Pyro's HMC; by default a draw from the prior.
     :param int seed: makes the run reproducible without touching the global generator. Chains of one run differ. If
         None, the seed is taken from the global generator.
-    :param bool control_variates: remove mini-batch noise near the state that sampling starts from, for two gradients a
-        step (Baker et al. 2019; see :mod:`~pyro_apd.kernels.engine.control_variates`). It wants a start at a mode.
-    :param compile: compile each step, which costs some ten seconds at first. ``"auto"`` does so in runs long enough to
-        gain from it: where the steps known of beforehand, or taken, come to 30,000 over all chains that advance
-        together. What was chosen is logged, and is ``diagnostics()["path"]``.
+    :param bool control_variates: remove mini-batch noise near the state that sampling starts from, with two gradients
+        per step (Baker et al. 2019; see :mod:`~pyro_apd.kernels.engine.control_variates`). It needs a start at a mode.
+    :param compile: compile each step, which takes some ten seconds at first. ``"auto"`` does so in runs long enough to
+        gain from it: where the planned steps, or those taken, reach 30,000 over all chains that advance together. What
+        was chosen is logged, and is ``diagnostics()["path"]``.
     :param bool capture: capture the potential as a graph of tensor operations (see :mod:`pyro_apd.models.potential`);
         otherwise the model is traced at every step.
     :raises ValueError: if a number is out of range.
@@ -148,7 +148,7 @@ class StochasticGradientKernel(MCMCKernel):
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Prepares a chain on the arguments of a run. The driver calls this.
 
-        :raises ModelError: if the model's scaling cannot be established; the message says how to mend the model.
+        :raises ModelError: if the model's scaling cannot be established; the message says how to fix the model.
         :raises DataError: if the data are NaN, infinite, or outside the likelihood's support.
         :raises ValueError: if ``batch_size`` does not fit the data, or ``initial_params`` does not fit the model.
         """
@@ -231,7 +231,7 @@ class StochasticGradientKernel(MCMCKernel):
         chain.warmup.finish(chain)
 
     def report(self, chain: Chain) -> dict[str, Any]:
-        """What is to be said of a chain at its end, as JSON values; see :meth:`diagnostics`."""
+        """Report of a chain at its end, as JSON values; see :meth:`diagnostics`."""
         tuning = {"tuning": self.tuning} if self.tuning else {}
         return {"path": chain.path, "temperatures": [asdict(t) for t in chain.temperatures(self.temperature)], **tuning}
 
@@ -257,7 +257,7 @@ class StochasticGradientKernel(MCMCKernel):
                 else:
                     start = potential.draw_start()
             starts.append(potential.layout.unconstrain(start).detach())
-        # The strategy served to find the starts. From here on every latent is given, and the bare model is enough.
+        # The strategy was for the starts. From here on every latent is given, and the plain model is used.
         potential.model = self.model
         return potential, starts
 
@@ -273,7 +273,7 @@ class StochasticGradientKernel(MCMCKernel):
     def sample(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The next draw: ``thinning`` Langevin steps on from the unconstrained ``params``.
 
-        :raises DivergenceError: if the chain ran away; its ``draws`` hold what came before.
+        :raises DivergenceError: if the chain diverged; its ``draws`` are those made before.
         """
         chain = self._running_chain()
         is_warm = self._num_draws >= self._warmup_steps
@@ -287,7 +287,7 @@ class StochasticGradientKernel(MCMCKernel):
                 chain.theta = chain.layout.join(params)
             try:
                 chain.advance(self.thinning)
-            except BaseException:  # Pyro's driver cleans up after a run that ends well only
+            except BaseException:  # Pyro's driver cleans up only after a run without an error
                 chain.close()
                 raise
             draw = chain.theta
@@ -297,9 +297,9 @@ class StochasticGradientKernel(MCMCKernel):
         return self._last_params
 
     def logging(self) -> OrderedDict[str, str]:
-        """What the progress bar shows: of several chains the mean, the number that diverged, and steps of all a second.
+        """What the progress bar shows: of several chains the mean, the number that diverged, and all steps per second.
 
-        It is read a few times a second only: on a GPU, reading waits for the device.
+        It is updated a few times per second only: on a GPU, reading waits for the device.
         """
         chain, now = self._running_chain(), time.monotonic()
         if chain.step and now - self._logged_at > (0.1 if chain.energy.device.type == "cpu" else 0.5):
@@ -313,11 +313,11 @@ class StochasticGradientKernel(MCMCKernel):
 
     def diagnostics(self) -> dict[str, Any]:
         """Of the finished chain: ``divergences`` (indices of draws; empty, as a chain that diverges raises) and, one
-        entry a draw, ``potential`` (U on that draw's mini-batch), ``grad_norm`` and ``step_size``; ``path``, how the
-        steps were taken; ``temperatures``, see :meth:`temperatures`; and ``tuning``, what ``step_size="auto"`` chose
+        entry per draw, ``potential`` (U on that draw's mini-batch), ``grad_norm`` and ``step_size``; ``path``, how
+        steps were computed; ``temperatures``, see :meth:`temperatures`; and ``tuning``, what ``step_size="auto"`` chose
         and why. Warns if the warm-up was too short.
 
-        :raises DivergenceError: if the last steps ran away unnoticed.
+        :raises DivergenceError: if the chain diverged in its last steps.
         """
         chain = self._running_chain()
         self.end(chain)
@@ -328,13 +328,13 @@ class StochasticGradientKernel(MCMCKernel):
     def temperatures(self) -> list[Temperature]:
         """Temperatures of the chain that ran last, over all weights and by site, each with its standard error.
 
-        A chain as hot as it should be reads the kernel's temperature; see :mod:`~pyro_apd.kernels.engine.temperature`.
+        A chain at its target has the kernel's temperature; see :mod:`~pyro_apd.kernels.engine.temperature`.
         Empty where no chain has drawn yet.
         """
         return self._temperatures if self._chain is None else self._chain.temperatures(self.temperature)
 
     def cleanup(self) -> None:
-        """Lets go of the data and the chain's buffers. Safe to call twice; ``layout`` and ``transforms`` stay."""
+        """Releases the data and the chain's buffers. Safe to call twice; ``layout`` and ``transforms`` stay."""
         if self._chain is not None:
             self._chain.close()
         self._initial_params = None

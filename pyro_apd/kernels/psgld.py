@@ -30,17 +30,17 @@ class PSGLD(StochasticGradientKernel):
                 + \mathcal{N}(0, \epsilon T G)
 
     Each direction moves at a rate of its own, so badly scaled posteriors mix sooner. The target is
-    :math:`\exp(-U / T)` as epsilon goes to 0, **if** :math:`\Gamma_i = \partial G_{ii} / \partial \theta_i` is there.
-    As in the paper's experiments it is left out by default: without it slow directions come out too wide, the less so
-    the longer V remembers. On a Gaussian of condition number 100 the slowest variance was 28 % too large with
-    alpha = 0.99, 5 % with 0.999; ``use_gamma=True`` halves the former, at the price of a second gradient a step.
+    :math:`\exp(-U / T)` as epsilon goes to 0, **if** it has :math:`\Gamma_i = \partial G_{ii} / \partial \theta_i`.
+    As in the paper's experiments it is left out by default. Without it slow directions come out too wide; less so the
+    longer V averages. On a Gaussian of condition number 100 the slowest variance was 28 % too large with
+    alpha = 0.99, 5 % with 0.999; ``use_gamma=True`` halves the former, at the cost of a second gradient per step.
 
     V starts at the first squared gradient. Epsilon multiplies G, so step sizes are not those of SGLD. Steps stay
-    bounded however large epsilon is: a chain with too large a step does not diverge, it is only wrong.
+    bounded however large epsilon is: a chain with too large a step size does not diverge, but its draws are biased.
 
     :param float decay: alpha.
     :param float stability: lambda, which bounds G by its inverse.
-    :param bool use_gamma: whether to estimate Gamma, by one random probe a step.
+    :param bool use_gamma: whether to estimate Gamma, by one random probe per step.
 
     Other parameters as for :class:`~pyro_apd.kernels.base.StochasticGradientKernel`.
     """
@@ -83,7 +83,7 @@ class PSGLD(StochasticGradientKernel):
 
     def _next_second(self, second: Tensor, gradient: Tensor, num_data: int) -> Tensor:
         square = (gradient / num_data).square()
-        # Zero is where it starts, and where there is nothing to average yet.
+        # It starts at zero, where there is nothing to average yet.
         return torch.where(second == 0, square, self.decay * second + (1 - self.decay) * square)
 
     def _gamma(self, step: Step) -> list[Tensor]:

@@ -30,13 +30,13 @@ class SGHMC(StochasticGradientKernel):
 
     with :math:`\eta = \epsilon / 2`, so that at friction :math:`a = 1` the step is exactly that of
     :class:`~pyro_apd.kernels.sgld.SGLD` at the same epsilon. The target is :math:`\exp(-U / T)` as epsilon goes to 0.
-    :math:`\hat b = \eta \hat V / (2 T)` is the share of the friction's noise that mini-batches supply already, V being
+    :math:`\hat b = \eta \hat V / (2 T)` is the part of the friction's noise that mini-batches already supply, V being
     the variance of the gradient's estimate; subtracting it corrects the temperature. That is for independent batches:
-    those of an epoch without replacement, the default, bring less, and the formula would leave the chain too cold.
+    those of an epoch without replacement, the default, add less, and the formula would make the temperature too low.
 
     :param float friction: a, between 0 and 1; 0.1 is momentum 0.9.
     :param float noise_estimate: b-hat, at least 0 and less than the friction; 0, the default, ignores the mini-batches'
-        noise and is a little too hot.
+        noise; the temperature is then a little too high.
 
     Other parameters as for :class:`~pyro_apd.kernels.base.StochasticGradientKernel`.
     """
@@ -56,7 +56,7 @@ class SGHMC(StochasticGradientKernel):
         self.noise_estimate = number("noise_estimate", noise_estimate, at_least=0, below=self.friction, hint=hint)
 
     def _start_chain(self, chain: Chain) -> None:
-        # At rest; the momentum reaches its own temperature within some 1 / friction steps of warm-up.
+        # Zero; the momentum reaches its temperature within some 1 / friction steps of warm-up.
         chain.auxiliary["momentum"] = chain.zeros()
 
     def _dynamics(self, chain: Chain) -> Dynamics:

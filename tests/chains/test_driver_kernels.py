@@ -190,7 +190,7 @@ def test_a_chain_that_diverges_leaves_the_others_alone(method):
 def test_divergence_keeps_the_draws(method):
     kernel = SGLD(PROBLEM.full, lambda step: 1e-3 if step < 300 else 1.0, thinning=10, seed=1)
     mcmc = MCMC(kernel, 100, 10, num_chains=2, chain_method=method, disable_progbar=True)
-    with pytest.raises(DivergenceError, match=r"try step_size=.*draws taken before") as caught:
+    with pytest.raises(DivergenceError, match=r"try step_size=.*draws made before") as caught:
         mcmc.run(*DATA)
     counts = mcmc.store.counts
     assert all(14 <= count <= 20 for count in counts)

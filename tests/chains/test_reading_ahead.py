@@ -205,7 +205,7 @@ def test_what_follows_a_run_on_a_file(tmp_path):
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(60, 4, generator=generator), torch.arange(60) % 3
     np.save(tmp_path / "x.npy", x.numpy())
-    mcmc = apd.MCMC(apd.SGLD(Classifier(), 1e-3, batch_size=20, seed=1), 60, 5, disable_progbar=True)
+    mcmc = apd.MCMC(apd.SGLD(Classifier(), 1e-3, batch_size=20, seed=1), 40, 5, disable_progbar=True)
     mcmc.run(np.load(tmp_path / "x.npy", mmap_mode="r"), labels.numpy())
     posterior = apd.distill(mcmc, num_steps=3, seed=0, progress=False)
     assert posterior.metadata["space"] == "functions"

@@ -7,6 +7,7 @@ import copy
 import pickle
 import warnings
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.errors import DataError, DivergenceError
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
+from pyro_apd.kernels.engine.chain_set import ChainSet
 from tests.support.models import Classifier, Conjugate, constrained, null
 
 KERNELS = [SGLD, PSGLD, SGHMC]
@@ -318,11 +320,52 @@ def test_start_without_density(kernel_class):
         ({"thinning": 0}, "thinning=0"),
         ({"temperature": -0.1}, "temperature=-0.1"),
         ({"temperature": float("nan")}, "temperature=nan"),
+        ({"thinning": True}, "thinning=True"),
+        ({"prefetch": -1}, "prefetch=-1"),
+        ({"replacement": "yes"}, "replacement='yes'"),
+        ({"control_variates": None}, "control_variates=None"),
+        ({"capture": 1}, "capture=1"),
+        ({"compile": "always"}, "compile='always'"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 0.5}, "seed=0.5"),
+        ({"seed": True}, "seed=True"),
     ],
 )
 def test_numbers_out_of_range(kernel_class, settings, message):
     with pytest.raises(ValueError, match=message):
         kernel_class(PROBLEM.full, 1e-3, **settings)
+
+
+def test_integers_of_numpy_count(kernel_class):
+    kernel = kernel_class(PROBLEM.full, 1e-3, seed=np.int64(3), thinning=np.int32(2), batch_size=np.int64(20))
+    assert (kernel.seed, kernel.thinning, kernel.batch_size) == (3, 2, 20)
+    again = kernel_class(PROBLEM.full, 1e-3, seed=3, thinning=2, batch_size=20)
+    starts = [k.begin(DATA, {}, warmup_steps=0).theta for k in (kernel, again)]
+    assert torch.equal(*starts)
+
+
+def test_chains_are_numbered_as_they_are_begun(kernel_class):
+    """Without numbers of a run, as by Pyro's own drivers; with them, a chain is the same whatever came before."""
+    kernel = kernel_class(PROBLEM.full, 1e-3, seed=3)
+    begun = [kernel.begin(DATA, {}, warmup_steps=0).theta for _ in range(2)]
+    numbered = [kernel.begin(DATA, {}, warmup_steps=0, chains=ChainSet(i)).theta for i in range(2)]
+    for one, other in zip(begun, numbered, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(*begun)
+
+
+def test_the_worker_of_pyros_driver_has_a_stream_of_its_own(kernel_class, monkeypatch):
+    kernel = kernel_class(PROBLEM.full, 1e-3, seed=3)
+    home, numbered = kernel._home[1], ChainSet(0)
+    here = kernel.begin(DATA, {}, warmup_steps=0, chains=numbered).theta
+    monkeypatch.setattr("pyro_apd.kernels.base.os.getpid", lambda: -1)
+    starts = [here]
+    for worker in range(2):
+        monkeypatch.setattr(torch, "initial_seed", lambda worker=worker: home + worker)
+        kernel._num_chains_begun = 0
+        starts.append(kernel.begin(DATA, {}, warmup_steps=0).theta)
+        assert torch.equal(kernel.begin(DATA, {}, warmup_steps=0, chains=numbered).theta, here)
+    assert len({tuple(start.tolist()) for start in starts}) == 3
 
 
 def test_model_must_be_callable(kernel_class):

@@ -3,8 +3,8 @@
 
 """Curvature of a potential, measured by differences of its gradient: products with the Hessian, and its spectrum.
 
-Nothing here differentiates twice, so that whatever can be sampled can be measured. Leading dimensions of ``theta`` are
-chains; each is measured by itself.
+Nothing here differentiates twice, so that every model that can be sampled can be measured. Leading dimensions of
+``theta`` are chains; each is measured separately.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 #: Gradient of U ``(..., D)`` at ``(..., D)``, on the same data at each call.
 Gradient = Callable[[Tensor], Tensor]
 
-# Finite differences reach this far, relative to the size of theta: rounding and third derivatives both stay small.
+# Length of finite differences, relative to the size of theta: rounding and third derivatives both stay small.
 _REACH = 1e-3
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Curvatures, and how much of a starting vector lies along each: a Gauss quadrature of the Hessian's spectrum.
+    """Curvatures, and the weight of a starting vector along each: a Gauss quadrature of the Hessian's spectrum.
 
     For a starting vector z and any function f, the sum of ``weights * f(nodes)`` approximates z' f(H) z.
 
@@ -37,14 +37,14 @@ class Spectrum:
 
     @property
     def largest(self) -> Tensor:
-        """Largest absolute curvature met, ``(...)``."""
+        """Largest absolute curvature with a weight, ``(...)``."""
         return torch.where(self.weights > 0, self.nodes.abs(), 0.0).amax(-1)
 
 
 def hessian_product(gradient: Gradient, theta: Tensor, direction: Tensor) -> Tensor:
     """The Hessian of U at ``theta`` ``(..., D)`` times ``direction`` ``(..., D)``, by central differences."""
     norm = direction.norm(dim=-1, keepdim=True)
-    # Where a direction has vanished, so has its product.
+    # The product with a zero direction is zero.
     safe = torch.where(norm > 0, norm, 1.0)
     reach = _REACH * (1.0 + theta.norm(dim=-1, keepdim=True))
     offset = direction * (reach / safe)
@@ -66,8 +66,8 @@ def largest_curvature(product: Callable[[Tensor], Tensor], start: Tensor, num_pr
 def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, num_steps: int) -> Spectrum:
     """The spectrum of a symmetric operator as seen from ``start`` ``(..., D)``, by Lanczos iteration.
 
-    Vectors are orthogonalised against all before, as rounding would otherwise repeat the largest curvatures. Waits for
-    the device once, at the end.
+    Vectors are orthogonalised against all before: rounding would otherwise repeat the largest curvatures. Waits for the
+    device once, at the end.
 
     :param product: the operator, ``(..., D)`` to ``(..., D)``.
     :param int num_steps: products to take; no more than D are.
@@ -84,7 +84,7 @@ def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, num_steps: int) 
             for vector in basis:
                 image = image - (image * vector).sum(-1, keepdim=True) * vector
         rest = image.norm(dim=-1)
-        # An invariant subspace is found: go on with zeros, which weigh nothing.
+        # An invariant subspace is found: go on with zeros, which have no weight.
         rest = torch.where(rest > 1e-5 * scale, rest, 0.0)
         off_diagonal.append(rest)
         basis.append(image * torch.where(rest > 0, 1.0 / torch.where(rest > 0, rest, 1.0), 0.0).unsqueeze(-1))

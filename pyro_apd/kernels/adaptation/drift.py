@@ -1,12 +1,12 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Was the warm-up long enough to forget the start? Drift over the kept draws says no, the prior says how long it takes.
+"""Was the warm-up long enough to forget the start? Drift of the kept draws shows that not; the prior gives the time.
 
-Two things are watched: the potential, and of each site the root mean square of its entries, the sd of a layer's
-weights. A chain at its target moves neither but by chance. The prior is the weakest force there is: a direction that
-the data do not see goes back to it at a rate of epsilon / (2 sd^2) a Langevin step, and needs 6 sd^2 / epsilon steps
-until 5 % of the start are left.
+Two quantities are tested: the potential, and for each site the root mean square of its entries, the standard deviation
+of a layer's weights. In a chain at its target both change by chance alone. The prior has the weakest gradient: a
+direction that the data do not inform returns to it at a rate of epsilon / (2 sd^2) per Langevin step, and needs
+6 sd^2 / epsilon steps until 5 % of the start are left.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch import Tensor
 
 from pyro_apd.kernels.adaptation.dynamics import Dynamics
 
-# What is left of the start when it counts as forgotten.
+# Part of the start that is left when it counts as forgotten.
 _FORGOTTEN = 0.05
-# Points in time kept of a run, at most; when they are full every second one goes.
+# Points in time kept per run, at most; when there are as many, every second one is dropped.
 _NUM_POINTS = 256
-# Averages that a run is judged by, and the fewest points for that.
+# Averages that drift is tested on, and the fewest points for that.
 _NUM_BLOCKS, _MIN_POINTS = 24, 48
 # Shares of the run over which a start may fade, beside the steady drift that is looked for too; and what the choice of
 # the best of these shapes, which are much alike, multiplies p-values by.
 _FADING, _SELECTION = (0.06, 0.12, 0.25, 0.5, 1.0), 3.0
-# Stationary runs that are reported, at most; shared by all series of a run.
+# Share of stationary runs that are reported, at most; divided among all series of a run.
 _FALSE_ALARMS = 0.01
 # A shape that explains this share of a series' variance is a drift. Of stationary series with an autocorrelation time
 # of a fifth of the run, less than one in a thousand is explained so well.
@@ -40,12 +40,12 @@ _MIN_CHANGE, _MIN_RISE = 0.05, 1.0
 
 
 class WarmupWarning(UserWarning):
-    """The kept draws were still on their way: the warm-up was too short."""
+    """The kept draws had not reached the target: the warm-up was too short."""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Something that was still on its way.
+    """A quantity that drifted over the kept draws.
 
     :ivar str name: ``"potential"`` or a site.
     :ivar int chain: of several chains, which; None for one.
@@ -61,7 +61,7 @@ class Drift:
 class DriftWatch:
     """Collects, over a run's kept draws, the potential and the root mean square of each site.
 
-    It keeps some hundred points in time however long the run is, and never waits for the device.
+    It keeps at most 256 points in time however long the run is, and never waits for the device.
 
     :param names: sites, in order.
     """
@@ -82,7 +82,7 @@ class DriftWatch:
         self._count += 1
 
     def drifts(self, temperature: float) -> list[Drift]:
-        """What drifted, for certain and by a margin that matters. Empty for short runs, and at temperature 0.
+        """Quantities whose drift is significant and large enough to matter. Empty for short runs, and at temperature 0.
 
         A potential's drift matters from one sd of its later draws on, mini-batch noise included; a site's, where
         its root mean square changes by 5 %.
@@ -143,7 +143,7 @@ def _fit(blocks_MK: Tensor, shape: Tensor, begin: float, end: float) -> tuple[Te
     slope = centred @ blocks_MK / centred.square().sum()
     rest_MK = blocks_MK - mean - torch.outer(centred, slope)
     first, last = (mean + slope * (value - float(shape.mean())) for value in (begin, end))
-    # Hardly anything but drift: what is left is the misfit of the shape, smooth, which no error estimate is made for.
+    # Almost all is drift: the rest is the smooth misfit of the shape, which the error estimate is not made for.
     total = (blocks_MK - mean).square().sum(0)
     is_plain = rest_MK.square().sum(0) < (1 - _EXPLAINED) * total
     return first, last, torch.where(is_plain, 0.0, _p_value(slope, rest_MK, centred))

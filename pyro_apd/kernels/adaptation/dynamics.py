@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a sampler's steps do to a Gaussian: how much too wide it comes out, and how fast the start is forgotten.
+"""A sampler's steps on a Gaussian: how much too wide it comes out, and how fast the start is forgotten.
 
 Along a direction of curvature lambda and of variance V of the mini-batch gradient, the three samplers are the linear
 recursion of equation 15 of Chen, Fox & Guestrin (ICML 2014), with friction a = 1 for Langevin dynamics:
@@ -82,7 +82,7 @@ class Dynamics:
         return (1 - 2 * (rho * (k - lag)).sum(-1) / (k * (k - 1))).clamp_min(0).to(x.dtype)
 
     def rate(self, x: Tensor) -> Tensor:
-        """By how much the logarithm of a deviation falls in a step, at x = epsilon * lambda below the limit."""
+        """Decrease of the logarithm of a deviation per step, at x = epsilon * lambda below the limit."""
         first, second = self._roots(x)
         return -torch.maximum(first.abs(), second.abs()).log().to(x.dtype)
 

@@ -40,7 +40,7 @@ from pyro_apd.runtime.seeds import derived_seed
 
 logger = logging.getLogger("pyro_apd")
 
-#: Share by which variances may come out too large, where nothing is said.
+#: Share by which variances may come out too large, by default.
 MAX_INFLATION = 0.1
 
 # Measures per warm-up, at least so many steps apart.

@@ -153,7 +153,7 @@ class WarmUp:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], chain: AdaptedChain) -> None:
-        """Goes to where a warm-up with the same settings stood."""
+        """Inverse of :meth:`state_dict`, on a warm-up with the same settings."""
         if self.auto is not None and state["auto"] is not None:
             self.auto.load_state_dict(state["auto"])
         self._step_of_keeping = state["step_of_keeping"]

@@ -83,6 +83,7 @@ class Chain:
         self.layout = potential.layout
         self.estimator = estimator
         self.chains = chains
+        self._num_counted = chains.num_counted
         self.warmup = warmup
         self.auxiliary: dict[str, Pieces] = {}
         self.step = 0
@@ -177,7 +178,7 @@ class Chain:
             self.warmup.before_step(self)
             if self.step == 0:
                 self.estimator.prepare(self._theta)
-            taken = self.step * self.chains.num_counted
+            taken = self.step * self._num_counted
             num = self._stepper.num_at_once(num_steps, self.step, taken)
             num_steps -= num
             inputs = [self.potential.source.draw() for _ in range(num)]
@@ -288,7 +289,7 @@ class Chain:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to where a chain with the same settings stood."""
+        """Inverse of :meth:`state_dict`, on a chain with the same settings."""
         self.theta = state["theta"]
         for name, pieces in state["auxiliary"].items():
             for piece, new in zip(self.auxiliary[name], pieces, strict=True):

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""CUDA graphs: small steps on a GPU are bound by the time to launch their kernels, and a graph is launched once."""
+"""CUDA graphs: small steps on a GPU are bound by the time to launch their kernels, and a graph is one launch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def replayed(program: Program, kept: Sequence[Tensor], given: Sequence[Tensor]) 
     :param program: of ``(*kept, *given)``; it was called before, so that nothing is left to compile.
     :param kept: tensors that live as long as the program is used.
     :param given: examples of the arguments that differ from call to call.
-    :returns: a function of the same arguments; what it returns is its caller's to keep.
-    :raises RuntimeError: if the graph cannot be captured, or does not do as the program.
+    :returns: a function of the same arguments; what it returns belongs to its caller.
+    :raises RuntimeError: if the graph cannot be captured, or its results differ from the program's.
     """
     buffers = [tensor.clone() for tensor in given]
     before = [tensor.clone() for tensor in kept]
@@ -31,7 +31,7 @@ def replayed(program: Program, kept: Sequence[Tensor], given: Sequence[Tensor]) 
         expected = [tensor.clone() for tensor in program(*rehearsed, *buffers)]
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Threads that read batches ahead may allocate meanwhile, which is none of this graph's business.
+    # Threads that read batches ahead may allocate meanwhile, which does not concern this graph.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = program(*kept, *buffers)
 
@@ -48,5 +48,5 @@ def replayed(program: Program, kept: Sequence[Tensor], given: Sequence[Tensor]) 
     for tensor, value in zip(kept, before, strict=True):
         tensor.copy_(value)
     if not is_same:
-        raise RuntimeError("the CUDA graph does not do as the steps it was captured from")
+        raise RuntimeError("the CUDA graph gives other results than the steps it was captured from")
     return replay

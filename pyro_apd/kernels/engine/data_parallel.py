@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Data over processes: each has some of the rows, and all run the same chains by gradients that are added up.
+"""Data parallelism: each process has some of the rows, and all run the same chains with gradients that are summed.
 
 Each process has a potential of its own rows, in which the prior is counted once. With R processes
 

@@ -3,10 +3,10 @@
 
 """Standard normal noise for Langevin steps, which on a CPU costs about as much as the gradient.
 
-Half of that cost is PyTorch's Mersenne twister. For float32 on a CPU, raw bits come from NumPy's SFC64, a third of the
-price, and the Box-Muller transform is left to whoever uses them: in a compiled step it melts into the update. Each
-chain has a generator of its own, so that a chain's noise is the same whether it runs alone or beside others. On an
-accelerator, where each generator is a call of its own, one serves all chains at once, unless they are told apart.
+Half of that cost is PyTorch's Mersenne twister. For float32 on a CPU, raw bits come from NumPy's SFC64, at a third of
+the cost, and the caller applies the Box-Muller transform: a compiled step fuses it with the update. Each chain has its
+own generator, so that a chain's noise is the same whether it runs alone or with others. On an accelerator, where each
+generator is a separate call, one serves all chains, unless they have to be independent of each other's presence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Raw numbers drawn in one go for each chain: small models would otherwise spend their time on the calls.
+# Raw numbers drawn at once for each chain: small models would otherwise spend their time on the calls.
 _BLOCK = 16384
 _BITS = 24  # of a float32's mantissa
 _MASK = 2**_BITS - 1
@@ -29,7 +29,7 @@ class Noise:
     """A stream of noise for one chain, or for C chains at once.
 
     :param Tensor like: a state ``(D,)`` or ``(C, D)``, whose shape, dtype and device noise has.
-    :param seeds: one a chain.
+    :param seeds: one per chain.
     :param int at_once: steps for which :meth:`raw` is usually asked, so that they lie together.
     :param bool per_chain: give each chain a generator of its own also on an accelerator.
     """
@@ -43,7 +43,7 @@ class Noise:
         self._device_generators = [torch.Generator(device=like.device).manual_seed(seed) for seed in seeds]
         self._generators = [np.random.SFC64(seed) for seed in seeds]
         self._half = (self._size + 1) // 2
-        self._width = 2 * self._half if self._is_raw else self._size  # numbers a step of one chain
+        self._width = 2 * self._half if self._is_raw else self._size  # numbers per step of one chain
         self._steps = at_once * max(1, _BLOCK // max((self._width + 1) // 2 * at_once, 1))
         self._raw_KCB = torch.empty(0)
         self._normal_KCD: Tensor | None = None
@@ -64,7 +64,7 @@ class Noise:
         return taken.view(num_steps, *self._shape[:-1], self._width)
 
     def raw_like(self, num_steps: int) -> Tensor:
-        """A tensor of zeros such as :meth:`raw` gives."""
+        """A tensor of zeros of the form that :meth:`raw` gives."""
         if not self._is_raw:
             return self._buffer.new_zeros((num_steps, *self._shape))
         return torch.zeros((num_steps, *self._shape[:-1], self._width), dtype=torch.int32)
@@ -88,7 +88,7 @@ class Noise:
         return {"before_block": before, "position": self._position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to where a stream of the same shape was."""
+        """Inverse of :meth:`state_dict`, on a stream of the same shape."""
         if self._is_shared:
             self._device_generators[0].set_state(state["before_block"]["device"])
             return

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where chains start, where a user says so."""
+"""Starts of chains that a user gives."""
 
 from __future__ import annotations
 

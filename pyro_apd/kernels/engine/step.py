@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""One step of a sampler as a function of tensors, run as it stands or compiled.
+"""One step of a sampler as a function of tensors, run eagerly or compiled.
 
-The state is kept by site, each tensor with a storage of its own: compiled code then writes products of matrices where
-they belong and moves the weights in the same pass. Noise comes in from outside, since generators do not compile well.
+The state is kept by site, each tensor with a storage of its own: compiled code then writes products of matrices in
+place and updates the weights in the same pass. Noise is an argument, since generators do not compile well.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from pyro_apd.runtime.trees import tree_flatten, tree_unflatten
 
 logger = logging.getLogger("pyro_apd")
 
-#: Steps, over all chains, from which compiling is taken to pay: it costs some ten seconds, and gains about 0.3 ms each.
+#: Steps, over all chains, from which compiling pays: it takes some ten seconds, and saves about 0.3 ms per step.
 COMPILE_STEPS = 30_000
-#: Weights, over all chains, up to which calls from Python are felt among the arithmetic.
+#: Weights, over all chains, up to which calls from Python take a noticeable part of the time.
 SMALL = 200_000
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a sampler's update has before it. Tensors are by site, ``(n,)`` or ``(C, n)``.
+    """Arguments of a sampler's update. Tensors are by site, ``(n,)`` or ``(C, n)``.
 
     :ivar theta: the state, to be moved in place.
     :ivar auxiliary: what the sampler keeps beside it, to be changed in place.
@@ -60,10 +60,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Measures:
-    """What is known of a step, ``()`` or ``(C,)`` each.
+    """Measurements of a step, ``()`` or ``(C,)`` each.
 
     :ivar energy: U before the step, on its mini-batch.
-    :ivar squared_norm: of the gradient; None where it was not asked for.
+    :ivar squared_norm: of the gradient; None where it was not computed.
     """
 
     energy: Tensor
@@ -80,7 +80,7 @@ class StepSettings:
     :ivar compile: True, False, or ``"auto"``: once ``expected_steps``, or the steps taken, reach
         :data:`COMPILE_STEPS`. By steps and not by time, so that a seed gives the same draws again.
     :ivar int expected_steps: steps that the run will take at least, over all chains.
-    :ivar int unroll: steps in a compiled program, which share the price of a call.
+    :ivar int unroll: steps in a compiled program, which share the cost of a call.
     """
 
     compile: bool | str = False
@@ -179,7 +179,7 @@ class Stepper:
 
         :param sizes: epsilon for each step, ``(K,)`` or ``(K, C, 1)``.
         :param steps_taken: over all chains, so far.
-        :param is_measured: whether to say more than the energy.
+        :param is_measured: whether to compute more than the energy.
         """
         state = (theta, auxiliary)
         program = self._program(state, sizes, inputs, steps_taken)
@@ -214,12 +214,12 @@ class Stepper:
     def _program(
         self, state: Any, sizes: Tensor, inputs: Sequence[Inputs], steps_taken: int
     ) -> Callable[..., Any] | None:
-        """The compiled steps for inputs of these shapes; None where it is not wanted, not yet, or cannot be had."""
+        """The compiled steps for inputs of these shapes; None where they are not compiled, or cannot be."""
         if len(inputs) != self._unroll or not self._is_compiling(steps_taken):
             return None
         key, *others = (tuple((tuple(t.shape), t.dtype) for t in batch) for batch in inputs)
         if any(other != key for other in others):
-            return None  # a shorter last batch somewhere among them: not worth a program for every place
+            return None  # a shorter last batch among them: not worth a program for each position
         if key not in self._programs:
             self._programs[key] = self._build(state, sizes, tuple(inputs))
         return self._programs[key]
@@ -258,11 +258,11 @@ class Stepper:
 def compiled(function: Callable[..., Any], *examples: Any, is_small: bool = False) -> Callable[..., Any]:
     """``function``, of trees of tensors, compiled for such trees: a function of their leaves.
 
-    It is captured as a flat graph, and that is given to the compiler. By way of :func:`torch.compile` the same graph
-    would be traced once more, and its arguments checked at each call for changes that cannot be, which takes a small
-    step longer than its arithmetic.
+    It is captured as a flat graph, and that is given to the compiler. With :func:`torch.compile` the same graph
+    would be traced once more, and its arguments checked at each call for changes that cannot happen, which takes longer
+    than the arithmetic of a small step.
 
-    :param is_small: whether calls from Python would be felt among the arithmetic: then they are compiled as well, which
+    :param is_small: whether calls from Python take a noticeable part of the time: then they are compiled as well, which
         takes the compiler twice as long.
     """
     leaves, spec = tree_flatten(examples)
@@ -270,10 +270,10 @@ def compiled(function: Callable[..., Any], *examples: Any, is_small: bool = Fals
     def flat(*tensors: Tensor) -> Any:
         return function(*tree_unflatten(list(tensors), spec))
 
-    copies = [leaf.clone() for leaf in leaves]  # the first call is a rehearsal
+    copies = [leaf.clone() for leaf in leaves]  # the first call changes its arguments
     graph = capture(flat, *copies)
     for node in graph.graph.nodes:  # type: ignore[attr-defined]
-        node.meta.clear()  # shapes noted while capturing, which the compiler takes for its own
+        node.meta.clear()  # shapes noted while capturing, which the compiler would use
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's, about itself
         for options in ({"cpp_wrapper": True}, {}) if is_small else ({},):
@@ -296,7 +296,7 @@ def _inductor(graph: Any, examples: list[Tensor], options: dict[str, Any]) -> Ca
 
 
 def _leaves(state: Any, raw: Tensor, sizes: Tensor, inputs: Sequence[Inputs]) -> list[Tensor]:
-    """The tensors of a program's arguments, in :mod:`pyro_apd.runtime.trees`' order, and at a tenth of its price."""
+    """The tensors of a program's arguments, in :mod:`pyro_apd.runtime.trees`' order, in a tenth of its time."""
     theta, auxiliary = state
     kept = [piece for pieces in auxiliary.values() for piece in pieces]
     return [*theta, *kept, raw, sizes, *(tensor for batch in inputs for tensor in batch)]

@@ -1,0 +1,51 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Settings of a run, made of the driver's arguments; most errors are tested in ``test_driver.py``."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_apd.chains import MCMC
+from pyro_apd.chains.settings import checked_checkpoint, checked_initial_params, checked_store, checkpoint_interval
+from tests.chains.walk import Walk
+
+
+def test_integers_of_numpy_count():
+    mcmc = MCMC(Walk(), np.int64(5), np.int32(2), num_chains=np.int64(3), disable_progbar=True)
+    mcmc.run()
+    assert mcmc.get_samples(group_by_chain=True)["w"].shape == (3, 5, 3)
+    assert type(mcmc.num_samples) is int
+
+
+@pytest.mark.parametrize("settings", [{"num_samples": True}, {"num_samples": 0}, {"num_samples": 2.0}])
+def test_other_numbers_of_draws(settings):
+    with pytest.raises(ValueError, match=r"num_samples=.* must be a positive integer"):
+        MCMC(Walk(), **settings)
+
+
+def test_twenty_checkpoints_by_default():
+    path = Path("run.ckpt")
+    assert checkpoint_interval(None, None, 1000) is None
+    assert checkpoint_interval(path, None, 1000) == 50
+    assert checkpoint_interval(path, None, 7) == 1
+    assert checkpoint_interval(path, 3, 1000) == 3
+
+
+def test_files_are_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert checked_checkpoint("run.ckpt", None) == tmp_path / "run.ckpt"
+    assert checked_store("disk", None, tmp_path / "run.ckpt") == tmp_path / "run.ckpt.draws"
+    assert checked_store("disk", "draws", None) == tmp_path / "draws"
+    assert checked_store("memory", None, tmp_path / "run.ckpt") is None
+
+
+def test_starts_have_a_leading_dimension_of_chains():
+    assert checked_initial_params(None, 3) is None
+    assert checked_initial_params({"w": torch.zeros(2)}, 1)["w"].shape == (1, 2)
+    assert checked_initial_params({"w": torch.zeros(3, 2)}, 3)["w"].shape == (3, 2)
+    with pytest.raises(ValueError, match=r"'w' of shape \(2,\); with num_chains=3"):
+        checked_initial_params({"w": torch.zeros(2)}, 3)
