@@ -85,10 +85,6 @@ class Potential:
         """N; None where no argument has rows."""
         return self.source.num_data
 
-    def agreed(self, value: Any) -> Any:
-        """What all processes that share this potential have: ``value``, as there are no others."""
-        return value
-
     def prior_alone(self) -> Potential:
         """The potential of the prior: the part of U that does not depend on data. It takes no batches."""
         call = self._call(self.source.draw())

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyro_apd.data.minibatch import FullBatch, MinibatchSource, PlateSubsample, RowSubsample
-from pyro_apd.data.row_reader import RowReader
 from pyro_apd.kernels.adaptation.curvature import dense_hessian, hessian_product, lanczos, largest_curvature
 from pyro_apd.kernels.adaptation.dynamics import Dynamics
 from pyro_apd.runtime.seeds import derived_generator
@@ -104,22 +102,6 @@ class LocalPotential:
     def largest_curvature(self, seed: int) -> Tensor:
         """Largest curvature ``(...)`` in the sampler's metric, on one batch."""
         return largest_curvature(self.product([self.draw()]), self.random(seed), _NUM_LARGEST)
-
-
-def epoch_length(source: MinibatchSource) -> int | None:
-    """Batches that a source draws without replacement before it begins anew; None where that is not known."""
-    if isinstance(source, FullBatch):
-        return 1
-    if source.replacement:
-        return None
-    if isinstance(source, (RowSubsample, RowReader)):
-        assert source.num_data is not None
-        return source.num_data // source.batch_size
-    if isinstance(source, PlateSubsample) and len(source.plates) == 1:
-        ((size, batch),) = source.plates.values()
-        return size // batch
-    # A loader may draw with replacement. Taking batches for independent errs on the side of small steps.
-    return None
 
 
 @dataclass(frozen=True)

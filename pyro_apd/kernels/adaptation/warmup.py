@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_apd.errors import DivergenceError
 from pyro_apd.kernels.adaptation.drift import DriftWatch, WarmupWarning, steps_to_forget, too_short
 from pyro_apd.kernels.adaptation.dynamics import Dynamics
-from pyro_apd.kernels.adaptation.spectrum import LocalPotential, epoch_length
+from pyro_apd.kernels.adaptation.spectrum import LocalPotential
 from pyro_apd.kernels.adaptation.step_size import AutoStep
 from pyro_apd.kernels.adaptation.warm_start import optimised
 from pyro_apd.models.layout import Layout
@@ -172,7 +172,7 @@ class WarmUp:
             chain.theta,
             chain.dynamics(),
             self.temperature,
-            self._chains.same_on_data_ranks(epoch_length(source)),
+            self._chains.same_on_data_ranks(source.epoch_length),
             None if bool(is_active.all()) else is_active,
             self._chains,
         )

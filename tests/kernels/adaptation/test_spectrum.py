@@ -8,12 +8,9 @@ import math
 import pytest
 import torch
 
-from pyro_apd.data.minibatch import FullBatch, RowSubsample
 from pyro_apd.kernels.adaptation.dynamics import Dynamics
-from pyro_apd.kernels.adaptation.spectrum import LocalPotential, epoch_length, measure_spectrum
+from pyro_apd.kernels.adaptation.spectrum import LocalPotential, measure_spectrum
 from pyro_apd.kernels.engine.chain_set import ChainSet
-
-DATA = (torch.randn(200, 3), torch.randn(200))
 
 
 def around(curvature, chains=None, epoch=1, is_active=None):
@@ -63,8 +60,3 @@ def test_chains_that_have_diverged_do_not_count():
     local = around(torch.ones(3, 2), is_active=torch.tensor([True, False, True]))
     assert local.active(torch.arange(3)).tolist() == [0, 2]
     assert around(torch.ones(3, 2)).active(torch.arange(3)).tolist() == [0, 1, 2]
-
-
-def test_epoch_length():
-    assert epoch_length(FullBatch(DATA, {})) == 1
-    assert epoch_length(RowSubsample(DATA, {}, 30)) == 6
