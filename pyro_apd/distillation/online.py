@@ -312,7 +312,7 @@ class _OnlineRun(RankRun):
 
     def _open(self, chain: Chain, saved: Checkpoint | None) -> DrawStore:
         self._chain, self._device = chain, chain.theta.device
-        given = self._rounds.wishes
+        given = self._rounds.options
         if given.seed is None:
             seed = self.ranks.broadcast_object(fresh_seed()) if saved is None else saved.notes["training_seed"]
             self._rounds.options = replace(given, seed=seed)

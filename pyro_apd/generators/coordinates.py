@@ -63,11 +63,16 @@ def principal_coordinates(theta_SD: Tensor | DrawBlocks, rank: int) -> Principal
     location_D = torch.empty(size, dtype=draws.dtype, device=draws.device)
     # In double precision, since squaring halves the number of correct digits of directions of small variance.
     gram_SS = torch.zeros(num_draws, num_draws, dtype=torch.float64, device=draws.device)
+    differs = torch.zeros((), dtype=torch.bool, device=draws.device)
     for span, part_SW in draws.columns():
+        differs |= (part_SW != part_SW[0]).any()
         location_D[span] = part_SW.mean(0)
         centred_SW = part_SW.sub_(location_D[span])
         gram_SS += centred_SW @ centred_SW.mT
     left_SR = _leading(gram_SS.div_(num_draws), rank, num_draws * torch.finfo(draws.dtype).eps)
+    # The draws are compared: the mean of equal ones may be off by its rounding, which would pass for a direction.
+    if not bool(differs) or left_SR.shape[1] == 0:
+        raise ValueError("All draws are the same, so there is no posterior to distil. Check that the chain moved.")
     return PrincipalCoordinates(location_D, (num_draws**0.5 * left_SR).to(location_D), draws, left_SR)
 
 
@@ -75,8 +80,6 @@ def _leading(gram_SS: Tensor, rank: int, resolution: float) -> Tensor:
     """Eigenvectors ``(S, R)`` of the largest eigenvalues, without those below ``resolution`` relative to the first."""
     variance, vectors = torch.linalg.eigh(gram_SS)
     rank = min(rank, int((variance > resolution * variance[-1]).sum()))
-    if rank == 0:
-        raise ValueError("All draws are the same, so there is no posterior to distil. Check that the chain moved.")
     left_SR = vectors[:, len(vectors) - rank :].flip(1)
     basis_SR: Tensor = left_SR * _sign(left_SR)
     return basis_SR
