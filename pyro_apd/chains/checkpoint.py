@@ -45,7 +45,7 @@ _KIND = FileKind(
     "pyro_apd_checkpoint",
     "checkpoint",
     "what a run with checkpoint= wrote",
-    "Without a checkpoint the run starts over.",
+    "No run can be resumed from it.",
     CheckpointError,
 )
 
@@ -81,7 +81,7 @@ class Checkpoint:
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Replaces the checkpoint at ``path``; what was there becomes ``PATH.previous``.
+    """Writes a checkpoint to ``path``; the one before becomes ``PATH.previous``.
 
     Durable on return. A process that is killed at any moment leaves a complete checkpoint under one of the two names.
 
@@ -147,8 +147,8 @@ def check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, 
             f"{name} was {_short(found.get(name))}, now {_short(expected.get(name))}" for name in differing
         )
         raise CheckpointError(
-            f"The checkpoint '{path}' belongs to another run: {what}. Run with what it was made with to resume it, or "
-            "give another checkpoint=."
+            f"The checkpoint '{path}' belongs to another run: {what}. Run with the same model, data and "
+            "settings to resume it, or give another checkpoint=."
         )
 
 

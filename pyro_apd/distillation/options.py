@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a distillation is asked for."""
+"""Options of a distillation, and the checks of them."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class DistillationTask:
 class PreparedTraining:
     """A generator with all that its training takes.
 
-    :ivar Generator trained: what is trained in place of ``generator``, with which it shares its parameters.
+    :ivar Generator trained: the module that is trained; it shares its parameters with ``generator``.
     """
 
     generator: Generator

@@ -28,7 +28,7 @@ class Generator(nn.Module, ABC):
     @property
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """What :func:`~pyro_apd.generators.build_generator` rebuilds the architecture from."""
+        """Kind and settings, from which :func:`~pyro_apd.generators.build_generator` rebuilds the architecture."""
 
     @abstractmethod
     def forward(self, latent_SL: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def to_bytes(artifact: Artifact) -> bytes:
 
 
 def write(artifact: Artifact, path: str | os.PathLike[str]) -> None:
-    """Writes the file, atomically: a failure or interruption leaves what was there before.
+    """Writes the file, atomically: a failure or interruption leaves an existing file unchanged.
 
     :raises ValueError: as :func:`to_bytes`.
     :raises OSError: if the file cannot be written.

@@ -53,7 +53,7 @@ class DistilledPosterior(nn.Module):
     as a guide as after :class:`~pyro.infer.SVI`. Draws are independent, and their number is not limited. One latent
     vector is one network: ``sample(latent=z)`` returns it again, and ``rsample(latent=z)`` differentiably.
 
-    The density of what it draws is implicit, as for any generative adversarial network: there is no ``log_prob``.
+    The density of its draws is implicit, as for any generative adversarial network: there is no ``log_prob``.
 
     :param Layout layout: the latent sites of the model.
     :param Generator generator: from latents ``(S, L)``, standard normal, to unconstrained draws ``(S, D)``.
@@ -106,12 +106,12 @@ class DistilledPosterior(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the generator, and of what it draws."""
+        """Device of the generator and of its draws."""
         return self._like().device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point dtype of the generator, and of what it draws."""
+        """Floating-point dtype of the generator and of its draws."""
         return self._like().dtype
 
     def rsample(self, sample_shape: Sequence[int] = torch.Size(), latent: Tensor | None = None) -> dict[str, Tensor]:

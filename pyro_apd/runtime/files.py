@@ -17,13 +17,13 @@ def atomic_write(path: str | os.PathLike[str], previous: Path | None = None) -> 
     """A temporary path beside ``path`` to write to. At the end of the block the file there replaces ``path``.
 
     The file is durable on return: file and folder are synced. On any failure, Ctrl-C included, the temporary file is
-    removed, and what was at ``path`` stays. A process that is killed leaves at most a temporary file, see
+    removed, and an existing file at ``path`` stays. A process that is killed leaves at most a temporary file, see
     :func:`remove_leftovers`.
 
     :param path: the file to write.
-    :param previous: where what was at ``path`` is kept; by default it is replaced.
+    :param previous: where an existing file at ``path`` is moved to; by default it is replaced.
     :raises FileNotFoundError: if the folder does not exist.
-    :raises OSError: if the file cannot be written; the message says what is intact.
+    :raises OSError: if the file cannot be written; the message says which file is unchanged.
 
     Example::
 

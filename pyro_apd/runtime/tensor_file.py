@@ -50,7 +50,7 @@ class TensorFileError(ValueError):
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a file is, for its metadata and for messages.
+    """Kind of a file, for its metadata and for messages.
 
     :ivar str key: the key of our JSON description in the metadata of safetensors.
     :ivar str name: such as ``"distilled posterior"``.
