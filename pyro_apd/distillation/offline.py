@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,14 @@ from pyro_apd.runtime.hashing import fingerprint
 from pyro_apd.runtime.ranks import Ranks
 from pyro_apd.runtime.seeds import derived_seed, seed_or_fresh
 
+if TYPE_CHECKING:
+    from pyro.infer import MCMC
+
+    from pyro_apd.chains.stores.base import DrawStore
+
 
 def distill(
-    source: Any,
+    source: MCMC | DrawStore | Mapping[str, Tensor],
     model: Callable[..., Any] | None = None,
     *,
     data: Sequence[Any] | None = None,
