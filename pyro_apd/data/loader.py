@@ -251,21 +251,6 @@ def is_loader(args: Sequence[Any], num_data: int | None) -> bool:
     return isinstance(args[0], (DataLoader, Iterator)) or (is_iterable and num_data is not None)
 
 
-def model_arguments(
-    args: Sequence[Any], kwargs: Mapping[str, Any], num_data: int | None = None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments that the model can be called with: the first batch of a loader, otherwise the arguments unchanged.
-
-    :param num_data: the kernel's ``num_data``; where given, any iterable counts as a loader.
-    """
-    if not is_loader(args, num_data) or isinstance(args[0], Iterator):
-        return tuple(args), dict(kwargs)
-    source = LoaderBatches(args[0], kwargs, num_data=0)
-    source.start(torch.Generator().manual_seed(0))
-    call = source.bind(source.draw())
-    return call.args, call.kwargs
-
-
 def _epoch(loader: Iterable[Any]) -> Iterator[Any]:
     """Iterates over a loader. A plain one over tensors is indexed once per batch, which gives the same batches."""
     iterator = iter(loader)

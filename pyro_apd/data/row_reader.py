@@ -14,14 +14,11 @@ from torch import Tensor
 
 from pyro_apd.data.arguments import argument_name
 from pyro_apd.data.index_stream import Generators, batches_per_epoch, index_stream
-from pyro_apd.data.loader import is_loader, model_arguments
 from pyro_apd.data.minibatch import Call, MinibatchSource, ProbeCalls, check_batch_size, probe_calls_on_parts
 from pyro_apd.errors import DataError
 from pyro_apd.runtime.prefetch import PrefetchQueue, Sender, Transfer, Worker
 from pyro_apd.runtime.trees import tree_flatten_with_path, tree_leaves, tree_unflatten
 
-# Rows of stored data that `shown_arguments` reads.
-_SHOWN_ROWS = 2000
 # Types that have a length and can be indexed, but not by an array.
 _NO_ARRAYS = (Tensor, str, bytes, bytearray, memoryview, range, Mapping, torch.nn.Module)
 
@@ -125,6 +122,11 @@ class RowReader(MinibatchSource):
             self._queue.submit(self._read, rows, [(before, i) for i in range(self.at_once)])
         return self._queue.pop().result()
 
+    def spread_rows(self, count: int) -> Call:
+        """A call on ``count`` evenly spaced rows."""
+        assert self.num_data is not None
+        return self.bind(self._read(torch.arange(count) * self.num_data // count).result())
+
     def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
         """The rows in order; the last batch may be shorter."""
         assert self.num_data is not None
@@ -166,26 +168,6 @@ class RowReader(MinibatchSource):
         if index is not rows:
             tensors = [tensor.reshape(*rows.shape, *tensor.shape[1:]) for tensor in tensors]
         return self._sender.send(tensors)
-
-
-def shown_arguments(
-    args: Sequence[Any], kwargs: Mapping[str, Any], num_data: int | None = None
-) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
-    """Arguments that the model can be called with, and whether they hold all data.
-
-    They are the first batch of a loader; of stored data, up to 2,000 evenly spaced rows.
-
-    :param num_data: the kernel's ``num_data``; where given, any iterable counts as a loader.
-    """
-    if is_loader(args, num_data):
-        return (*model_arguments(args, kwargs, num_data), False)
-    if not has_stored_rows(args, kwargs):
-        return tuple(args), dict(kwargs), True
-    reader = RowReader(args, kwargs, 1, num_data)
-    assert reader.num_data is not None
-    count = min(_SHOWN_ROWS, reader.num_data)
-    call = reader.bind(reader._read(torch.arange(count) * reader.num_data // count).result())
-    return call.args, call.kwargs, count == reader.num_data
 
 
 def _num_rows(leaf: Any) -> int | None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ logger = logging.getLogger("pyro_apd")
 
 # Full batches of so many rows are more likely an oversight than intended.
 _MANY_ROWS = 5000
+# Rows of stored data that `shown_arguments` reads.
+_SHOWN_ROWS = 2000
 
 
 def open_source(
@@ -105,6 +107,31 @@ def check_full_batches(num_data: int | None, replacement: bool) -> None:
             "Every step uses all %d rows. For mini-batches give the kernel batch_size=, or the plate subsample_size=.",
             num_data,
         )
+
+
+def shown_arguments(
+    args: Sequence[Any], kwargs: Mapping[str, Any], num_data: int | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+    """Arguments that the model can be called with, from those of a run, and whether they hold all data.
+
+    They are the first batch of a loader; of stored data, up to 2,000 evenly spaced rows; otherwise the arguments
+    unchanged, also an iterator, whose first batch would be lost.
+
+    :param num_data: the kernel's ``num_data``; where given, any iterable counts as a loader.
+    """
+    if is_loader(args, num_data):
+        if isinstance(args[0], Iterator):
+            return tuple(args), dict(kwargs), False
+        loader = LoaderBatches(args[0], kwargs, num_data=0)
+        call = loader.bind(_first_batch(loader, torch.Generator().manual_seed(0)))
+        return call.args, call.kwargs, False
+    if not has_stored_rows(args, kwargs):
+        return tuple(args), dict(kwargs), True
+    reader = RowReader(args, kwargs, 1, num_data)
+    assert reader.num_data is not None
+    count = min(_SHOWN_ROWS, reader.num_data)
+    call = reader.spread_rows(count)
+    return call.args, call.kwargs, count == reader.num_data
 
 
 def model_device(model: Callable[..., Any], kwargs: Mapping[str, Any]) -> torch.device | None:

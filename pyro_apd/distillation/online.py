@@ -25,7 +25,7 @@ from pyro_apd.chains.group import Plan, rebuilt_error
 from pyro_apd.chains.settings import Settings, checked_initial_params
 from pyro_apd.chains.stores.base import DrawStore, all_finite
 from pyro_apd.chains.stores.even import EvenStore
-from pyro_apd.data.row_reader import shown_arguments
+from pyro_apd.data.sources import shown_arguments
 from pyro_apd.distillation.failure import DistillationWarning
 from pyro_apd.distillation.function_space import function_space
 from pyro_apd.distillation.offline import distill_draws, report

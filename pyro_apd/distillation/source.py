@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_apd.chains.stores.base import DrawStore, all_finite
-from pyro_apd.data.row_reader import shown_arguments
+from pyro_apd.data.sources import shown_arguments
 from pyro_apd.models.layout import Layout
 from pyro_apd.runtime.global_state import preserved_param_store
 

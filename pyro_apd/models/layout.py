@@ -3,8 +3,8 @@
 
 """Latent sites of a model as one flat unconstrained vector, and back.
 
-Everything that samples, distils or draws works on a matrix ``theta_SD``: ``S`` draws of the ``D`` unconstrained
-numbers of a model. This file alone knows which entry belongs to which site.
+Sampling, distillation and drawing work on a matrix ``theta_SD``: ``S`` draws of the ``D`` unconstrained numbers of a
+model. Only this module knows which entry belongs to which site.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.constraints import Constraint
@@ -28,7 +28,7 @@ class Site:
     :ivar str name: the site's name in the model.
     :ivar tuple shape: shape of one value, constrained (as the model sees it).
     :ivar tuple unconstrained_shape: shape of one value in unconstrained space.
-    :ivar Constraint support: where values live.
+    :ivar Constraint support: the constraint that values satisfy.
     :ivar int start: first entry in the flat vector.
     """
 
@@ -61,11 +61,11 @@ class Site:
 
 
 class Layout(Sequence[Site]):
-    """The latent sites of a model, in order, and where each lies in the flat vector.
+    """The latent sites of a model, in order, and the position of each in the flat vector.
 
     :param shapes: constrained shape of one value, by site.
     :param supports: :mod:`torch.distributions.constraints` by site; a missing one counts as ``real``.
-    :raises ValueError: if a support is discrete, or a shape does not belong to its support.
+    :raises ValueError: if a support is discrete, or a shape does not fit its support.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], supports: Mapping[str, Constraint] | None = None) -> None:
@@ -86,7 +86,7 @@ class Layout(Sequence[Site]):
 
     @classmethod
     def from_draws(cls, draws: Mapping[str, Tensor], supports: Mapping[str, Constraint] | None = None) -> Layout:
-        """Layout of a dict of draws ``(S, ...)``; supports unknown to the caller count as real."""
+        """Layout of a dict of draws ``(S, ...)``; a missing support counts as real."""
         return cls({name: value.shape[1:] for name, value in draws.items()}, supports)
 
     @classmethod
@@ -133,16 +133,16 @@ class Layout(Sequence[Site]):
 
     @property
     def is_real(self) -> bool:
-        """Whether every site is unconstrained already."""
+        """Whether every site is unconstrained."""
         return all(site.is_real for site in self)
 
     @property
     def transforms(self) -> dict[str, Transform]:
-        """By site, from constrained to unconstrained: the direction in which Pyro's kernels keep them."""
+        """Transforms by site, from constrained to unconstrained values: the direction that Pyro's kernels use."""
         return {site.name: site.transform.inv for site in self}
 
     def groups(self) -> dict[str, tuple[Site, ...]]:
-        """Sites by layer: what comes before the last dot of the name (``net.0`` for ``net.0.weight``)."""
+        """Sites by layer: the part of the name before the last dot (``net.0`` for ``net.0.weight``)."""
         groups: dict[str, list[Site]] = {}
         for site in self:
             groups.setdefault(site.name.rpartition(".")[0] or site.name, []).append(site)
@@ -151,7 +151,7 @@ class Layout(Sequence[Site]):
     def split(self, theta: Tensor) -> dict[str, Tensor]:
         """``(..., D)`` to unconstrained values by site, as views."""
         batch = theta.shape[:-1]
-        # One split, not a slice a site: its gradient is a single concatenation.
+        # One split rather than one slice per site: its gradient is a single concatenation.
         parts = theta.split([site.size for site in self], dim=-1) if len(self) else ()
         return {s.name: part.reshape(batch + s.unconstrained_shape) for s, part in zip(self, parts, strict=True)}
 
@@ -180,8 +180,9 @@ class Layout(Sequence[Site]):
         values = {}
         for site in self:
             if site.name not in draws:
-                raise ValueError(f"Draws lack site '{site.name}'; they hold {sorted(draws)}.")
-            value, dim = draws[site.name], len(site.shape)
+                raise ValueError(f"Draws lack site '{site.name}'; they hold {sorted(draws)}. Pass draws of all sites.")
+            value = draws[site.name]
+            dim = len(site.shape)
             if tuple(value.shape[value.dim() - dim :]) != site.shape or value.dim() < dim:
                 raise ValueError(
                     f"Site '{site.name}' has draws of shape {tuple(value.shape)}; its trailing dimensions must be "
@@ -206,14 +207,14 @@ class Layout(Sequence[Site]):
         return total
 
     def to_json(self) -> list[dict[str, Any]]:
-        """A JSON-able description, from which :meth:`from_json` rebuilds the layout."""
+        """A description in values that JSON can hold, from which :meth:`from_json` rebuilds the layout."""
         return [{"name": s.name, "shape": list(s.shape), "support": _support_to_json(s.support)} for s in self]
 
     @classmethod
     def from_json(cls, description: Sequence[Mapping[str, Any]]) -> Layout:
         """Inverse of :meth:`to_json`.
 
-        :raises ValueError: if the description names a support that is not known, or is malformed.
+        :raises ValueError: if the description is malformed, or names an unknown support.
         """
         try:
             shapes = {str(d["name"]): tuple(int(n) for n in d["shape"]) for d in description}
@@ -226,11 +227,11 @@ class Layout(Sequence[Site]):
 
 
 def is_subsample(site: Mapping[str, Any]) -> bool:
-    """Whether a traced site is the index draw of a :class:`pyro.plate`, which Pyro also records as a latent."""
-    return isinstance(site["fn"], _Subsample)
+    """Whether a traced site is the index draw of a :class:`pyro.plate`, which Pyro records as a latent, too."""
+    return bool(site_is_subsample(site))
 
 
-# Supports without parameters, by the name that files use.
+# Supports without parameters, by their name in files.
 _PLAIN: dict[str, Constraint] = {
     "real": constraints.real,
     "positive": constraints.positive,
@@ -251,7 +252,7 @@ _BOUNDED: dict[str, tuple[type[Constraint], tuple[str, ...]]] = {
 
 
 def _pyro_supports() -> dict[str, Constraint]:
-    """Pyro's own supports that :func:`biject_to` knows, as far as this version has them."""
+    """Pyro's own supports with a transform to the reals, those that this version of Pyro has."""
     from pyro.distributions import constraints as pyro_constraints
 
     names = ("ordered_vector", "positive_ordered_vector", "sphere", "softplus_positive", "unit_lower_cholesky")
@@ -265,7 +266,7 @@ def _base(support: Constraint) -> Constraint:
 
 
 def _normalise(support: Constraint) -> Constraint:
-    """The real line under any number of event dimensions needs no wrapper."""
+    """``real`` for any number of event dimensions over the reals; other supports unchanged."""
     if _base(support) is constraints.real_vector or _base(support) is constraints.real:
         return constraints.real
     return support
@@ -281,7 +282,7 @@ def _support_to_json(support: Constraint) -> dict[str, Any]:
     for name, (cls, bounds) in _BOUNDED.items():
         if type(support) is cls:
             return {"kind": name, **{b: torch.as_tensor(getattr(support, b)).tolist() for b in bounds}}
-    # Singletons of a class (Pyro makes several of these) are told by their type.
+    # Instances without attributes (Pyro makes several of one class) are recognised by their type.
     for name, plain in {**_PLAIN, **_pyro_supports()}.items():
         if type(support) is type(plain) and not vars(support):
             return {"kind": name}

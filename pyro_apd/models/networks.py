@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Drawn weights in plain :class:`torch.nn.Module` networks, for what knows nothing of Pyro: exporters, attack tools."""
+"""Drawn weights in plain :class:`torch.nn.Module` networks, for tools that do not know Pyro: exporters, attacks."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _LINK_OF = {"categorical": "softmax", "bernoulli": "sigmoid", "gaussian": "ident
 def plain_network(architecture: nn.Module, layout: Layout, values: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a network with the values of one draw as its parameters, in evaluation mode.
 
-    :param architecture: a :class:`~pyro_apd.BNN`, or a network whose parameters are named as the sites are, or as
-        they are behind a common prefix.
+    :param architecture: a :class:`~pyro_apd.BNN`, or a network whose parameters have the names of the sites, or of the
+        sites without a common prefix.
     :param layout: the sites.
     :param values: one draw by site.
-    :raises ValueError: if a trainable parameter has no site, or one of another shape.
+    :raises ValueError: if a trainable parameter has no site, or its site has another shape.
     """
     net, sites = _sites_of(architecture, layout)
     made: dict[str, nn.Parameter] = {}
@@ -51,10 +51,10 @@ class Ensemble(nn.Module):
     :param architecture: as for :func:`plain_network`.
     :param layout: the sites.
     :param draws: values ``(S, ...)`` by site.
-    :param str link: of :data:`LINKS`: what is averaged, as a function of the network's outputs. None takes that of the
+    :param str link: of :data:`LINKS`: the function of a network's outputs that is averaged. None uses that of the
         likelihood of a BNN.
     :param int chunk_size: networks evaluated together; None: all.
-    :raises ValueError: as :func:`plain_network`, or if ``link`` is not known, or missing.
+    :raises ValueError: as :func:`plain_network`, or if ``link`` is unknown, or missing for a plain network.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Ensemble(nn.Module):
             self.register_buffer(buffer, draws[site].detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Average over the networks of what the link makes of their outputs, shaped as one network's outputs."""
+        """Average over the networks of their outputs after the link, in the shape of one network's outputs."""
 
         def one(weights: dict[str, Tensor]) -> Tensor:
             return LINKS[self.link](torch.func.functional_call(self.net, weights, (x,)))
@@ -87,19 +87,19 @@ class Ensemble(nn.Module):
         return mean
 
     def extra_repr(self) -> str:
-        """What ``print`` shows of it."""
+        """What ``print`` shows."""
         return f"num_networks={self.num_networks}, link={self.link!r}"
 
 
 def _sites_of(architecture: nn.Module, layout: Layout) -> tuple[nn.Module, dict[str, str]]:
-    """A copy of the network, and the site of each parameter by every name that it has."""
+    """A copy of the network, and the site of each parameter by every name of the parameter."""
     if isinstance(architecture, BNN):
         net, sites = copy.deepcopy(architecture.net), dict(architecture.parameter_sites)
     else:
         if not isinstance(architecture, nn.Module) or any(isinstance(m, PyroModule) for m in architecture.modules()):
             raise ValueError(
-                f"`net` must be a pyro_apd.BNN, or a torch.nn.Module without Pyro in it whose parameters are named as "
-                f"the sites {list(layout.names)} are; got {type(architecture).__name__}."
+                f"net must be a pyro_apd.BNN, or a torch.nn.Module without PyroModules whose parameters have the names "
+                f"of the sites {list(layout.names)}; got {type(architecture).__name__}."
             )
         net = copy.deepcopy(architecture)
         first: dict[int, str] = {}
@@ -112,7 +112,7 @@ def _sites_of(architecture: nn.Module, layout: Layout) -> tuple[nn.Module, dict[
         if site not in layout.names or layout[site].shape != tuple(shapes[name]):
             has = f"of shape {layout[site].shape}" if site in layout.names else "missing"
             raise ValueError(
-                f"`net` is of another architecture: parameter '{name}' has shape {tuple(shapes[name])}, site '{site}' "
+                f"net has another architecture: parameter '{name}' has shape {tuple(shapes[name])}, site '{site}' "
                 f"is {has}. The posterior draws {layout!r}."
             )
     return net, sites
@@ -123,17 +123,19 @@ def _buffer_shapes(net: nn.Module) -> dict[str, torch.Size]:
 
 
 def _prefix(names: set[str], layout: Layout) -> str:
-    """What the sites have before the names of the parameters: '' or 'net.', say."""
+    """The common prefix of the sites before the names of the parameters, such as '' or 'net.'."""
     if not names:
-        raise ValueError("`net` has no trainable parameters, so there is nothing to draw.")
+        raise ValueError(
+            "net has no trainable parameters, so there is nothing to draw. Set requires_grad=True on some."
+        )
     example = min(names)
     for site in layout.names:
         prefix = site.removesuffix(example)
         if site.endswith(example) and all(prefix + name in layout.names for name in names):
             return prefix
     raise ValueError(
-        f"`net` has parameters {sorted(names)}, which are not the sites {list(layout.names)}, with or without a common "
-        "prefix. Give it the architecture that the posterior is of."
+        f"net has parameters {sorted(names)}, which are not the sites {list(layout.names)}, with or without a common "
+        "prefix. Pass a network with the architecture of the posterior."
     )
 
 
@@ -142,7 +144,7 @@ def _checked_link(link: str | None, architecture: nn.Module) -> str:
         link = _LINK_OF[architecture.likelihood]
     if link not in LINKS:
         raise ValueError(
-            f"`link` must be one of {', '.join(map(repr, LINKS))}, what is averaged over networks; got {link!r}. A "
-            "plain network does not say whether its outputs are logits; a pyro_apd.BNN does."
+            f"link={link!r} must be one of {', '.join(map(repr, LINKS))}: the function of the outputs that is averaged "
+            "over networks. None is for a pyro_apd.BNN; a plain network does not say whether its outputs are logits."
         )
     return link

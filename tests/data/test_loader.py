@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from pyro_apd.data import loader as module
-from pyro_apd.data.loader import LoaderBatches, is_loader, model_arguments
+from pyro_apd.data.loader import LoaderBatches, is_loader
 from pyro_apd.errors import DataError
 from pyro_apd.runtime.prefetch import THREAD_NAME
 
@@ -81,17 +81,6 @@ def test_what_counts_as_a_loader():
     assert not is_loader((X,), 10)
     assert not is_loader((X.numpy(),), 10)
     assert not is_loader((loader, X), None)
-
-
-def test_model_arguments_of_a_loader_are_its_first_batch():
-    loader = DataLoader(TensorDataset(X, Y), batch_size=4)
-    before = torch.get_rng_state()
-    args, kwargs = model_arguments((loader,), {"flag": True})
-    assert torch.equal(args[0], X[:4])
-    assert torch.equal(args[1], Y[:4])
-    assert kwargs == {"flag": True}
-    assert torch.equal(torch.get_rng_state(), before)
-    assert model_arguments((X, Y), {})[0][0] is X
 
 
 class Noisy(Dataset):

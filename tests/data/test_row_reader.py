@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.chains.checkpoint import arguments_digest
 from pyro_apd.data.minibatch import RowSubsample
-from pyro_apd.data.row_reader import RowReader, has_stored_rows, is_stored, shown_arguments
+from pyro_apd.data.row_reader import RowReader, has_stored_rows, is_stored
 from pyro_apd.errors import DataError
 from pyro_apd.models.potential import build_potential
 from tests.support.models import Conjugate
@@ -170,21 +170,6 @@ def test_sizes_that_do_not_fit():
         RowReader((X.numpy(),), {}, 21)
     with pytest.raises(ValueError, match=r"num_data=7 rows; .* \[20\]"):
         RowReader((X.numpy(),), {}, 2, num_data=7)
-
-
-def test_shown_arguments():
-    args, kwargs, has_all = shown_arguments((X.numpy(), 3), {"y": Y})
-    assert torch.equal(args[0], X)
-    assert args[1] == 3
-    assert torch.equal(kwargs["y"], Y)
-    assert has_all
-    args, _, has_all = shown_arguments((np.arange(10_000),), {})
-    assert torch.equal(args[0], torch.arange(2000) * 5)
-    assert not has_all
-    args, _, has_all = shown_arguments((DataLoader(TensorDataset(X, Y), batch_size=4),), {})
-    assert torch.equal(args[0], X[:4])
-    assert not has_all
-    assert shown_arguments((X, Y), {})[2]
 
 
 def test_the_model_is_examined_by_batches_alone():

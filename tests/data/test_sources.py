@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_apd.data.loader import LoaderBatches
 from pyro_apd.data.minibatch import FullBatch, PlateSubsample, RowSubsample
 from pyro_apd.data.row_reader import RowReader
-from pyro_apd.data.sources import check_full_batches, model_device, open_source
+from pyro_apd.data.sources import check_full_batches, model_device, open_source, shown_arguments
 from pyro_apd.errors import DataError
 
 X, Y = torch.arange(60.0).reshape(20, 3), torch.arange(20.0)
@@ -154,3 +154,29 @@ def test_batches_go_to_the_model_where_it_is_not_on_the_cpu():
     assert model_device(wrapped, {}) == torch.device("meta")
     assert model_device(lambda x: x, {"w": X.to("meta")}) == torch.device("meta")
     assert np.array_equal(opened(X.numpy(), batch_size=4, device=torch.device("cpu"))[1][0].shape, (4, 3))
+
+
+def test_shown_arguments():
+    args, kwargs, has_all = shown_arguments((X.numpy(), 3), {"y": Y})
+    assert torch.equal(args[0], X)
+    assert args[1] == 3
+    assert torch.equal(kwargs["y"], Y)
+    assert has_all
+    args, _, has_all = shown_arguments((np.arange(10_000),), {})
+    assert torch.equal(args[0], torch.arange(2000) * 5)
+    assert not has_all
+    args, kwargs, has_all = shown_arguments((X, Y), {"flag": True})
+    assert args[0] is X
+    assert (kwargs, has_all) == ({"flag": True}, True)
+
+
+def test_of_a_loader_the_first_batch_is_shown():
+    before = torch.get_rng_state()
+    args, kwargs, has_all = shown_arguments((loader(4),), {"flag": True})
+    assert torch.equal(args[0], X[:4])
+    assert torch.equal(args[1], Y[:4])
+    assert (kwargs, has_all) == ({"flag": True}, False)
+    assert torch.equal(torch.get_rng_state(), before)
+    iterator = iter([(X, Y)])
+    assert shown_arguments((iterator,), {}, 20) == ((iterator,), {}, False)
+    assert next(iterator)[0] is X

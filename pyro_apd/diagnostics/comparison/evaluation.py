@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_apd import metrics, uncertainty
 from pyro_apd.data.loader import is_loader
-from pyro_apd.data.row_reader import shown_arguments
+from pyro_apd.data.sources import shown_arguments
 from pyro_apd.diagnostics.draws import Draws, flat
 from pyro_apd.predictive import predictive
 
