@@ -4,7 +4,7 @@
 """Establishes, before the first step, how a model scales the likelihood of a mini-batch; refuses what is unclear.
 
 The potential is U = -log p(theta) - (N/B) sum log p(y_i | theta). Pyro models state N/B in several ways: a subsampled
-plate scales by itself, a model written for full data does not, and an observed site may not be about the data at all.
+plate scales by itself, a model written for full data does not, and an observed site may not depend on the data at all.
 A wrong guess gives a posterior of the wrong temperature without any error. So each observed site is tested: the model
 is run on batches of different rows and different sizes with the same latents, and the results must be consistent.
 """
@@ -67,7 +67,7 @@ def check_plates(
 def scaled_sites(
     model: Callable[..., Any], num_data: int, probe: ProbeCalls, start: Mapping[str, Tensor]
 ) -> dict[str, bool]:
-    """For a model that is given ready rows: its observed sites of which a batch shows a part.
+    """For a model that is given ready rows: the observed sites that depend on the rows.
 
     :param num_data: N.
     :param probe: calls of the model on different rows.
@@ -197,7 +197,7 @@ def _latent_in_plate_message(name: str, plate: str) -> str:
 def _scaled_twice_message(name: str, scale: float, expected: float) -> str:
     return (
         f"Observed site '{name}' is scaled by {scale:g} where N/B = {expected:g} is right: N/B counts twice, or by "
-        "hand beside what plate and kernel do. State N once: drop poutine.scale, or drop the plate's subsample_size."
+        "hand in addition to plate or kernel. State N once: drop poutine.scale, or drop the plate's subsample_size."
     )
 
 
