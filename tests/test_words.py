@@ -12,7 +12,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pyro_apd"
 
 # Rooms and modules of the package whose names, comments, docstrings and messages are read.
-CHECKED = ("_version.py", "__main__.py", "distillation", "generators", "posterior", "chains/stores")
+CHECKED = (
+    "_version.py",
+    "__main__.py",
+    "chains/stores",
+    "data",
+    "distillation",
+    "generators",
+    "models",
+    "posterior",
+    "runtime",
+)
 
 _AMOUNTS = "bytes|figures?|gradients?|networks?|minutes?|ms|MB|GB|one|seconds?|steps?"
 _UNITS = "chain|datum|draw|epoch|input|second|step|weight"
