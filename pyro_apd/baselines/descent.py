@@ -22,10 +22,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_apd.errors import ModelError
-from pyro_apd.kernels.adaptation.warm_start import share_of_rate
 from pyro_apd.models.potential import Potential, build_potential
 from pyro_apd.predictive.predictive import log_likelihood
+from pyro_apd.runtime.checks import integer, number
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
+from pyro_apd.runtime.rates import share_of_rate
+from pyro_apd.runtime.seeds import derived_generator, derived_seed, seed_or_fresh
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,8 @@ class Descent:
 
     def __post_init__(self) -> None:
         check_counts(num_steps=self.num_steps)
-        if not math.isfinite(self.learning_rate) or self.learning_rate <= 0:
-            raise ValueError(f"`learning_rate` must be a positive number; got {self.learning_rate!r}.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"`momentum` must be at least 0 and below 1; got {self.momentum!r}.")
+        number("learning_rate", self.learning_rate, above=0)
+        number("momentum", self.momentum, at_least=0, below=1)
 
     def positions(self, start: Start, desc: str, progress: bool) -> Iterator[Tensor]:
         """Yields the state after each step: the same tensor, changed in place.
@@ -93,12 +93,13 @@ class Start:
         num_networks: int | None = None,
     ) -> Start:
         """Each network has a start and mini-batches of its own. Arguments as of the baselines."""
-        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        seed = seed_or_fresh(seed)
+        count = num_networks or 1
         starting = InitMessenger(init_strategy or init_to_layers)(model)
         thetas: list[Tensor] = []
         with preserved_param_store():
-            for i in range(num_networks or 1):
-                with seeded(seed + i):
+            for i in range(count):
+                with seeded(derived_seed(seed, "start", i)):
                     if not thetas:
                         potential, start = build_potential(starting, args, kwargs, batch_size=batch_size)
                         if len(potential.layout) == 0:
@@ -107,7 +108,7 @@ class Start:
                         start = potential.draw_start()
                 thetas.append(potential.layout.unconstrain(start).detach())
         potential.model = model
-        generators = [_generator(thetas[0].device, seed + i) for i in range(num_networks or 1)]
+        generators = [derived_generator(seed, "batches", i, device=thetas[0].device) for i in range(count)]
         potential.source.start(generators if num_networks else generators[0])
         return cls(potential, torch.stack(thetas) if num_networks else thetas[0].clone())
 
@@ -177,9 +178,4 @@ def init_to_layers(site: Any) -> Tensor:
 def check_counts(**counts: object) -> None:
     """:raises ValueError: unless all are positive integers."""
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a positive int; got {value!r}.")
-
-
-def _generator(device: torch.device, seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed % 2**62)
+        integer(name, value)

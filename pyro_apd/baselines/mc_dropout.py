@@ -30,7 +30,9 @@ from pyro_apd.models.potential import Potential
 from pyro_apd.models.structure import examine
 from pyro_apd.models.tracing import run_model
 from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.runtime.checks import number
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
+from pyro_apd.runtime.seeds import derived_generator, derived_seed, seed_or_fresh
 
 
 def mc_dropout(
@@ -68,11 +70,10 @@ def mc_dropout(
     :raises ModelError: if the model has no such sites, or has constrained values there.
     """
     check_counts(check_every=check_every)
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1:
-        raise ValueError(f"`rate` must be a number between 0 and 1; got {rate!r}.")
+    rate = number("rate", rate, above=0, below=1)
     descent = Descent(num_steps, learning_rate, momentum, decay)
-    seed = int(torch.randint(2**31, ())) if seed is None else seed
-    with preserved_param_store(), seeded(seed):
+    seed = seed_or_fresh(seed)
+    with preserved_param_store(), seeded(derived_seed(seed, "start")):
         start, masking = _prepare(model, args, kwargs, rate, sites, batch_size, init_strategy or init_to_layers, seed)
     theta_D = descend(start, descent, "MC-dropout", progress, model, validation, check_every)
     generator = masking.generator(theta_D)
@@ -192,7 +193,8 @@ def _prepare(
         raise ValueError("mc_dropout needs the full data as tensors among the model's arguments; there are none.")
     size = min(batch_size or num_rows, num_rows)
     rows = RowSubsample(args, kwargs, size)
-    generator = torch.Generator(args[0].device if isinstance(args[0], Tensor) else "cpu").manual_seed(seed)
+    device = args[0].device if isinstance(args[0], Tensor) else "cpu"
+    generator = derived_generator(seed, "batches", device=device)
     rows.start(generator)
     inputs = rows.draw()
     starting = InitMessenger(init_strategy)(model)

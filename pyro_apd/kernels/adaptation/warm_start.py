@@ -14,20 +14,18 @@ learning rate is relative to the size of the weights at the start.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pyro_apd.runtime.checks import integer
+from pyro_apd.runtime.rates import share_of_rate
 
 #: Learning rate of Adam at its highest, as a share of the weights' root mean square, and within what bounds.
 RELATIVE_RATE, LOWEST_RATE, HIGHEST_RATE = 0.025, 0.001, 0.01
 # Decay of the averages of gradients and of their squares, and what keeps their ratio finite: Kingma & Ba (2015).
 _DECAY, _SQUARE_DECAY, _STABILITY = 0.9, 0.999, 1e-8
-# The learning rate rises over this share of the steps, then falls as half a cosine.
-_RISING = 0.05
 
 
 def optimised(
@@ -61,13 +59,6 @@ def highest_rate(theta: Tensor) -> Tensor:
     size = theta.square().mean(-1, keepdim=True).sqrt()
     # At zero there is nothing that a high rate could destroy.
     return torch.where(size > 0, (RELATIVE_RATE * size).clamp(LOWEST_RATE, HIGHEST_RATE), HIGHEST_RATE)
-
-
-def share_of_rate(progress: float) -> float:
-    """Share of the highest learning rate at a ``progress`` from 0 to 1."""
-    if progress < _RISING:
-        return progress / _RISING
-    return 0.5 * (1 + math.cos(math.pi * (progress - _RISING) / (1 - _RISING)))
 
 
 def checked_warm_start(warm_start: int | None) -> int:

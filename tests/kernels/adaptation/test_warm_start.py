@@ -8,7 +8,7 @@ import torch
 from pyro.infer import MCMC
 
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
-from pyro_apd.kernels.adaptation.warm_start import highest_rate, optimised, share_of_rate
+from pyro_apd.kernels.adaptation.warm_start import highest_rate, optimised
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from tests.support.models import Classifier, Conjugate
 
@@ -26,14 +26,6 @@ def test_finds_the_mode_of_a_quadratic():
         found = optimised(quadratic, tuple, start, 2000)
         torch.testing.assert_close(found, torch.full_like(start, 2.0), rtol=1e-3, atol=1e-3)
         assert not torch.equal(start, found)
-
-
-def test_learning_rate_rises_then_falls_to_nothing():
-    shares = [share_of_rate(i / 1000) for i in range(1001)]
-    assert shares[0] == 0.0
-    assert max(shares) == pytest.approx(1.0, abs=1e-3)
-    assert shares.index(max(shares)) == 50
-    assert shares[-1] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_the_learning_rate_goes_by_the_size_of_the_weights():
