@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_apd import uncertainty
 from pyro_apd.baselines import DarkKnowledge
-from pyro_apd.diagnostics.draws import evenly_spaced, read_chain
 from pyro_apd.errors import ModelError
-from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.predictive.draws import PosteriorLike, draws_between, spread_draws
 from pyro_apd.predictive.predictive import outputs
 from pyro_apd.predictive.reductions import reduce_outputs
-from pyro_apd.predictive.vmap_draws import Draws, check_draws
+from pyro_apd.runtime.checks import integer, number
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
+from pyro_apd.runtime.seeds import derived_generator, seed_or_fresh
 
 __all__ = ["METRICS", "Detection", "Figure", "OutOfDistribution", "evaluate", "rank_metrics"]
 
@@ -133,7 +133,7 @@ class OutOfDistribution:
 
 def evaluate(
     model: Callable[..., Any],
-    posterior: Any,
+    posterior: PosteriorLike | DarkKnowledge,
     in_data: Any,
     out_data: Any,
     scores: Collection[str] | str | None = None,
@@ -168,18 +168,17 @@ def evaluate(
     :raises ModelError: if the model has not one observed site with probabilities or a mean and variance.
     """
     _sklearn()
-    for name, value in (("num_samples", num_samples), ("num_bootstrap", num_bootstrap + 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a positive int; got {value!r}.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` must be between 0 and 1; got {confidence!r}.")
+    num_samples = integer("num_samples", num_samples)
+    num_bootstrap = integer("num_bootstrap", num_bootstrap, at_least=0, hint="0 gives no intervals.")
+    confidence = number("confidence", confidence, above=0, below=1)
+    seed = seed_or_fresh(seed)
     inside, sets = _arguments(in_data, "in_data"), _named_sets(out_data)
     device = next(value for value in inside if isinstance(value, Tensor)).device
     with preserved_param_store(), torch.no_grad(), seeded(seed, device):  # running a model draws from its prior
         score = _scorer(model, posterior, scores, inside, num_samples, seed, chunk_size)
         scores_in = score(inside)
         scores_out = {name: score(args) for name, args in sets.items()}
-    generator = torch.Generator().manual_seed(seed)
+    generator = derived_generator(seed, "bootstrap")
     detections = []
     for out, found in scores_out.items():
         for name, value_N in found.items():
@@ -267,7 +266,7 @@ def _weighted(inside: Tensor, outside: Tensor, count_in: Tensor, count_out: Tens
 
 def _scorer(
     model: Callable[..., Any],
-    posterior: Any,
+    posterior: PosteriorLike | DarkKnowledge,
     scores: Collection[str] | str | None,
     inside: tuple[Any, ...],
     num_samples: int,
@@ -278,9 +277,9 @@ def _scorer(
     wanted = (scores,) if isinstance(scores, str) else None if scores is None else tuple(scores)
     if isinstance(posterior, DarkKnowledge):
         return lambda args: _student_scores(posterior, wanted, args)
-    draws = _draws(posterior, num_samples, seed)
+    draws = spread_draws(posterior, num_samples, seed=seed)
     if wanted is None:
-        kind = outputs(model, _one(draws), *_head(inside)).kind
+        kind = outputs(model, draws_between(draws, 0, 1), *_head(inside)).kind
         wanted = _OF_CLASSES if kind in ("categorical", "bernoulli") else _OF_MOMENTS
     of_classes = {"mean_probability", "mean"} & set(wanted)
     if of_classes:
@@ -289,7 +288,7 @@ def _scorer(
     return lambda args: reduce_outputs(model, draws, *args, names=names, chunk_size=chunk_size)
 
 
-def _student_scores(student: nn.Module, wanted: tuple[str, ...] | None, args: tuple[Any, ...]) -> dict[str, Tensor]:
+def _student_scores(student: DarkKnowledge, wanted: tuple[str, ...] | None, args: tuple[Any, ...]) -> dict[str, Tensor]:
     """A student has one prediction: what it is unsure about, but nothing that draws could disagree on."""
     if student.kind == "normal":
         raise ModelError("A student of a regression gives a variance as it is; scores are for classifications.")
@@ -300,26 +299,6 @@ def _student_scores(student: nn.Module, wanted: tuple[str, ...] | None, args: tu
         raise ValueError(f"`scores` of a student must be some of {list(known)}: it has one prediction; got {unknown}.")
     probs_1NK = student(*args).unsqueeze(0)
     return {name: getattr(uncertainty, name)(probs_1NK) for name in names}
-
-
-def _draws(posterior: Any, num_samples: int, seed: int) -> Draws:
-    if isinstance(posterior, DistilledPosterior):
-        return posterior.stream(num_samples, seed=seed)
-    if isinstance(posterior, Mapping):
-        check_draws(posterior, "posterior")
-        return posterior
-    try:
-        chain = read_chain(posterior)
-    except TypeError:
-        raise TypeError(
-            f"`posterior` must be an MCMC after run(), draws by site, a DistilledPosterior, or one of "
-            f"pyro_apd.baselines; got {type(posterior).__name__}."
-        ) from None
-    return chain.pooled(evenly_spaced(chain.num_draws, max(1, num_samples // chain.num_chains)))
-
-
-def _one(draws: Draws) -> Draws:
-    return {n: v[:1] for n, v in draws.items()} if isinstance(draws, Mapping) else draws.part(0, 1)
 
 
 def _head(args: tuple[Any, ...]) -> tuple[Any, ...]:

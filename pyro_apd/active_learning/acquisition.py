@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from pyro_apd import uncertainty
+from pyro_apd.runtime.checks import integer
+from pyro_apd.runtime.seeds import derived_generator, seed_or_fresh
 
 
 def mean_sd(probs_SNK: Tensor) -> Tensor:
@@ -58,12 +60,11 @@ def select(acquisition: Acquisition, probs_SNK: Tensor, batch_size: int, *, seed
         function's scores are not ``(N,)`` finite numbers.
     """
     check_acquisition(acquisition)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be a positive int; got {batch_size!r}.")
     num_data = probs_SNK.shape[1]
-    batch_size = min(batch_size, num_data)
+    batch_size = min(integer("batch_size", batch_size), num_data)
+    seed = seed_or_fresh(seed)
     # On the CPU whatever the device, so that a seed means the same on each.
-    generator = torch.Generator().manual_seed(seed)
+    generator = derived_generator(seed, "order")
     shuffled_N = torch.randperm(num_data, generator=generator)
     if acquisition == "random":
         return shuffled_N[:batch_size]
@@ -99,12 +100,11 @@ def batch_bald(
     """
     expected_N = uncertainty.expected_entropy(probs_SNK)
     num_draws, num_data = probs_SNK.shape[:2]
-    for name, value, most in (("batch_size", batch_size, num_data), ("max_configurations", max_configurations, None)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
-            raise ValueError(f"`{name}` must be an int from 1{f' to {most}' if most else ' up'}; got {value!r}.")
+    batch_size = integer("batch_size", batch_size, at_most=num_data)
+    max_configurations = integer("max_configurations", max_configurations)
     probs_SNK = probs_SNK.double()
     expected_N = expected_N.double()
-    generator = torch.Generator(probs_SNK.device).manual_seed(seed)
+    generator = derived_generator(seed_or_fresh(seed), "labels", device=probs_SNK.device)
     joint = _Joint(num_draws, max_configurations, probs_SNK)
     chosen, information = [], []
     spent = probs_SNK.new_zeros(())

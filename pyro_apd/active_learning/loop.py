@@ -22,10 +22,12 @@ from pyro_apd.active_learning.acquisition import Acquisition, check_acquisition,
 from pyro_apd.active_learning.history import History, HistoryFile, Round
 from pyro_apd.active_learning.posteriors import Chain, Posterior
 from pyro_apd.errors import ModelError
-from pyro_apd.predictive.draws import take_draws
+from pyro_apd.predictive.draws import PosteriorLike, take_draws
 from pyro_apd.predictive.predictive import outputs
+from pyro_apd.runtime.checks import choice, integer, is_integer
 from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.hashing import fingerprint
+from pyro_apd.runtime.seeds import derived_generator, derived_seed, seed_or_fresh
 
 _RETRAINING = ("cold", "warm")
 
@@ -79,29 +81,29 @@ def run(
     :raises ValueError: if an argument is out of range, sizes disagree, or ``history_path`` is of another run.
     :raises ModelError: if the model's observed site is no classification.
     """
-    _check_numbers(
-        batch_size=batch_size, num_rounds=num_rounds, num_score_draws=num_score_draws, num_test_draws=num_test_draws
-    )
-    if pool_subset is not None:
-        _check_numbers(pool_subset=pool_subset)
-    check_acquisition(acquisition)
-    if retraining not in _RETRAINING:
-        raise ValueError(f"`retraining` must be 'cold' or 'warm'; got {retraining!r}.")
-    _check_data(x_pool, y_pool, x_test, y_test)
     posterior = Chain() if posterior is None else posterior
-    start = _initial(initial, y_pool, seed)
-    needed = len(start) + (num_rounds - 1) * batch_size
+    num_rounds = integer("num_rounds", num_rounds)
+    check_acquisition(acquisition)
+    settings: dict[str, Any] = {
+        "model": _name(model),
+        "acquisition": _name(acquisition),
+        "posterior": _name(posterior),
+        "batch_size": integer("batch_size", batch_size),
+        "retraining": choice("retraining", retraining, _RETRAINING),
+        "num_score_draws": integer("num_score_draws", num_score_draws),
+        "num_test_draws": integer("num_test_draws", num_test_draws),
+        "pool_subset": None if pool_subset is None else integer("pool_subset", pool_subset),
+        "seed": seed_or_fresh(seed),
+    }
+    _check_data(x_pool, y_pool, x_test, y_test)
+    start = _initial(initial, y_pool, settings["seed"])
+    needed = len(start) + (num_rounds - 1) * settings["batch_size"]
     if needed > len(x_pool):
         raise ValueError(
             f"{num_rounds} rounds need {needed} labels, and the pool has {len(x_pool)}; take fewer rounds or a smaller "
             "`batch_size`."
         )
-    settings = {
-        "model": _name(model), "acquisition": _name(acquisition), "posterior": _name(posterior),
-        "batch_size": batch_size,
-        "retraining": retraining, "num_score_draws": num_score_draws, "num_test_draws": num_test_draws,
-        "pool_subset": pool_subset, "seed": seed, "data": fingerprint(x_pool, y_pool, x_test, y_test)["sha256"],
-    }  # fmt: skip
+    settings["data"] = fingerprint(x_pool, y_pool, x_test, y_test)["sha256"]
     data = _Data(x_pool, y_pool, x_test, y_test)
     task = _Task(model, data, posterior, acquisition, retraining == "warm", settings)
     return _loop(task, start, num_rounds, history_path, progress)
@@ -128,8 +130,7 @@ class _Task:
 
     def seed(self, number: int, purpose: str) -> int:
         """A seed for one purpose in one round: a run that goes on needs no state of a generator."""
-        digest = hashlib.sha256(f"{self.settings['seed']}/{number}/{purpose}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") >> 1
+        return derived_seed(self.settings["seed"], "round", number, purpose)
 
 
 def _loop(
@@ -152,7 +153,7 @@ def _loop(
     return History(history.settings, history.initial, history.rounds[:num_rounds])
 
 
-def _round(task: _Task, history: History, number: int, previous: Any) -> tuple[Round, Any]:
+def _round(task: _Task, history: History, number: int, previous: PosteriorLike | None) -> tuple[Round, PosteriorLike]:
     """Fit, predict, choose."""
     begun = time.monotonic()
     data, labelled = task.data, [*history.labelled, *history.wanted]
@@ -173,7 +174,7 @@ def _round(task: _Task, history: History, number: int, previous: Any) -> tuple[R
     return one, fitted
 
 
-def _wanted(task: _Task, fitted: Any, labelled: Sequence[int], number: int) -> list[int]:
+def _wanted(task: _Task, fitted: PosteriorLike, labelled: Sequence[int], number: int) -> list[int]:
     """Positions in the pool to have labelled next."""
     settings, seed = task.settings, task.seed(number, "acquire")
     is_free_N = torch.ones(len(task.data.x_pool), dtype=torch.bool)
@@ -182,7 +183,7 @@ def _wanted(task: _Task, fitted: Any, labelled: Sequence[int], number: int) -> l
     if len(free) == 0:
         return []
     if settings["pool_subset"] is not None:
-        generator = torch.Generator().manual_seed(task.seed(number, "subset"))
+        generator = derived_generator(task.seed(number, "subset"))
         free = free[torch.randperm(len(free), generator=generator)[: settings["pool_subset"]].sort().values]
     if task.acquisition == "random":
         probs_SNK = torch.zeros(1, len(free), 1)  # nothing is predicted where nothing is asked
@@ -192,7 +193,7 @@ def _wanted(task: _Task, fitted: Any, labelled: Sequence[int], number: int) -> l
     return free[select(task.acquisition, probs_SNK, settings["batch_size"], seed=seed)].tolist()
 
 
-def _probabilities(model: Callable[..., Any], fitted: Any, x: Tensor, count: int, seed: int) -> Tensor:
+def _probabilities(model: Callable[..., Any], fitted: PosteriorLike, x: Tensor, count: int, seed: int) -> Tensor:
     """``(S, N, K)`` under ``count`` draws, or all where there are fewer."""
     result = outputs(model, take_draws(fitted, count, seed, x.device), x)
     if result.probs_SNK is None:
@@ -211,11 +212,10 @@ def balanced(y: Tensor, count: int, *, seed: int | None = None) -> list[int]:
     :param int seed: which of each class; None: the first of each, as in Wang et al. (2018).
     :raises ValueError: if ``count`` is out of range.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(y):
-        raise ValueError(f"`count` must be an int from 1 to {len(y)}, the number of data; got {count!r}.")
+    count = integer("count", count, at_most=len(y), hint="The upper limit is the number of data.")
     order = torch.arange(len(y))
     if seed is not None:
-        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(y), generator=derived_generator(seed_or_fresh(seed), "balanced"))
     y_shuffled = y.cpu()[order]
     # One of each class, then another of each, until there are enough.
     rank_N = torch.zeros(len(y), dtype=torch.long)
@@ -229,10 +229,9 @@ def _initial(initial: int | Sequence[int] | Tensor, y_pool: Tensor, seed: int) -
 
     :raises ValueError: if they are none, repeated or out of range.
     """
-    if isinstance(initial, int) and not isinstance(initial, bool):
-        if not 1 <= initial <= len(y_pool):
-            raise ValueError(f"`initial` must be from 1 to {len(y_pool)}, the size of the pool; got {initial}.")
-        return balanced(y_pool, initial, seed=seed)
+    if is_integer(initial):
+        hint = "The upper limit is the size of the pool."
+        return balanced(y_pool, integer("initial", initial, at_most=len(y_pool), hint=hint), seed=seed)
     positions = [int(i) for i in initial]  # type: ignore[union-attr]
     if not positions or len(set(positions)) < len(positions) or not all(0 <= i < len(y_pool) for i in positions):
         raise ValueError(
@@ -251,12 +250,6 @@ def _name(value: Any) -> str:
     if is_dataclass(value):
         return re.sub(" at 0x[0-9a-f]+", "", repr(value))  # a function's address differs from run to run
     return str(getattr(value, "__qualname__", type(value).__qualname__))
-
-
-def _check_numbers(**numbers: object) -> None:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a positive int; got {value!r}.")
 
 
 def _check_data(x_pool: Tensor, y_pool: Tensor, x_test: Tensor, y_test: Tensor) -> None:

@@ -17,18 +17,20 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_value
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyro_apd.chains import MCMC
 from pyro_apd.distillation import distill, distill_online
+from pyro_apd.generators.dropout import DropoutGenerator
 from pyro_apd.kernels import SGLD
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.posterior import DistilledPosterior
-from pyro_apd.runtime.global_state import preserved_param_store, seeded
+from pyro_apd.predictive.draws import PosteriorLike, Values, take_draws
+from pyro_apd.runtime.global_state import preserved_param_store
 
-Draws = dict[str, Tensor]
 #: From model, labelled inputs, their labels, a seed and the last round's posterior to this round's.
-Posterior = Callable[[Callable[..., Any], Tensor, Tensor, int, Any], Any]
+Posterior = Callable[[Callable[..., Any], Tensor, Tensor, int, PosteriorLike | None], PosteriorLike]
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,18 @@ class Chain:
     num_chains: int = 1
     batch_size: int | None = None
     temperature: float | Callable[[int], float] = 1.0
-    kernel: Callable[..., Any] = SGLD
+    kernel: Callable[..., MCMCKernel] = SGLD
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(
-        self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: Any = None
+        self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: PosteriorLike | None = None
     ) -> dict[str, Tensor]:
         """Draws ``(S, ...)`` by site, chain after chain."""
         return dict(self.run(model, x, y, seed, previous).get_samples())
 
-    def run(self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: Any = None) -> MCMC:
+    def run(
+        self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: PosteriorLike | None = None
+    ) -> MCMC:
         """The driver after its run."""
         mcmc = MCMC(
             self.make_kernel(model, len(x), seed),
@@ -79,7 +83,7 @@ class Chain:
         mcmc.run(x, y)
         return mcmc
 
-    def make_kernel(self, model: Callable[..., Any], num_data: int, seed: int) -> Any:
+    def make_kernel(self, model: Callable[..., Any], num_data: int, seed: int) -> MCMCKernel:
         """The sampler for so many labelled data."""
         return self.kernel(
             model,
@@ -91,15 +95,16 @@ class Chain:
             **self.options,
         )
 
-    def initial_params(self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: Any) -> Draws | None:
+    def initial_params(
+        self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: PosteriorLike | None
+    ) -> Values | None:
         """Where to start, as ``MCMC`` takes it: at each chain's last draw before, or at draws of a generator."""
         if previous is None:
             return None
         if isinstance(previous, Mapping):
             values = {n: v.unflatten(0, (self.num_chains, -1))[:, -1] for n, v in previous.items()}
         else:
-            with seeded(seed, x.device):
-                values = previous.get_samples(self.num_chains)
+            values = take_draws(previous, self.num_chains, seed, x.device, "previous")
         with poutine.block(), preserved_param_store(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             layout = Layout.from_trace(poutine.trace(model).get_trace(x, y), list(values))
         start = layout.split(layout.unconstrain({name: value.to(x.device) for name, value in values.items()}))
@@ -123,7 +128,7 @@ class Distilled:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(
-        self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: Any = None
+        self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: PosteriorLike | None = None
     ) -> DistilledPosterior:
         """The distilled posterior."""
         common = {"num_steps": self.num_steps, "seed": seed, "progress": False, **self.options}
@@ -152,10 +157,12 @@ class Baseline:
     :ivar dict options: further arguments.
     """
 
-    fit: Callable[..., Any]
+    fit: Callable[..., PosteriorLike]
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: Any = None) -> Any:
+    def __call__(
+        self, model: Callable[..., Any], x: Tensor, y: Tensor, seed: int, previous: PosteriorLike | None = None
+    ) -> PosteriorLike:
         """What ``fit`` gives."""
         options = dict(self.options)
         if previous is not None:
@@ -164,14 +171,13 @@ class Baseline:
         return self.fit(model, x, y, seed=seed, progress=False, **options)
 
 
-def _weights(previous: Any) -> Draws:
+def _weights(previous: PosteriorLike) -> Values:
     """One network of a posterior; of MC-dropout, that with all units."""
     if isinstance(previous, Mapping):
         return {name: value[0] for name, value in previous.items()}
-    weights_D = getattr(getattr(previous, "generator", None), "weights", None)
-    if weights_D is not None:
-        return dict(previous.layout.constrain(weights_D.detach()))
-    return {name: value[0] for name, value in previous.get_samples(1).items()}
+    if isinstance(previous, DistilledPosterior) and isinstance(previous.generator, DropoutGenerator):
+        return previous.layout.constrain(previous.generator.weights.detach())
+    return {name: value[0] for name, value in take_draws(previous, 1, argument="previous").items()}
 
 
 def _at(value: Any, num_data: int) -> Any:

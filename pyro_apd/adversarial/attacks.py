@@ -22,14 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from pyro_apd.errors import ModelError
-from pyro_apd.predictive.draws import take_draws
+from pyro_apd.predictive.draws import PosteriorLike, Values, take_draws
 from pyro_apd.predictive.predictive import FunctionView, outputs
+from pyro_apd.runtime.checks import choice, integer, number
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
+from pyro_apd.runtime.seeds import checked_seed
 
 METHODS = ("fgsm", "fgsm_minimal", "pgd")
 THROUGH = ("one", "mean", "expectation")
 
 Bounds = tuple[float, float]
+
+_UNITS = "It is in the units of the inputs."
 
 
 @dataclass(frozen=True)
@@ -61,17 +65,13 @@ class Attack:
     random_start: bool = True
 
     def __post_init__(self) -> None:
-        for name, value, known in (("method", self.method, METHODS), ("through", self.through, THROUGH)):
-            if value not in known:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}; got {value!r}.")
-        for name in ("num_draws", "num_steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive int; got {value!r}.")
-        for name in ("epsilon", *(() if self.step_size is None else ("step_size",))):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be a positive number, in the units of the inputs; got {value!r}.")
+        choice("method", self.method, METHODS)
+        choice("through", self.through, THROUGH)
+        integer("num_draws", self.num_draws)
+        integer("num_steps", self.num_steps)
+        number("epsilon", self.epsilon, above=0, hint=_UNITS)
+        if self.step_size is not None:
+            number("step_size", self.step_size, above=0, hint=_UNITS)
 
     @property
     def name(self) -> str:
@@ -98,7 +98,7 @@ class Attacked:
 
 def attack(
     model: Callable[..., Any],
-    posterior: Any,
+    posterior: PosteriorLike,
     x: Tensor,
     y: Tensor,
     how: Attack,
@@ -125,7 +125,8 @@ def attack(
     foolbox = _foolbox()
     check_inputs(x, y, bounds, how.epsilon)
     parts = []
-    with seeded(seed, x.device), preserved_param_store():
+    batch_size = integer("batch_size", batch_size)
+    with seeded(checked_seed(seed), x.device), preserved_param_store():
         victim = _Victim(model, posterior, x[:1], how)
         target = foolbox.PyTorchModel(victim, bounds=bounds, device=x.device)
         for rows_x, rows_y in zip(x.detach().split(batch_size), y.split(batch_size), strict=True):
@@ -142,7 +143,7 @@ class _Victim(nn.Module):
     Their softmax is the averaged prediction itself, so that what takes them for logits takes them right.
     """
 
-    def __init__(self, model: Callable[..., Any], posterior: Any, example: Tensor, how: Attack) -> None:
+    def __init__(self, model: Callable[..., Any], posterior: PosteriorLike, example: Tensor, how: Attack) -> None:
         super().__init__()
         self._posterior, self._is_fresh = posterior, how.through == "expectation"
         self._count, self._device = 1 if how.through == "one" else how.num_draws, example.device
@@ -162,7 +163,7 @@ class _Victim(nn.Module):
         # The logarithm of a mean of probabilities, also of those too small to be told from zero.
         return value_SNF.logsumexp(0) - math.log(len(value_SNF))
 
-    def _drawn(self) -> dict[str, Tensor]:
+    def _drawn(self) -> Values:
         return take_draws(self._posterior, self._count, None, self._device)
 
 

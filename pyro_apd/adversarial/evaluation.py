@@ -19,9 +19,11 @@ from torch import Tensor
 
 from pyro_apd import metrics, uncertainty
 from pyro_apd.adversarial.attacks import Attack, Bounds, attack, check_inputs
-from pyro_apd.predictive.draws import take_draws
+from pyro_apd.predictive.draws import PosteriorLike, take_draws
 from pyro_apd.predictive.predictive import outputs
+from pyro_apd.runtime.checks import integer
 from pyro_apd.runtime.global_state import seeded
+from pyro_apd.runtime.seeds import derived_seed, seed_or_fresh
 
 #: Scores that an attacked input is to be told by, and their names in tables.
 SCORES = {
@@ -103,13 +105,13 @@ class Evaluation:
 
 def evaluate(
     model: Callable[..., Any],
-    posterior: Any,
+    posterior: PosteriorLike,
     x: Tensor,
     y: Tensor,
     attacks: Sequence[Attack] | Mapping[str, Attack],
     *,
     bounds: Bounds,
-    source: Any = None,
+    source: PosteriorLike | None = None,
     source_model: Callable[..., Any] | None = None,
     scores: Sequence[str] = tuple(SCORES),
     num_draws: int = 100,
@@ -128,7 +130,7 @@ def evaluate(
     :param callable source_model: the model of ``source``, where it is another.
     :param scores: names of functions of :mod:`pyro_apd.uncertainty` that score class probabilities.
     :param int num_draws: networks that predict and score.
-    :param int seed: makes it reproducible; the global generators stay as they are. Attacks are numbered from it.
+    :param int seed: makes it reproducible; the global generators stay as they are.
     :param int batch_size: inputs attacked together.
     :raises ImportError: if foolbox is not installed.
     :raises ValueError: if inputs are out of bounds, sizes disagree, or a score is not known.
@@ -140,9 +142,11 @@ def evaluate(
         raise ValueError("Two of `attacks` have the same name; give a mapping from names of your own to attacks.")
     for how in named.values():
         check_inputs(x, y, bounds, how.epsilon)
+    num_draws = integer("num_draws", num_draws)
+    seed = seed_or_fresh(seed)
     with seeded(seed, x.device):
-        # Of stored draws a random choice, which differs from the attacker's, who draws by other seeds.
-        draws = take_draws(posterior, num_draws, seed, x.device)
+        # Of stored draws a random choice. The attacker has other seeds, and so another choice.
+        draws = take_draws(posterior, num_draws, derived_seed(seed, "predict"), x.device)
         clean = _Judged(model, draws, x, y, scores)
         rows = []
         for number, (name, how) in enumerate(named.items()):
@@ -153,7 +157,7 @@ def evaluate(
                 y,
                 how,
                 bounds=bounds,
-                seed=seed + 1 + number,
+                seed=derived_seed(seed, "attack", number),
                 batch_size=batch_size,
             )
             judged = _Judged(model, draws, attacked.x, y, scores)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from pyro_apd.errors import ModelError
-from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.predictive.draws import PosteriorLike, StreamSampler, Values, check_draws, read_draws
 from pyro_apd.predictive.predictive import FunctionView, outputs
-from pyro_apd.predictive.vmap_draws import check_draws
+from pyro_apd.runtime.checks import integer, number
 from pyro_apd.runtime.global_state import seeded
+from pyro_apd.runtime.seeds import checked_seed
 
 # Draws of a generator are made anew every so many steps.
 _RENEW = 50
@@ -57,7 +58,7 @@ class DarkKnowledge(nn.Module):
 
 
 def dark_knowledge(
-    source: Any,
+    source: PosteriorLike,
     model: Callable[..., Any],
     student: nn.Module,
     x: Tensor,
@@ -94,13 +95,15 @@ def dark_knowledge(
     :raises ValueError: if a number is out of range, draws are malformed, or the student's output has another shape.
     :raises ModelError: if the model does not have one observed site with a mean and variance.
     """
-    _check_positive(num_steps=num_steps, batch_size=batch_size, draws_per_step=draws_per_step)
+    num_steps = integer("num_steps", num_steps)
+    batch_size = integer("batch_size", batch_size)
+    draws_per_step = integer("draws_per_step", draws_per_step)
     if not isinstance(x, Tensor) or x.dim() == 0 or len(x) == 0:
         raise ValueError(f"`x` must be a tensor of inputs (N, ...), at least one; got {_what(x)}.")
-    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay), ("input_noise", input_noise)):
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"`{name}` must be a finite number, zero or more; got {value!r}.")
-    with seeded(seed, x.device):
+    learning_rate = number("learning_rate", learning_rate, at_least=0)
+    weight_decay = number("weight_decay", weight_decay, at_least=0)
+    input_noise = number("input_noise", input_noise, at_least=0)
+    with seeded(checked_seed(seed), x.device):
         teacher = _Teacher(source, model, x[: min(batch_size, len(x))], draws_per_step)
         net = copy.deepcopy(student).to(x.device).train()
         optimiser = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=weight_decay)
@@ -134,16 +137,12 @@ def _batches(
 class _Teacher:
     """Average predictions of some draws: probabilities ``(B, K)``, or means and variances ``(B, 2)``."""
 
-    def __init__(self, source: Any, model: Callable[..., Any], x: Tensor, draws_per_step: int) -> None:
-        self._source, self._count, self._step = source, draws_per_step, 0
-        if not isinstance(source, (DistilledPosterior, Mapping)):
-            if not callable(getattr(source, "get_samples", None)):
-                raise ValueError(
-                    "`source` must be an MCMC after run(), a dict of draws (S, ...), or a DistilledPosterior; got "
-                    f"{type(source).__name__}."
-                )
-            self._source = source.get_samples()
-        self._pool = self._renewed()
+    def __init__(self, source: PosteriorLike, model: Callable[..., Any], x: Tensor, draws_per_step: int) -> None:
+        #: Where fresh draws come from; None where all draws there are, are in the pool.
+        self._sampler = source if isinstance(source, StreamSampler) else None
+        self._count = draws_per_step
+        self._step = 0
+        self._pool = read_draws(source, None, "source") if self._sampler is None else self._fresh(self._sampler)
         num_draws = check_draws(self._pool, "source")
         example = outputs(model, {n: v[:1] for n, v in self._pool.items()}, x)
         self.kind = "normal" if example.kind == "other" else example.kind
@@ -158,8 +157,8 @@ class _Teacher:
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
-        if isinstance(self._source, DistilledPosterior) and self._step and self._step % _RENEW == 0:
-            self._pool = self._renewed()
+        if self._sampler is not None and self._step and self._step % _RENEW == 0:
+            self._pool = self._fresh(self._sampler)
         self._step += 1
         index = torch.randint(self._num_draws, (self._count,), device=inputs.device)
         value_SBF = self._view({n: v[index] for n, v in self._pool.items()}, inputs)
@@ -171,10 +170,8 @@ class _Teacher:
         mean_B = mean_SB.mean(0)
         return torch.stack([mean_B, variance_SB.mean(0) + (mean_SB - mean_B).square().mean(0)], dim=-1)
 
-    def _renewed(self) -> dict[str, Tensor]:
-        if isinstance(self._source, DistilledPosterior):
-            return self._source.get_samples(max(100, 10 * self._count))
-        return dict(self._source)
+    def _fresh(self, sampler: StreamSampler) -> Values:
+        return read_draws(sampler, max(100, 10 * self._count), "source")
 
 
 def _loss(output: Tensor, target: Tensor, kind: str) -> Tensor:
@@ -196,12 +193,6 @@ def _check_output(output: Tensor, shape: tuple[int, ...]) -> None:
             f"`student` gives outputs of shape {tuple(output.shape)}, and {shape} are needed: logits by class, or mean "
             "and log variance. Change its last layer."
         )
-
-
-def _check_positive(**numbers: object) -> None:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a positive int; got {value!r}.")
 
 
 def _what(value: object) -> str:

@@ -16,10 +16,11 @@ from pyro_apd.distillation.source import read_source
 from pyro_apd.generators import LowRankGenerator
 from pyro_apd.generators.coordinates import principal_coordinates
 from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.predictive.draws import ChainsLike
 
 
 def low_rank(
-    source: Any,
+    source: ChainsLike,
     model: Callable[..., Any] | None = None,
     *,
     rank: int = 10,

@@ -14,8 +14,11 @@ from torch import Tensor
 from pyro_apd.baselines.descent import check_counts
 from pyro_apd.distillation.probes import Probes
 from pyro_apd.distillation.source import Source, read_source
+from pyro_apd.predictive.draws import ChainsLike
 from pyro_apd.predictive.predictive import function_values
+from pyro_apd.runtime.checks import choice
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
+from pyro_apd.runtime.seeds import checked_seed
 
 _METHODS = ("thinned", "herded")
 # Inputs at which draws are compared as functions.
@@ -23,7 +26,7 @@ _NUM_PROBES = 64
 
 
 def stored_draws(
-    source: Any,
+    source: ChainsLike,
     num_draws: int,
     *,
     method: str = "thinned",
@@ -49,8 +52,8 @@ def stored_draws(
     :raises ValueError: if there are fewer draws than that, ``method`` is not known, or the model is not.
     """
     check_counts(num_draws=num_draws)
-    if method not in _METHODS:
-        raise ValueError(f"`method` must be one of {list(_METHODS)}; got {method!r}.")
+    choice("method", method, _METHODS)
+    seed = checked_seed(seed)
     draws = read_source(source, model, data, group_by_chain)
     theta_ND = draws.theta_CSD.transpose(0, 1).flatten(0, 1)
     if num_draws > len(theta_ND):

@@ -23,7 +23,7 @@ from pyro_apd.chains.checkpoint import Checkpoint, Progress, arguments_digest, c
 from pyro_apd.chains.distributed import RankRun
 from pyro_apd.chains.group import Plan, rebuilt_error
 from pyro_apd.chains.settings import Settings, checked_initial_params
-from pyro_apd.chains.stores.base import DrawStore, all_finite
+from pyro_apd.chains.stores.base import DrawStore
 from pyro_apd.chains.stores.even import EvenStore
 from pyro_apd.data.sources import shown_arguments
 from pyro_apd.distillation.failure import DistillationWarning
@@ -36,6 +36,7 @@ from pyro_apd.kernels.engine.chain import Chain
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.predictive.draws import all_finite
 from pyro_apd.runtime import checks
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
 from pyro_apd.runtime.ranks import Ranks, join_process_group

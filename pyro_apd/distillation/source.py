@@ -8,15 +8,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_apd.chains.stores.base import DrawStore, all_finite
+from pyro_apd.chains.stores.base import DrawStore
 from pyro_apd.data.sources import shown_arguments
 from pyro_apd.models.layout import Layout
+from pyro_apd.predictive.draws import ChainsLike, all_finite, kernel_of, not_finite_error, read_chains, run_arguments
 from pyro_apd.runtime.global_state import preserved_param_store
 
 logger = logging.getLogger("pyro_apd")
@@ -48,7 +49,7 @@ class Source:
 
 
 def read_source(
-    source: Any,
+    source: ChainsLike,
     model: Callable[..., Any] | None = None,
     data: Sequence[Any] | None = None,
     group_by_chain: bool = False,
@@ -64,30 +65,25 @@ def read_source(
         raise TypeError(
             f"`data` must be the tuple of the model's arguments, such as (x, y); got {type(data).__name__}."
         )
-    kernel = None
+    kernel = kernel_of(source)
+    model = getattr(kernel, "model", None) if model is None else model
     args: tuple[Any, ...] | None = None if data is None else tuple(data)
     kwargs: dict[str, Any] = {}
     has_all_data = True
-    if isinstance(source, Mapping):
-        draws = dict(source) if group_by_chain else {name: _unsqueezed(name, v) for name, v in source.items()}
-    else:
-        kernel = getattr(source, "kernel", None)
-        model = getattr(kernel, "model", None) if model is None else model
-        if args is None and getattr(source, "_args", None) is not None:
-            num_data = getattr(kernel, "num_data", None)
-            run_kwargs = getattr(source, "_kwargs", None) or {}
-            args, kwargs, has_all_data = shown_arguments(source._args, run_kwargs, num_data)
+    given = run_arguments(source)
+    if args is None and given is not None:
+        args, kwargs, has_all_data = shown_arguments(*given, getattr(kernel, "num_data", None))
     store = source if isinstance(source, DrawStore) else getattr(source, "store", None)
     if isinstance(store, DrawStore):
         theta_CSD = store.unconstrained()
         _check_count(*theta_CSD.shape[:2])
         _check_finite(store, theta_CSD)
         return Source(theta_CSD, store.layout, model, args, kwargs, has_all_data)
-    if not isinstance(source, Mapping):
-        draws = _draws_of_mcmc(source)
-    _check_draws(draws)
-    layout = _find_layout(kernel, model, args, kwargs, draws)
-    theta_CSD = layout.unconstrain({name: value.detach() for name, value in draws.items()})
+    chains = read_chains(source, "source", group_by_chain=group_by_chain)
+    _check_floating(chains.values)
+    _check_count(chains.num_chains, chains.num_draws)
+    layout = _find_layout(kernel, model, args, kwargs, chains.values)
+    theta_CSD = layout.unconstrain(chains.values)
     _check_interior(layout, theta_CSD)
     return Source(theta_CSD, layout, model, args, kwargs, has_all_data)
 
@@ -108,37 +104,12 @@ def split_held_out(num_draws: int) -> tuple[Tensor, Tensor]:
     return index[~is_held_out], index[is_held_out]
 
 
-def _unsqueezed(name: str, value: Any) -> Any:
-    return value.unsqueeze(0) if isinstance(value, Tensor) and value.dim() > 0 else value
-
-
-def _draws_of_mcmc(source: Any) -> dict[str, Tensor]:
-    if not callable(getattr(source, "get_samples", None)):
-        raise TypeError(
-            f"`source` must be an MCMC after run(), or a dict of draws by site; got {type(source).__name__}."
-        )
-    if getattr(source, "_samples", ()) is None:
-        raise ValueError("`source` has no draws yet: call mcmc.run(...) first.")
-    return dict(source.get_samples(group_by_chain=True))
-
-
-def _check_draws(draws: Mapping[str, Any]) -> None:
-    if not draws:
-        raise ValueError("`source` holds no sites.")
-    for name, value in draws.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
-            what = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+def _check_floating(values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        if not value.is_floating_point():
             raise ValueError(
-                f"Draws of site '{name}' are {what}; accepted are floating-point tensors (S, ...), or (C, S, ...) with "
-                "group_by_chain=True."
+                f"Draws of site '{name}' are {value.dtype}; a generator makes floating-point numbers only."
             )
-    leading = {name: tuple(value.shape[:2]) for name, value in draws.items()}
-    if len(set(leading.values())) > 1:
-        raise ValueError(f"Sites of `source` disagree about (chains, draws): {leading}.")
-    _check_count(*next(iter(leading.values())))
-    for name, value in draws.items():
-        if not all_finite(value):
-            _refuse_not_finite(name, int((~value.isfinite()).sum()))
 
 
 def _check_count(num_chains: int, num_draws: int) -> None:
@@ -152,14 +123,8 @@ def _check_count(num_chains: int, num_draws: int) -> None:
 def _check_finite(store: DrawStore, theta_CSD: Tensor) -> None:
     for name, value in store.layout.split(theta_CSD).items():
         if not all_finite(value):
-            _refuse_not_finite(name, sum(int((~row.isfinite()).sum()) for row in value.flatten(0, 1)))
-
-
-def _refuse_not_finite(name: str, count: int) -> NoReturn:
-    raise ValueError(
-        f"Draws of site '{name}' hold {count} NaN or infinite numbers: the chain diverged. Sample again with a smaller "
-        "step size."
-    )
+            count = sum(int((~row.isfinite()).sum()) for row in value.flatten(0, 1))
+            raise not_finite_error(name, "source", count)
 
 
 def _check_interior(layout: Layout, theta_CSD: Tensor) -> None:
@@ -172,7 +137,7 @@ def _check_interior(layout: Layout, theta_CSD: Tensor) -> None:
 
 
 def _find_layout(
-    kernel: Any,
+    kernel: object,
     model: Callable[..., Any] | None,
     args: tuple[Any, ...] | None,
     kwargs: Mapping[str, Any],

@@ -21,7 +21,7 @@ from pyro_apd.models.layout import Layout
 from pyro_apd.models.networks import Ensemble, plain_network
 from pyro_apd.posterior import artifact, estimates
 from pyro_apd.posterior.estimates import Estimates
-from pyro_apd.predictive.vmap_draws import DrawSource
+from pyro_apd.predictive.draws import DrawSource
 from pyro_apd.runtime import checks
 from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.seeds import checked_seed

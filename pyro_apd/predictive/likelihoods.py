@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_apd.errors import ModelError
-from pyro_apd.predictive.observed_site import ObservedSite, plain
+from pyro_apd.predictive.messengers import plain
+from pyro_apd.predictive.observed_site import ObservedSite
 
 
 def kind(fn: Any) -> str:

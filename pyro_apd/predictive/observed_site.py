@@ -12,29 +12,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_apd.data.arguments import explaining_errors
 from pyro_apd.errors import ModelError
-from pyro_apd.models.layout import is_subsample
+from pyro_apd.predictive.draws import Draws, Values, check_chunk_size, check_draws, draws_between
+from pyro_apd.predictive.messengers import Reached, Substitute, choose_site, is_choosing_rows, plain
 from pyro_apd.predictive.row_blocks import RowCut, plan_cut
 from pyro_apd.predictive.vmap_draws import (
     DrawFunction,
-    Draws,
     Footprint,
-    Values,
-    check_chunk_size,
-    check_draws,
-    draws_between,
     log_one_by_one,
     map_chunk,
     map_draws,
     map_one_by_one,
-    sample_freshly,
     vmap_conditions,
 )
 from pyro_apd.runtime.global_state import preserved_param_store
@@ -101,10 +94,10 @@ class ObservedSite:
         with preserved_param_store(), torch.no_grad(), poutine.block():
             known = set(pyro.get_param_store().keys())
             with Footprint() as self._footprint, explaining_errors(args, kwargs, lambda: example):
-                trace = poutine.trace(_Substitute(example)(model)).get_trace(*args, **kwargs)
+                trace = poutine.trace(Substitute(example)(model)).get_trace(*args, **kwargs)
             # Parameters that the model has just made, which it cannot make again under vmap.
             self._params = {name: trace.nodes[name]["value"] for name in trace.param_nodes if name not in known}
-            self.name = _choose_site(trace, example, site)
+            self.name = choose_site(trace, example, site)
             prototype = trace.nodes[self.name]
             #: The distribution at the example draw.
             self.fn = plain(prototype["fn"])
@@ -115,7 +108,7 @@ class ObservedSite:
         self._prototype, self._prototype_args = prototype, (*args, *kwargs.values())
         self._example = example
         self._dims = {frame.name: frame.dim for frame in prototype["cond_indep_stack"] if frame.vectorized}
-        self._subsampled = {name: node for name, node in trace.nodes.items() if _is_choosing_rows(node)}
+        self._subsampled = {name: node for name, node in trace.nodes.items() if is_choosing_rows(node)}
         self._rows: dict[Summary, tuple[_Rows, ...]] = {}
 
     def evaluate(
@@ -181,7 +174,7 @@ class ObservedSite:
                             value = map_chunk(function, part, stop - start)["value"]
                         except ModelError:
                             raise
-                        except Exception as error:  # see draw_map.map_draws
+                        except Exception as error:  # see vmap_draws.map_draws
                             is_one_by_one = True
                             log_one_by_one(num_draws, error)
                     if is_one_by_one:
@@ -244,11 +237,11 @@ class ObservedSite:
         self, summary: Summary, latents: Values, args: tuple[Any, ...], kwargs: Mapping[str, Any], indices: Values
     ) -> Tensor:
         """``summary`` at one draw and one choice of rows."""
-        handler = _Substitute({**latents, **indices}, self._params, until=self.name)
+        handler = Substitute({**latents, **indices}, self._params, until=self.name)
         try:
             with handler:
                 self.model(*args, **kwargs)
-        except _Reached:
+        except Reached:
             pass
         if handler.reached is None:
             raise ModelError(
@@ -309,83 +302,6 @@ class ObservedSite:
                 )
             rows.append(_Rows(name, node["fn"].size, self._dims[name], blocks))
         return tuple(rows)
-
-
-class _Reached(Exception):
-    """The site asked for has been reached; the rest of the model need not run."""
-
-
-class _Substitute(Messenger):
-    """Gives sites the values of one draw and, at site ``until``, ends the run with that site's message in hand.
-
-    Sites without a value are sampled, parameters come from ``params`` where the store has none.
-
-    It must be entered before the model's own handlers: it is then the last to see a message, after plates have
-    expanded the distribution.
-    """
-
-    def __init__(
-        self, values: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None, until: str | None = None
-    ) -> None:
-        super().__init__()
-        self._values = values
-        self._params = params or {}
-        self._until = until
-        self.reached: Mapping[str, Any] | None = None
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self._values:
-            msg["value"] = self._values[msg["name"]]
-        elif msg["name"] == self._until:
-            self.reached = dict(msg)
-            raise _Reached
-        else:
-            sample_freshly(msg)
-
-    def _pyro_param(self, msg: Any) -> None:
-        if msg["name"] in self._params and msg["name"] not in pyro.get_param_store():
-            msg["value"] = self._params[msg["name"]]
-
-
-def plain(distribution: Any) -> Any:
-    """A distribution without the wrappers that only regroup its dimensions or mask its density."""
-    while isinstance(distribution, (dist.Independent, dist.MaskedDistribution)):
-        distribution = distribution.base_dist
-    return distribution
-
-
-def _is_choosing_rows(node: Mapping[str, Any]) -> bool:
-    """Whether this is the index draw of a plate that leaves rows out, by itself: not as the caller told it."""
-    if node["type"] != "sample" or not is_subsample(node) or node["is_observed"]:
-        return False
-    return node["fn"].subsample_size is not None and node["fn"].subsample_size < node["fn"].size
-
-
-def _choose_site(trace: Any, draws: Mapping[str, Tensor], site: str | None) -> str:
-    candidates = [
-        name
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample"
-        and name not in draws
-        and not is_subsample(node)
-        and not isinstance(plain(node["fn"]), (dist.Delta, dist.Unit))
-    ]
-    if site is not None:
-        if site not in candidates:
-            raise ValueError(f"`site`='{site}' is not an observed site of the model; it has {candidates}.")
-        return site
-    if not candidates:
-        raise ModelError(
-            f"The model has no sample site besides those in the draws, {sorted(draws)}: nothing it could predict. Its "
-            "observations need a pyro.sample statement (pyro.factor and pyro.deterministic do not count)."
-        )
-    if len(candidates) > 1:
-        raise ModelError(
-            f"The model has several sample sites that are not in the draws: {candidates}. Name the observed one with "
-            "`site=`, and add to the draws those that are latent."
-        )
-    name: str = candidates[0]
-    return name
 
 
 def _blocks(size: int, shown: int, device: torch.device) -> Tensor:

@@ -26,15 +26,19 @@ from torch import Tensor
 from pyro_apd.data.arguments import drawn_latents, explaining_errors
 from pyro_apd.models.layout import Layout, is_subsample
 from pyro_apd.predictive import likelihoods
-from pyro_apd.predictive.observed_site import ObservedSite
-from pyro_apd.predictive.reductions import reduce_outputs, reduction_names
-from pyro_apd.predictive.vmap_draws import (
+from pyro_apd.predictive.draws import (
     Draws,
     DrawSource,
-    Footprint,
+    StreamSampler,
     Values,
     check_chunk_size,
     check_draws,
+    take_draws,
+)
+from pyro_apd.predictive.observed_site import ObservedSite
+from pyro_apd.predictive.reductions import reduce_outputs, reduction_names
+from pyro_apd.predictive.vmap_draws import (
+    Footprint,
     map_draws,
     map_sequentially,
     parameters_valid,
@@ -121,10 +125,12 @@ class Predictive(pyro.infer.Predictive):
 
     def _guide_draws(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Draws:
         """Values of the guide's sites, shaped as the guide has them: without singleton dimensions for plates."""
-        if isinstance(getattr(self.guide, "layout", None), Layout) and hasattr(self.guide, "get_samples"):
-            self._check_sites(self.guide.layout, args, kwargs)
-            make: Callable[[int], Draws] = getattr(self.guide, "stream", self.guide.get_samples)
-            return make(self.num_samples)
+        layout = getattr(self.guide, "layout", None)
+        if isinstance(layout, Layout) and hasattr(self.guide, "get_samples"):
+            self._check_sites(layout, args, kwargs)
+            if isinstance(self.guide, StreamSampler):
+                return self.guide.stream(self.num_samples)
+            return take_draws(self.guide, self.num_samples, argument="guide")
         trace, footprint = _prototype(self.guide, args, kwargs)
         names = [*trace.stochastic_nodes, *trace.observation_nodes]
         return self._evaluate(self.guide, {}, names, footprint, args, kwargs)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pyro_apd.predictive import likelihoods
+from pyro_apd.predictive.draws import Draws
 from pyro_apd.predictive.observed_site import ObservedSite, Piece
-from pyro_apd.predictive.vmap_draws import Draws
 from pyro_apd.uncertainty.accumulators import OF_MOMENTS, OF_PROBABILITIES, MomentReduction, ProbabilityReduction
 
 

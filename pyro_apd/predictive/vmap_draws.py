@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_apd.errors import ModelError
 from pyro_apd.models.layout import is_subsample
+from pyro_apd.predictive.draws import Draws, Values, draws_between
 from pyro_apd.predictive.vmap_linear import DrawLinear
 
-Values = dict[str, Tensor]
 #: From the values of one draw, and whether it runs under vmap, to named results.
 DrawFunction = Callable[[Values, bool], Values]
 
@@ -36,78 +36,6 @@ _LOG = logging.getLogger("pyro_apd")
 _CHUNK_BYTES = 2**26
 # Results of this many operations of the largest kind are alive together in a forward pass without gradients.
 _ALIVE = 3
-
-
-class DrawSource:
-    """Draws that are made as they are used, some at a time, and the same each time.
-
-    :param make: from latents ``(n, L)`` to values ``(n, ...)`` by site.
-    :param Tensor latent_SL: latents of all draws.
-    :param names: the sites.
-    """
-
-    def __init__(self, make: Callable[[Tensor], Values], latent_SL: Tensor, names: Sequence[str]) -> None:
-        self._make, self._latent_SL, self.names = make, latent_SL, tuple(names)
-
-    def __len__(self) -> int:
-        return len(self._latent_SL)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def part(self, start: int, stop: int) -> Values:
-        """Draws ``start`` to ``stop``."""
-        return self._make(self._latent_SL[start:stop])
-
-
-#: Draws of a model's latents: at hand, or made as they are used.
-Draws = Mapping[str, Tensor] | DrawSource
-
-
-def draws_between(draws: Draws, start: int, stop: int) -> Values:
-    """Draws ``start`` to ``stop`` as tensors by site."""
-    if isinstance(draws, DrawSource):
-        return draws.part(start, stop)
-    return {name: value[start:stop] for name, value in draws.items()}
-
-
-def check_draws(draws: object, name: str = "draws") -> int:
-    """Number of draws ``S`` in a dict of tensors ``(S, ...)``.
-
-    :raises ValueError: if there are no sites or no draws, if a value is not a tensor with a leading dimension, or if
-        leading dimensions disagree.
-    """
-    if isinstance(draws, DrawSource) and len(draws):
-        return len(draws)
-    if not isinstance(draws, Mapping) or not draws:
-        raise ValueError(
-            f"`{name}` must be a dict of tensors (S, ...) by site name with at least one site; got {draws!r:.80}."
-        )
-    for site, value in draws.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            what = (
-                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            )
-            raise ValueError(
-                f"`{name}['{site}']` must be a tensor with the draws along its first dimension; got {what}. "
-                "Use torch.as_tensor(...), and unsqueeze(0) where it is one draw."
-            )
-    sizes = {site: value.shape[0] for site, value in draws.items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(
-            f"The sites of `{name}` have different numbers of draws along their first dimension: {sizes}. "
-            "All must agree; was one site sliced, or drawn with group_by_chain=True?"
-        )
-    num_draws: int = next(iter(sizes.values()))
-    if num_draws == 0:
-        raise ValueError(f"`{name}` holds zero draws of {sorted(sizes)}; at least one is needed.")
-    return num_draws
-
-
-def check_chunk_size(chunk_size: object) -> None:
-    """:raises ValueError: if it is neither None nor a positive int."""
-    if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
-        raise ValueError(f"`chunk_size` must be a positive int, or None to choose it by memory; got {chunk_size!r}.")
 
 
 def map_draws(function: DrawFunction, draws: Draws, num_draws: int, chunk_size: int) -> Values:

@@ -188,8 +188,8 @@ def test_a_classifier_that_is_no_bnn_and_a_chain():
     ("change", "message"),
     [
         ({"retraining": "hot"}, "`retraining` must be 'cold' or 'warm'; got 'hot'"),
-        ({"num_rounds": 0}, "`num_rounds` must be a positive int; got 0"),
-        ({"pool_subset": 0}, "`pool_subset` must be a positive int; got 0"),
+        ({"num_rounds": 0}, "num_rounds=0 must be a positive integer"),
+        ({"pool_subset": 0}, "pool_subset=0 must be a positive integer"),
         ({"acquisition": "entropy"}, "`acquisition` must be one of"),
         ({"initial": [0, 0, 1]}, "distinct positions from 0 to 39"),
         ({"initial": [0, 40]}, "distinct positions from 0 to 39"),

@@ -164,13 +164,13 @@ def test_two_classes_by_one_logit():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "cw"}, "`method` must be one of 'fgsm', 'fgsm_minimal', 'pgd'; got 'cw'"),
-        ({"through": "all"}, "`through` must be one of"),
-        ({"epsilon": math.nan}, "`epsilon` must be a positive number, in the units of the inputs; got nan"),
-        ({"epsilon": 0}, "`epsilon` must be a positive number"),
-        ({"step_size": -1.0}, "`step_size` must be a positive number"),
-        ({"num_draws": 0}, "`num_draws` must be a positive int"),
-        ({"num_steps": True}, "`num_steps` must be a positive int"),
+        ({"method": "cw"}, "method='cw' must be one of 'fgsm', 'fgsm_minimal', 'pgd'"),
+        ({"through": "all"}, "through='all' must be one of"),
+        ({"epsilon": math.nan}, "epsilon=nan must be a positive finite number. It is in the units of the inputs"),
+        ({"epsilon": 0}, "epsilon=0 must be a positive finite number"),
+        ({"step_size": -1.0}, "step_size=-1.0 must be a positive finite number"),
+        ({"num_draws": 0}, "num_draws=0 must be a positive integer"),
+        ({"num_steps": True}, "num_steps=True must be a positive integer"),
     ],
 )
 def test_attacks_that_are_refused(change, message):

@@ -118,5 +118,5 @@ def test_what_is_refused():
         evaluate(LINEAR, spread(), X, Y, [SMALL, SMALL], bounds=(-1, 1))
     with pytest.raises(ValueError, match="outside `bounds`"):
         evaluate(LINEAR, spread(), X, Y, [SMALL], bounds=(0, 1))
-    with pytest.raises(ValueError, match="`posterior` must be draws"):
+    with pytest.raises(TypeError, match="`posterior` must be an MCMC"):
         evaluate(LINEAR, None, X, Y, [SMALL], bounds=(-1, 1))

@@ -105,14 +105,14 @@ def spoiled(value):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({}, "no sites"),
+        ({}, "at least one site"),
         (draws(9), "holds 9 draws .* at least 10"),
-        ({**draws(), "b": torch.randn(19)}, "disagree"),
+        ({**draws(), "b": torch.randn(19)}, "different numbers of draws"),
         (spoiled(torch.nan), "site 'w' hold 1 NaN"),
         (spoiled(torch.inf), "site 'w' hold 1 NaN"),
         ({"w": torch.ones(20, 2, dtype=torch.int64)}, "site 'w' are torch.int64"),
-        ({"w": [1.0, 2.0]}, "site 'w' are list"),
-        ({"w": torch.tensor(1.0)}, "site 'w'"),
+        ({"w": [1.0, 2.0]}, r"'w'\]` must be a tensor.*got a list"),
+        ({"w": torch.tensor(1.0)}, r"'w'\]` must be a tensor"),
         (FakeMCMC(None), "no draws yet"),
     ],
 )

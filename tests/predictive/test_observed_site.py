@@ -528,7 +528,7 @@ def test_bad_draws(x, function, bad, match):
 
 
 def test_bad_chunk_size(x, draws):
-    with pytest.raises(ValueError, match="`chunk_size` must be a positive int"):
+    with pytest.raises(ValueError, match="chunk_size=0 must be a positive integer"):
         outputs(indexed, draws, x, chunk_size=0)
 
 

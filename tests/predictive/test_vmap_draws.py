@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from pyro_apd.errors import ModelError
 from pyro_apd.predictive import vmap_draws
-from pyro_apd.predictive.vmap_draws import Footprint, check_draws, map_draws, parameters_valid, vmap_conditions
+from pyro_apd.predictive.vmap_draws import Footprint, map_draws, parameters_valid, vmap_conditions
 
 
 @settings(deadline=None)
@@ -129,9 +129,3 @@ def test_parameters_are_held_to_what_a_validating_constructor_accepts(make, good
     with pyro.validation_enabled(False):
         fn = make()
     assert bool(parameters_valid(fn)) == good
-
-
-def test_number_of_draws():
-    assert check_draws({"a": torch.ones(3, 2), "b": torch.ones(3)}) == 3
-    with pytest.raises(ValueError, match="`samples` must be a dict"):
-        check_draws(None, "samples")

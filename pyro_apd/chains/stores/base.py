@@ -274,12 +274,3 @@ def as_bytes(values: Tensor) -> memoryview:
     """The numbers of a tensor as bytes on the host, without a copy where they are contiguous there."""
     values = values.detach().cpu().contiguous()
     return values.reshape(-1).view(torch.uint8).numpy().data
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; large tensors are checked in parts."""
-    if values.numel() * values.element_size() <= _BLOCK_BYTES or values.dim() == 0:
-        return bool(values.isfinite().all())
-    if len(values) == 1:
-        return all_finite(values[0])
-    return all(all_finite(part) for part in values.split(max(1, len(values) // 16)))

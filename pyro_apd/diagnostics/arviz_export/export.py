@@ -41,15 +41,16 @@ from pyro_apd.diagnostics.arviz_export import compat
 from pyro_apd.diagnostics.arviz_export.predictions import ModelGroups, attempt
 from pyro_apd.diagnostics.arviz_export.variables import Selection, Variables, function_probe
 from pyro_apd.diagnostics.comparison.evaluation import Inputs, find_inputs, model_of
-from pyro_apd.diagnostics.draws import ChainDraws, Draws, draw_posterior, draw_shapes, kernel_settings, read_chain
+from pyro_apd.diagnostics.draws import draw_shapes, kernel_settings
+from pyro_apd.predictive.draws import ChainDraws, ChainsLike, PosteriorLike, Values, read_chains, read_draws
 from pyro_apd.runtime.files import atomic_write
 
 _LOG = logging.getLogger("pyro_apd")
 
 
 def to_arviz(
-    mcmc: Any = None,
-    posterior: Any = None,
+    mcmc: ChainsLike | None = None,
+    posterior: PosteriorLike | None = None,
     model: Callable[..., Any] | None = None,
     x: Any = None,
     y: Tensor | None = None,
@@ -99,7 +100,7 @@ def to_arviz(
         raise ValueError("to_arviz needs `mcmc`, `posterior` or both; got neither.")
     if prior < 0:
         raise ValueError(f"`prior` must be 0 (none) or how many draws are wanted; got {prior}.")
-    chain = None if mcmc is None else read_chain(mcmc, draw_shapes(posterior), group_by_chain)
+    chain = None if mcmc is None else read_chains(mcmc, shapes=draw_shapes(posterior), group_by_chain=group_by_chain)
     sets, model = _sets(chain, posterior, num_samples, seed), model_of(mcmc, model)
     inputs = find_inputs(mcmc, model, x, y, None)[0]
     asked = {"posterior_predictive": posterior_predictive, "log_likelihood": log_likelihood, "prior": prior or None}
@@ -122,7 +123,7 @@ def save_netcdf(idata: Any, path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def chain_diagnostics(mcmc: Any) -> list[Mapping[str, Any]]:
+def chain_diagnostics(mcmc: object) -> list[Mapping[str, Any]]:
     """What the kernel's ``diagnostics()`` gave, a dict for each chain; empty where there is nothing.
 
     ``mcmc.diagnostics()`` would first compute R-hat and effective sizes of every weight (half a minute for 80,000), so
@@ -131,15 +132,16 @@ def chain_diagnostics(mcmc: Any) -> list[Mapping[str, Any]]:
     record = getattr(mcmc, "_diagnostics", None)
     if isinstance(record, (list, tuple)):
         return [chain if isinstance(chain, Mapping) else {} for chain in record]
-    if not callable(getattr(mcmc, "diagnostics", None)):
+    diagnostics = getattr(mcmc, "diagnostics", None)
+    if not callable(diagnostics):
         return []
-    by_name = {name: value for name, value in mcmc.diagnostics().items() if isinstance(value, Mapping)}
+    by_name = {name: value for name, value in diagnostics().items() if isinstance(value, Mapping)}
     count = int(getattr(mcmc, "num_chains", 1))
     labels = [f"chain {i}" for i in range(count)]
     return [{name: value[label] for name, value in by_name.items() if label in value} for label in labels]
 
 
-def sample_stats(mcmc: Any, chain: ChainDraws) -> dict[str, np.ndarray]:
+def sample_stats(mcmc: object, chain: ChainDraws) -> dict[str, np.ndarray]:
     """``diverging`` and all per-draw figures that every chain's kernel recorded, each ``(C, S)``."""
     records = chain_diagnostics(mcmc)
     if len(records) != chain.num_chains:
@@ -169,20 +171,22 @@ def versions() -> dict[str, str]:
     }
 
 
-def _sets(chain: ChainDraws | None, posterior: Any, num_samples: int | None, seed: int | None) -> dict[str, Draws]:
+def _sets(
+    chain: ChainDraws | None, posterior: PosteriorLike | None, num_samples: int | None, seed: int | None
+) -> dict[str, Values]:
     """Draws ``(C, S, ...)`` by the suffix of their groups."""
-    sets: dict[str, Draws] = {} if chain is None else {"": chain.values}
+    sets: dict[str, Values] = {} if chain is None else {"": chain.values}
     if posterior is not None:
         num_samples = chain.num_draws if num_samples is None and chain is not None else num_samples
-        drawn = draw_posterior(posterior, num_samples, seed)
+        drawn = read_draws(posterior, num_samples, seed=seed)
         sets["_apd"] = {name: value.unsqueeze(0) for name, value in drawn.items()}
     return sets
 
 
 def _groups(
-    sets: Mapping[str, Draws],
+    sets: Mapping[str, Values],
     selection: Selection,
-    model: Any,
+    model: Callable[..., Any] | None,
     inputs: Inputs | None,
     asked: Mapping[str, Any],
     seed: int | None,
@@ -205,7 +209,11 @@ def _groups(
 
 
 def _model_groups(
-    model: Any, inputs: Inputs | None, reference: Draws, asked: Mapping[str, Any], seed: int | None
+    model: Callable[..., Any] | None,
+    inputs: Inputs | None,
+    reference: Values,
+    asked: Mapping[str, Any],
+    seed: int | None,
 ) -> ModelGroups | None:
     """What makes the groups that need a model; None where it cannot, unless one was asked for."""
     wanted = [name for name, value in asked.items() if value]
@@ -228,7 +236,7 @@ def _model_groups(
 
 
 def _of_model(
-    predictions: ModelGroups, sets: Mapping[str, Draws], asked: Mapping[str, Any]
+    predictions: ModelGroups, sets: Mapping[str, Values], asked: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     if predictions.is_subsampled:
         # Each run of such a model sees other rows, so that draws would not be of the same observations.
@@ -256,7 +264,7 @@ def _of_model(
     return groups
 
 
-def _attributes(mcmc: Any, chain: ChainDraws | None, posterior: Any) -> dict[str, dict[str, Any]]:
+def _attributes(mcmc: object, chain: ChainDraws | None, posterior: object) -> dict[str, dict[str, Any]]:
     settings = json.dumps(kernel_settings(mcmc), sort_keys=True)
     generator = {"source": "generator", "metadata": _metadata(posterior)}
     return {
@@ -266,6 +274,6 @@ def _attributes(mcmc: Any, chain: ChainDraws | None, posterior: Any) -> dict[str
     }
 
 
-def _metadata(posterior: Any) -> str:
+def _metadata(posterior: object) -> str:
     metadata = getattr(posterior, "metadata", None)
     return json.dumps(metadata if isinstance(metadata, Mapping) else {}, sort_keys=True, default=str)

@@ -14,9 +14,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_apd.diagnostics.draws import Draws
 from pyro_apd.models.layout import is_subsample
 from pyro_apd.predictive import predictive
+from pyro_apd.predictive.draws import Values
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
 _LOG = logging.getLogger("pyro_apd")
@@ -37,7 +37,12 @@ class ModelGroups:
     """
 
     def __init__(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], draw: Draws, seed: int | None
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        draw: Values,
+        seed: int | None,
     ) -> None:
         self._model, self._args, self._kwargs, self._seed = model, args, dict(kwargs), seed
         with preserved_param_store(), seeded(0), torch.no_grad():
@@ -65,7 +70,7 @@ class ModelGroups:
         """Observed sites by name."""
         return {name: value.detach().cpu().numpy() for name, value in self._observed.items()}
 
-    def predictions(self, draws: Draws) -> dict[str, np.ndarray]:
+    def predictions(self, draws: Values) -> dict[str, np.ndarray]:
         """Observations sampled anew under draws ``(C, S, ...)``: ``(C, S, ...)`` by site."""
         pooled = {name: value.flatten(0, 1) for name, value in draws.items()}
         with seeded(self._seed, next(iter(draws.values())).device):
@@ -75,7 +80,7 @@ class ModelGroups:
             )
         return _by_chain(sampled, draws)
 
-    def log_likelihood(self, draws: Draws) -> dict[str, np.ndarray]:
+    def log_likelihood(self, draws: Values) -> dict[str, np.ndarray]:
         """Log-likelihood of each observation under each draw, in nats, ``(C, S, N)`` by observed site."""
         pooled = {name: value.flatten(0, 1) for name, value in draws.items()}
         with preserved_param_store(), seeded(0):
@@ -85,7 +90,7 @@ class ModelGroups:
             }
         return _by_chain(found, draws)
 
-    def prior(self, num_samples: int) -> Draws:
+    def prior(self, num_samples: int) -> Values:
         """Draws of the latent sites from the prior, ``(1, S, ...)``."""
         with seeded(self._seed):
             drawn = predictive.Predictive(self._model, num_samples=num_samples, return_sites=tuple(self._shapes))(
@@ -103,7 +108,7 @@ def attempt(what: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
         return {}
 
 
-def _by_chain(values: Mapping[str, Tensor], draws: Draws) -> dict[str, np.ndarray]:
+def _by_chain(values: Mapping[str, Tensor], draws: Values) -> dict[str, np.ndarray]:
     chains, steps = next(iter(draws.values())).shape[:2]
     return {
         name: value.detach().cpu().numpy().reshape(chains, steps, *value.shape[1:]) for name, value in values.items()

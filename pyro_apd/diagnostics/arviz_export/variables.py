@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pyro_apd.diagnostics.arviz_export.compat import Variable
 from pyro_apd.diagnostics.comparison.evaluation import Inputs
-from pyro_apd.diagnostics.draws import Draws, evenly_spaced, flat
+from pyro_apd.diagnostics.draws import flat
 from pyro_apd.diagnostics.mixing.function_space import FunctionProbe
+from pyro_apd.predictive.draws import Values, evenly_spaced
 
 #: Variables that stand for weights; no site may be called so where they are asked for.
 PARAMETERS, PROJECTIONS, FUNCTIONS = "parameters", "projections", "functions"
@@ -52,7 +53,7 @@ class Variables:
     :param int seed: of the random directions.
     """
 
-    def __init__(self, selection: Selection, reference: Draws, probe: FunctionProbe | None, seed: int | None) -> None:
+    def __init__(self, selection: Selection, reference: Values, probe: FunctionProbe | None, seed: int | None) -> None:
         self._selection, self._probe = selection, probe
         self._names = list(reference)
         if selection.projections:
@@ -62,7 +63,7 @@ class Variables:
             directions_DP = torch.randn(theta_SD.shape[1], selection.projections, generator=generator)
             self._directions = (directions_DP / directions_DP.norm(dim=0)).to(theta_SD)
 
-    def __call__(self, draws: Draws, argument: str) -> dict[str, Variable]:
+    def __call__(self, draws: Values, argument: str) -> dict[str, Variable]:
         """Variables of draws ``(C, S, ...)`` by site.
 
         :param str argument: whose draws they are, for errors.
@@ -87,7 +88,7 @@ class Variables:
                 found[FUNCTIONS] = Variable(_array(values_SF.reshape(chains, steps, -1)), ("function",), labels)
         return found
 
-    def _kept(self, draws: Draws, argument: str) -> Draws:
+    def _kept(self, draws: Values, argument: str) -> Values:
         names = self._selection.var_names
         if names is None:
             return draws
@@ -128,7 +129,7 @@ def _whole(name: str, value: Tensor) -> Variable:
     )
 
 
-def _some(kept: Draws, limit: int) -> Variable:
+def _some(kept: Values, limit: int) -> Variable:
     """Entries at even distances through all sites, each labelled by site, layer and unit."""
     sizes = [_size(value) for value in kept.values()]
     starts = np.cumsum([0, *sizes])

@@ -17,8 +17,9 @@ from torch import Tensor
 from pyro_apd import metrics, uncertainty
 from pyro_apd.data.loader import is_loader
 from pyro_apd.data.sources import shown_arguments
-from pyro_apd.diagnostics.draws import Draws, flat
+from pyro_apd.diagnostics.draws import flat
 from pyro_apd.predictive import predictive
+from pyro_apd.predictive.draws import Values, kernel_of, run_arguments
 
 # Quantiles over weights of the ratio of standard deviations.
 _SD_QUANTILES = (5, 50, 95)
@@ -151,13 +152,13 @@ def similarities(reference: Evaluation, other: Evaluation) -> dict[str, float]:
     return found
 
 
-def model_of(mcmc: Any, model: Callable[..., Any] | None) -> Callable[..., Any] | None:
+def model_of(mcmc: object, model: Callable[..., Any] | None) -> Callable[..., Any] | None:
     """``model`` where it is given, else that of the kernel, if there is one."""
-    return model if model is not None else getattr(getattr(mcmc, "kernel", None), "model", None)
+    return model if model is not None else getattr(kernel_of(mcmc), "model", None)
 
 
 def find_inputs(
-    mcmc: Any, model: Any, x: Any, y: Tensor | None, ood: Mapping[str, Any] | None
+    mcmc: object, model: Callable[..., Any] | None, x: Any, y: Tensor | None, ood: Mapping[str, Any] | None
 ) -> tuple[Inputs | None, list[str]]:
     """What to evaluate on: ``x``, ``y`` and ``ood``, else the arguments of ``mcmc.run``; and what a reader should know.
 
@@ -167,33 +168,35 @@ def find_inputs(
     def as_args(value: Any) -> tuple[Any, ...]:
         return value if isinstance(value, tuple) else (value,)
 
-    def without_targets(value: Any) -> tuple[Any, ...]:
+    def without_targets(model: Callable[..., Any], value: Any) -> tuple[Any, ...]:
         args = as_args(value)
         try:
-            inspect.signature(getattr(model, "forward", model)).bind(*args)
+            inspect.signature(getattr(model, "forward", None) or model).bind(*args)
         except TypeError:
             return (*args, None)  # a model that insists on targets takes None for none
         return args
 
     if x is None and (y is not None or ood):
         raise ValueError("`y` and `ood` need `x`, the inputs that they are compared on; got none.")
-    if x is not None and model is None:
-        raise ValueError("`x` was given but no model: pass `model`, since a dict of draws knows none.")
     if x is not None:
+        if model is None:
+            raise ValueError("`x` was given but no model: pass `model`, since a dict of draws knows none.")
         labelled = None if y is None else (*as_args(x), y)
-        sets = {name: without_targets(value) for name, value in (ood or {}).items()}
-        return Inputs(without_targets(x), {}, labelled, y, sets), []
-    run_args, run_kwargs = getattr(mcmc, "_args", None), getattr(mcmc, "_kwargs", None)
-    num_data, has_all_data = getattr(getattr(mcmc, "kernel", None), "num_data", None), False
-    if model is not None and run_args is not None and not is_loader(run_args, num_data):
-        run_args, run_kwargs, has_all_data = shown_arguments(run_args, run_kwargs or {}, num_data)
-    if run_args is None or not has_all_data:
-        return None, ["Weights alone were compared, which are unidentified: pass `x` (and a model) for predictions."]
-    note = "Compared on the data that the chain was conditioned on; held-out inputs say more."
-    return Inputs(run_args, dict(run_kwargs or {}), run_args, None, {}), [note]
+        sets = {name: without_targets(model, value) for name, value in (ood or {}).items()}
+        return Inputs(without_targets(model, x), {}, labelled, y, sets), []
+    given = run_arguments(mcmc)
+    num_data = getattr(kernel_of(mcmc), "num_data", None)
+    if model is not None and given is not None and not is_loader(given[0], num_data):
+        args, kwargs, has_all_data = shown_arguments(*given, num_data)
+        if has_all_data:
+            note = "Compared on the data that the chain was conditioned on; held-out inputs say more."
+            return Inputs(args, kwargs, args, None, {}), [note]
+    return None, ["Weights alone were compared, which are unidentified: pass `x` (and a model) for predictions."]
 
 
-def evaluate(model: Callable[..., Any] | None, draws: Draws, names: Sequence[str], inputs: Inputs | None) -> Evaluation:
+def evaluate(
+    model: Callable[..., Any] | None, draws: Values, names: Sequence[str], inputs: Inputs | None
+) -> Evaluation:
     """Runs the model under all draws on all inputs.
 
     :raises ValueError: if targets are not one a datum.
@@ -226,7 +229,7 @@ def _targets(targets: Tensor | None, kind: str, values: Tensor) -> Tensor | None
 
 
 def _values(
-    model: Callable[..., Any], draws: Draws, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Callable[..., Any], draws: Values, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str, Tensor]:
     out = predictive.outputs(model, draws, *args, **kwargs)
     if out.probs_SNK is not None:

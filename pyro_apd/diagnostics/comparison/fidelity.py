@@ -15,7 +15,8 @@ from pyro_apd.diagnostics.comparison.evaluation import Evaluation, evaluate, fin
 from pyro_apd.diagnostics.comparison.figures import figure_rows
 from pyro_apd.diagnostics.comparison.split import Split, split_draws
 from pyro_apd.diagnostics.comparison.verdict import Row, overall
-from pyro_apd.diagnostics.draws import ChainDraws, draw_shapes, posterior_bytes, read_chain
+from pyro_apd.diagnostics.draws import draw_shapes, posterior_bytes
+from pyro_apd.predictive.draws import ChainDraws, ChainsLike, PosteriorLike, read_chains
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ __all__ = ["compare"]
 
 
 def compare(
-    mcmc: Any,
-    posterior: Any,
+    mcmc: ChainsLike,
+    posterior: PosteriorLike,
     model: Callable[..., Any] | None = None,
     x: Any = None,
     y: Tensor | None = None,
@@ -68,7 +69,7 @@ def compare(
 
     if num_samples < 8:
         raise ValueError(f"`num_samples` must be at least 8, or its halves say nothing; got {num_samples}.")
-    chain = read_chain(mcmc, draw_shapes(posterior), group_by_chain)
+    chain = read_chains(mcmc, shapes=draw_shapes(posterior), group_by_chain=group_by_chain)
     model = model_of(mcmc, model)
     inputs, notes = find_inputs(mcmc, model, x, y, ood)
     split = split_draws(chain, posterior, num_samples, seed)
@@ -85,7 +86,7 @@ def compare(
     )  # fmt: skip
 
 
-def _num_bytes(chain: ChainDraws, posterior: Any, split: Split) -> dict[str, int]:
+def _num_bytes(chain: ChainDraws, posterior: PosteriorLike, split: Split) -> dict[str, int]:
     return {
         "chain": chain.num_bytes,
         "generator": posterior_bytes(posterior),

@@ -33,7 +33,7 @@ from pyro_apd.diagnostics.comparison.standard_errors import (
     standard_errors,
 )
 from pyro_apd.diagnostics.comparison.verdict import POORLY_MIXED_SHARE, Row, judge, lookup
-from pyro_apd.diagnostics.draws import ChainDraws
+from pyro_apd.predictive.draws import ChainDraws
 
 
 def figure_rows(chain_draws: ChainDraws, sets: Mapping[str, Evaluation], split: Split) -> tuple[list[Row], float]:

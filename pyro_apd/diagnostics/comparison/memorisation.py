@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyro_apd.diagnostics.draws import ChainDraws, flat
+from pyro_apd.diagnostics.draws import flat
+from pyro_apd.predictive.draws import ChainDraws
 
 # A draw nearer to another than this share of the usual distance between neighbours counts as a copy. In eight
 # dimensions, one independent draw in 6,000 is so near.

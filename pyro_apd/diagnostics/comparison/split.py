@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from pyro_apd.diagnostics.draws import ChainDraws, Draws, draw_posterior, evenly_spaced, posterior_bytes
+from pyro_apd.diagnostics.draws import posterior_bytes
+from pyro_apd.predictive.draws import ChainDraws, PosteriorLike, Values, check_draws, evenly_spaced, read_draws
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Split:
     :ivar bool is_fitted: whether the generator may have seen those of ``chain``.
     """
 
-    draws: dict[str, Draws]
+    draws: dict[str, Values]
     steps: list[int]
     chains: int
     draws_each: int
@@ -34,17 +34,17 @@ class Split:
     is_fitted: bool
 
 
-def split_draws(chain: ChainDraws, posterior: Any, num_samples: int, seed: int | None) -> Split:
+def split_draws(chain: ChainDraws, posterior: PosteriorLike, num_samples: int, seed: int | None) -> Split:
     """The same number of draws of chain and generator, and stored ones of the generator's bytes."""
     if isinstance(posterior, Mapping):
-        num_samples = min(num_samples, len(next(iter(draw_posterior(posterior, None, seed).values()))))
+        num_samples = min(num_samples, check_draws(posterior, "posterior"))
     unseen = held_out_steps(chain, posterior)
     each = max(1, num_samples // chain.num_chains)
     candidates = unseen if len(unseen) >= each else list(range(chain.num_draws))
     steps = [candidates[i] for i in evenly_spaced(len(candidates), each)]
     reference = chain.pooled(steps)
     count = chain.num_chains * len(steps)
-    generated = draw_posterior(posterior, count, seed)
+    generated = read_draws(posterior, count, seed=seed)
     if set(generated) != set(chain.values):
         raise ValueError(
             f"Sites of `posterior` {sorted(generated)} are not those of `mcmc` {sorted(chain.values)}; both must be of "
@@ -63,7 +63,7 @@ def split_draws(chain: ChainDraws, posterior: Any, num_samples: int, seed: int |
     return Split(draws, steps, chain.num_chains, len(steps), num_stored, overlap, is_fitted)
 
 
-def held_out_steps(chain: ChainDraws, posterior: Any) -> list[int]:
+def held_out_steps(chain: ChainDraws, posterior: object) -> list[int]:
     """Draws of each chain that the generator was not fitted to, by what its distillation wrote down; else none."""
     known = getattr(posterior, "metadata", None) or {}
     rule = known.get("held_out")

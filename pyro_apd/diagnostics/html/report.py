@@ -19,19 +19,12 @@ from pyro_apd.diagnostics.arviz_export.export import sample_stats, versions
 from pyro_apd.diagnostics.comparison.evaluation import Inputs, find_inputs, model_of
 from pyro_apd.diagnostics.comparison.fidelity import compare
 from pyro_apd.diagnostics.comparison.split import split_draws
-from pyro_apd.diagnostics.draws import (
-    ChainDraws,
-    draw_posterior,
-    draw_shapes,
-    evenly_spaced,
-    flat,
-    kernel_settings,
-    read_chain,
-)
+from pyro_apd.diagnostics.draws import draw_shapes, flat, kernel_settings
 from pyro_apd.diagnostics.formatting import format_bytes, format_number
 from pyro_apd.diagnostics.html import pictures
 from pyro_apd.diagnostics.mixing.function_space import FunctionProbe
 from pyro_apd.diagnostics.mixing.health import Health, chain_health, layer_health
+from pyro_apd.predictive.draws import ChainDraws, ChainsLike, PosteriorLike, evenly_spaced, read_chains, read_draws
 from pyro_apd.runtime.files import atomic_write
 from pyro_apd.runtime.global_state import seeded
 
@@ -42,8 +35,8 @@ _FUNCTIONS, _FUNCTION_DRAWS = 6, 1000
 
 
 def report(
-    mcmc: Any,
-    posterior: Any,
+    mcmc: ChainsLike,
+    posterior: PosteriorLike,
     model: Callable[..., Any] | None = None,
     x: Any = None,
     y: Tensor | None = None,
@@ -80,7 +73,7 @@ def report(
                 seed=seed,
                 group_by_chain=group_by_chain,
             )
-        chain = read_chain(mcmc, draw_shapes(posterior), group_by_chain)
+        chain = read_chains(mcmc, shapes=draw_shapes(posterior), group_by_chain=group_by_chain)
         page = {"title": title, "seed": seed, **_of_fidelity(fidelity)}
         page |= _of_draws(chain, posterior, fidelity, seed)
         model = model_of(mcmc, model)
@@ -101,7 +94,7 @@ def _of_fidelity(fidelity: Fidelity) -> dict[str, Any]:
     }
 
 
-def _of_draws(chain: ChainDraws, posterior: Any, fidelity: Fidelity, seed: int | None) -> dict[str, Any]:
+def _of_draws(chain: ChainDraws, posterior: PosteriorLike, fidelity: Fidelity, seed: int | None) -> dict[str, Any]:
     """Weights, and what the posterior says of itself."""
     draws = split_draws(chain, posterior, fidelity.num_samples, seed).draws
     thetas = {which: flat(draws[which], list(chain.values)) for which in ("chain", "generator")}
@@ -112,7 +105,9 @@ def _of_draws(chain: ChainDraws, posterior: Any, fidelity: Fidelity, seed: int |
     }
 
 
-def _of_run(mcmc: Any, chain: ChainDraws, model: Any, inputs: Inputs | None, seed: int | None) -> dict[str, Any]:
+def _of_run(
+    mcmc: object, chain: ChainDraws, model: Callable[..., Any] | None, inputs: Inputs | None, seed: int | None
+) -> dict[str, Any]:
     """Health and provenance of the chain."""
     stats = sample_stats(mcmc, chain)
     with seeded(seed, chain.device):
@@ -130,7 +125,12 @@ def _of_run(mcmc: Any, chain: ChainDraws, model: Any, inputs: Inputs | None, see
 
 
 def _functions(
-    chain: ChainDraws, posterior: Any, model: Any, inputs: Inputs | None, fidelity: Fidelity, seed: int | None
+    chain: ChainDraws,
+    posterior: PosteriorLike,
+    model: Callable[..., Any] | None,
+    inputs: Inputs | None,
+    fidelity: Fidelity,
+    seed: int | None,
 ) -> list[pictures.Picture]:
     """Function values on a few inputs, where there are any."""
     if model is None or inputs is None:
@@ -139,7 +139,7 @@ def _functions(
     with seeded(seed, chain.device):
         probe = FunctionProbe(model, inputs, _FUNCTIONS)
         chain_SF = probe(chain.pooled(steps))
-        draws = draw_posterior(posterior, max(fidelity.num_samples, 200), seed)
+        draws = read_draws(posterior, max(fidelity.num_samples, 200), seed=seed)
         generator_SF = probe({name: value.to(chain.device) for name, value in draws.items()})
     if chain_SF is None or generator_SF is None:
         return []
@@ -178,6 +178,6 @@ def _ledger(fidelity: Fidelity) -> list[tuple[str, int, float]]:
     return [(name, value, value / size["network"]) for name, value in entries]
 
 
-def _metadata(posterior: Any) -> str:
+def _metadata(posterior: object) -> str:
     metadata = getattr(posterior, "metadata", None)
     return json.dumps(metadata, indent=2, sort_keys=True, default=str) if isinstance(metadata, Mapping) else ""

@@ -12,12 +12,11 @@ mirror each other, and no fault.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_apd.diagnostics.draws import read_chain
+from pyro_apd.predictive.draws import ChainsLike, read_chains
 
 __all__ = ["STATISTICS", "convergence", "statistics"]
 
@@ -30,7 +29,7 @@ _TAILS = (0.05, 0.95)
 
 
 def convergence(
-    mcmc: Any, *, group_by_chain: bool | None = True, chunk_size: int | None = None
+    mcmc: ChainsLike, *, group_by_chain: bool | None = True, chunk_size: int | None = None
 ) -> dict[str, dict[str, Tensor]]:
     """Figures of every entry of every site, by site and by figure.
 
@@ -46,7 +45,7 @@ def convergence(
     :raises TypeError: if ``mcmc`` holds no draws.
     :raises ValueError: if there are none, or ``chunk_size`` is not positive.
     """
-    chain = read_chain(mcmc, None, group_by_chain)
+    chain = read_chains(mcmc, group_by_chain=group_by_chain)
     found = {}
     for name, value in chain.values.items():
         by_figure = statistics(value.flatten(2) if value.dim() > 2 else value.unsqueeze(-1), chunk_size=chunk_size)

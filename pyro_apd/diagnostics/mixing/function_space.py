@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_apd.diagnostics.comparison.evaluation import Inputs
-from pyro_apd.diagnostics.draws import evenly_spaced
 from pyro_apd.predictive import predictive
+from pyro_apd.predictive.draws import evenly_spaced
 from pyro_apd.runtime.global_state import preserved_param_store
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pyro_apd.diagnostics.comparison.evaluation import Inputs
-from pyro_apd.diagnostics.draws import ChainDraws, evenly_spaced
 from pyro_apd.diagnostics.mixing.convergence import statistics
 from pyro_apd.diagnostics.mixing.function_space import FunctionProbe
+from pyro_apd.predictive.draws import ChainDraws, evenly_spaced
 
 _MAX_DRAWS = 1000
 _NUM_INPUTS, _NUM_WEIGHTS = 6, 4

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from pyro_apd.diagnostics.draws import evenly_spaced
 from pyro_apd.diagnostics.mixing.convergence import statistics
 from pyro_apd.diagnostics.plots.style import (
     DASHES,
@@ -24,6 +23,7 @@ from pyro_apd.diagnostics.plots.style import (
     series_colours,
     to_numpy,
 )
+from pyro_apd.predictive.draws import evenly_spaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

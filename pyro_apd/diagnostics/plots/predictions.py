@@ -12,7 +12,6 @@ import numpy as np
 from torch import Tensor
 
 from pyro_apd import metrics
-from pyro_apd.diagnostics.draws import evenly_spaced
 from pyro_apd.diagnostics.plots.style import (
     DASHES,
     MAX_POINTS,
@@ -23,6 +22,7 @@ from pyro_apd.diagnostics.plots.style import (
     series_colours,
     to_numpy,
 )
+from pyro_apd.predictive.draws import evenly_spaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_apd.diagnostics.draws import evenly_spaced
 from pyro_apd.diagnostics.plots.style import (
     MAX_POINTS,
     NAMES,
@@ -21,6 +20,7 @@ from pyro_apd.diagnostics.plots.style import (
     new_axes,
     to_numpy,
 )
+from pyro_apd.predictive.draws import evenly_spaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

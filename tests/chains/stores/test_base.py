@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.distributions import constraints, transforms
 
-from pyro_apd.chains.stores.base import STATISTICS, MemoryStore, all_finite, as_bytes, kept_columns, kept_layout
+from pyro_apd.chains.stores.base import STATISTICS, MemoryStore, as_bytes, kept_columns, kept_layout
 from pyro_apd.chains.stores.disk import DiskStore
 from pyro_apd.models.layout import Layout
 
@@ -204,14 +204,3 @@ def resident():
 @pytest.mark.parametrize("values", [torch.tensor(1.5), torch.arange(4)[::2], torch.ones(2, 3, dtype=torch.bfloat16)])
 def test_as_bytes(values):
     assert bytes(as_bytes(values)) == bytes(values.contiguous().reshape(-1).view(torch.uint8).tolist())
-
-
-@pytest.mark.parametrize("shape", [(), (7,), (1, 50, 4), (3, 40, 2), (0, 3)])
-def test_all_finite(shape, monkeypatch):
-    monkeypatch.setattr("pyro_apd.chains.stores.base._BLOCK_BYTES", 40)
-    values = torch.zeros(shape)
-    assert all_finite(values)
-    for place in range(values.numel()):
-        values.view(-1)[place] = torch.nan
-        assert not all_finite(values)
-        values.view(-1)[place] = 0.0

@@ -15,8 +15,8 @@ from pyro.infer import MCMC, NUTS
 from pyro_apd import uncertainty
 from pyro_apd.diagnostics import Fidelity, compare
 from pyro_apd.diagnostics.comparison.split import split_draws
-from pyro_apd.diagnostics.draws import evenly_spaced, read_chain
 from pyro_apd.diagnostics.formatting import format_bytes
+from pyro_apd.predictive.draws import evenly_spaced, read_chains
 from pyro_apd.predictive.predictive import log_likelihood, outputs
 
 CLASS_FIGURES = [
@@ -138,7 +138,7 @@ def test_stored_draws_take_the_bytes_of_the_generator(case, run):
 
 @pytest.mark.slow
 def test_stored_draws_are_not_those_they_are_compared_with(case, run):
-    chain = read_chain({"a": torch.arange(400.0).reshape(2, 200)}, group_by_chain=True)
+    chain = read_chains({"a": torch.arange(400.0).reshape(2, 200)}, group_by_chain=True)
     split = split_draws(chain, case.StubPosterior(lambda n: {"a": torch.zeros(n)}, num_bytes=4 * 60), 100, seed=0)
     kept, stored = (set(split.draws[which]["a"].tolist()) for which in ("chain", "stored"))
     assert (len(kept), len(stored), len(kept & stored)) == (100, 60, 0)
@@ -383,7 +383,7 @@ def test_the_chain_column_is_of_draws_that_were_held_out():
     from types import SimpleNamespace
 
     from pyro_apd.diagnostics.comparison.split import held_out_steps, split_draws
-    from pyro_apd.diagnostics.draws import ChainDraws
+    from pyro_apd.predictive.draws import ChainDraws
 
     values = torch.arange(200.0).reshape(2, 100, 1)
     chain = ChainDraws({"w": values})

@@ -6,7 +6,7 @@ import torch
 
 from pyro_apd.diagnostics.comparison import memorisation
 from pyro_apd.diagnostics.comparison.memorisation import new_draw_shares
-from pyro_apd.diagnostics.draws import read_chain
+from pyro_apd.predictive.draws import read_chains
 from tests.support.small_posteriors import autoregressive
 
 STEPS = list(range(0, 60, 3))
@@ -15,8 +15,8 @@ STEPS = list(range(0, 60, 3))
 @pytest.fixture
 def chain():
     g = torch.Generator().manual_seed(0)
-    return read_chain(
-        {"a": torch.randn(3, 60, 4, 2, generator=g), "b": 5 + torch.randn(3, 60, generator=g)}, None, True
+    return read_chains(
+        {"a": torch.randn(3, 60, 4, 2, generator=g), "b": 5 + torch.randn(3, 60, generator=g)}, group_by_chain=True
     )
 
 
@@ -55,18 +55,21 @@ def test_blocks_make_no_difference(chain, monkeypatch):
 def test_a_generator_that_follows_a_slow_chain_is_no_copy():
     g = torch.Generator().manual_seed(0)
     slow = autoregressive(2, 300, (9,), 0.98, g)
-    chain = read_chain({"a": slow}, None, True)
+    chain = read_chains({"a": slow}, group_by_chain=True)
     near = slow.flatten(0, 1)[::6] + 0.2 * torch.randn(100, 9, generator=g)
     assert new_draw_shares(chain, list(range(0, 300, 6)), {"near": near})["near"] > 0.9
 
 
 def test_weights_that_do_not_move_do_not_count(chain):
-    still = read_chain({**chain.values, "c": torch.full((3, 60, 2), 3.0)}, None, True)
+    still = read_chains({**chain.values, "c": torch.full((3, 60, 2), 3.0)}, group_by_chain=True)
     own = torch.cat([theta(chain)[:9], torch.full((9, 2), 3.0)], 1)
     assert new_draw_shares(still, STEPS, {"copies": own})["copies"] == 0.0
 
 
 def test_nothing_to_measure_by():
-    held = read_chain({"a": torch.randn(1, 10, 3).repeat_interleave(6, 1)}, None, True)
+    held = read_chains({"a": torch.randn(1, 10, 3).repeat_interleave(6, 1)}, group_by_chain=True)
     assert new_draw_shares(held, STEPS, {"x": torch.randn(5, 3)}) == {}
-    assert new_draw_shares(read_chain({"a": torch.ones(2, 60, 3)}, None, True), STEPS, {"x": torch.ones(5, 3)}) == {}
+    assert (
+        new_draw_shares(read_chains({"a": torch.ones(2, 60, 3)}, group_by_chain=True), STEPS, {"x": torch.ones(5, 3)})
+        == {}
+    )

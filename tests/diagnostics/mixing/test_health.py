@@ -10,8 +10,8 @@ import torch
 from pyro_apd.diagnostics import convergence
 from pyro_apd.diagnostics.arviz_export import compat
 from pyro_apd.diagnostics.comparison.evaluation import Inputs
-from pyro_apd.diagnostics.draws import read_chain
 from pyro_apd.diagnostics.mixing.health import chain_health, layer_health
+from pyro_apd.predictive.draws import read_chains
 from pyro_apd.predictive.predictive import outputs
 
 
@@ -21,7 +21,7 @@ def inputs(case):
 
 
 def health_of(case, inputs, **options):
-    chain = read_chain(case.chain(**options), group_by_chain=True)
+    chain = read_chains(case.chain(**options), group_by_chain=True)
     stats = {"potential": np.random.default_rng(0).normal(size=(chain.num_chains, chain.num_draws))}
     return chain, chain_health(chain, stats, case.model, inputs)
 
@@ -65,7 +65,7 @@ def test_one_chain_has_no_rhat_and_a_still_one_nothing(case, inputs):
 
 
 def test_without_inputs_there_are_weights(case):
-    chain = read_chain({"scale": torch.rand(4, 50), "w": torch.randn(4, 50, 2, 2)}, group_by_chain=True)
+    chain = read_chains({"scale": torch.rand(4, 50), "w": torch.randn(4, 50, 2, 2)}, group_by_chain=True)
     health = chain_health(chain, {})
     assert {row.group for row in health} == {"weight"}
     assert health[0].name == "scale"
@@ -78,7 +78,7 @@ def test_long_chains_are_thinned(case, inputs):
 
 
 def test_layers_sum_up_their_weights(case):
-    chain = read_chain(case.chain(), group_by_chain=True)
+    chain = read_chains(case.chain(), group_by_chain=True)
     layers = layer_health(chain)
     assert [(row.layer, row.num_weights) for row in layers] == [("hidden", 12), ("out", 15)]
     rhat = torch.cat([value["rhat"].flatten() for value in list(convergence(chain.values).values())[:2]])
@@ -87,6 +87,6 @@ def test_layers_sum_up_their_weights(case):
     assert layers[0].ess_5 <= layers[0].ess_50
     few = layer_health(chain, max_weights=6)
     assert sum(row.num_weights for row in few) <= 6
-    stuck = layer_health(read_chain(case.chain(sd=0.02, spread=1.0), group_by_chain=True))
+    stuck = layer_health(read_chains(case.chain(sd=0.02, spread=1.0), group_by_chain=True))
     assert min(row.rhat_50 for row in stuck) > 1.5
-    assert math.isnan(layer_health(read_chain(case.chain(num_chains=1), group_by_chain=True))[0].rhat_50)
+    assert math.isnan(layer_health(read_chains(case.chain(num_chains=1), group_by_chain=True))[0].rhat_50)
