@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_apd import uncertainty
+from pyro_apd import metrics, uncertainty
 from pyro_apd.baselines import DarkKnowledge
 from pyro_apd.errors import ModelError
 from pyro_apd.predictive.draws import PosteriorLike, draws_between, spread_draws
@@ -27,7 +27,7 @@ from pyro_apd.runtime.seeds import derived_generator, seed_or_fresh
 
 __all__ = ["METRICS", "Detection", "Figure", "OutOfDistribution", "evaluate", "rank_metrics"]
 
-#: Names of the figures: areas under the ROC and the precision-recall curves, and the share of data from inside that are
+#: Names of the metrics: areas under the ROC and the precision-recall curves, and the share of data from inside that are
 #: taken for outside where 95 % of those from outside are found.
 METRICS = ("auroc", "aupr_out", "aupr_in", "fpr95")
 
@@ -42,7 +42,7 @@ _CHUNK = 4_000_000
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure and its bootstrap interval.
+    """A metric and its bootstrap interval.
 
     :ivar float value: of the data as they are.
     :ivar float low: lower end of the interval; NaN without a bootstrap.
@@ -98,7 +98,7 @@ class OutOfDistribution:
         raise KeyError(f"There is nothing for {key!r}; there are {known}.")
 
     def records(self) -> list[dict[str, Any]]:
-        """One flat dict a set, score and figure, with plain values, as a table of pandas takes it."""
+        """One flat dict per set, score and metric, with plain values, as a table of pandas takes it."""
         return [
             {
                 "out": detection.out,
@@ -115,7 +115,7 @@ class OutOfDistribution:
         ]
 
     def to_dict(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Values by set, score and figure, without intervals."""
+        """Values by set, score and metric, without intervals."""
         table: dict[str, dict[str, dict[str, float]]] = {}
         for detection in self.detections:
             values = {metric: figure.value for metric, figure in detection.figures.items()}
@@ -158,16 +158,14 @@ def evaluate(
         ``model_variance`` (default: the first and last).
     :param int num_samples: draws of an ``MCMC`` or generator.
     :param int num_bootstrap: resamplings of the data, inside and outside apart; 0 for no intervals.
-    :param float confidence: of the percentile intervals. They tell how far the figures depend on which data are there,
+    :param float confidence: of the percentile intervals. They tell how far the metrics depend on which data are there,
         not on which draws.
     :param int seed: of draws and bootstrap, without touching the global generator.
     :param int chunk_size: draws evaluated together; None chooses it by memory.
-    :raises ImportError: if scikit-learn, of the ``[apps]`` extra, is not installed.
     :raises ValueError: if a number is out of range, a name is not known, a set is empty, or a score is NaN.
     :raises TypeError: if ``posterior`` is none of the above.
     :raises ModelError: if the model has not one observed site with probabilities or a mean and variance.
     """
-    _sklearn()
     num_samples = integer("num_samples", num_samples)
     num_bootstrap = integer("num_bootstrap", num_bootstrap, at_least=0, hint="0 gives no intervals.")
     confidence = number("confidence", confidence, above=0, below=1)
@@ -189,22 +187,21 @@ def evaluate(
 
 
 def rank_metrics(scores_in: Tensor, scores_out: Tensor) -> dict[str, float]:
-    """The figures of :data:`METRICS`, by scikit-learn, of scores that are higher outside.
+    """The metrics of :data:`METRICS`, of scores that are higher outside.
 
     :param Tensor scores_in: any shape; ``scores_out`` likewise.
-    :raises ImportError: if scikit-learn, of the ``[apps]`` extra, is not installed.
     :raises ValueError: if either is empty or holds NaN.
     """
-    metrics = _sklearn()
-    inside, outside = _flat("scores_in", scores_in), _flat("scores_out", scores_out)
-    value = torch.cat([inside, outside]).numpy()
-    is_out = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).numpy()
-    false, true, _ = metrics.roc_curve(is_out, value, drop_intermediate=False)
+    return {name: float(value) for name, value in _of_ranks(metrics.RankedScores(scores_in, scores_out)).items()}
+
+
+def _of_ranks(ranked: metrics.RankedScores) -> dict[str, Tensor]:
+    """Each ``(B,)``."""
     return {
-        "auroc": float(metrics.roc_auc_score(is_out, value)),
-        "aupr_out": float(metrics.average_precision_score(is_out, value)),
-        "aupr_in": float(metrics.average_precision_score(1 - is_out, -value)),
-        "fpr95": float(false[(true >= _FOUND).argmax()]),
+        "auroc": ranked.auroc(),
+        "aupr_out": ranked.average_precision_out(),
+        "aupr_in": ranked.average_precision_in(),
+        "fpr95": ranked.false_positive_rate(_FOUND),
     }
 
 
@@ -214,54 +211,28 @@ def _figures(
     values = rank_metrics(inside, outside)
     if not num_bootstrap:
         return {name: Figure(value) for name, value in values.items()}
-    resampled = _resampled(_flat("scores_in", inside), _flat("scores_out", outside), num_bootstrap, generator)
+    resampled = _resampled(inside.flatten(), outside.flatten(), num_bootstrap, generator)
     tail = (1 - confidence) / 2
     levels = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    bounds = {name: resampled[name].quantile(levels).tolist() for name in values}
+    bounds = {name: resampled[name].cpu().quantile(levels).tolist() for name in values}
     return {name: Figure(value, *bounds[name]) for name, value in values.items()}
 
 
-def _resampled(inside: Tensor, outside: Tensor, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Figures ``(B,)`` of resampled data: a datum drawn k times counts k-fold, and nothing is sorted again."""
+def _resampled(inside_N: Tensor, outside_M: Tensor, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Metrics ``(B,)`` of resampled data: a datum drawn k times counts k times."""
     parts = []
-    per_chunk = max(1, _CHUNK // (len(inside) + len(outside)))
+    per_chunk = max(1, _CHUNK // (len(inside_N) + len(outside_M)))
     for start in range(0, count, per_chunk):
         num = min(per_chunk, count - start)
-        parts.append(_weighted(inside, outside, _counts(num, inside, generator), _counts(num, outside, generator)))
+        counts = [_counts(num, len(part), generator) for part in (inside_N, outside_M)]
+        parts.append(_of_ranks(metrics.RankedScores(inside_N, outside_M, *counts)))
     return {name: torch.cat([part[name] for part in parts]) for name in METRICS}
 
 
-def _counts(num: int, values: Tensor, generator: torch.Generator) -> Tensor:
+def _counts(num: int, num_data: int, generator: torch.Generator) -> Tensor:
     """How often each datum is drawn, ``(B, N)``."""
-    drawn = torch.randint(len(values), (num, len(values)), generator=generator)
-    return torch.zeros(num, len(values), dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
-
-
-def _weighted(inside: Tensor, outside: Tensor, count_in: Tensor, count_out: Tensor) -> dict[str, Tensor]:
-    """The figures of :func:`rank_metrics`, ``(B,)``, of data that count ``(B, N)`` times.
-
-    Thresholds are the distinct scores, from the highest down; at each, so many from inside and outside are at or above.
-    """
-    levels, index = torch.cat([inside, outside]).unique(return_inverse=True)
-    index = len(levels) - 1 - index  # from the highest
-    at_in, at_out = (
-        torch.zeros(len(count), len(levels), dtype=torch.float64).index_add_(1, part, count)
-        for count, part in zip((count_in, count_out), index.split([len(inside), len(outside)]), strict=True)
-    )
-    above_in, above_out = at_in.cumsum(1), at_out.cumsum(1)
-    num_in, num_out = above_in[:, -1:], above_out[:, -1:]
-    below_in = num_in - above_in
-    precision_out = above_out / (above_out + above_in).clamp_min(1)
-    # From below: what is at a threshold or below it, as positives from inside.
-    up_in, up_out = num_in - above_in + at_in, num_out - above_out + at_out
-    precision_in = up_in / (up_in + up_out).clamp_min(1)
-    first = (above_out / num_out >= _FOUND).to(torch.uint8).argmax(1, keepdim=True)
-    return {
-        "auroc": (at_out * (below_in + 0.5 * at_in)).sum(1) / (num_in * num_out).squeeze(1),
-        "aupr_out": (at_out * precision_out).sum(1) / num_out.squeeze(1),
-        "aupr_in": (at_in * precision_in).sum(1) / num_in.squeeze(1),
-        "fpr95": (above_in.gather(1, first) / num_in).squeeze(1),
-    }
+    drawn = torch.randint(num_data, (num, num_data), generator=generator)
+    return torch.zeros(num, num_data, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
 
 
 def _scorer(
@@ -324,25 +295,5 @@ def _arguments(data: Any, name: str) -> tuple[Any, ...]:
             f"arguments without targets; got {what}."
         )
     if any(bool(value.isnan().any()) for value in tensors if value.is_floating_point()):
-        raise ValueError(f"`{name}` holds NaN; remove or mend the rows concerned.")
+        raise ValueError(f"`{name}` holds NaN; remove or fix the rows concerned.")
     return tuple(args)
-
-
-def _flat(name: str, scores: Tensor) -> Tensor:
-    value = scores.detach().flatten().double().cpu()
-    if value.numel() == 0 or bool(value.isnan().any()):
-        raise ValueError(
-            f"{name} must hold at least one score and no NaN; got {value.numel()} scores, {int(value.isnan().sum())} "
-            "of them NaN. Look at the draws and inputs that they are of."
-        )
-    return value
-
-
-def _sklearn() -> Any:
-    try:
-        from sklearn import metrics
-    except ImportError as error:
-        raise ImportError(
-            "Figures of detection are computed by scikit-learn, which is missing: pip install 'pyro-apd[apps]'."
-        ) from error
-    return metrics

@@ -3,8 +3,6 @@
 
 """Figures of detection by hand, against two libraries, and through every kind of posterior."""
 
-import builtins
-
 import hypothesis.strategies as st
 import pyro
 import pyro.distributions as dist
@@ -16,7 +14,7 @@ from torch.testing import assert_close
 
 import pyro_apd as apd
 from pyro_apd import ood
-from pyro_apd.ood import METRICS, _resampled, _weighted, rank_metrics
+from pyro_apd.ood import METRICS, _of_ranks, _resampled, rank_metrics
 from tests.support.models import Classifier
 
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
@@ -54,11 +52,19 @@ def test_apart_and_alike():
 
 @given(SCORES, SCORES)
 @settings(max_examples=50, deadline=None)
-def test_weighted_figures_are_those_of_scikit_learn(inside, outside):
-    ones = [torch.ones(1, len(part), dtype=torch.float64) for part in (inside, outside)]
-    found = {name: float(value) for name, value in _weighted(inside, outside, *ones).items()}
-    assert found == pytest.approx(rank_metrics(inside, outside))
-    assert found["auroc"] == pytest.approx(apd.metrics.auroc(inside, outside))
+def test_metrics_are_those_of_scikit_learn(inside, outside):
+    theirs = pytest.importorskip("sklearn.metrics")
+    value = torch.cat([inside, outside]).numpy()
+    is_out = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).numpy()
+    false, true, _ = theirs.roc_curve(is_out, value, drop_intermediate=False)
+    assert rank_metrics(inside, outside) == pytest.approx(
+        {
+            "auroc": theirs.roc_auc_score(is_out, value),
+            "aupr_out": theirs.average_precision_score(is_out, value),
+            "aupr_in": theirs.average_precision_score(1 - is_out, -value),
+            "fpr95": false[(true >= 0.95).argmax()],
+        }
+    )
 
 
 @given(SCORES, SCORES, st.integers(0, 99))
@@ -68,7 +74,7 @@ def test_data_that_count_twice_are_data_given_twice(inside, outside, seed):
     counts = [torch.randint(0, 3, (len(part),), generator=generator) for part in (inside, outside)]
     for count in counts:
         count[0] += 1
-    found = _weighted(inside, outside, *(count[None].double() for count in counts))
+    found = _of_ranks(apd.metrics.RankedScores(inside, outside, *(count[None] for count in counts)))
     repeated = rank_metrics(inside.repeat_interleave(counts[0]), outside.repeat_interleave(counts[1]))
     assert {name: float(value) for name, value in found.items()} == pytest.approx(repeated)
 
@@ -196,16 +202,3 @@ def test_what_is_refused(settings, error, message):
     arguments = {"posterior": draws(), "in_data": X, "out_data": 2 * X, "num_bootstrap": 0, **settings}
     with pytest.raises(error, match=message):
         ood.evaluate(Classifier(), **arguments)
-
-
-def test_without_scikit_learn(monkeypatch):
-    actual = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return actual(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pyro-apd\[apps\]"):
-        ood.evaluate(Classifier(), draws(), X, X)
