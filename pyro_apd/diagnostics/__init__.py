@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Would you ship this posterior? Chain and generator side by side, in figures, plots, ArviZ and one HTML page."""
+"""Chain and generator compared: metrics with a verdict, plots, ArviZ containers and one HTML page."""
 
 from typing import TYPE_CHECKING, Any
 

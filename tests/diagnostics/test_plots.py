@@ -46,7 +46,7 @@ def rendered(ax):
 
 def test_scatter_shows_each_input():
     chain, generator = torch.rand(50), torch.rand(50)
-    ax = rendered(plots.score_scatter(chain, generator, names=("NUTS", "APD")))
+    ax = rendered(plots.score_scatter(chain, generator, names=("NUTS", "generator")))
     np.testing.assert_allclose(offsets(ax), torch.stack([chain, generator], 1), rtol=1e-6)
     assert ax.get_xlabel() == "mutual information (nats), NUTS"
     assert ax.get_xlim() == ax.get_ylim()
@@ -79,7 +79,7 @@ def test_scores_beyond_the_axis_are_not_dropped():
 def test_calibration_curve():
     probs = torch.tensor([[0.9, 0.1]] * 10 + [[0.35, 0.65]] * 10)
     labels_N = torch.tensor([0] * 9 + [1] + [1] * 5 + [0] * 5)
-    ax = rendered(plots.calibration_curve({"SGLD": probs, "APD": probs}, labels_N))
+    ax = rendered(plots.calibration_curve({"SGLD": probs, "generator": probs}, labels_N))
     x, y = ax.lines[1].get_data()
     np.testing.assert_allclose(x, [0.65, 0.9], rtol=1e-6)
     np.testing.assert_allclose(y, [0.5, 0.9])
@@ -108,7 +108,7 @@ def test_principal_pair_does_not_shrink_a_perfect_generator():
     spread = [offsets(ax, which).std(0) for which in (0, 1)]
     np.testing.assert_allclose(spread[0], spread[1], rtol=0.5)
     assert len(offsets(ax, 0)) == len(offsets(ax, 1)) == 60
-    assert labels(ax) == ["SGLD", "APD"]
+    assert labels(ax) == ["SGLD", "generator"]
 
 
 def test_principal_pair_keeps_distances():
@@ -151,7 +151,7 @@ def test_quality_against_bytes(fidelity):
     points = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines[1:]}
     row, size = fidelity["mean_mi"], fidelity.num_bytes
     assert points["SGLD, all draws"] == (size["chain"], row.chain)
-    assert points["APD generator"] == (size["generator"], row.generator)
+    assert points["generator"] == (size["generator"], row.generator)
     assert points["8 stored draws"] == (size["stored"], row.stored)
     with pytest.raises(KeyError, match="nix"):
         plots.quality_against_bytes(fidelity, "nix")
@@ -169,8 +169,8 @@ def test_given_axes_are_used_and_dark_ones_get_light_colours(fidelity):
 def test_forest_shows_medians_and_intervals():
     g = torch.Generator().manual_seed(0)
     chain, generator = torch.randn(4, 200, 3, generator=g), 0.5 * torch.randn(100, 3, generator=g)
-    ax = rendered(plots.forest(chain, generator, ["a", "b", "c"], names=("NUTS", "APD")))
-    assert labels(ax) == ["NUTS", "APD"]
+    ax = rendered(plots.forest(chain, generator, ["a", "b", "c"], names=("NUTS", "generator")))
+    assert labels(ax) == ["NUTS", "generator"]
     assert [text.get_text() for text in ax.get_yticklabels()] == ["c", "b", "a"]
     np.testing.assert_allclose(ax.lines[0].get_xdata(), np.median(chain.flatten(0, 1).numpy(), 0), rtol=1e-5, atol=1e-6)
     thin = ax.collections[0].get_segments()
@@ -193,7 +193,7 @@ def test_densities_have_unit_area():
         for line in ax.lines:
             x, y = line.get_data()
             assert area(x, y) == pytest.approx(1.0, abs=0.03)
-    assert labels(rendered(axes[0])) == ["SGLD", "APD"]
+    assert labels(rendered(axes[0])) == ["SGLD", "generator"]
     collapsed = plots.density(chain, torch.zeros(50, 4), list("abcd"))
     assert collapsed[0].get_ylim()[1] < 5 * collapsed[0].lines[0].get_ydata().max()
     rendered(plots.density(torch.zeros(2, 30, 1), torch.zeros(30, 1), ["a"])[0])
@@ -201,13 +201,13 @@ def test_densities_have_unit_area():
         plots.density(chain, generator, list("abcd"), Figure().subplots(1, 2))
 
 
-def test_rank_bars_are_level_for_one_law_and_low_at_the_ends_for_a_narrow_one():
+def test_rank_bars_are_flat_for_the_same_distribution_and_low_at_the_ends_for_a_narrow_one():
     g = torch.Generator().manual_seed(0)
     chain = torch.randn(4, 1000, generator=g)
     ax = rendered(plots.rank_bars(chain, chain.flatten()[::2], bins=8, label="w"))
     heights = [patch.get_height() for patch in ax.patches[:8]]
     np.testing.assert_allclose(heights, 1, atol=0.15)
-    assert set(labels(ax)) == {"APD", "SGLD, range of 4 chains", "one law"}
+    assert set(labels(ax)) == {"generator", "SGLD, range of 4 chains", "same distribution"}
     narrow = plots.rank_bars(chain, 0.5 * chain.flatten(), bins=8)
     heights = [patch.get_height() for patch in narrow.patches[:8]]
     assert max(heights[0], heights[-1]) < 0.3
@@ -230,7 +230,7 @@ def test_ess_is_that_of_arviz():
 
 def test_roc_curve():
     inside, outside = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.35, 0.5])
-    ax = rendered(plots.roc_curve({"SGLD": (inside, outside), "APD": (inside, inside)}, title="noise"))
+    ax = rendered(plots.roc_curve({"SGLD": (inside, outside), "generator": (inside, inside)}, title="noise"))
     x, y = ax.lines[1].get_data()
     np.testing.assert_allclose(x, [0, 0, 0.25, 0.25, 0.5, 0.75, 1.0])
     np.testing.assert_allclose(y, [0, 0.5, 0.5, 1, 1, 1, 1])
@@ -252,7 +252,7 @@ def test_principal_pair_has_marginals():
 def test_decision_surfaces(case):
     draws = {n: v.flatten(0, 1)[:30] for n, v in case.chain().items()}
     point = {n: v[:1].expand(30, *v.shape[1:]) for n, v in draws.items()}
-    axes = plots.decision_surfaces(case.model, {"SGLD": draws, "APD": point}, case.x, case.y, resolution=12)
+    axes = plots.decision_surfaces(case.model, {"SGLD": draws, "generator": point}, case.x, case.y, resolution=12)
     assert [ax.get_title() for ax in axes] == [
         *("SGLD: prediction", "SGLD: uncertainty of the model", "APD: prediction", "APD: uncertainty of the model")
     ]

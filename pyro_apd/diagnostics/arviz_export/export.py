@@ -72,7 +72,7 @@ def to_arviz(
     :mod:`pyro_apd.diagnostics.arviz_export.export`.
 
     Of a large network ask for less than all weights, of which ArviZ takes ten milliseconds each:
-    :func:`~pyro_apd.diagnostics.mixing.convergence` has the figures of all of them in a tenth of the time.
+    :func:`~pyro_apd.diagnostics.mixing.convergence` has the statistics of all of them in a tenth of the time.
 
     :param mcmc: a :class:`pyro.infer.MCMC` after ``run``, with any kernel; or a dict of draws.
     :param posterior: a :class:`~pyro_apd.posterior.posterior.DistilledPosterior`; or a dict of draws ``(S, ...)``.
@@ -142,7 +142,7 @@ def chain_diagnostics(mcmc: object) -> list[Mapping[str, Any]]:
 
 
 def sample_stats(mcmc: object, chain: ChainDraws) -> dict[str, np.ndarray]:
-    """``diverging`` and all per-draw figures that every chain's kernel recorded, each ``(C, S)``."""
+    """``diverging`` and all per-draw statistics that every chain's kernel recorded, each ``(C, S)``."""
     records = chain_diagnostics(mcmc)
     if len(records) != chain.num_chains:
         return {}
@@ -160,7 +160,7 @@ def sample_stats(mcmc: object, chain: ChainDraws) -> dict[str, np.ndarray]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that figures depend on."""
+    """Versions of the packages that results depend on."""
     arviz = compat.import_arviz()
     return {
         "pyro_apd": __version__,

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a set of draws says about some inputs, and the figures that sum it up."""
+"""Predictions of a set of draws on some inputs, and the metrics that summarise them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``S`` draws say, before it is averaged.
+    """Predictions of ``S`` draws, before they are averaged.
 
     :ivar theta_SD: the draws themselves, constrained values side by side.
     :ivar kind: ``classes``, ``numbers`` (regression) or ``weights`` (no function values).
@@ -91,40 +91,40 @@ class Evaluation:
         """Averaged prediction: probabilities ``(N, K)`` or numbers ``(N,)``."""
         return self.values[""].mean(0) if self.kind == "classes" else self.values[""][0].mean(0)
 
-    def spread(self) -> Tensor:
-        """Variance of the prediction over draws, unbiased, summed over everything that is predicted."""
+    def total_variance(self) -> Tensor:
+        """Variance of the prediction over draws, unbiased, summed over all inputs and outputs."""
         values = self.values[""] if self.kind == "classes" else self.values[""][0]
         return values.var(0).sum()
 
-    def figures(self) -> dict[str, float]:
-        """All figures of these draws by themselves."""
+    def metrics(self) -> dict[str, float]:
+        """All metrics of these draws alone."""
         if self.kind == "weights":
             return {}
-        figures: dict[str, float] = {}
+        found: dict[str, float] = {}
         if self.kind == "classes" and self.targets is not None:
             probs, mean = self.values[""], self.mean()
-            figures["accuracy"] = metrics.accuracy(mean, self.targets)
-            figures["one_draw_accuracy"] = float((probs.argmax(-1) == self.targets).double().mean())
+            found["accuracy"] = metrics.accuracy(mean, self.targets)
+            found["one_draw_accuracy"] = float((probs.argmax(-1) == self.targets).double().mean())
         if self.kind == "numbers" and self.targets is not None:
-            figures["rmse"] = float((self.mean() - self.targets).square().mean().sqrt())
+            found["rmse"] = float((self.mean() - self.targets).square().mean().sqrt())
         if self.log_prob_SN is not None:
             averaged = self.log_prob_SN.double().logsumexp(0) - math.log(self.num_draws)
-            figures["nll"] = float(-averaged.mean())
+            found["nll"] = float(-averaged.mean())
         if self.kind == "classes" and self.targets is not None:
-            figures["ece"] = metrics.expected_calibration_error(mean, self.targets)
+            found["ece"] = metrics.expected_calibration_error(mean, self.targets)
         inside = self.scores()
-        figures |= {f"mean_{name}": float(score.double().mean()) for name, score in inside.items()}
+        found |= {f"mean_{name}": float(score.double().mean()) for name, score in inside.items()}
         for which in self.values:
             if which:
                 outside = self.scores(which)
                 model = list(outside)[-1]
-                figures[f"mean_{model}[{which}]"] = float(outside[model].double().mean())
-                figures |= {f"auroc_{n}[{which}]": metrics.auroc(inside[n], s) for n, s in outside.items()}
-        return figures
+                found[f"mean_{model}[{which}]"] = float(outside[model].double().mean())
+                found |= {f"auroc_{n}[{which}]": metrics.auroc(inside[n], s) for n, s in outside.items()}
+        return found
 
 
 def similarities(reference: Evaluation, other: Evaluation) -> dict[str, float]:
-    """How alike two sets of draws are: figures of the pair.
+    """How similar two sets of draws are: metrics of the pair.
 
     Agreement (share of data given the same class) and total variation (half the L1 distance of averaged predictions,
     mean over data) as in Izmailov et al. 2021, section 6; correlation over data of the uncertainty of the model; and
@@ -160,7 +160,7 @@ def model_of(mcmc: object, model: Callable[..., Any] | None) -> Callable[..., An
 def find_inputs(
     mcmc: object, model: Callable[..., Any] | None, x: Any, y: Tensor | None, ood: Mapping[str, Any] | None
 ) -> tuple[Inputs | None, list[str]]:
-    """What to evaluate on: ``x``, ``y`` and ``ood``, else the arguments of ``mcmc.run``; and what a reader should know.
+    """Inputs to evaluate on: ``x``, ``y`` and ``ood``, else the arguments of ``mcmc.run``; and remarks for the reader.
 
     :raises ValueError: if targets or sets come without inputs, or inputs without a model.
     """
@@ -173,7 +173,7 @@ def find_inputs(
         try:
             inspect.signature(getattr(model, "forward", None) or model).bind(*args)
         except TypeError:
-            return (*args, None)  # a model that insists on targets takes None for none
+            return (*args, None)  # a model that requires targets is given None
         return args
 
     if x is None and (y is not None or ood):
@@ -240,17 +240,16 @@ def _values(
 
 
 def _without_rounding(score_N: Tensor, scale: Tensor | float) -> Tensor:
-    """Zero where a score is no more than rounding makes of equal draws; it would rank data as if it meant something.
+    """Zero where a score is no larger than rounding errors of equal draws, by which data must not be ranked.
 
-    Equal networks need not predict equally, since matrix products round by position in a batch.
+    Equal networks need not predict equally, since the rounding of matrix products depends on the position in a batch.
     """
     return torch.where(score_N > torch.finfo(score_N.dtype).eps ** 1.5 * scale, score_N, 0.0)
 
 
 def _correlation(first: Tensor, second: Tensor) -> float:
     """Pearson's; zero if the second alone is constant (a collapsed generator), NaN if the first is."""
-    first, second = first.double() - first.double().mean(), second.double() - second.double().mean()
-    if not bool((first != 0).any()):
+    if bool((first == first[0]).all()):
         return math.nan
-    norm = float(first.norm() * second.norm())
-    return float(first @ second) / norm if norm > 0 else 0.0
+    correlation = float(torch.corrcoef(torch.stack([first, second]).double())[0, 1])
+    return 0.0 if math.isnan(correlation) else correlation

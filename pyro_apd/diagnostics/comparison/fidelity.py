@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What distillation lost: a generator against the chain it was fitted to, function space first."""
+"""What distillation lost: a generator compared with the chain it was fitted to, function space first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_apd.diagnostics.comparison.evaluation import Evaluation, evaluate, find_inputs, model_of
-from pyro_apd.diagnostics.comparison.figures import figure_rows
+from pyro_apd.diagnostics.comparison.metric_rows import metric_rows
 from pyro_apd.diagnostics.comparison.split import Split, split_draws
 from pyro_apd.diagnostics.comparison.verdict import Row, overall
 from pyro_apd.diagnostics.draws import draw_shapes, posterior_bytes
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity
 
 __all__ = ["compare"]
+
+# Up to this share of the variance between half-chains, chains count as mixed.
+_MIXED_SHARE = 0.05
 
 
 def compare(
@@ -39,11 +42,11 @@ def compare(
 ) -> Fidelity:
     """What the generator lost of the chain.
 
-    Figures of ``num_samples`` draws of the chain, evenly thinned, against as many of the generator, and against the
+    Metrics of ``num_samples`` draws of the chain, evenly thinned, against as many of the generator, and against the
     draws that could be stored in the bytes of the generator's file (taken from between those of the first column where
-    there are enough). Likenesses (agreement, total variation, correlation, sd ratios) are between half sets: the
+    there are enough). Similarities (agreement, total variation, correlation, sd ratios) are between half sets: the
     chain's column holds one half of the chain against the other, the generator's a half of the chain against half of
-    the generator's draws, so that the two are of like size.
+    the generator's draws, so that both compare sets of the same size.
 
     ``resolution`` is four standard errors of the difference, which come from ways of halving the chain (in time, and
     chains against chains, where these say more) and the generator's draws: no p-value, since draws of a chain are not
@@ -60,7 +63,7 @@ def compare(
     :param Tensor y: targets, one a datum. Without them there is no accuracy, NLL or ECE.
     :param ood: out-of-distribution inputs by name.
     :param int num_samples: draws of either, at least 8; rounded down to the same number of each chain, one or more.
-    :param int seed: for the generator's draws; the same seed gives the same figures.
+    :param int seed: for the generator's draws; the same seed gives the same metrics.
     :param bool group_by_chain: whether a dict ``mcmc`` is ``(C, S, ...)``; default by the shapes of ``posterior``.
     :raises ValueError: if there are fewer than 8 draws, sites differ, or arguments do not belong together.
     :raises TypeError: if an argument is of a kind that holds no draws.
@@ -68,7 +71,9 @@ def compare(
     from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity  # brings pandas, which takes a while
 
     if num_samples < 8:
-        raise ValueError(f"`num_samples` must be at least 8, or its halves say nothing; got {num_samples}.")
+        raise ValueError(
+            f"`num_samples` must be at least 8, since standard errors come from its halves; got {num_samples}."
+        )
     chain = read_chains(mcmc, shapes=draw_shapes(posterior), group_by_chain=group_by_chain)
     model = model_of(mcmc, model)
     inputs, notes = find_inputs(mcmc, model, x, y, ood)
@@ -76,14 +81,20 @@ def compare(
     # Finding the structure of the model draws from its prior.
     with preserved_param_store(), seeded(seed, chain.device), torch.no_grad():
         sets = {name: evaluate(model, draws, list(chain.values), inputs) for name, draws in split.draws.items()}
-        rows, mixing = figure_rows(chain, sets, split)
+        rows, mixing = metric_rows(chain, sets, split)
     status, verdict = overall(rows, mixing, spread=bool((sets["chain"].theta_SD.std(0) > 0).any()))
-    sizes = {"num_samples": sets["chain"].num_draws, "num_stored": split.num_stored}
     return Fidelity(
-        rows, status, verdict[0].upper() + verdict[1:], **sizes, num_bytes=_num_bytes(chain, posterior, split),
-        mixing=mixing, chain_name=chain.name, notes=notes + _notes(rows, chain, mixing, split),
+        rows,
+        status,
+        verdict[0].upper() + verdict[1:],
+        num_samples=sets["chain"].num_draws,
+        num_stored=split.num_stored,
+        num_bytes=_num_bytes(chain, posterior, split),
+        mixing=mixing,
+        chain_name=chain.name,
+        notes=notes + _notes(rows, chain, mixing, split),
         per_input=_per_input(sets),
-    )  # fmt: skip
+    )
 
 
 def _num_bytes(chain: ChainDraws, posterior: PosteriorLike, split: Split) -> dict[str, int]:
@@ -98,25 +109,30 @@ def _num_bytes(chain: ChainDraws, posterior: PosteriorLike, split: Split) -> dic
 def _notes(rows: Sequence[Row], chain: ChainDraws, mixing: float, split: Split) -> list[str]:
     notes = []
     if chain.num_chains == 1:
-        notes.append("One chain: modes that it never visited are unknown to it and to the generator alike.")
+        notes.append("One chain: modes that it never visited are missing in the generator too, and no metric shows it.")
     if mixing == mixing:
-        notes.append(
-            f"{mixing:.0%} of the variance of the chain's predictions lies between half-chains (none if it mixes)."
-        )
+        notes.append(_mixing_note(chain.num_chains, mixing))
     closer = [r for r in rows if abs(r.generator - r.chain) < abs(r.stored - r.chain)]
     comparable = [r for r in rows if r.stored == r.stored and r.chain == r.chain]
     if split.num_stored == 0:
-        notes.append("The generator's file is smaller than one network, so no stored draw is a rival.")
+        notes.append("The generator's file is smaller than one network, so there is no baseline of stored draws.")
     else:
         notes.append(
-            f"Closer to the chain than {split.num_stored} stored draws of the same bytes in {len(closer)} of "
-            f"{len(comparable)} figures."
+            f"The generator is closer to the chain than {split.num_stored} stored draws of the same size in "
+            f"{len(closer)} of {len(comparable)} metrics."
         )
     if split.is_fitted:
-        notes.append("The chain's column holds draws that the generator may have been fitted to.")
+        notes.append("There were too few held-out draws: the generator may be fitted to draws in the chain's column.")
     if split.overlap:
-        notes.append("Stored draws include draws of the chain's own column, which flatters them.")
+        notes.append("Stored draws include draws of the chain's own column, so they look better than they are.")
     return notes
+
+
+def _mixing_note(num_chains: int, mixing: float) -> str:
+    share = f"{100 * mixing:.0f} % of the variation is between half-chains; 0 % is ideal."
+    if mixing < _MIXED_SHARE:
+        return share
+    return f"{'The chain has' if num_chains == 1 else 'The chains have'} not fully mixed: {share}"
 
 
 def _per_input(sets: Mapping[str, Evaluation]) -> dict[str, dict[str, Tensor]]:

@@ -29,9 +29,9 @@ _FACTS = (
 
 
 class Fidelity(pandas.DataFrame):
-    """A generator against its chain. Made by :func:`~pyro_apd.diagnostics.compare`.
+    """A generator compared with its chain. Made by :func:`~pyro_apd.diagnostics.compare`.
 
-    It is a :class:`pandas.DataFrame` with a row for each figure, indexed by its name, and the columns ``label``,
+    It is a :class:`pandas.DataFrame` with a row for each metric, indexed by its name, and the columns ``label``,
     ``group``, ``chain``, ``generator``, ``stored``, ``resolution``, ``status`` and ``verdict``. What pandas makes of
     it (selections, copies) is a plain one. Printed, it is a table with the verdict above.
 
@@ -41,12 +41,12 @@ class Fidelity(pandas.DataFrame):
     :ivar str status: ``indistinguishable``, ``loses``, ``departs`` or ``unclear``: of the whole; by row it is
         ``fidelity["status"]``.
     :ivar str verdict: the same in words; by row, ``fidelity["verdict"]``.
-    :ivar int num_samples: draws of chain and of generator that the figures are of.
-    :ivar int num_stored: stored draws that take the generator's bytes.
+    :ivar int num_samples: draws of chain and of generator, of which the metrics are.
+    :ivar int num_stored: stored draws of the same size as the generator's file.
     :ivar dict num_bytes: ``chain`` (all its draws), ``generator`` (its file), ``stored``, ``network`` (one draw).
-    :ivar float mixing: share of the variance of the chain's predictions that lies between half-chains; NaN if unknown.
-    :ivar str chain_name: what made the chain, such as ``SGLD``.
-    :ivar tuple notes: what a reader should know besides.
+    :ivar float mixing: share of the variance of the chain's predictions that is between half-chains; NaN if unknown.
+    :ivar str chain_name: the chain's kernel, such as ``SGLD``.
+    :ivar tuple notes: remarks for the reader.
     :ivar dict per_input: by ``chain`` and ``generator``: scores ``(N,)`` by ``entropy``, ``mi`` (or ``sd``,
         ``epistemic``), those of out-of-distribution sets as ``mi[noise]``, and the averaged prediction as ``mean``;
         targets as ``per_input["targets"]["y"]``. On the CPU; empty after :meth:`from_json`.
@@ -85,7 +85,7 @@ class Fidelity(pandas.DataFrame):
         for row in self.rows:
             if row.name == key:
                 return row
-        raise KeyError(f"No figure '{key}'; there are {[row.name for row in self.rows]}.")
+        raise KeyError(f"No metric '{key}'; there are {[row.name for row in self.rows]}.")
 
     def __str__(self) -> str:
         stored = f"{self.num_stored} stored"

@@ -111,7 +111,7 @@ def standard_errors(evaluation: Evaluation, halves: Sequence[Half]) -> dict[str,
     """Standard error of each figure of all draws, from the root-mean-square difference between halves."""
     squares: dict[str, list[float]] = {}
     for first, second in halves:
-        a, b = evaluation.take(first).figures(), evaluation.take(second).figures()
+        a, b = evaluation.take(first).metrics(), evaluation.take(second).metrics()
         for name in a:
             squares.setdefault(name, []).append((a[name] - b[name]) ** 2)
     # Halves have twice the variance of the whole, and a difference of two twice that of one.
@@ -142,8 +142,8 @@ def share_between_pieces(evaluation: Evaluation, num_chains: int, num_draws: int
     if evaluation.kind == "weights" or width < 2 or num_chains * pieces < 2:
         return math.nan
     starts = [c * num_draws + p * width for c in range(num_chains) for p in range(pieces)]
-    within = _mean([float(evaluation.take(range(s, s + width)).spread()) for s in starts])
-    total = float(evaluation.spread())
+    within = _mean([float(evaluation.take(range(s, s + width)).total_variance()) for s in starts])
+    total = float(evaluation.total_variance())
     return max(0.0, 1 - within / total) if total > 0 else math.nan
 
 

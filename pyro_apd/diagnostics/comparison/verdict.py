@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""From figures to words: what each figure is called, which way it is worse, and what a difference means."""
+"""The verdict in words: label of each metric, its direction of loss, and what a difference means."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ INDISTINGUISHABLE = "indistinguishable at this chain's resolution"
 POORLY_MIXED = "chain too poorly mixed to tell"
 TOO_FEW = "too few independent draws to tell"
 
-#: Half-chains that differ more than their insides vary leave nothing to compare with.
+#: With a larger share of the variance between half-chains there is no reference to compare with.
 POORLY_MIXED_SHARE = 0.5
-# A figure that is not known to half of itself (or, where it lies between 0 and 1, to a quarter) decides nothing.
+# A metric decides nothing where its resolution exceeds half of its value (a quarter, where it lies between 0 and 1).
 _COARSE_RELATIVE, _COARSE_ABSOLUTE = 0.5, 0.25
-# Where a collapsed generator cannot hide. Without it there is no verdict; others may stay unresolved.
-_KEY_FIGURES = ("disagreement",)
+# The metric that a collapsed generator cannot pass. Without it there is no verdict; others may stay unresolved.
+_KEY_METRICS = ("disagreement",)
 
 
 @dataclass(frozen=True)
-class Figure:
-    """What a figure is.
+class Metric:
+    """Label and direction of a metric.
 
     :ivar str label: its name in print.
     :ivar str worse: the direction of loss: ``lower``, ``higher``, or ``either`` where only the chain's value is right.
@@ -35,51 +35,51 @@ class Figure:
     relative: bool
 
 
-FIGURES = {
-    "accuracy": Figure("accuracy", "lower", False),
-    "one_draw_accuracy": Figure("accuracy of one draw", "lower", False),
-    "rmse": Figure("RMSE", "higher", True),
-    "nll": Figure("NLL (nats)", "higher", True),
-    "ece": Figure("ECE", "higher", False),
-    "mean_entropy": Figure("mean entropy (nats)", "either", True),
-    "mean_mi": Figure("mean MI (nats)", "either", True),
-    "mean_sd": Figure("mean predictive sd", "either", True),
-    "mean_epistemic": Figure("mean epistemic variance", "either", True),
-    "disagreement": Figure("distance between two draws", "either", True),
-    "spread": Figure("spread in main directions", "either", True),
-    "energy": Figure("energy distance from the chain", "higher", False),
-    "new_draws": Figure("draws that copy no other", "lower", False),
-    "mi_correlation": Figure("correlation of MI by input", "lower", False),
-    "epistemic_correlation": Figure("correlation of epistemic variance by input", "lower", False),
-    "agreement": Figure("agreement with the chain", "lower", False),
-    "total_variation": Figure("total variation from the chain", "higher", False),
-    "mean_shift": Figure("shift from the chain (predictive sd)", "higher", False),
-    "auroc_entropy": Figure("AUROC by entropy", "lower", False),
-    "auroc_mi": Figure("AUROC by MI", "lower", False),
-    "auroc_sd": Figure("AUROC by predictive sd", "lower", False),
-    "auroc_epistemic": Figure("AUROC by epistemic variance", "lower", False),
-    "weight_sd_ratio_5": Figure("weight sd ratio, 5 %", "either", False),
-    "weight_sd_ratio_50": Figure("weight sd ratio, 50 %", "either", False),
-    "weight_sd_ratio_95": Figure("weight sd ratio, 95 %", "either", False),
+METRICS = {
+    "accuracy": Metric("accuracy", "lower", False),
+    "one_draw_accuracy": Metric("accuracy of one draw", "lower", False),
+    "rmse": Metric("RMSE", "higher", True),
+    "nll": Metric("NLL (nats)", "higher", True),
+    "ece": Metric("ECE", "higher", False),
+    "mean_entropy": Metric("mean entropy (nats)", "either", True),
+    "mean_mi": Metric("mean MI (nats)", "either", True),
+    "mean_sd": Metric("mean predictive sd", "either", True),
+    "mean_epistemic": Metric("mean epistemic variance", "either", True),
+    "disagreement": Metric("distance between two draws", "either", True),
+    "spread": Metric("spread in main directions", "either", True),
+    "energy": Metric("energy distance from the chain", "higher", False),
+    "new_draws": Metric("draws that copy no other", "lower", False),
+    "mi_correlation": Metric("correlation of MI by input", "lower", False),
+    "epistemic_correlation": Metric("correlation of epistemic variance by input", "lower", False),
+    "agreement": Metric("agreement with the chain", "lower", False),
+    "total_variation": Metric("total variation from the chain", "higher", False),
+    "mean_shift": Metric("shift from the chain (predictive sd)", "higher", False),
+    "auroc_entropy": Metric("AUROC by entropy", "lower", False),
+    "auroc_mi": Metric("AUROC by MI", "lower", False),
+    "auroc_sd": Metric("AUROC by predictive sd", "lower", False),
+    "auroc_epistemic": Metric("AUROC by epistemic variance", "lower", False),
+    "weight_sd_ratio_5": Metric("weight sd ratio, 5 %", "either", False),
+    "weight_sd_ratio_50": Metric("weight sd ratio, 50 %", "either", False),
+    "weight_sd_ratio_95": Metric("weight sd ratio, 95 %", "either", False),
 }
 
 
-def lookup(name: str) -> Figure:
-    """The figure of a row called ``name`` or ``name[set]``."""
-    return FIGURES[name.partition("[")[0]]
+def lookup(name: str) -> Metric:
+    """The metric of a row called ``name`` or ``name[set]``."""
+    return METRICS[name.partition("[")[0]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of a comparison.
+    """One metric of a comparison.
 
     :ivar str name: ``accuracy``, ``mean_mi[noise]``, ...
     :ivar str label: the same in print.
     :ivar str group: ``function space``, ``out of distribution: noise``, ``memory`` or ``weight space``.
-    :ivar float chain: the chain's own value; of a likeness, that of one half of the chain to the other.
+    :ivar float chain: the chain's own value; of a similarity, that between two halves of the chain.
     :ivar float generator: the generator's.
     :ivar float stored: that of stored draws of the same bytes; NaN where not even one fits.
-    :ivar float resolution: differences up to this lie within the Monte-Carlo error of chain and generator.
+    :ivar float resolution: differences up to this are within the Monte-Carlo error of chain and generator.
     :ivar str status: ``indistinguishable``, ``loses``, ``departs`` (not for the worse) or ``unclear``.
     :ivar str verdict: the same in words.
     """
@@ -102,33 +102,33 @@ class Row:
 
 
 def judge(name: str, chain: float, generator: float, resolution: float, poorly_mixed: bool) -> tuple[str, str]:
-    """Status and verdict of one figure."""
-    figure = lookup(name)
+    """Status and verdict of one metric."""
+    metric = lookup(name)
     if not (math.isfinite(chain) and math.isfinite(resolution)):
         return "unclear", "not defined for this chain"
-    coarse = resolution > (_COARSE_RELATIVE * abs(chain) if figure.relative else _COARSE_ABSOLUTE)
+    coarse = resolution > (_COARSE_RELATIVE * abs(chain) if metric.relative else _COARSE_ABSOLUTE)
     difference = generator - chain
     if abs(difference) <= resolution:
         if poorly_mixed or coarse:
             return "unclear", POORLY_MIXED if poorly_mixed else TOO_FEW
         return "indistinguishable", INDISTINGUISHABLE
-    status, words = _difference(figure, chain, generator)
+    status, words = _difference(metric, chain, generator)
     if poorly_mixed:
         return "unclear", f"{POORLY_MIXED} ({words} against these draws)"
     return status, words
 
 
-def _difference(figure: Figure, chain: float, generator: float) -> tuple[str, str]:
+def _difference(metric: Metric, chain: float, generator: float) -> tuple[str, str]:
     difference = generator - chain
     if not math.isfinite(difference):
         return "loses", f"loses: {generator} for the generator"
-    if figure.relative and chain != 0:
+    if metric.relative and chain != 0:
         size = f"{abs(difference / chain):.0%}" if abs(difference / chain) >= 0.1 else f"{abs(difference / chain):.1%}"
     else:
         size = f"{abs(difference):.2g}"
-    if figure.worse == "either":
+    if metric.worse == "either":
         return "loses", f"loses {size}" if difference < 0 else f"overstates by {size}"
-    if (difference < 0) == (figure.worse == "lower"):
+    if (difference < 0) == (metric.worse == "lower"):
         return "loses", f"loses {size}"
     return "departs", f"departs by {size}, to the better"
 
@@ -150,14 +150,14 @@ def overall(rows: Sequence[Row], mixing: float, spread: bool) -> tuple[str, str]
     if mixing > POORLY_MIXED_SHARE:
         differing = sum(row.severity > 1 for row in deciding)
         return "unclear", (
-            f"{POORLY_MIXED}: {mixing:.0%} of the spread of its predictions lies between half-chains. From the draws "
-            f"as they are, the generator differs in {differing} of {len(deciding)} figures."
+            f"{POORLY_MIXED}: {mixing:.0%} of the variation of its predictions is between half-chains; 0% is ideal. On "
+            f"these draws the generator differs in {differing} of {len(deciding)} metrics."
         )
     if "loses" in by_status:
         named = "; ".join(_named(row) for row in by_status["loses"][:3])
         more = len(by_status["loses"]) - 3
         return "loses", f"{named}{f'; and {more} more' if more > 0 else ''}."
-    blind = [row for row in by_status.get("unclear", []) if row.name in _KEY_FIGURES]
+    blind = [row for row in by_status.get("unclear", []) if row.name in _KEY_METRICS]
     if blind:
         return "unclear", (
             f"{TOO_FEW}: {blind[0].label} is {blind[0].chain:.3g}, resolved to {blind[0].resolution:.2g}. A larger "
@@ -168,11 +168,11 @@ def overall(rows: Sequence[Row], mixing: float, spread: bool) -> tuple[str, str]
         return "departs", f"{named}: not worse, yet not the chain's posterior."
     passed = len(by_status.get("indistinguishable", []))
     rest = "" if passed == len(deciding) else "; the others are not resolved"
-    return "indistinguishable", f"{INDISTINGUISHABLE}, in {passed} of {len(deciding)} figures{rest}."
+    return "indistinguishable", f"{INDISTINGUISHABLE}, in {passed} of {len(deciding)} metrics{rest}."
 
 
 def _named_after(name: str) -> int:
-    """Copies explain all else; distances come after the figures that users know, and see the same loss."""
+    """Order in the verdict: copies first, since they explain the rest; distances after better known metrics."""
     return {"new_draws": 0, "disagreement": 2, "spread": 2, "energy": 2}.get(name, 1)
 
 

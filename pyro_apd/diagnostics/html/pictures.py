@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The pictures of a report: plots drawn for light and for dark pages, as text that an HTML file can hold."""
+"""The figures of a report: plots drawn for light and for dark pages, as text that an HTML file can hold."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture.
+    """One figure, drawn twice.
 
     :ivar str light: data URI for light pages and print.
     :ivar str dark: data URI for dark pages.
-    :ivar str caption: what to see in it.
+    :ivar str caption: what it shows.
     :ivar int width: in CSS pixels.
     """
 
@@ -60,7 +60,7 @@ def picture(draw: Callable[[Any], object], size: tuple[float, float], caption: s
 
     :param draw: takes a :class:`matplotlib.figure.Figure`.
     :param size: width and height in inches of 100 CSS pixels.
-    :param str caption: what to see in it.
+    :param str caption: what it shows.
     """
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -82,12 +82,12 @@ def of_predictions(fidelity: Fidelity) -> list[Picture]:
     if not fidelity.per_input:
         return []
     chain, generator = fidelity.per_input["chain"], fidelity.per_input["generator"]
-    names = (fidelity.chain_name, "APD")
+    names = (fidelity.chain_name, "generator")
     total, model = ("entropy", "mi") if "mi" in chain else ("sd", "epistemic")
     captions = {
-        model: "How unsure the model is about each input. A collapsed generator lies on the floor; a faithful one "
-        "follows the diagonal.",
-        total: "All uncertainty about each input, that of the data included.",
+        model: "Uncertainty of the model about each input, generator against chain. Points on the diagonal agree; a "
+        "collapsed generator gives points at the bottom.",
+        total: "Total uncertainty about each input, including that of the data.",
     }
     pictures = [
         picture(_on(plots.score_scatter, chain[s], generator[s], score=_WORDS[s], names=names), _SQUARE, caption)
@@ -96,34 +96,38 @@ def of_predictions(fidelity: Fidelity) -> list[Picture]:
     targets = fidelity.per_input.get("targets", {}).get("y")
     if "mi" in chain and targets is not None:
         probs = {names[0]: chain["mean"], names[1]: generator["mean"]}
-        caption = "Calibration: accuracy of the inputs that were given each confidence."
+        caption = "Calibration: accuracy against confidence; on the diagonal they are equal."
         pictures.append(picture(_on(plots.calibration_curve, probs, targets), _SQUARE, caption))
     for score in (total, model):
         pictures += _histograms(fidelity, score, names)
-    caption = "Quality against bytes. Dashes: the chain; band: its resolution, within which differences mean nothing."
+    caption = (
+        "Quality against size in bytes. Dashed line: the chain; band: the resolution. Differences within it are not "
+        "significant."
+    )
     pictures += _separation(fidelity, model, names)
-    for figure in ("nll", "rmse", f"mean_{model}"):
-        if any(row.name == figure for row in fidelity.rows):
-            pictures.append(picture(_on(plots.quality_against_bytes, fidelity, figure), _FLAT, caption))
+    for metric in ("nll", "rmse", f"mean_{model}"):
+        if any(row.name == metric for row in fidelity.rows):
+            pictures.append(picture(_on(plots.quality_against_bytes, fidelity, metric), _FLAT, caption))
     return pictures
 
 
 def of_functions(chain_CSF: Tensor, generator_SF: Tensor, labels: list[str], names: tuple[str, str]) -> list[Picture]:
-    """Intervals of a few function values, and where the generator's draws stand among the chain's."""
+    """Intervals of a few function values, and where generator draws fall among chain draws."""
     forest = _on(plots.forest, chain_CSF, generator_SF, labels, names=names)
     caption = (
-        "Predictions of single draws on a few inputs: median, and intervals of 50 and 90 % of the draws. R-hat is of "
-        "the chain alone."
+        "Predictions of single draws on a few inputs: median, and the intervals that hold 50 and 90 % of the draws. "
+        "R-hat is of the chain alone."
     )
     apart_F = (chain_CSF.flatten(0, 1).median(0).values - generator_SF.median(0).values).abs()
     worst = int(apart_F.argmax())
     ranks = _on(
         plots.rank_bars, chain_CSF[:, :, worst], generator_SF[:, worst], bins=10, label=labels[worst], names=names
     )
-    return [
-        picture(forest, _WIDE, caption),
-        picture(ranks, _FLAT, "Ranks of the scalar whose medians are farthest apart: level if both have one law."),
-    ]
+    fall = (
+        "Where generator draws fall among chain draws, for the prediction that differs most. Flat bars mean the same "
+        "distribution."
+    )
+    return [picture(forest, _WIDE, caption), picture(ranks, _FLAT, fall)]
 
 
 def of_weights(chain_SD: Tensor, generator_SD: Tensor, names: tuple[str, str]) -> list[Picture]:
@@ -131,8 +135,8 @@ def of_weights(chain_SD: Tensor, generator_SD: Tensor, names: tuple[str, str]) -
     spread = _on(plots.weight_sd, chain_SD, generator_SD, names=names)
     plane = _on(plots.principal_pair, chain_SD, generator_SD, names=names)
     return [
-        picture(spread, _SQUARE, "Spread of each weight over draws."),
-        picture(plane, _SQUARE, "Draws in the plane of the first two principal components of both together."),
+        picture(spread, _SQUARE, "Standard deviation of each weight over draws."),
+        picture(plane, _SQUARE, "Draws in the plane of the first two principal components of both sets together."),
     ]
 
 
@@ -140,12 +144,12 @@ def of_chain(stats: Mapping[str, Any], name: str) -> list[Picture]:
     """The trace of the potential, where the kernel kept it."""
     if "potential" not in stats or not math.isfinite(float(stats["potential"].sum())):
         return []
-    caption = "The potential of every draw. Chains that mix cross each other; a trend means that the warm-up was short."
+    caption = "The potential of every draw. Traces of mixed chains overlap; a trend means too short a warm-up."
     return [picture(_on(plots.trace, torch.as_tensor(stats["potential"]), name=name), _WIDE, caption)]
 
 
 def of_training(log: Mapping[str, Any]) -> list[Picture]:
-    """One picture for each series of the training log."""
+    """One figure for each series of the training log."""
     series = {n: v for n, v in log.items() if n not in plots.STEPS and len(v) and plots.are_numbers(v)}
     steps = {n: log[n] for n in plots.STEPS if n in log}
     return [
@@ -175,7 +179,7 @@ def _separation(fidelity: Fidelity, score: str, names: tuple[str, str]) -> list[
                 title=key[len(score) + 1 : -1],
             ),
             _SQUARE,
-            f"Telling {key[len(score) + 1 : -1]} from the inputs by {_WORDS[score].partition(' (')[0]}.",
+            f"ROC curve: {key[len(score) + 1 : -1]} against the inputs, by {_WORDS[score].partition(' (')[0]}.",
         )
         for key in keys
     ]

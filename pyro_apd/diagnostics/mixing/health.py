@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Does the chain mix? R-hat and effective sizes of a few scalars that have a meaning."""
+"""Mixing of the chain: R-hat and effective sizes of a few identified scalars."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def chain_health(
 ) -> list[Health]:
     """Mixing of function values on six inputs, of four weights and of the potential; never of all weights.
 
-    Weights of a network are unidentified: chains in modes that mirror each other have a large R-hat and the same
+    Weights of a network are unidentified: chains in symmetric modes have a large R-hat and the same
     predictions. More than a thousand draws in all are thinned to that.
 
     :param chain: all draws.
-    :param stats: per-draw figures ``(C, S)`` of the kernel.
+    :param stats: per-draw statistics ``(C, S)`` of the kernel.
     :param model: the Pyro model; without it there are no function values.
     :param inputs: what it is called with.
     """
@@ -75,7 +75,7 @@ class LayerHealth:
     """Mixing of the weights of one layer, each by itself.
 
     :ivar str layer: what comes before the last dot of its sites.
-    :ivar int num_weights: weights that the figures are of.
+    :ivar int num_weights: weights that the statistics are of.
     :ivar float rhat_50: median R-hat; NaN for a single chain.
     :ivar float rhat_95: R-hat that 95 % of the weights do not exceed.
     :ivar float ess_50: median of the effective draws for the centre.
@@ -106,8 +106,9 @@ def layer_health(chain: ChainDraws, max_weights: int = 4000) -> list[LayerHealth
         layers.setdefault(name.rpartition(".")[0] or name, []).append(entries_CSD[:, :, kept])
     found = []
     for layer, parts in layers.items():
-        figures = statistics(torch.cat([part.double() for part in parts], 2))
-        rhat, ess = figures["rhat"].sort().values, figures["ess_bulk"].sort().values
+        of_layer = statistics(torch.cat([part.double() for part in parts], 2))
+        rhat = of_layer["rhat"].sort().values
+        ess = of_layer["ess_bulk"].sort().values
         number = len(rhat)
         found.append(
             LayerHealth(

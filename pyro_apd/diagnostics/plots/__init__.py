@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of a chain and the generator that was fitted to it.
+"""Figures of a chain and the generator that was fitted to it.
 
 Every function draws on the axes it is given, or on those of a new figure, and returns them; none shows or saves
-anything or touches pyplot. Legends name chain and generator (``SGLD``, ``APD``), colours are told apart by the
-colour-blind, and shapes and dashes without colour.
+anything or touches pyplot. Legends name chain and generator (``SGLD``, ``generator``); colours can be told apart
+by colour-blind readers, shapes and dashes without colour.
 """
 
 from pyro_apd.diagnostics.plots.chain import density, ess, forest, rank_bars, trace

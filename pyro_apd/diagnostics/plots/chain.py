@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A chain beside a generator, scalar by scalar: where it was, how it mixed, and whether both have one law."""
+"""A chain beside a generator, scalar by scalar: traces, mixing, and whether both have the same distribution."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 def trace(
     values_CS: Tensor, ax: Axes | None = None, *, label: str = "potential U (nats)", name: str = NAMES[0]
 ) -> Axes:
-    """A figure of every draw in the order of drawing, a line for each chain.
+    """A scalar of every draw in the order of drawing, a line per chain.
 
     :param Tensor values_CS: ``(C, S)``, such as the potential.
     :param str label: what it is, with its unit.
-    :param str name: what made the chain.
+    :param str name: the chain's name in the legend.
     """
     ax = new_axes(ax)
     values = to_numpy(values_CS)
@@ -101,7 +101,7 @@ def density(
     *,
     names: tuple[str, str] = NAMES,
 ) -> list[Axes]:
-    """Densities of some scalars, chain and generator over each other; one small picture for each.
+    """Densities of some scalars, chain and generator on the same axes; one small figure for each.
 
     :param Tensor chain_CSF: scalars of the chain, ``(C, S, F)``.
     :param Tensor generator_SF: the same of the generator, ``(S', F)``.
@@ -127,7 +127,7 @@ def density(
             tops.append(height.max())
             ax.plot(grid, height, dashes, color=colour(ax, role), linewidth=1.7, label=name)
             ax.fill_between(grid, height, color=colour(ax, role), alpha=0.12, linewidth=0)
-        # A collapsed side would press the other flat: it may leave at the top.
+        # The peak of a collapsed side is cut off, so that the other stays visible.
         ax.set_ylim(0, min(max(tops), 4 * min(tops)) * 1.05)
         ax.set_title(label, fontsize="small")
         ax.set_yticks([])
@@ -145,9 +145,9 @@ def rank_bars(
     label: str = "",
     names: tuple[str, str] = NAMES,
 ) -> Axes:
-    """Where draws stand in the order of all: level for the generator if its law is the chain's, and for each chain.
+    """Where draws fall among the chain's: flat bars for the generator, and for each chain, mean the same distribution.
 
-    Low at the ends: too narrow. A slope: shifted. Chains that are not level themselves have not mixed.
+    Low at the ends: too narrow. A slope: shifted. Chains whose own bars are not flat have not mixed.
 
     :param Tensor chain_CS: one scalar of the chain, ``(C, S)``.
     :param Tensor generator_S: the same of the generator, ``(S',)``.
@@ -168,9 +168,9 @@ def rank_bars(
     words = f"{names[0]}, range of {len(chains)} chains" if len(chains) > 1 else names[0]
     face: dict[str, Any] = {"facecolor": to_rgba(colour(ax, "chain"), 0.22), "edgecolor": colour(ax, "chain")}
     ax.fill_between(edges, low, high, step="post", linewidth=1.2, label=words, **face)
-    ax.axhline(1, color=colour(ax, "quiet"), linestyle="--", linewidth=1, label="one law")
+    ax.axhline(1, color=colour(ax, "quiet"), linestyle="--", linewidth=1, label="same distribution")
     ax.set(xlim=(0, bins), ylim=(0, max(2.0, ax.get_ylim()[1])), xlabel=f"rank among draws of {names[0]}")
-    ax.set(ylabel="share, 1 if level")
+    ax.set(ylabel="share (1: same distribution)")
     ax.set_title(label, pad=26)
     ax.set_xticks([0, bins / 2, bins], ["lowest", "median", "highest"])
     _legend_above(ax, ncols=3)
@@ -180,7 +180,7 @@ def rank_bars(
 def ess(chain_CSF: Tensor, labels: Sequence[str], ax: Axes | None = None, *, names: tuple[str, str] = NAMES) -> Axes:
     """Effective draws of the chain for the centre and the tails of some scalars, against the draws there are.
 
-    All draws of a generator count, since they are independent.
+    Draws of a generator are independent, so all of them count.
 
     :param Tensor chain_CSF: scalars of the chain, ``(C, S, F)``.
     :param labels: what each scalar is.
@@ -191,8 +191,8 @@ def ess(chain_CSF: Tensor, labels: Sequence[str], ax: Axes | None = None, *, nam
     found = statistics(chain_CSF)
     rows = np.arange(len(labels))[::-1]
     total = chain_CSF.shape[0] * chain_CSF.shape[1]
-    for figure, words, marker, role in (("ess_bulk", "centre", "o", "chain"), ("ess_tail", "tails", "s", "stored")):
-        values = to_numpy(found[figure])
+    for metric, words, marker, role in (("ess_bulk", "centre", "o", "chain"), ("ess_tail", "tails", "s", "stored")):
+        values = to_numpy(found[metric])
         ax.plot(
             values, rows, marker, color=colour(ax, role), markersize=6, linestyle="none", label=f"{names[0]}, {words}"
         )

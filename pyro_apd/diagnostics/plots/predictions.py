@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Predictions of chain and generator: scores by input, calibration, separation from other data, and what bytes buy."""
+"""Predictions of chain and generator: scores by input, calibration, separation from other data, quality by size."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def score_histograms(
 
     :param Tensor inside_N: scores of in-distribution inputs, ``(N,)``.
     :param outside: scores by name of an out-of-distribution set.
-    :param float upper: right end of the axis, to make two pictures comparable; default the largest score.
+    :param float upper: right end of the axis, to make two figures comparable; default the largest score.
     :param str title: whose scores they are.
     """
     ax = new_axes(ax)
@@ -121,11 +121,11 @@ def calibration_curve(
 
 
 def quality_against_bytes(fidelity: Fidelity, name: str = "nll", ax: Axes | None = None) -> Axes:
-    """A figure of generator, stored draws and whole chain against the bytes each takes; the band is the resolution.
+    """A metric of generator, stored draws and whole chain against their size in bytes; the band is the resolution.
 
     :param Fidelity fidelity: of :func:`~pyro_apd.diagnostics.compare`.
-    :param str name: the figure, as in ``fidelity[name]``.
-    :raises KeyError: if there is no such figure.
+    :param str name: the metric, as in ``fidelity[name]``.
+    :raises KeyError: if there is no such metric.
     """
     ax, row, size = new_axes(ax), fidelity[name], fidelity.num_bytes
     ax.axhspan(row.chain - row.resolution, row.chain + row.resolution, color=colour(ax, "chain"), alpha=0.15, lw=0)
@@ -133,7 +133,7 @@ def quality_against_bytes(fidelity: Fidelity, name: str = "nll", ax: Axes | None
     points = [("chain", "o", f"{fidelity.chain_name}, all draws", size["chain"], row.chain)]
     if fidelity.num_stored:
         points.append(("stored", "s", f"{fidelity.num_stored} stored draws", size["stored"], row.stored))
-    points.append(("generator", "^", "APD generator", size["generator"], row.generator))
+    points.append(("generator", "^", "generator", size["generator"], row.generator))
     for role, marker, label, num_bytes, value in points:
         # Stored draws take about the same bytes: an open square leaves the triangle to be seen.
         style: dict[str, Any] = {"color": colour(ax, role), "fillstyle": "none" if role == "stored" else "full"}
@@ -145,7 +145,7 @@ def quality_against_bytes(fidelity: Fidelity, name: str = "nll", ax: Axes | None
 
 
 def roc_curve(scores: Mapping[str, tuple[Tensor, Tensor]], ax: Axes | None = None, *, title: str = "") -> Axes:
-    """How well a score tells data from outside from data inside: share found against share of false alarms.
+    """How well a score separates data from outside from data inside: true against false positive rate.
 
     :param scores: by name, the chain first and the generator second: scores ``(N,)`` of in-distribution data and
         ``(M,)`` of data from outside; higher means more out-of-distribution.

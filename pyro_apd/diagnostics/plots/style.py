@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What all plots share: colours that the colour-blind tell apart, axes, legends.
+"""Shared by all plots: colours for colour-blind readers, axes, legends.
 
 Colours are those of Okabe and Ito (2008), lighter on a dark background; shapes and dashes tell series apart without
 colour. Figures are made without pyplot, so that nothing has to be closed.
@@ -18,7 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NAMES = ("SGLD", "APD")
+NAMES = ("SGLD", "generator")
 
 _ON_LIGHT = {"chain": "#0072B2", "generator": "#D55E00", "stored": "#009E73", "quiet": "#767676"}
 _ON_DARK = {"chain": "#56B4E9", "generator": "#E69F00", "stored": "#3CC9A0", "quiet": "#9A9A9A"}
@@ -34,7 +34,7 @@ def new_axes(ax: Axes | None) -> Axes:
 
 
 def new_figure(size: tuple[float, float]) -> Any:
-    """A figure that pyplot knows nothing of, so that nothing has to be closed."""
+    """A figure that is not registered with pyplot, so that it need not be closed."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, layout="constrained")
@@ -63,7 +63,7 @@ def series_colours(ax: Axes) -> tuple[str, ...]:
 
 
 def legend(ax: Axes, **options: Any) -> None:
-    """A small legend on a veil."""
+    """A small legend on a translucent background."""
     ax.legend(frameon=True, framealpha=0.8, edgecolor="none", fontsize="small", **options)
 
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Predictions over the plane, for problems with two inputs: what a posterior holds where there are no data."""
+"""Predictions over the plane, for problems with two inputs: also where there are no data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def decision_surfaces(
     weights in nats, or the standard deviation of the mean over draws; one scale for all rows.
 
     :param callable model: a Pyro model that takes inputs ``(N, 2)``.
-    :param draws: draws ``(S, ...)`` by site, by name such as ``SGLD`` and ``APD``.
+    :param draws: draws ``(S, ...)`` by site, by name such as ``SGLD`` and ``generator``.
     :param Tensor x_N2: data, ``(N, 2)``.
     :param Tensor y_N: their classes, ``(N,)``.
     :param axes: two for each posterior; default a new figure.
@@ -49,7 +49,7 @@ def decision_surfaces(
         axes.
     """
     if x_N2.dim() != 2 or x_N2.shape[1] != 2:
-        raise ValueError(f"`x_N2` must be (data, 2), since the picture is a plane; got {tuple(x_N2.shape)}.")
+        raise ValueError(f"`x_N2` must be (data, 2), since the figure is a plane; got {tuple(x_N2.shape)}.")
     if axes is None:
         axes = list(new_figure((8.4, 3.5 * len(draws))).subplots(len(draws), 2, squeeze=False).flat)
     if len(axes) < 2 * len(draws):
@@ -95,8 +95,8 @@ def _of_draws(model: Callable[..., Any], draws: Mapping[str, Tensor], grid: Tens
 def _prediction(ax: Axes, sides: Sequence[Tensor], surface: Tensor) -> None:
     x, y = map(to_numpy, sides)
     if surface.dim() == 1:
-        image = ax.pcolormesh(x, y, to_numpy(surface).reshape(len(y), len(x)), cmap="viridis", shading="gouraud",
-                              rasterized=True)  # fmt: skip
+        height = to_numpy(surface).reshape(len(y), len(x))
+        image = ax.pcolormesh(x, y, height, cmap="viridis", shading="gouraud", rasterized=True)
         ax.figure.colorbar(image, ax=ax, label="mean")
         return
     from matplotlib.colors import to_rgb
@@ -106,8 +106,9 @@ def _prediction(ax: Axes, sides: Sequence[Tensor], surface: Tensor) -> None:
     confidence, best = surface.max(-1)
     strength = to_numpy((confidence - 1 / surface.shape[1]) / (1 - 1 / surface.shape[1]))[:, None] * 0.7
     pixels = (1 - strength) * paper + strength * colours[best.cpu().numpy()]
-    ax.imshow(pixels.reshape(len(y), len(x), 3), origin="lower", extent=(x[0], x[-1], y[0], y[-1]), aspect="auto",
-              interpolation="bilinear")  # fmt: skip
+    pixels = pixels.reshape(len(y), len(x), 3)
+    extent = (x[0], x[-1], y[0], y[-1])
+    ax.imshow(pixels, origin="lower", extent=extent, aspect="auto", interpolation="bilinear")
 
 
 def _points(ax: Axes, x_N2: Tensor, y_N: Tensor | None) -> None:

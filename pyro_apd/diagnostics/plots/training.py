@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a training log holds."""
+"""Curves of a training log."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = ("step", "steps")
 
 
 def training_curves(log: Mapping[str, Sequence[float]], axes: Sequence[Axes] | None = None) -> list[Axes]:
-    """One small picture for each series of a training log.
+    """One small figure for each series of a training log.
 
     :param log: numbers by name, as in ``posterior.training_log``; a series called ``step`` or ``steps`` is the abscissa
         of those of its length.

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Weights of chain and generator: spread of each, and draws in a plane."""
+"""Weights of chain and generator: standard deviation of each, and draws in a plane."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def weight_sd(
     wide = high / low > 30
     if not wide:
         low = 0.0
-    # A collapsed weight has no place on a logarithmic axis: it is put at its lower end.
+    # A weight without spread has no place on a logarithmic axis: it is put at the lower end.
     lost = int((y <= 1e-3 * moving.min()).sum())
     ax.plot([low, high], [low, high], color=colour(ax, "quiet"), linewidth=1, linestyle="--", label="equal")
     label = "one weight" if not lost else f"one weight ({lost / len(y):.0%} have no spread)"
@@ -105,6 +105,7 @@ def _marginals(ax: Axes, sides: Sequence[np.ndarray]) -> None:
         small = ax.inset_axes(place, sharex=ax if axis == 0 else None, sharey=ax if axis == 1 else None)
         edges = np.linspace(*(ax.get_xlim() if axis == 0 else ax.get_ylim()), 25)
         for role, dashes, points in zip(("chain", "generator"), ("-", "--"), sides, strict=True):
-            small.hist(points[:, axis], edges.tolist(), histtype="step", color=colour(ax, role), linestyle=dashes,
-                       linewidth=1.4, orientation="vertical" if axis == 0 else "horizontal")  # fmt: skip
+            style: dict[str, Any] = {"color": colour(ax, role), "linestyle": dashes, "linewidth": 1.4}
+            orientation: Any = "vertical" if axis == 0 else "horizontal"
+            small.hist(points[:, axis], edges.tolist(), histtype="step", orientation=orientation, **style)
         small.set_axis_off()

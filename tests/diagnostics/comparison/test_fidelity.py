@@ -19,7 +19,7 @@ from pyro_apd.diagnostics.formatting import format_bytes
 from pyro_apd.predictive.draws import evenly_spaced, read_chains
 from pyro_apd.predictive.predictive import log_likelihood, outputs
 
-CLASS_FIGURES = [
+CLASS_METRICS = [
     *("accuracy", "one_draw_accuracy", "nll", "ece", "mean_entropy", "mean_mi"),
     *("mi_correlation", "agreement", "total_variation", "disagreement", "spread", "energy"),
     *("mean_mi[far]", "auroc_entropy[far]", "auroc_mi[far]"),
@@ -38,7 +38,7 @@ def run(case):
 
 def test_both_fine(case, run):
     fidelity = run(case.chain(), case.posterior())
-    assert [row.name for row in fidelity.rows] == CLASS_FIGURES
+    assert [row.name for row in fidelity.rows] == CLASS_METRICS
     assert fidelity.status == "indistinguishable"
     assert {row.status for row in fidelity.rows} <= {"indistinguishable", "unclear"}
     assert fidelity["mean_mi"].status == "indistinguishable"
@@ -156,7 +156,7 @@ def test_stored_draws_are_not_those_they_are_compared_with(case, run):
 
 
 @pytest.mark.slow
-def test_same_seed_same_figures(case, run):
+def test_same_seed_same_metrics(case, run):
     first, second, third = (run(case.chain(), case.posterior(), seed=seed) for seed in (1, 1, 2))
     assert first.to_json() == second.to_json() != third.to_json()
 
@@ -190,14 +190,14 @@ def test_it_is_a_dataframe(case, run):
     fidelity = run(case.chain(), case.posterior(sd=0.0))
     assert isinstance(fidelity, Fidelity)
     assert isinstance(fidelity, pandas.DataFrame)
-    assert list(fidelity.index) == CLASS_FIGURES
+    assert list(fidelity.index) == CLASS_METRICS
     assert fidelity.loc["mean_mi", "verdict"] == "loses 100%"
     assert fidelity["generator"]["mean_mi"] == 0.0
     assert fidelity["status"]["mean_mi"] == "loses" == fidelity.status
     losses = fidelity[fidelity["status"] == "loses"]
     assert type(losses) is pandas.DataFrame is type(fidelity.to_frame()) is type(fidelity.copy())
     assert 0 < len(losses) < len(fidelity)
-    assert fidelity.sort_values("chain").index[0] in CLASS_FIGURES
+    assert fidelity.sort_values("chain").index[0] in CLASS_METRICS
     again = pickle.loads(pickle.dumps(fidelity))
     assert again.verdict == fidelity.verdict
     assert again["mean_mi"] == fidelity["mean_mi"]

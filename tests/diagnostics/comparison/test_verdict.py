@@ -6,8 +6,8 @@ import math
 import pytest
 
 from pyro_apd.diagnostics.comparison.verdict import (
-    FIGURES,
     INDISTINGUISHABLE,
+    METRICS,
     POORLY_MIXED,
     TOO_FEW,
     Row,
@@ -49,7 +49,7 @@ def test_a_poorly_mixed_chain_decides_nothing_but_says_what_it_sees():
 
 def row(name, chain, generator, resolution, group="function space", poorly_mixed=False):
     status, words = judge(name, chain, generator, resolution, poorly_mixed)
-    label = FIGURES[name.partition("[")[0]].label
+    label = METRICS[name.partition("[")[0]].label
     return Row(name, label, group, chain, generator, math.nan, resolution, status, words)
 
 
@@ -59,7 +59,7 @@ WEIGHTS = row("weight_sd_ratio_50", 1.0, 0.5, 0.05, "weight space")
 
 
 def test_overall_verdict():
-    assert overall([GOOD], 0.0, True) == ("indistinguishable", f"{INDISTINGUISHABLE}, in 1 of 1 figures.")
+    assert overall([GOOD], 0.0, True) == ("indistinguishable", f"{INDISTINGUISHABLE}, in 1 of 1 metrics.")
     assert overall([GOOD, LOST], 0.0, True) == ("loses", "mean MI on noise loses 75%.")
     assert overall([GOOD, BETTER], 0.0, True)[0] == "departs"
     assert overall([GOOD, BETTER, LOST], 0.0, True)[0] == "loses"
@@ -83,12 +83,12 @@ def test_without_the_figure_where_collapse_shows_there_is_no_verdict():
     assert status == "unclear"
     assert words.startswith(TOO_FEW)
     unresolved = row("auroc_mi[noise]", 0.9, 0.8, 0.3)
-    assert overall([GOOD, unresolved], 0.0, True)[1].endswith("in 1 of 2 figures; the others are not resolved.")
+    assert overall([GOOD, unresolved], 0.0, True)[1].endswith("in 1 of 2 metrics; the others are not resolved.")
 
 
 def test_bad_chains_come_before_everything():
     status, words = overall([GOOD, LOST], 0.7, True)
     assert status == "unclear"
     assert words.startswith(f"{POORLY_MIXED}: 70%")
-    assert "differs in 1 of 2 figures" in words
+    assert "differs in 1 of 2 metrics" in words
     assert overall([GOOD], 0.0, False) == ("unclear", f"{POORLY_MIXED}: its draws are all the same.")

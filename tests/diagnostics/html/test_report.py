@@ -97,9 +97,9 @@ def test_good_collapsed_and_unmixed_look_different(case, written, unpainted):
         source = written(chain, posterior).read_text()
         statuses.append(re.search(r'<p class="verdict (\w+)"><b>([\w ]+)</b>', source).groups())
     assert statuses == [
-        ("indistinguishable", "No loss seen"),
-        ("loses", "Something was lost"),
-        ("unclear", "Cannot tell"),
+        ("indistinguishable", "No loss found"),
+        ("loses", "Loss found"),
+        ("unclear", "Undecided"),
     ]
 
 
@@ -112,7 +112,7 @@ def test_sections_hold_what_there_is(written, unpainted):
     assert page.tags.count("figure") == page.tags.count("img") == 16
     assert page.tags.count("source") == 32
     assert "hidden" in page.text
-    assert "Telling far from the inputs" in page.text
+    assert "ROC curve: far against the inputs" in page.text
 
 
 def test_one_chain_is_told_in_words(case, written, unpainted):
@@ -127,7 +127,7 @@ def test_draws_alone_make_a_page_too(case, tmp_path, unpainted):
     )
     page = Page(path)
     assert "No inputs were given" in page.text
-    assert "carries no training log" in page.text
+    assert "has no training log" in page.text
     assert not re.search(r"\bnan\b", page.text)
 
 
