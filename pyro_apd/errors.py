@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What can go wrong, by name. Each message says what came, what is accepted, and how to mend it."""
+"""Errors of the package. Each message says what was given, what is accepted, and how to fix it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class ModelError(ValueError):
-    """The model, as written, has no potential that could be sampled as asked."""
+    """The model has no potential that can be sampled as requested."""
 
 
 class DataError(ValueError):
@@ -20,20 +20,20 @@ class DataError(ValueError):
 
 
 class ArtifactError(ValueError):
-    """A file is not a distilled posterior that this version can read."""
+    """A file is no distilled posterior that this version can read."""
 
 
 class DivergenceError(ArithmeticError):
     """A chain left the region where its step size is stable.
 
-    :param str message: what happened, where, and the mend.
+    :param str message: what happened, where, and how to fix it.
     :param int step: Langevin step (warm-up included) at which it was noticed.
     :param str site: the latent site that moved furthest.
     :param float step_size: step size at that step.
-    :param float suggested_step_size: a stable step size by the curvature met.
-    :param dict draws: what the chain had drawn before, constrained, ``(S, ...)`` a site.
+    :param float suggested_step_size: a stable step size, estimated from the curvature.
+    :param dict draws: the chain's earlier draws, constrained, ``(S, ...)`` by site.
     :param int chain: index of the chain, among those that advance together.
-    :param int last_good_step: Langevin step at which the chain was last found well.
+    :param int last_good_step: Langevin step of the last check that the chain passed.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The main job from end to end on embedded data: chains, generator, comparison, files."""
+"""The whole workflow on embedded data: sampling, distillation, comparison, files."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ NUM_PREDICTIVE_DRAWS = 200
 
 @dataclass(frozen=True)
 class Budget:
-    """How much work the demo does.
+    """Amount of work that the demo does.
 
     :ivar num_chains: chains, each started at its own draw from the prior.
-    :ivar num_samples: draws kept of each chain.
-    :ivar warmup_steps: draws of each chain thrown away first.
-    :ivar thinning: Langevin steps a draw.
+    :ivar num_samples: draws kept per chain.
+    :ivar warmup_steps: draws per chain that are discarded first.
+    :ivar thinning: Langevin steps per draw.
     :ivar num_steps: training steps of the generator; None for the default of :func:`pyro_apd.distill`.
     """
 
@@ -54,7 +54,7 @@ QUICK = Budget(num_chains=2, num_samples=60, warmup_steps=30, thinning=20, num_s
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo made, and where it put it."""
+    """Results of the demo, and where they are."""
 
     fidelity: diagnostics.Fidelity
     posterior_path: Path
@@ -86,7 +86,7 @@ def _run_demo(out: Path, seed: int, budget: Budget, device: str) -> DemoResult:
         mcmc = sample_chains(model, data, seed, budget)
     with stage("Distilling the chains into a generator"):
         posterior = distill(mcmc, num_steps=budget.num_steps, seed=seed)
-    with stage("Predicting from both"):
+    with stage("Predicting from chains and generator"):
         report_predictions(model, mcmc, posterior, data)
     with stage("Comparing chain and generator"):
         fidelity = diagnostics.compare(
@@ -113,7 +113,7 @@ def _run_demo(out: Path, seed: int, budget: Budget, device: str) -> DemoResult:
 
 
 def draw_summary(fidelity: diagnostics.Fidelity, path: Path) -> None:
-    """The comparison in three panels: agreement input by input, and what either makes of noise and inverted digits."""
+    """The comparison in three panels: agreement by input, and the scores of noise and inverted digits by either."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
@@ -122,7 +122,7 @@ def draw_summary(fidelity: diagnostics.Fidelity, path: Path) -> None:
     diagnostics.plots.score_scatter(chain["mi"], generator["mi"], axes[0])
     axes[0].set_title("each test image")
     upper = float(max(chain["mi[noise]"].max(), generator["mi[noise]"].max(), chain["mi[inverted]"].max()))
-    for ax, scores, title in zip(axes[1:], (chain, generator), ("SGLD chains", "distilled posterior"), strict=True):
+    for ax, scores, title in zip(axes[1:], (chain, generator), ("SGLD chains", "generator"), strict=True):
         outside = {name: scores[f"mi[{name}]"] for name in ("noise", "inverted")}
         diagnostics.plots.score_histograms(
             scores["mi"], outside, ax, score="mutual information (nats)", upper=upper, title=title
@@ -144,13 +144,13 @@ def sample_chains(model: BNN, data: Dataset, seed: int, budget: Budget) -> MCMC:
 
 
 def report_predictions(model: BNN, mcmc: MCMC, posterior: DistilledPosterior, data: Dataset) -> None:
-    """Labels drawn through ``Predictive`` from either, and how often the majority of draws is right."""
+    """Labels drawn through ``Predictive`` from either, and the accuracy of the majority of draws."""
     stored = Predictive(model, posterior_samples=mcmc.get_samples(NUM_PREDICTIVE_DRAWS))
     generated = Predictive(model, guide=posterior, num_samples=NUM_PREDICTIVE_DRAWS)
     for name, predictive in (("chain", stored), ("generator", generated)):
         labels_SN: Tensor = predictive(data.x_test)["obs"]
         accuracy = (labels_SN.mode(0).values == data.y_test).float().mean()
-        logger.info("  %s: %d label draws an image, majority right on %.1f %%", name, len(labels_SN), 100 * accuracy)
+        logger.info("  %s: %d label draws per image, majority correct on %.1f %%", name, len(labels_SN), 100 * accuracy)
 
 
 @contextmanager
@@ -171,7 +171,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def stage(title: str) -> Iterator[None]:
-    """Announces a stage and says how long it took."""
+    """Announces a stage and logs how long it took."""
     logger.info("%s ...", title)
     start = time.monotonic()
     yield

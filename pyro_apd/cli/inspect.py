@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a file of a distilled posterior says of itself, for ``pyro-apd inspect``."""
+"""Description of a file of a distilled posterior, for ``pyro-apd inspect``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 from pyro_apd.posterior import artifact
 from pyro_apd.posterior.posterior import DistilledPosterior
 
-# Longest value that is printed whole.
+# Longer values are shortened.
 _WIDTH = 100
 
 
 def describe(path: str | os.PathLike[str]) -> str:
-    """Several lines of text: format, versions, sites with their transforms, generator, tensors, figures, notes.
+    """Several lines of text: format, versions, sites with their transforms, generator, tensors, metadata.
 
-    The file is loaded, so that one which describes itself well but is damaged raises.
+    The tensors are loaded too, so that a damaged file raises.
 
     :raises ArtifactError: if the file is truncated, damaged, of another kind, or of a newer format.
     :raises FileNotFoundError: if there is none.

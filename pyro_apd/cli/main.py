@@ -49,24 +49,24 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
-        help="the whole way on handwritten digits, in a few minutes",
+        help="the whole workflow on handwritten digits, in a few minutes",
         description="Samples a 64-50-10 Bayesian neural network on scikit-learn's 1,797 digits with SGLD, distils the "
         "chains into a generator, compares the two, and writes posterior.safetensors, chains.nc and report.html.",
     )
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the files (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="makes the run reproducible (%(default)s)")
-    demo.add_argument("--quick", action="store_true", help="a much smaller run, to see that everything works")
+    demo.add_argument("--quick", action="store_true", help="a much smaller run, to check that everything works")
     demo.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda (%(default)s)")
     demo.set_defaults(run=_run_demo)
     report_command.add_parser(commands)
     inspect = commands.add_parser(
         "inspect",
-        help="what a file of a distilled posterior holds",
-        description="Prints what a file says of itself: versions, sites, generator, figures, notes. Nothing in it is "
+        help="contents of a file of a distilled posterior",
+        description="Prints the description in a file: versions, sites, generator, metadata. Nothing in it is "
         "executed; its tensors are checked and not printed.",
     )
     inspect.add_argument("file", type=Path, metavar="FILE", help="what DistilledPosterior.save wrote")
-    inspect.add_argument("--json", action="store_true", help="the description as it stands in the file")
+    inspect.add_argument("--json", action="store_true", help="print the description as JSON")
     inspect.set_defaults(run=_run_inspect)
     return parser
 
@@ -86,7 +86,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     result = demo.run_demo(arguments.out, seed=arguments.seed, budget=budget, device=arguments.device)
     print(f"\n{result.fidelity}\n")
     if arguments.quick:
-        print("This was --quick: too few draws and training steps for the table to say much.\n")
+        print("This was --quick: too few draws and training steps for a meaningful table.\n")
     print(f"Finished in {result.seconds:.0f} s. Open this first:\n  {result.report_path}")
     print(f"The posterior, to ship:\n  {result.posterior_path}  ({result.posterior_path.stat().st_size:,} bytes)")
     print(f"Chains and generator for ArviZ:\n  {result.chains_path}")

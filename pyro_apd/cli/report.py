@@ -28,8 +28,8 @@ def add_parser(commands: Any) -> None:
         "report",
         help="one HTML page about a distilled posterior, from files",
         description="Compares the draws of a chain with a distilled posterior and writes one HTML page. The chain is "
-        "a file of save_netcdf(to_arviz(mcmc), 'chains.nc'). Without --model and --data weights alone are compared, "
-        "which says little.",
+        "a file of save_netcdf(to_arviz(mcmc), 'chains.nc'). Without --model and --data only weights are compared, "
+        "which are not identified.",
     )
     parser.add_argument("chain", type=Path, metavar="CHAIN.nc", help="the chain's draws")
     parser.add_argument("posterior", type=Path, metavar="POSTERIOR.safetensors", help="the distilled posterior")
@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write (%(default)s)")
     parser.add_argument("--title", default="A distilled posterior against its chain", help="its heading")
-    parser.add_argument("--num-samples", type=int, default=100, help="draws of either (%(default)s)")
+    parser.add_argument("--num-samples", type=int, default=100, help="draws of chain and of generator (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="makes the page reproducible (%(default)s)")
     parser.set_defaults(run=_run)
 

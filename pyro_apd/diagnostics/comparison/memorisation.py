@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Has the generator learnt a law, or draws by heart? A memorised draw lies too near to a draw of the chain."""
+"""Draws that the generator has memorised: these are too near to a draw of the chain."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def new_draw_shares(chain: ChainDraws, steps: Sequence[int], sets: Mapping[str, 
 
     Networks are compared weight by weight, in units of each weight's standard deviation over the chain. The measure is
     the usual distance of a chain's draw to its nearest neighbour in the chain. Slow chains have near neighbours, so
-    that a generator which follows one closely is not taken for a copy. All draws of the chain are looked through once,
-    a block at a time.
+    that a generator which follows one closely is not taken for a copy. All draws of the chain are read once, a block at
+    a time.
 
     :param ChainDraws chain: the chain.
     :param steps: which of its draws, of each chain, give the measure.

@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How finely a chain resolves a figure, read off its own halves.
+"""Standard errors of the metrics of a chain, estimated from its halves.
 
-A chain of autocorrelated draws has no p-value to offer. It can be cut in halves, though: if a figure differs by so
-much between two halves of one chain, a difference of that size to a generator says nothing about the generator.
+Draws of a chain are autocorrelated, so there is no p-value. But a chain can be divided into halves: if a metric differs
+by some amount between two halves of one chain, a difference of that size to a generator is not significant.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pyro_apd.diagnostics.comparison.evaluation import Evaluation, similarities
 _BLOCKS = 8
 _SLOW = 2.5
 
-#: Resolution in standard errors: what a dozen figures, none of whose errors is known exactly, need to raise a false
-#: alarm less than once in twenty comparisons. Chosen on seeds of its own; ``benchmarks/diagnostics.py`` measures on
+#: Resolution in standard errors: with a dozen metrics, none of whose errors is known exactly, this gives a false
+#: alarm in less than one of twenty comparisons. Chosen on seeds of its own; ``benchmarks/diagnostics.py`` measures on
 #: others what it finds and what it overlooks.
 STANDARD_ERRORS = 4.0
 
@@ -26,9 +26,9 @@ Half = tuple[list[int], list[int]]
 
 
 def balanced_halves(num_chains: int, num_draws: int) -> list[Half]:
-    """Seven ways to cut pooled draws in two equal halves: balanced half-samples (McCarthy 1969).
+    """Seven ways to divide pooled draws into two equal halves: balanced half-samples (McCarthy 1969).
 
-    Every chain is cut into eight blocks in time, and a half takes the same four of every chain: so it holds all
+    Every chain is divided into eight blocks in time, and a half takes the same four of every chain: so it holds all
     chains equally, and differs from its complement by time alone. Signs of the rows of a Hadamard matrix choose the
     blocks, in order of how often they alternate: first early against late. Chains of fewer than eight draws are laid
     end to end first.
@@ -40,7 +40,7 @@ def balanced_halves(num_chains: int, num_draws: int) -> list[Half]:
     if num_draws < _BLOCKS:
         num_chains, num_draws = 1, num_chains * num_draws
     if num_draws < _BLOCKS:
-        raise ValueError(f"At least {_BLOCKS} draws are needed to see how finely they resolve; got {num_draws}.")
+        raise ValueError(f"At least {_BLOCKS} draws are needed to estimate standard errors; got {num_draws}.")
     width = num_draws // _BLOCKS
     blocks = [
         [i for chain in range(num_chains) for i in range(start + chain * num_draws, start + chain * num_draws + width)]
@@ -58,13 +58,13 @@ def even_halves(num_draws: int) -> list[Half]:
     """
     runs = 16 if num_draws >= 32 else _BLOCKS
     if num_draws < _BLOCKS:
-        raise ValueError(f"At least {_BLOCKS} draws are needed to see how finely they resolve; got {num_draws}.")
+        raise ValueError(f"At least {_BLOCKS} draws are needed to estimate standard errors; got {num_draws}.")
     width = num_draws // runs
     return _alternate([list(range(start, start + width)) for start in range(0, runs * width, width)])
 
 
 def slow_halves(num_chains: int, num_draws: int) -> list[list[Half]]:
-    """Where a chain that mixes badly shows: the three slowest ways to halve in time, and chains against chains."""
+    """The halves that show poor mixing: the three slowest ways to halve in time, and chains against chains."""
     ways = [balanced_halves(num_chains, num_draws)[:3], halves_by_chain(num_chains, num_draws)[:3]]
     return [halves for halves in ways if halves]
 
@@ -92,23 +92,23 @@ def _alternate(blocks: Sequence[list[int]]) -> list[Half]:
 
 
 def resolved_errors(evaluation: Evaluation, num_chains: int, num_draws: int) -> dict[str, float]:
-    """Standard error of each figure of pooled chains; see :func:`combined`."""
+    """Standard error of each metric of pooled chains; see :func:`combined`."""
     even = standard_errors(evaluation, even_halves(num_chains * num_draws))
     slow = [standard_errors(evaluation, halves) for halves in slow_halves(num_chains, num_draws)]
     return {name: combined(error, [errors[name] for errors in slow]) for name, error in even.items()}
 
 
 def combined(even: float, slow: Sequence[float]) -> float:
-    """One standard error of what all ways to halve and what the slowest say.
+    """One standard error from that of all halves and those of the slowest.
 
-    All ways together know it best where the chain mixes. Where the slowest differ by more than chance would have it
-    (a variance of more than 2.5 times, from three ways), the chain does not, and they alone are right.
+    All halves together give the best estimate where the chain mixes. Where the slowest differ by more than chance
+    allows (a variance of more than 2.5 times, from three ways), the chain does not mix, and these alone are right.
     """
     return max([even, *(error for error in slow if error**2 > _SLOW * even**2)])
 
 
 def standard_errors(evaluation: Evaluation, halves: Sequence[Half]) -> dict[str, float]:
-    """Standard error of each figure of all draws, from the root-mean-square difference between halves."""
+    """Standard error of each metric of all draws, from the root-mean-square difference between halves."""
     squares: dict[str, list[float]] = {}
     for first, second in halves:
         a, b = evaluation.take(first).metrics(), evaluation.take(second).metrics()
@@ -121,7 +121,7 @@ def standard_errors(evaluation: Evaluation, halves: Sequence[Half]) -> dict[str,
 def mean_similarities(
     reference: Evaluation, halves: Sequence[Half], other: Evaluation, other_halves: Sequence[Half]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Likeness of first halves of ``reference`` and second halves of ``other``: mean and sd over ways to halve."""
+    """Similarity of first halves of ``reference`` and second halves of ``other``: mean and sd over ways to halve."""
     values: dict[str, list[float]] = {}
     for (first, _), (_, second) in zip(halves, other_halves, strict=True):
         for name, value in similarities(reference.take(first), other.take(second)).items():
@@ -131,9 +131,9 @@ def mean_similarities(
 
 
 def share_between_pieces(evaluation: Evaluation, num_chains: int, num_draws: int) -> float:
-    """Share of the variance of predictions over draws that lies between half-chains rather than inside any.
+    """Share of the variance of predictions over draws that is between half-chains rather than within them.
 
-    About zero for a chain that mixes; near one where every half-chain stays in a place of its own. NaN where chains
+    About zero for a chain that mixes; near one where every half-chain stays in a region of its own. NaN where chains
     are too short to tell. Summed over all inputs and outputs, so that it is steady where R-hat of single weights is
     not; for one quantity and long chains it is 1 - 1 / R-hat^2.
     """

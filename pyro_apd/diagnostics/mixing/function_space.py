@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A few scalars of what networks compute: unlike weights, these have a meaning, and mix where weights need not."""
+"""A few predictions as scalars: unlike weights they are identified, and they may mix where weights do not."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pyro_apd.runtime.global_state import preserved_param_store
 class FunctionProbe:
     """Predictions on a few inputs, one number each: the probability of a class, or the mean.
 
-    Of classes, the one that the first draws seen hold for the most probable; the same for all draws after. R-hat of
-    ranks does not mind that it is a probability.
+    Of classes, the most probable by the first draws given; the same for all later draws. R-hat is of ranks, so that
+    probabilities need no transformation.
 
     :param callable model: the Pyro model.
     :param Inputs inputs: what it is called with.
