@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.predictive.draws import PosteriorLike
 from pyro_apd.runtime import tensor_file
 from pyro_apd.runtime.files import atomic_write
 from pyro_apd.runtime.tensor_file import FileKind
@@ -163,7 +164,7 @@ class HistoryFile:
             raise ValueError(f"{self.path} is of a run with other settings ({said}). Give another `history_path`.")
         return history, self._read_state(content.get("state"))
 
-    def write(self, history: History, posterior: KeptPosterior | None = None) -> None:
+    def write(self, history: History, posterior: PosteriorLike | None = None) -> None:
         """Replaces the history on disk, and the posterior where one is given.
 
         :raises ValueError: if the posterior is neither draws nor a :class:`~pyro_apd.DistilledPosterior`.
@@ -178,7 +179,7 @@ class HistoryFile:
             if old.name != content.get("state", {}).get("file"):
                 old.unlink()
 
-    def _write_state(self, posterior: KeptPosterior, number: int) -> dict[str, str]:
+    def _write_state(self, posterior: PosteriorLike, number: int) -> dict[str, str]:
         path = self.path.with_name(f"{self.path.stem}.round-{number:04d}.safetensors")
         if isinstance(posterior, DistilledPosterior):
             posterior.save(path)

@@ -137,7 +137,10 @@ def _loop(
     task: _Task, start: list[int], num_rounds: int, history_path: str | os.PathLike[str] | None, progress: bool
 ) -> History:
     file = None if history_path is None else HistoryFile(history_path)
-    known, previous = (None, None) if file is None else file.read(task.settings)
+    known: History | None = None
+    previous: PosteriorLike | None = None
+    if file is not None:
+        known, previous = file.read(task.settings)
     history = History(task.settings, start) if known is None else known
     if history.initial != start:
         raise ValueError(f"{history_path} began with other labels than `initial`; give another `history_path`.")
