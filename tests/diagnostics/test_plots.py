@@ -83,7 +83,7 @@ def test_calibration_curve():
     x, y = ax.lines[1].get_data()
     np.testing.assert_allclose(x, [0.65, 0.9], rtol=1e-6)
     np.testing.assert_allclose(y, [0.5, 0.9])
-    assert labels(ax) == ["calibrated", "SGLD (ECE 0.075)", "APD (ECE 0.075)"]
+    assert labels(ax) == ["calibrated", "SGLD (ECE 0.075)", "generator (ECE 0.075)"]
     few = plots.calibration_curve({"SGLD": probs[:4]}, labels_N[:4])
     assert len(few.lines[1].get_xdata()) == 0
 
@@ -237,7 +237,7 @@ def test_roc_curve():
     assert area(x, y) == pytest.approx(metrics.auroc(inside, outside))
     # Ties move along both axes at once: as good as guessing.
     np.testing.assert_allclose(*ax.lines[2].get_data())
-    assert labels(ax) == ["guessing", "SGLD (AUROC 0.875)", "APD (AUROC 0.500)"]
+    assert labels(ax) == ["guessing", "SGLD (AUROC 0.875)", "generator (AUROC 0.500)"]
     with pytest.raises(ValueError, match="at least one score"):
         plots.roc_curve({"SGLD": (inside, torch.tensor([]))})
 
@@ -254,7 +254,12 @@ def test_decision_surfaces(case):
     point = {n: v[:1].expand(30, *v.shape[1:]) for n, v in draws.items()}
     axes = plots.decision_surfaces(case.model, {"SGLD": draws, "generator": point}, case.x, case.y, resolution=12)
     assert [ax.get_title() for ax in axes] == [
-        *("SGLD: prediction", "SGLD: uncertainty of the model", "APD: prediction", "APD: uncertainty of the model")
+        *(
+            "SGLD: prediction",
+            "SGLD: uncertainty of the model",
+            "generator: prediction",
+            "generator: uncertainty of the model",
+        )
     ]
     rendered(axes[0])
     chain, collapsed = (np.asarray(ax.collections[0].get_array()) for ax in (axes[1], axes[3]))
