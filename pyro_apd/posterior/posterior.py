@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -20,6 +20,7 @@ from pyro_apd.generators import Generator, build_generator, precision
 from pyro_apd.models.layout import Layout
 from pyro_apd.models.networks import Ensemble, plain_network
 from pyro_apd.posterior import artifact, estimates
+from pyro_apd.posterior.compatibility import check_layout
 from pyro_apd.posterior.estimates import Estimates
 from pyro_apd.predictive.draws import DrawSource
 from pyro_apd.runtime import checks
@@ -345,6 +346,13 @@ class DistilledPosterior(nn.Module):
 
     def _draw_of_zeros(self) -> dict[str, Tensor]:
         return self.sample(latent=self._like().expand(self.latent_size))
+
+    def check_model(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Checks that ``model``, called with these arguments, has the latent sites that are drawn here.
+
+        :raises ArtifactError: if a site is missing in the model, or has another shape or support there.
+        """
+        check_layout(self.layout, model, args, kwargs)
 
     def extra_repr(self) -> str:
         """Sites and sizes, for ``print``."""

@@ -24,7 +24,9 @@ def potential():
 
 
 @pytest.mark.parametrize(
-    "build", [PlainGradient, ControlVariates, lambda part: DataParallelGradient(part, Ranks())], ids=str
+    "build",
+    [PlainGradient, ControlVariates, lambda part: DataParallelGradient(part, Ranks())],
+    ids=["plain", "control variates", "data parallel"],
 )
 def test_every_estimator_measures_by_the_plain_gradient(build):
     part = potential()
