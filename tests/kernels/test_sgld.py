@@ -5,29 +5,43 @@
 
 import pytest
 import torch
-from pyro.infer import MCMC
-from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.kernels import SGLD
+from tests.support.exactness import assert_gaussian, draws_of_chains
 from tests.support.models import Conjugate
 
 PROBLEM = Conjugate()
 DATA = (PROBLEM.x, PROBLEM.y)
 STEP_SIZE = 8e-4
+
+
+class Batches:
+    """The rows in a new order each time: as a DataLoader, whose own work would be most of these tests."""
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        return iter([(PROBLEM.x[rows], PROBLEM.y[rows]) for rows in torch.randperm(200).reshape(4, 50)])
+
+
 STYLES = {
     "full batch": (PROBLEM.full, DATA, {}),
     "(i) subsampling plate": (PROBLEM.subsampling, DATA, {}),
     "(ii) batch_size": (PROBLEM.full, DATA, {"batch_size": 50}),
     "(ii) without a plate": (PROBLEM.without_plate, DATA, {"batch_size": 50}),
-    "(iii) loader": (PROBLEM.full, (DataLoader(TensorDataset(*DATA), batch_size=50, shuffle=True),), {}),
+    "(iii) batches": (PROBLEM.full, (Batches(),), {"num_data": 200, "prefetch": 0}),
 }
 
 
-def draws_of(model, args, num_samples=2000, **settings):
-    kernel = SGLD(model, settings.pop("step_size", STEP_SIZE), thinning=12, seed=2, **settings)
-    mcmc = MCMC(kernel, num_samples=num_samples, warmup_steps=50, disable_progbar=True)
-    mcmc.run(*args)
-    return mcmc.get_samples()["w"]
+def draws_of(model, args, step_size=STEP_SIZE, num_chains=512, **settings):
+    return draws_of_chains(SGLD(model, step_size, seed=2, compile=False, **settings), args, num_chains=num_chains)
+
+
+def discretised(covariance, step_size, temperature=1.0):
+    """SGLD's own stationary covariance: a variance of 1 / lambda is 1 / (1 - epsilon lambda / 4) times too large."""
+    values, vectors = torch.linalg.eigh(covariance / temperature)
+    return temperature * (vectors * values / (1 - step_size / values / 4)) @ vectors.T
 
 
 @pytest.mark.slow
@@ -36,27 +50,23 @@ def draws_of(model, args, num_samples=2000, **settings):
 )
 def test_exact_gaussian_posterior(style, temperature):
     model, args, settings = STYLES[style]
-    draws = draws_of(model, args, temperature=temperature, **settings)
+    num_chains = {"full batch": 512, "(iii) batches": 64}.get(style, 128)
+    draws = draws_of(model, args, num_chains=num_chains, temperature=temperature, **settings)
     exact = Conjugate(temperature=temperature)
-    sd = exact.covariance.diagonal().sqrt()
-    assert ((draws.mean(0) - exact.mean).abs() < 0.1 * sd).all()
-    # Discretisation alone inflates by 1 / (1 - eps lambda / 4), 6 % here; mini-batches add about 3 % (at T = 1).
-    assert 1 / (1 - STEP_SIZE * exact.largest_curvature / 4) < 1.06
-    ratio = torch.cov(draws.T).trace() / exact.covariance.trace()
-    assert 0.85 < ratio < (1.15 if temperature == 1.0 or style == "full batch" else 1.3)
+    # Mini-batches in epochs add about 1 % at T = 1: their noise does not fall with the temperature.
+    excess = 0.0 if style == "full batch" else 0.02 / temperature
+    assert_gaussian(draws, exact.mean, discretised(exact.covariance, STEP_SIZE, temperature), excess=excess)
 
 
 @pytest.mark.slow
 def test_discretisation_bias_is_the_one_stated():
     step_size = 2.0 / PROBLEM.largest_curvature
-    draws = draws_of(PROBLEM.full, DATA, step_size=step_size)
-    values, vectors = torch.linalg.eigh(PROBLEM.covariance)
-    variances = (draws @ vectors).var(0)
-    expected = values / (1 - step_size / values / 4)
-    assert (variances / expected - 1).abs().max() < 0.1
-    assert (expected / values).max() > 1.9
+    expected = discretised(PROBLEM.covariance, step_size)
+    assert_gaussian(draws_of(PROBLEM.full, DATA, step_size=step_size), PROBLEM.mean, expected)
+    precision = torch.linalg.inv(PROBLEM.covariance)
+    assert torch.linalg.eigvals(expected @ precision).real.max() > 1.9
 
 
 def test_temperature_zero_descends_to_the_mode():
-    draws = draws_of(PROBLEM.full, DATA, num_samples=100, temperature=0.0)
-    torch.testing.assert_close(draws[-1], PROBLEM.mean, rtol=1e-3, atol=1e-4)
+    draws = draws_of(PROBLEM.full, DATA, num_chains=8, temperature=0.0)
+    torch.testing.assert_close(draws[:, -1].float(), PROBLEM.mean.expand(8, 3), rtol=1e-3, atol=1e-4)
