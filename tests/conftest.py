@@ -3,7 +3,10 @@
 
 """Every test starts from the same seed with Pyro's validation on, and must leave global state as it found it."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -19,6 +22,12 @@ from tests.support.rounding import OtherRounding
 torch.set_num_threads(1)
 # Tests fork: a thread of tqdm's that has its lock at that moment would leave it locked in the child.
 tqdm.monitor_interval = 0
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Compiled programs are shared by all workers of a run, and by no two runs: a stored program hides what changed.
+    _programs = tempfile.mkdtemp(prefix="pyro_apd_tests_")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _programs
+    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -4,6 +4,8 @@
 """The README's examples run unchanged."""
 
 import re
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,20 +19,37 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
+@pytest.fixture(params=["little work", pytest.param("all", marks=pytest.mark.thorough)])
+def work(request, monkeypatch, tmp_path):
+    """The folder that examples run in. With little work there are fewer steps, and all else is as a reader runs it."""
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        if request.param == "little work":
+
+            class ShortMCMC(pyro_apd.MCMC):
+                def __init__(self, kernel, *args, **settings):
+                    kernel.thinning = 2
+                    super().__init__(kernel, *args, **settings)
+
+            monkeypatch.setattr(pyro_apd, "MCMC", ShortMCMC)
+            monkeypatch.setattr(pyro_apd, "distill", partial(pyro_apd.distill, num_steps=50))
+            warnings.simplefilter("ignore")  # so little work leaves chains unmixed, and they say so
+        yield tmp_path
+
+
 @pytest.mark.slow
-def test_the_twenty_lines(tmp_path, monkeypatch, capsys):
+def test_the_twenty_lines(work, capsys):
     code, chains, _ = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 25
-    monkeypatch.chdir(tmp_path)
     scope = {}
     exec(compile(code, str(README), "exec"), scope)
-    assert (tmp_path / "posterior.safetensors").exists()
+    assert (work / "posterior.safetensors").exists()
     accuracy = (scope["labels"].mode(0).values == scope["data"].y_test).float().mean()
     assert accuracy > 0.9
     assert "generator" in capsys.readouterr().out
     exec(compile(chains, str(README), "exec"), scope)
     assert scope["mcmc"].get_samples(group_by_chain=True)["out.bias"].shape == (4, 200, 10)
-    assert (tmp_path / "run.ckpt").exists()
+    assert (work / "run.ckpt").exists()
     assert "configurational all" in capsys.readouterr().out
 
 

@@ -46,8 +46,16 @@ def test_there_are_tutorials():
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == {path.stem for path in SOURCES}
 
 
+# The others run in `make thorough`: what they call has tests of its own.
+USUAL = ("01_first_distilled_posterior", "03_is_it_any_good")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "source",
+    [pytest.param(path, marks=[] if path.stem in USUAL else pytest.mark.thorough) for path in SOURCES],
+    ids=lambda path: path.stem,
+)
 def test_it_runs(source, monkeypatch):
     monkeypatch.setenv("PYRO_APD_TUTORIAL_QUICK", "1")
     with warnings.catch_warnings():

@@ -16,7 +16,7 @@ from benchmarks.paper.settings import image_setting
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("benchmark_cache")
-@pytest.mark.parametrize("protocol", ["faithful", "corrected"])
+@pytest.mark.parametrize("protocol", [pytest.param("faithful", marks=pytest.mark.thorough), "corrected"])
 @pytest.mark.parametrize(
     ("name", "in_table"),
     [("active_learning", "| MC-dropout, entropy | "), ("adversarial", "| APD, paper's generator | ")],

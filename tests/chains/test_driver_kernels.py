@@ -17,6 +17,7 @@ from pyro_apd.chains.driver import MCMC, open_store
 from pyro_apd.errors import DivergenceError, ModelError
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
 from tests.chains.test_driver import METHODS, forked, theta, wait_until
+from tests.support.exactness import assert_gaussian
 from tests.support.models import Classifier, Conjugate, constrained, null
 
 pytestmark = pytest.mark.slow
@@ -59,15 +60,25 @@ def test_mcmc_interface(kernel_class, method, num_chains, group_by_chain):
     assert set(mcmc.transforms) == {"w"}
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    ("kernel_class", "context"),
+    [
+        (SGLD, "fork"),
+        (PSGLD, "fork"),
+        (SGHMC, "fork"),
+        (SGHMC, "spawn"),  # which has more state than the others; they are sent the same way
+        pytest.param(SGLD, "spawn", marks=pytest.mark.thorough),
+        pytest.param(PSGLD, "spawn", marks=pytest.mark.thorough),
+    ],
+)
 def test_parallel_chains_are_the_sequential_ones(kernel_class, context):
-    settings = {"num_chains": 3, "mp_context": context}
+    settings = {"num_chains": 2, "mp_context": context}
     one, other = (
         run(kernel_class(PROBLEM.full, 1e-3, batch_size=50, seed=3), *DATA, chain_method=method, **settings)
         for method in ("sequential", "parallel")
     )
     assert torch.equal(theta(one), theta(other))
-    assert len(theta(one).flatten(0, 1).unique(dim=0)) == 30
+    assert len(theta(one).flatten(0, 1).unique(dim=0)) == 20
 
 
 def test_seeds_repeat_and_differ(kernel_class, method):
@@ -82,34 +93,32 @@ def test_seeds_repeat_and_differ(kernel_class, method):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
-    ("kernel_class", "method"), [(SGLD, "vectorized"), (SGLD, "sequential"), (SGHMC, "vectorized")]
-)
-def test_chains_agree_with_the_exact_posterior(kernel_class, method):
-    """4 chains of 1,500 draws each; the standard error of a variance is some 3 %."""
+@pytest.mark.parametrize("kernel_class", [SGLD, SGHMC])
+def test_chains_agree_with_the_exact_posterior(kernel_class):
+    """256 chains of 20 draws each. SGLD's own step size makes variances 4 % too large, SGHMC's less than 2 %."""
     own = {SGLD: {"step_size": 8e-4}, SGHMC: {"step_size": 4e-4}}
-    kernel = kernel_class(PROBLEM.full, thinning=12, seed=1, **own[kernel_class])
-    settings = {"num_samples": 1500, "warmup_steps": 50, "num_chains": 4}
-    mcmc = run(kernel, *DATA, chain_method=method, **settings)
-    draws = mcmc.get_samples()["w"]
-    sd = PROBLEM.covariance.diagonal().sqrt()
-    assert float(((draws.mean(0) - PROBLEM.mean) / sd).abs().max()) < 0.12
-    scaled = torch.cov(draws.T) / (sd[:, None] * sd)
-    exact = PROBLEM.covariance / (sd[:, None] * sd)
-    assert float((scaled - exact).abs().max()) < 0.2
-    assert float(mcmc.diagnostics()["w"]["r_hat"].max()) < 1.02
+    kernel = kernel_class(PROBLEM.full, thinning=30, seed=1, compile=False, **own[kernel_class])
+    mcmc = run(kernel, *DATA, chain_method="vectorized", num_samples=20, warmup_steps=5, num_chains=256)
+    draws = mcmc.get_samples(group_by_chain=True)["w"].double()
+    assert_gaussian(draws, PROBLEM.mean, PROBLEM.covariance, excess=0.045)
+    assert float(mcmc.diagnostics()["w"]["r_hat"].max()) < 1.05  # of halves of ten draws
 
 
-def test_vectorised_agree_with_sequential_chains_in_distribution():
-    means, covariances = [], []
-    for method in ("vectorized", "sequential"):
-        kernel = SGLD(PROBLEM.full, 8e-4, thinning=6, batch_size=50, seed=1)
-        mcmc = run(kernel, *DATA, num_samples=500, warmup_steps=30, num_chains=4, chain_method=method)
-        draws = mcmc.get_samples()["w"] / PROBLEM.covariance.diagonal().sqrt()
-        means.append(draws.mean(0))
-        covariances.append(torch.cov(draws.T))
-    torch.testing.assert_close(*means, atol=0.15, rtol=0)
-    torch.testing.assert_close(*covariances, atol=0.25, rtol=0)
+@pytest.mark.thorough
+def test_sequential_chains_agree_with_the_exact_posterior():
+    kernel = SGLD(PROBLEM.full, 8e-4, thinning=20, seed=1)
+    mcmc = run(kernel, *DATA, chain_method="sequential", num_samples=1500, warmup_steps=50, num_chains=4)
+    draws = mcmc.get_samples()["w"].double().reshape(100, 60, 3)  # stretches of a chain, all but independent
+    assert_gaussian(draws, PROBLEM.mean, PROBLEM.covariance, excess=0.045)
+
+
+def test_vectorised_chains_are_the_sequential_ones_up_to_rounding(kernel_class):
+    """Hence what the vectorised chains are in distribution, the sequential ones are."""
+    one, other = (
+        run(kernel_class(PROBLEM.full, 1e-3, batch_size=50, seed=1), *DATA, num_chains=3, chain_method=method)
+        for method in ("vectorized", "sequential")
+    )
+    torch.testing.assert_close(theta(one), theta(other), rtol=1e-4, atol=1e-5)
 
 
 def test_initial_params(method):
@@ -125,7 +134,8 @@ def test_constrained_latents_in_double_precision(method):
     y = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.set_default_dtype(torch.float64)
     try:
-        draws = run(SGLD(constrained, 1e-3), y, num_chains=2, chain_method=method).get_samples(group_by_chain=True)
+        kernel = SGLD(constrained, 1e-3, capture=False)  # capturing takes most of the time, and has tests of its own
+        draws = run(kernel, y, num_chains=2, chain_method=method).get_samples(group_by_chain=True)
     finally:
         torch.set_default_dtype(torch.float32)
     assert {name: value.dtype for name, value in draws.items()} == dict.fromkeys(draws, torch.float64)
@@ -230,14 +240,14 @@ def test_data_are_let_go_of(method):
 
 
 def killed(kernel, path, method, args, seed):
-    """A run that was killed three times at random, and the same run left in peace."""
+    """A run that was killed twice at random, and the same run left in peace."""
     settings = {"num_samples": 40, "warmup_steps": 20, "num_chains": 2, "chain_method": method}
     resuming = {"checkpoint": path / "c", "checkpoint_every": 3}
     delays = random.Random(seed)
-    for _ in range(3):
+    for _ in range(2):
         child = forked(lambda: run(kernel(), *args, **settings, **resuming, hook_fn=lambda *call: time.sleep(0.005)))
         wait_until((path / "c").exists, child)
-        time.sleep(delays.uniform(0.0, 0.7))
+        time.sleep(delays.uniform(0.0, 0.4))
         child.kill()
         child.join()
     return run(kernel(), *args, **settings, **resuming), run(kernel(), *args, **settings)
@@ -259,7 +269,7 @@ def test_other_models_resume_bit_for_bit(style, method, tmp_path):
     model, args, settings = {
         "plate": (PROBLEM.subsampling, DATA, {}),
         "network": (Classifier(), (x, y), {"batch_size": 7}),
-        "constrained": (constrained, (torch.randn(20),), {}),
+        "constrained": (constrained, (torch.randn(20),), {"capture": False}),
     }[style]
     resumed, whole = killed(
         lambda: SGHMC(model, 1e-3, seed=2, **settings), tmp_path, method, args, seed=METHODS.index(method)

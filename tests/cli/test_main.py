@@ -1,6 +1,8 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -16,22 +18,21 @@ from pyro_apd.cli.main import main
 from pyro_apd.posterior.posterior import DistilledPosterior
 
 
-@pytest.fixture(scope="module")
-def quick_runs(tmp_path_factory):
-    """Two quick demos with one seed and one with another: folder and printed text of each."""
-    import contextlib
-    import io
+def quick_demo(out, seed):
+    """What a quick demo prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+        # Quick is too quick for a chain to forget its start, and it says so.
+        warnings.simplefilter("ignore", pyro_apd.WarmupWarning)
+        assert main(["demo", "--quick", "--seed", seed, "--out", str(out)]) == 0
+    return printed.getvalue()
 
-    runs = []
-    for i, seed in enumerate(("3", "3", "4")):
-        out = tmp_path_factory.mktemp(f"demo{i}")
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
-            # Quick is too quick for a chain to forget its start, and it says so.
-            warnings.simplefilter("ignore", pyro_apd.WarmupWarning)
-            assert main(["demo", "--quick", "--seed", seed, "--out", str(out)]) == 0
-        runs.append((out, printed.getvalue()))
-    return runs
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    """Folder and printed text of a quick demo."""
+    out = tmp_path_factory.mktemp("demo")
+    return out, quick_demo(out, "3")
 
 
 def table(text):
@@ -40,8 +41,9 @@ def table(text):
 
 
 @pytest.mark.slow
-def test_demo_writes_its_files_and_says_where(quick_runs):
-    out, text = quick_runs[0]
+def test_demo_writes_its_files_and_says_where(quick_run):
+    out, text = quick_run
+    assert len(table(text)) >= 8
     for name in ("posterior.safetensors", "chains.nc", "report.html"):
         assert (out / name).stat().st_size > 1000
         assert str(out / name) in text
@@ -50,24 +52,23 @@ def test_demo_writes_its_files_and_says_where(quick_runs):
     assert loaded.num_bytes == (out / "posterior.safetensors").stat().st_size
 
 
-@pytest.mark.slow
-def test_same_seed_same_table_and_file(quick_runs):
-    (one, text_one), (two, text_two), (_, text_other) = quick_runs
+@pytest.mark.thorough
+def test_same_seed_same_table_and_file(quick_run, tmp_path):
+    one, text_one = quick_run
+    text_two, text_other = quick_demo(tmp_path / "two", "3"), quick_demo(tmp_path / "other", "4")
     assert len(table(text_one)) >= 8
     assert table(text_one) == table(text_two)
     assert table(text_one) != table(text_other)
-    assert (one / "posterior.safetensors").read_bytes() == (two / "posterior.safetensors").read_bytes()
+    assert (one / "posterior.safetensors").read_bytes() == (tmp_path / "two" / "posterior.safetensors").read_bytes()
 
 
 @pytest.mark.slow
-def test_demo_chains_open_in_arviz(quick_runs):
-    import warnings
-
+def test_demo_chains_open_in_arviz(quick_run):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import arviz as az
 
-        idata = az.from_netcdf(quick_runs[0][0] / "chains.nc")
+        idata = az.from_netcdf(quick_run[0] / "chains.nc")
     assert idata.posterior.sizes["chain"] == 2
     assert bool((idata.posterior["net.0.weight"].std("draw") > 0).all())
 

@@ -47,13 +47,19 @@ def of_classifier(**options):
     return distill(chains(), MODEL, **options)
 
 
+@pytest.fixture(scope="module")
+def of_classifier_once():
+    """For what does not change it."""
+    return of_classifier()
+
+
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.slow
-def test_result_stands_in_for_the_chain():
-    posterior = of_classifier()
+def test_result_stands_in_for_the_chain(of_classifier_once):
+    posterior = of_classifier_once
     assert isinstance(posterior, DistilledPosterior)
     draws = posterior.get_samples(30)
     assert {name: tuple(value.shape) for name, value in draws.items()} == {k: (30, *v) for k, v in SHAPES.items()}
@@ -64,8 +70,8 @@ def test_result_stands_in_for_the_chain():
 
 
 @pytest.mark.slow
-def test_metadata_tell_what_was_done():
-    posterior = of_classifier()
+def test_metadata_tell_what_was_done(of_classifier_once):
+    posterior = of_classifier_once
     assert posterior.metadata["seed"] == 0
     assert posterior.metadata["space"] == "functions"
     assert (posterior.metadata["num_chains"], posterior.metadata["num_draws"]) == (2, 50)
@@ -84,25 +90,21 @@ def test_a_posterior_knows_its_data_its_precision_and_its_network():
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_file(tmp_path):
+def test_the_same_seed_gives_the_same_file_and_leaves_the_global_generator_alone(of_classifier_once, tmp_path):
+    torch.rand(3)
+    before = torch.get_rng_state()
+    second = of_classifier()
+    assert torch.equal(torch.get_rng_state(), before)
     contents = []
-    for name in ("first", "second"):
-        of_classifier().save(tmp_path / name)
+    for name, posterior in (("first", of_classifier_once), ("second", second)):
+        posterior.save(tmp_path / name)
         contents.append((tmp_path / name).read_bytes())
-        torch.rand(3)
     assert contents[0] == contents[1]
 
 
 @pytest.mark.slow
-def test_another_seed_gives_another_generator():
-    assert not same(of_classifier(seed=1).get_samples(3, seed=0), of_classifier(seed=2).get_samples(3, seed=0))
-
-
-@pytest.mark.slow
-def test_a_seed_leaves_the_global_generator_alone():
-    before = torch.get_rng_state()
-    of_classifier()
-    assert torch.equal(torch.get_rng_state(), before)
+def test_another_seed_gives_another_generator(of_classifier_once):
+    assert not same(of_classifier(seed=1).get_samples(3, seed=0), of_classifier_once.get_samples(3, seed=0))
 
 
 @pytest.mark.slow
@@ -115,8 +117,8 @@ def test_without_a_seed_the_global_generator_decides():
 
 
 @pytest.mark.slow
-def test_save_and_load_draw_the_same(tmp_path):
-    posterior = of_classifier()
+def test_save_and_load_draw_the_same(of_classifier_once, tmp_path):
+    posterior = of_classifier_once
     posterior.save(tmp_path / "posterior.safetensors")
     assert (tmp_path / "posterior.safetensors").stat().st_size == posterior.num_bytes
     loaded = DistilledPosterior.load(tmp_path / "posterior.safetensors")

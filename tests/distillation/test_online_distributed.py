@@ -242,6 +242,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.thorough
 def test_torchrun_restarts_a_job_that_lost_a_process(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(textwrap.dedent(SCRIPT))

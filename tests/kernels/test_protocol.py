@@ -70,17 +70,27 @@ def test_streaming_interface(kernel_class, num_chains):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    ("kernel_class", "context"),
+    [
+        (SGLD, "fork"),
+        (PSGLD, "fork"),
+        (SGHMC, "fork"),
+        (SGHMC, "spawn"),
+        pytest.param(SGLD, "spawn", marks=pytest.mark.thorough),
+        pytest.param(PSGLD, "spawn", marks=pytest.mark.thorough),
+    ],
+)
 def test_parallel_chains_differ_and_seeds_repeat_them(kernel_class, context, monkeypatch):
     monkeypatch.setattr(torch.multiprocessing, "cpu_count", lambda: 4)
     runs = []
-    for _ in range(2):
+    for started in ("fork", context):
         mcmc = MCMC(
             kernel_class(PROBLEM.full, 1e-3, seed=4),
             num_samples=4,
             warmup_steps=1,
             num_chains=2,
-            mp_context=context,
+            mp_context=started,
             disable_progbar=True,
         )
         mcmc.run(*DATA)

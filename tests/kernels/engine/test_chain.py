@@ -67,18 +67,20 @@ def test_chains_together_are_the_chains_alone(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_chains", [None, 2])
-@pytest.mark.parametrize("taken", [0, 1, 9])
-def test_resumed_chains_go_on_bit_for_bit(case, num_chains, taken):
+def test_resumed_chains_go_on_bit_for_bit(case, num_chains):
+    """Stopped before the first step, after it, and later."""
     kernel, args = case
-    chain = kernel.begin(args, {}, warmup_steps=0, chains=ChainSet(count=num_chains))
-    if taken:
-        advance(chain, taken)
-    state = chain.state_dict()
-    expected = advance(chain, 8)
-    resumed = kernel.begin(args, {}, warmup_steps=0, chains=ChainSet(count=num_chains))
-    resumed.load_state_dict(state)
-    assert resumed.step == taken
-    assert torch.equal(advance(resumed, 8), expected)
+    chain, states, thetas = kernel.begin(args, {}, warmup_steps=0, chains=ChainSet(count=num_chains)), {}, {}
+    states[0] = chain.state_dict()
+    for num_steps in (1, 7, 1, 8):
+        theta = advance(chain, num_steps).clone()
+        thetas[chain.step] = theta
+        states[chain.step] = chain.state_dict()
+    for taken in (0, 1, 9):
+        resumed = kernel.begin(args, {}, warmup_steps=0, chains=ChainSet(count=num_chains))
+        resumed.load_state_dict(states[taken])
+        assert resumed.step == taken
+        assert torch.equal(advance(resumed, 8), thetas[taken + 8])
 
 
 def quartic(y):

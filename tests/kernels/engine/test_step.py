@@ -1,7 +1,10 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Compiled steps are the same steps. Compiling takes seconds, so each test does it as few times as it can."""
+"""Compiled steps are the same steps.
+
+Compiling takes ten seconds. Only what depends on the compiler compiles; elsewhere captured programs run as they are.
+"""
 
 import logging
 
@@ -25,6 +28,12 @@ def _calls_stay_in_python(monkeypatch):
     monkeypatch.setattr(step_module, "SMALL", 0)
 
 
+@pytest.fixture
+def programs_as_captured(monkeypatch):
+    """All but the compiler: programs are captured, chosen and called as ever."""
+    monkeypatch.setattr(step_module, "_inductor", lambda graph, examples, options: graph)
+
+
 def begin(kernel_class, compile, num_chains=None, data=(X, LABELS), thinning=2, **settings):
     kernel = kernel_class(Classifier(), 1e-3, batch_size=20, seed=1, compile=compile, thinning=thinning, **settings)
     return kernel.begin(data, {}, warmup_steps=0, num_samples=10, chains=ChainSet(count=num_chains))
@@ -36,12 +45,26 @@ def advance(chain, num_steps):
     return chain.theta
 
 
+KERNELS = [(SGLD, {}), (SGHMC, {}), (PSGLD, {"use_gamma": True}), (SGLD, {"control_variates": True})]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("programs_as_captured")
+@pytest.mark.parametrize(("kernel_class", "settings"), KERNELS)
+def test_programs_are_the_same_steps(kernel_class, settings):
+    check_programs(kernel_class, settings)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel_class", "settings"),
-    [(SGLD, {}), (SGHMC, {}), (PSGLD, {"use_gamma": True}), (SGLD, {"control_variates": True})],
+    [KERNELS[0], KERNELS[2], *(pytest.param(*case, marks=pytest.mark.thorough) for case in (KERNELS[1], KERNELS[3]))],
 )
 def test_compiled_steps_are_the_same_steps(kernel_class, settings):
+    check_programs(kernel_class, settings)
+
+
+def check_programs(kernel_class, settings):
     eager, fast = (begin(kernel_class, compile, **settings) for compile in (False, True))
     for num_steps in (5, 5, 7):  # the first step, and what a draw leaves over, go by the captured graph
         expected, found = advance(eager, num_steps), advance(fast, num_steps)
@@ -51,15 +74,15 @@ def test_compiled_steps_are_the_same_steps(kernel_class, settings):
     assert (eager.path, fast.path) == ("captured", "compiled")
 
 
-@pytest.mark.slow
-def test_compiled_steps_of_several_chains():
+@pytest.mark.usefixtures("programs_as_captured")
+def test_programs_of_several_chains():
     eager, fast = (begin(SGHMC, compile, num_chains=3) for compile in (False, True))
     torch.testing.assert_close(advance(fast, 12), advance(eager, 12), rtol=1e-4, atol=1e-5)
     assert fast.path == "compiled"
 
 
-@pytest.mark.slow
-def test_compiled_steps_see_their_own_data():
+@pytest.mark.usefixtures("programs_as_captured")
+def test_programs_see_their_own_data():
     one = begin(SGLD, True)
     other = begin(SGLD, True, data=(X.flip(0) + 1, LABELS))
     expected = begin(SGLD, False, data=(X.flip(0) + 1, LABELS))
@@ -67,7 +90,7 @@ def test_compiled_steps_see_their_own_data():
     torch.testing.assert_close(advance(other, 10), advance(expected, 10), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("programs_as_captured")
 def test_a_ragged_batch_goes_by_the_captured_graph():
     batches = DataLoader(TensorDataset(X, LABELS), batch_size=25)
     chains = []
