@@ -246,6 +246,7 @@ def test_drawing_from_a_file_needs_no_training_code():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.slow
 def test_no_public_function_hides_a_module():
     """``import pyro_apd.x.y as m`` must work, which a function of the name of a folder would prevent."""
     code = "import pyro_apd.distillation.objective as objective; assert objective.__file__"

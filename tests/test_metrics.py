@@ -56,6 +56,7 @@ def test_perfectly_calibrated_prediction_has_no_error():
     assert metrics.expected_calibration_error(probs, labels) == pytest.approx(0.0, abs=1e-15)
 
 
+@pytest.mark.slow
 @given(
     hnp.arrays(np.int64, st.integers(1, 20), elements=st.integers(0, 5)),
     hnp.arrays(np.int64, st.integers(1, 20), elements=st.integers(0, 5)),

@@ -50,6 +50,7 @@ def test_apart_and_alike():
     assert alike == pytest.approx({"auroc": 0.5, "aupr_out": 0.4, "aupr_in": 0.6, "fpr95": 1.0})
 
 
+@pytest.mark.slow
 @given(SCORES, SCORES)
 @settings(max_examples=50, deadline=None)
 def test_metrics_are_those_of_scikit_learn(inside, outside):
@@ -143,6 +144,7 @@ def test_the_result_as_records_table_and_text():
         found["out", "entropy"]
 
 
+@pytest.mark.slow
 def test_every_kind_of_posterior():
     model, y = Classifier(), (X[:, 0] > 0).long()
     mcmc = MCMC(apd.SGLD(model, 1e-3, seed=0), num_samples=12, warmup_steps=2, disable_progbar=True)

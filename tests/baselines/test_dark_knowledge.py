@@ -32,6 +32,7 @@ def student(outputs):
     return nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, outputs))
 
 
+@pytest.mark.slow
 def test_a_student_predicts_the_average_of_a_chain():
     model, net = Classifier(), student(3)
     before = [p.clone() for p in net.parameters()]
@@ -46,6 +47,7 @@ def test_a_student_predicts_the_average_of_a_chain():
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)), "the caller's net was trained"
 
 
+@pytest.mark.slow
 def test_of_a_generator_and_with_noise():
     layout = Layout(SITES)
     posterior = DistilledPosterior(layout, CoordinateGenerator(layout.size, 2))
@@ -72,6 +74,7 @@ def regression(x):
         pyro.sample("obs", dist.Normal(x @ w, 0.5))
 
 
+@pytest.mark.slow
 def test_a_regression_learns_both_moments_of_the_mixture():
     given = {"w": torch.tensor([[1.0, 0, 0, 0], [1.0, 0, 0, 2.0]])}
     taught = dark_knowledge(

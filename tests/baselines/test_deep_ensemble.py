@@ -21,6 +21,7 @@ def test_all_members_find_the_one_mode():
     assert_close(found["w"], problem.mean.expand(3, 3), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_members_differ_and_the_first_is_a_map_estimate():
     settings = {"num_steps": 40, "batch_size": 20, "seed": 3, "progress": False}
     many = deep_ensemble(Classifier(), X, Y, num_networks=3, **settings)

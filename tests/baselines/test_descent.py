@@ -99,6 +99,7 @@ def test_where_networks_start():
     assert value["number"] > 6
 
 
+@pytest.mark.slow
 def test_networks_with_normalisation_layers_learn():
     x = torch.randn(200, 5)
     y = x[:, :3].argmax(-1)

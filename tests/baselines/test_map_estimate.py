@@ -18,6 +18,7 @@ def test_the_mode_of_a_gaussian_posterior_is_found():
     assert_close(found["w"], problem.mean.unsqueeze(0), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_mini_batches_come_close_with_a_falling_rate():
     problem = Conjugate()
     settings = {"batch_size": 20, "num_steps": 600, "learning_rate": 0.2, "decay": True, "progress": False}
@@ -27,6 +28,7 @@ def test_mini_batches_come_close_with_a_falling_rate():
     assert torch.equal(found["w"], again["w"])
 
 
+@pytest.mark.slow
 def test_the_state_that_validates_best_is_returned():
     problem = Conjugate()
     # Data that no weights but zero explain: the first look, nearest to the start at zero, is the best.

@@ -54,6 +54,7 @@ def test_a_batch_counts_for_all_data():
     assert not torch.equal(batch, whole)
 
 
+@pytest.mark.slow
 def test_training_learns_and_draws_disagree():
     model = Classifier((4, 40, 3), scale=2.0)
     settings = {"num_steps": 300, "batch_size": 30, "learning_rate": 0.2, "seed": 0, "progress": False}

@@ -36,6 +36,7 @@ def test_iterates_that_do_not_move_have_no_spread():
     assert (found.deviations == 0).all()
 
 
+@pytest.mark.slow
 def test_a_gaussian_posterior():
     problem = Conjugate()
     settings = {"batch_size": 20, "num_steps": 100, "learning_rate": 0.1, "progress": False}

@@ -45,6 +45,7 @@ def run(monkeypatch, *args):
     distillation.main()
 
 
+@pytest.mark.slow
 def test_it_runs_quickly_and_stores_nothing(small, monkeypatch, capsys):
     run(monkeypatch, "--quick")
     whole, _, summary = capsys.readouterr().out.partition("#### ")
@@ -170,6 +171,7 @@ def test_herding_chooses_different_draws(monkeypatch):
     assert 0.5 < kept_K1.std() / all_N1.std() < 1.3
 
 
+@pytest.mark.slow
 def test_results_are_stored_with_a_figure_and_not_run_again(small, monkeypatch, capsys):
     sample = distillation_cases.Case.sample
     monkeypatch.setattr(

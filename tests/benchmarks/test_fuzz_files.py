@@ -19,6 +19,7 @@ def test_each_loads_right_or_is_refused(tmp_path, seed):
     assert counts["hostile header: refused"] > 5
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32),
     kind=st.sampled_from(sorted(fuzz_files.MUTATIONS)),

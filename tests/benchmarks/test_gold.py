@@ -141,6 +141,7 @@ def test_kernels_start_from_flat_priors(batch_size):
     torch.testing.assert_close(mcmc.get_samples()["beta"][1], start["beta"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_plan_follows_the_curvature():
     args = ARGS["sblrc"]
     target = TracedPotential(POSTERIORS["sblrc"].standardised(args), args, POSTERIORS["sblrc"].start(args))

@@ -62,6 +62,7 @@ def test_smoke(name, protocol, in_table, tmp_path, capsys, monkeypatch):
     assert in_table in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_split_takes_the_prior_that_its_own_held_out_training_rows_prefer(monkeypatch):
     options = Options("corrected", "smoke")
     problem, _ = uci.make_problem("line", 0)

@@ -103,8 +103,8 @@ def test_every_method_draws_the_same_of_this_kernel():
     assert len(one.flatten(0, 1).unique(dim=0)) == 24
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+# In the default run, a kernel of the package's is spawned in :mod:`tests.chains.test_driver_kernels`.
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.thorough)])
 def test_parallel_contexts(context):
     mcmc = run(num_chains=2, chain_method="parallel", mp_context=context)
     assert torch.equal(theta(mcmc), theta(run(num_chains=2, chain_method="sequential")))
@@ -469,6 +469,7 @@ def test_workers_end_with_their_parent(tmp_path):
     shutil.rmtree(shared_folders(parent.pid)[0])
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent_though_they_wait_for_it_to_read(tmp_path):
     """A parent that is stopped does not read, until pipes are full of checkpoints."""
     settings = {"chain_method": "parallel", "mp_context": "fork", "checkpoint_every": 1}
@@ -834,6 +835,7 @@ def test_nuts_chains_run_sequentially_without_a_warning():
     assert set(mcmc.diagnostics()["divergences"]) == {"chain 0", "chain 1"}
 
 
+@pytest.mark.slow
 def test_nuts_parallel(monkeypatch):
     monkeypatch.setattr(torch.multiprocessing, "cpu_count", lambda: 4)
     mcmc = MCMC(NUTS(gaussian), 6, 6, num_chains=2, chain_method="parallel", disable_progbar=True)

@@ -56,6 +56,7 @@ def files(folder, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_report_from_files(files, capsys):
     options = ["--model", "nets_of_test_command:network", "--data", "data.npz", "--out", "page.html"]
     options += ["--title", "From files", "--num-samples", "40"]

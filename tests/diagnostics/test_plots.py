@@ -146,6 +146,7 @@ def test_training_curves():
         plots.training_curves({"kind": ["a"], "step": [1]})
 
 
+@pytest.mark.slow
 def test_quality_against_bytes(fidelity):
     ax = rendered(plots.quality_against_bytes(fidelity, "mean_mi"))
     points = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines[1:]}
@@ -249,6 +250,7 @@ def test_principal_pair_has_marginals():
     assert not plots.principal_pair(chain, generator, marginals=False).child_axes
 
 
+@pytest.mark.slow
 def test_decision_surfaces(case):
     draws = {n: v.flatten(0, 1)[:30] for n, v in case.chain().items()}
     point = {n: v[:1].expand(30, *v.shape[1:]) for n, v in draws.items()}

@@ -80,6 +80,7 @@ def test_metadata_tell_what_was_done(of_classifier_once):
     assert posterior.training_log["step"][-1] == 20
 
 
+@pytest.mark.slow
 def test_a_posterior_knows_its_data_its_precision_and_its_network():
     model = BNN(torch.nn.Linear(4, 3), likelihood="categorical")
     draws = {"net.weight": torch.randn(40, 3, 4), "net.bias": torch.randn(40, 3)}
@@ -183,6 +184,7 @@ def test_the_posterior_at_hand_is_that_of_its_file(tmp_path):
     assert torch.equal(loaded.get_samples(5, seed=0)["w"], posterior.get_samples(5, seed=0)["w"])
 
 
+@pytest.mark.slow
 def test_constrained_sites_stay_in_their_support():
     y = torch.randn(30)
     draws = {
@@ -197,6 +199,7 @@ def test_constrained_sites_stay_in_their_support():
     assert drawn["corr"].shape == (50, 2, 2)
 
 
+@pytest.mark.slow
 def test_after_pyros_own_mcmc():
     model = Conjugate(num_data=30)
     mcmc = MCMC(NUTS(model.full), num_samples=40, warmup_steps=50, disable_progbar=True)
@@ -236,6 +239,7 @@ def test_a_model_that_predicts_nothing_is_distilled_in_weight_space(caplog):
     assert "nothing it could predict" in caplog.text
 
 
+@pytest.mark.slow
 def test_probe_inputs_of_the_user_are_what_the_model_sees():
     seen = []
 
@@ -295,6 +299,7 @@ def interrupt(monkeypatch, at):
     monkeypatch.setattr(FunctionObjective, "backward", stopping)
 
 
+@pytest.mark.slow
 def test_ctrl_c_returns_the_best_so_far(monkeypatch):
     interrupt(monkeypatch, at=8)
     with pytest.warns(DistillationWarning, match="interrupted at step 7 of 20"):
@@ -373,6 +378,7 @@ def test_parts_change_a_result_by_rounding_alone(monkeypatch, options):
     assert parts.metadata["metrics"] == pytest.approx(whole.metadata["metrics"], rel=5e-2, abs=5e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["functions", "weights"])
 def test_draws_on_disk_are_never_copied_whole(tmp_path, monkeypatch, space):
     model = BNN(torch.nn.Linear(1000, 4))

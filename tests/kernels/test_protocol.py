@@ -292,6 +292,7 @@ def test_divergence_is_caught_within_100_steps_and_keeps_the_draws(diverging_ker
     assert again.suggested_step_size == error.suggested_step_size
 
 
+@pytest.mark.slow
 def test_suggested_step_size_does_not_diverge(diverging_kernel_class):
     with pytest.raises(DivergenceError) as caught:
         run(diverging_kernel_class(PROBLEM.full, 0.1, thinning=100), *DATA)

@@ -67,6 +67,7 @@ def test_discretisation_bias_is_the_one_stated():
     assert torch.linalg.eigvals(expected @ precision).real.max() > 1.9
 
 
+@pytest.mark.slow
 def test_temperature_zero_descends_to_the_mode():
     draws = draws_of(PROBLEM.full, DATA, num_chains=8, temperature=0.0)
     torch.testing.assert_close(draws[:, -1].float(), PROBLEM.mean.expand(8, 3), rtol=1e-3, atol=1e-4)

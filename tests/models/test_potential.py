@@ -62,6 +62,7 @@ def test_potential_is_the_one_that_pyro_gives_to_nuts(name):
     torch.testing.assert_close(potential.value(theta, ()), potential_fn(potential.layout.split(theta)))
 
 
+@pytest.mark.slow
 def test_closed_form_covers_constant_gaussian_priors_only():
     for name, expected in (("hierarchy", {"v"}), ("constrained", set()), ("conjugate", {"w"})):
         model, args, settings = MODELS[name]

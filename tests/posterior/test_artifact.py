@@ -169,6 +169,7 @@ def test_enormous_header_is_not_read(path):
         artifact.read(path)
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_flipped_bytes_read_right_or_are_refused(path, data):

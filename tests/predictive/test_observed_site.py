@@ -378,6 +378,7 @@ def test_chunks_change_nothing(x, draws, chunk_size):
         assert_close(function(indexed, draws, *args, chunk_size=chunk_size), function(indexed, draws, *args))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [None, 3])
 def test_gradients_reach_the_draws(x, chunk_size):
     draws = {"w": torch.randn(S, D).double().requires_grad_(), "sd": torch.rand(S).double().add(0.5).requires_grad_()}

@@ -62,6 +62,7 @@ def test_model_variance_is_the_formula_of_feinman():
     assert torch.allclose(uncertainty.model_variance(probs), expected, atol=1e-14)
 
 
+@pytest.mark.slow
 @given(probabilities())
 @settings(max_examples=200, deadline=None)
 def test_information_inequalities(probs):
@@ -77,6 +78,7 @@ def test_information_inequalities(probs):
     assert (uncertainty.max_probability(probs) >= 1 / num_classes - 1e-12).all()
 
 
+@pytest.mark.slow
 @given(probabilities(), st.randoms(use_true_random=False))
 @settings(max_examples=60, deadline=None)
 def test_order_of_draws_does_not_matter(probs, random):

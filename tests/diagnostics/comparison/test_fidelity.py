@@ -73,6 +73,7 @@ def test_collapse_does_not_hide_behind_good_predictions(case, run):
     assert fidelity.status == "loses"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sd", "words"), [(0.28, "loses"), (0.6, "overstates")])
 def test_wrong_spread(case, run, sd, words):
     fidelity = run(case.chain(num_draws=200), case.posterior(sd=sd), num_samples=200)
@@ -80,6 +81,7 @@ def test_wrong_spread(case, run, sd, words):
     assert words in fidelity["mean_mi"].verdict
 
 
+@pytest.mark.slow
 def test_unmixed_chains(case, run):
     chain = case.chain(sd=0.02, spread=1.0)
     pooled = {n: v.flatten(0, 1) for n, v in chain.items()}
@@ -263,6 +265,7 @@ def test_bytes_in_words(size, words):
     assert format_bytes(size) == words
 
 
+@pytest.mark.slow
 def test_regression(case):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(60, 2, generator=g)
@@ -347,6 +350,7 @@ def test_without_inputs_weights_alone_are_compared(case):
     assert any("unidentified" in note for note in fidelity.notes)
 
 
+@pytest.mark.slow
 def test_nuts_on_its_own_data(case):
     x = torch.randn(25, 2)
     y = x @ torch.tensor([1.0, -1.0]) + 0.3 * torch.randn(25)

@@ -74,6 +74,7 @@ def test_slowest_halvings_come_first():
     assert changes == sorted(changes) == list(range(1, 8))
 
 
+@pytest.mark.slow
 def test_standard_error_of_a_mean_of_independent_draws():
     errors = []
     for seed in range(200):

@@ -87,6 +87,7 @@ def test_verdict_and_table_come_first(case, written, unpainted):
     assert page.source.index("<table") < page.source.index("<h2>")
 
 
+@pytest.mark.slow
 def test_good_collapsed_and_unmixed_look_different(case, written, unpainted):
     statuses = []
     for chain, posterior in [
@@ -139,6 +140,7 @@ def test_regression_page(case, tmp_path, unpainted):
     assert "RMSE" in page.text
 
 
+@pytest.mark.slow
 def test_same_seed_same_file_and_nothing_else_changes(case, written, unpainted):
     state = torch.get_rng_state()
     first = written(seed=3).read_bytes()
@@ -160,6 +162,7 @@ def test_pictures_do_not_depend_on_settings():
     assert not matplotlib.pyplot.get_fignums()
 
 
+@pytest.mark.slow
 def test_failure_leaves_the_old_page(case, written, monkeypatch, unpainted):
     path = written()
     before = path.read_bytes()

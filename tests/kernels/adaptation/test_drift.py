@@ -39,7 +39,10 @@ def autoregression(num_points, num_series, time, noise=0.0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("time", "noise"), [(0, 0.0), (5, 0.0), (5, 2.0), (20, 0.0)])
+@pytest.mark.parametrize(
+    ("time", "noise"),
+    [(5, 0.0), (20, 0.0), *(pytest.param(*case, marks=pytest.mark.thorough) for case in ((0, 0.0), (5, 2.0)))],
+)
 def test_p_values_of_stationary_series_are_fair(time, noise):
     """Up to an autocorrelation time of a tenth of the run, chance is not taken for drift more often than stated."""
     p_value = fitted_change(autoregression(200, 2000, time, noise))[2]
@@ -48,7 +51,7 @@ def test_p_values_of_stationary_series_are_fair(time, noise):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("time", [0, 5, 20])
+@pytest.mark.parametrize("time", [20, *(pytest.param(time, marks=pytest.mark.thorough) for time in (0, 5))])
 def test_false_alarms_on_stationary_chains(time):
     """Potential and two sites together: at most 5 % of the chains."""
     num_chains, alarms = 400, set()
@@ -116,6 +119,7 @@ def wide(y):
 FAR = init_to_value(values={"w": torch.full((300,), 3.0)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel_class", [SGLD, SGHMC], ids=lambda kernel: kernel.__name__)
 def test_short_warm_up_is_said_with_the_steps_that_it_takes(kernel_class):
     kernel = kernel_class(wide, 1e-3, seed=0, init_strategy=FAR, compile=False)
@@ -135,6 +139,7 @@ def test_short_warm_up_is_said_with_the_steps_that_it_takes(kernel_class):
     assert stated == pytest.approx(needed, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_steps_that_it_asks_for_are_enough():
     kernel = SGLD(wide, 1e-3, seed=0, init_strategy=FAR, compile=False)
     mcmc = MCMC(kernel, num_samples=200, warmup_steps=2000, disable_progbar=True)

@@ -65,6 +65,7 @@ def test_chain_starts_at_the_mode(kernel_class):
     torch.testing.assert_close(mcmc.get_samples()["w"][0], PROBLEM.mean, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 def test_it_happens_once_and_repeats_with_the_seed():
     draws = []
     for _ in range(2):
@@ -76,6 +77,7 @@ def test_it_happens_once_and_repeats_with_the_seed():
     torch.testing.assert_close(draws[0][0], draws[0][2], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_chains_together_come_to_modes_of_their_own():
     x = torch.randn(80, 4)
     y = (x[:, 0] > 0).long()

@@ -91,6 +91,7 @@ def quartic(y):
         pyro.sample("obs", dist.Normal(w.sum(), 1.0), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel_class", [SGLD, SGHMC])
 def test_a_chain_that_diverges_is_frozen_and_the_others_go_on(kernel_class):
     kernel = kernel_class(quartic, 1e-2, seed=0, temperature=1e-3)
@@ -122,6 +123,7 @@ def test_when_all_diverge_it_raises():
     assert sorted(error.chain for error in chain.divergences) == [0, 1]
 
 
+@pytest.mark.slow
 def test_schedules_reach_every_step_of_a_chain():
     kernel = SGLD(PROBLEM.full, lambda step: 1e-3 / (step + 1), seed=1, temperature=0.0)
     chain = kernel.begin((PROBLEM.x, PROBLEM.y), {}, warmup_steps=0, initial_params={"w": torch.zeros(3)})

@@ -100,6 +100,7 @@ def test_a_ragged_batch_goes_by_the_captured_graph():
     torch.testing.assert_close(advance(chains[1], 12), advance(chains[0], 12), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_ragged_batch_among_others_is_not_worth_a_program(monkeypatch):
     asked = []
 
@@ -119,6 +120,7 @@ def test_a_ragged_batch_among_others_is_not_worth_a_program(monkeypatch):
     assert asked == [1]
 
 
+@pytest.mark.slow
 def test_long_runs_compile_and_short_ones_do_not(monkeypatch):
     asked = []
 

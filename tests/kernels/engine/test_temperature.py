@@ -111,6 +111,7 @@ def test_readings_by_hand():
     assert second.standard_error == 0.0
 
 
+@pytest.mark.slow
 def test_standard_error_allows_for_autocorrelation():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(20_000, generator=generator)
