@@ -202,7 +202,7 @@ def _draw_in_child(posterior, queue):
     queue.put({name: value.tolist() for name, value in posterior.get_samples(2, seed=5).items()})
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_spawn():
     layout = Layout({"w": (2, 3), "scale": ()}, {"scale": constraints.positive})
     posterior = DistilledPosterior(layout, PaperGenerator(layout.size, 3, 8))

@@ -43,7 +43,7 @@ def chains(num_chains=2, num_draws=50, scale=0.3):
 
 
 def of_classifier(**options):
-    options = {"data": (X, Y), "num_steps": 20, "seed": 0, "progress": False, "group_by_chain": True, **options}
+    options = {"data": (X, Y), "num_steps": 4, "seed": 0, "progress": False, "group_by_chain": True, **options}
     return distill(chains(), MODEL, **options)
 
 
@@ -77,7 +77,7 @@ def test_metadata_tell_what_was_done(of_classifier_once):
     assert (posterior.metadata["num_chains"], posterior.metadata["num_draws"]) == (2, 50)
     assert posterior.metadata["held_out"] == {"period": 25, "start": 10, "length": 5}
     assert posterior.metadata["metrics"].keys() == {"distance", "spread_ratio", "mi_ratio"}
-    assert posterior.training_log["step"][-1] == 20
+    assert posterior.training_log["step"][-1] == 4
 
 
 @pytest.mark.slow
@@ -213,7 +213,7 @@ def test_after_pyros_own_mcmc():
 @pytest.mark.parametrize("objective", [None, "wgan", "lsgan", "non-saturating"])
 def test_the_papers_generator(objective):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DistillationWarning)  # 20 of 100,000 steps
+        warnings.simplefilter("ignore", DistillationWarning)  # 4 of 100,000 steps
         posterior = of_classifier(generator="paper", objective=objective)
     assert posterior.generator.config["kind"] == "paper"
     assert posterior.get_samples(3)["first.weight"].shape == (3, 6, 4)
@@ -301,8 +301,8 @@ def interrupt(monkeypatch, at):
 
 @pytest.mark.slow
 def test_ctrl_c_returns_the_best_so_far(monkeypatch):
-    interrupt(monkeypatch, at=8)
-    with pytest.warns(DistillationWarning, match="interrupted at step 7 of 20"):
+    interrupt(monkeypatch, at=4)
+    with pytest.warns(DistillationWarning, match="interrupted at step 3 of 4"):
         posterior = of_classifier()
     assert torch.isfinite(posterior.get_samples(5)["first.weight"]).all()
 
