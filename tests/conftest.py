@@ -31,21 +31,17 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 
 def pytest_collection_modifyitems(items):
-    """A test with neither mark is fast."""
+    """A test with neither mark is fast. Files with slow tests come first, so that no worker ends with them alone."""
     for item in items:
         if not any(item.iter_markers("slow")) and not any(item.iter_markers("thorough")):
             item.add_marker("fast")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _other_rounding():
-    """On request, the arithmetic of another processor."""
-    salt = os.environ.get("PYRO_APD_TEST_ROUNDING")
-    if salt is None:
-        yield
-        return
-    with OtherRounding(salt):
-        yield
+    slow = {item.path for item in items if any(item.iter_markers("slow"))}
+    files = list(dict.fromkeys(item.path for item in items))
+    first, last = [path for path in files if path in slow], [path for path in files if path not in slow]
+    # Two workers begin with a half each, and take from the end of the other's when they are done.
+    order = [*first[::2], *last[::2], *first[1::2], *last[1::2]]
+    place = {path: i for i, path in enumerate(order)}
+    items.sort(key=lambda item: place[item.path])
 
 
 @pytest.fixture(autouse=True)
