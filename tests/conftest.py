@@ -44,6 +44,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place[item.path])
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _other_rounding():
+    """On request, the arithmetic of another processor."""
+    salt = os.environ.get("PYRO_APD_TEST_ROUNDING")
+    if salt is None:
+        yield
+        return
+    with OtherRounding(salt):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _clean_global_state():
     pyro.clear_param_store()

@@ -58,7 +58,7 @@ def test_programs_are_the_same_steps(kernel_class, settings):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel_class", "settings"),
-    [KERNELS[0], KERNELS[2], *(pytest.param(*case, marks=pytest.mark.thorough) for case in (KERNELS[1], KERNELS[3]))],
+    [*KERNELS[:2], *(pytest.param(*case, marks=pytest.mark.thorough) for case in KERNELS[2:])],
 )
 def test_compiled_steps_are_the_same_steps(kernel_class, settings):
     check_programs(kernel_class, settings)
