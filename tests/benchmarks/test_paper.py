@@ -33,7 +33,7 @@ def test_every_experiment_is_complete():
     [
         ("toy", "corrected", "| NUTS | 0.0000 |"),
         pytest.param("classification", "faithful", "| MC-dropout | ", marks=pytest.mark.thorough),
-        ("classification", "corrected", "| APD | "),
+        pytest.param("classification", "corrected", "| APD | ", marks=pytest.mark.thorough),
         pytest.param("ood", "faithful", "In the paper's form", marks=pytest.mark.thorough),
         ("ood", "corrected", "* APD: "),
         ("uci", "corrected", "| line | APD |"),

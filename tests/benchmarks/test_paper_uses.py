@@ -16,10 +16,14 @@ from benchmarks.paper.settings import image_setting
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("benchmark_cache")
-@pytest.mark.parametrize("protocol", [pytest.param("faithful", marks=pytest.mark.thorough), "corrected"])
 @pytest.mark.parametrize(
-    ("name", "in_table"),
-    [("active_learning", "| MC-dropout, entropy | "), ("adversarial", "| APD, paper's generator | ")],
+    ("name", "protocol", "in_table"),
+    [
+        ("active_learning", "corrected", "| MC-dropout, entropy | "),
+        pytest.param("active_learning", "faithful", "| MC-dropout, entropy | ", marks=pytest.mark.thorough),
+        pytest.param("adversarial", "faithful", "| APD, paper's generator | ", marks=pytest.mark.thorough),
+        pytest.param("adversarial", "corrected", "| APD, paper's generator | ", marks=pytest.mark.thorough),
+    ],
 )
 def test_smoke(name, protocol, in_table, tmp_path, capsys, monkeypatch):
     arguments = [name, "--protocol", protocol, "--budget", "smoke", "--results", str(tmp_path), "--threads", "1"]

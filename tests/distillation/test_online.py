@@ -423,9 +423,10 @@ def bounded(x):
         pyro.sample("obs", dist.Normal((mix * scale).sum(), 1.0), obs=x)
 
 
-def test_memory_does_not_depend_on_the_length_of_the_run():
+@pytest.mark.parametrize("most", [120, pytest.param(400, marks=pytest.mark.thorough)])
+def test_memory_does_not_depend_on_the_length_of_the_run(most):
     largest = []
-    for num_samples in (40, 340):
+    for num_samples in (40, most):
         with warnings.catch_warnings(), Largest(X) as seen:
             warnings.simplefilter("ignore")  # chains as short as these have not warmed up
             posterior = run(
@@ -437,4 +438,5 @@ def test_memory_does_not_depend_on_the_length_of_the_run():
     assert (drawn["scale"] > 0).all()
     torch.testing.assert_close(drawn["mix"].sum(-1), torch.ones(20))
     assert largest[0] == largest[1]
-    assert largest[1] < 2 * 340 * 99 * 4  # what the draws of the longer run would take
+    if most == 400:
+        assert largest[1] < 2 * most * 99 * 4  # what the draws of the longer run would take
