@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pyro_apd.kernels import PSGLD
+from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.kernels.engine.step import Step
 from tests.support.exactness import STANDARD_ERRORS, draws_of_chains
 
@@ -40,7 +41,7 @@ def test_ill_conditioned_gaussian(temperature):
 @pytest.mark.slow
 def test_mixes_better_than_its_conditioning():
     """With one step size for all, the slowest direction would need 100 times the steps of the fastest."""
-    chain = PSGLD(gaussian, 0.03, seed=0, compile=False).begin((), {}, warmup_steps=0, num_chains=512)
+    chain = PSGLD(gaussian, 0.03, seed=0, compile=False).begin((), {}, warmup_steps=0, chains=ChainSet(count=512))
     pairs = []
     with torch.no_grad():
         chain.advance(200)

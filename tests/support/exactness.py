@@ -9,6 +9,8 @@ time. Standard errors come from the chains, which are independent, so that no au
 
 import torch
 
+from pyro_apd.kernels.engine.chain_set import ChainSet
+
 # Two-sided, for the few dozen numbers of a test: chance alone exceeds it once in 150,000 numbers.
 STANDARD_ERRORS = 4.5
 
@@ -19,7 +21,7 @@ def draws_of_chains(kernel, args, *, num_chains=512, num_draws=20, every=30, war
     :param every: Langevin steps per draw.
     :param warmup: Langevin steps before the first.
     """
-    chain = kernel.begin(args, {}, warmup_steps=0, num_samples=num_draws, num_chains=num_chains)
+    chain = kernel.begin(args, {}, warmup_steps=0, num_samples=num_draws, chains=ChainSet(count=num_chains))
     draws = []
     with torch.no_grad():
         chain.advance(warmup)

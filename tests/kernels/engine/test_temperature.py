@@ -25,7 +25,7 @@ def _readings_come_often(monkeypatch):
 
 def run(kernel):
     """64 chains, read 60 times after they have forgotten where they started."""
-    chain = kernel.begin((PROBLEM.x, PROBLEM.y), {}, warmup_steps=0, num_chains=64)
+    chain = kernel.begin((PROBLEM.x, PROBLEM.y), {}, warmup_steps=0, chains=ChainSet(count=64))
     with torch.no_grad():
         chain.advance(200)
         for _ in range(60):
