@@ -89,7 +89,7 @@ def predictions(problem: Problem, layout: Layout, theta_SD: Tensor, rows: str) -
 
 def compared(reference: Evaluation, other: Evaluation) -> dict[str, float]:
     """All metrics of a set of draws, and those relative to the reference."""
-    return {**other.figures(), **similarities(reference, other)}
+    return {**other.metrics(), **similarities(reference, other)}
 
 
 def novelty(train_ND: Tensor, held_ND: Tensor, theta_SD: Tensor) -> dict[str, float]:

@@ -25,6 +25,7 @@ from pyro_apd.generators import ChunkedGenerator, CoordinateGenerator, draw_bloc
 from pyro_apd.models.bnn import BNN
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.predictive import draws as predictive_draws
 from tests.support.storages import Largest
 
 pytestmark = pytest.mark.slow
@@ -180,7 +181,12 @@ def test_nothing_is_made_of_a_store_on_disk_that_is_larger_than_a_few_networks(t
         store.write(0, draw, theta_D[None], dict.fromkeys(STATISTICS, 1.0))
     store.close()
     network = 4 * layout.size
-    for module, name in ((draw_blocks, "_MIN_BYTES"), (draw_blocks, "_MAX_BYTES"), (chains_store, "_BLOCK_BYTES")):
+    for module, name in (
+        (draw_blocks, "_MIN_BYTES"),
+        (draw_blocks, "_MAX_BYTES"),
+        (chains_store, "_BLOCK_BYTES"),
+        (predictive_draws, "_BLOCK_BYTES"),
+    ):
         monkeypatch.setattr(module, name, 4 * network)
     monkeypatch.setattr(draw_blocks, "_DRAWS_BYTES", network)
     store = open_store(tmp_path / "draws")

@@ -22,6 +22,7 @@ from pyro_apd.generators import CoordinateGenerator, draw_blocks
 from pyro_apd.models.bnn import BNN
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.predictive import draws as predictive_draws
 from pyro_apd.runtime.hashing import fingerprint
 from tests.support.models import Classifier, Conjugate, constrained
 from tests.support.storages import Largest
@@ -362,6 +363,7 @@ def set_part_bytes(monkeypatch, num_bytes):
         (draw_blocks, "_MAX_BYTES"),
         (draw_blocks, "_DRAWS_BYTES"),
         (chains_store, "_BLOCK_BYTES"),
+        (predictive_draws, "_BLOCK_BYTES"),
     ):
         monkeypatch.setattr(module, name, num_bytes)
 

@@ -50,7 +50,7 @@ def discretised(covariance, step_size, temperature=1.0):
 )
 def test_exact_gaussian_posterior(style, temperature):
     model, args, settings = STYLES[style]
-    num_chains = {"full batch": 512, "(iii) batches": 64}.get(style, 128)
+    num_chains = {"full batch": 512, "(iii) batches": 100}.get(style, 128)
     draws = draws_of(model, args, num_chains=num_chains, temperature=temperature, **settings)
     exact = Conjugate(temperature=temperature)
     # Mini-batches in epochs add about 1 % at T = 1: their noise does not fall with the temperature.
