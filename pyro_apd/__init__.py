@@ -7,7 +7,11 @@ A Bayesian neural network is sampled with :class:`SGLD` inside :class:`pyro.infe
 generator on the draws, a :class:`DistilledPosterior`, which stands in for them wherever Pyro takes a posterior.
 """
 
-from pyro_apd import active_learning, adversarial, baselines, datasets, diagnostics, metrics, ood, uncertainty
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from pyro_apd import metrics, uncertainty
 from pyro_apd._version import __version__ as __version__
 from pyro_apd.chains import MCMC, CheckpointError, WorkerError, open_store
 from pyro_apd.distillation import DistillationError, DistillationWarning, OnlineDistillation, distill, distill_online
@@ -19,6 +23,12 @@ from pyro_apd.predictive.predictive import FunctionView, Predictive, function_va
 from pyro_apd.predictive.reductions import reduce_outputs
 from pyro_apd.runtime.hashing import fingerprint
 from pyro_apd.runtime.ranks import RankError
+
+if TYPE_CHECKING:
+    from pyro_apd import active_learning, adversarial, baselines, datasets, diagnostics, ood
+
+# Imported when they are first used: sampling and loading a posterior do without them.
+_LAZY = {"active_learning", "adversarial", "baselines", "datasets", "diagnostics", "ood"}
 
 __all__ = [
     "BNN",
@@ -58,3 +68,13 @@ __all__ = [
     "schedules",
     "uncertainty",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LAZY:
+        return import_module(f"pyro_apd.{name}")
+    raise AttributeError(f"module 'pyro_apd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -222,6 +222,6 @@ def _contents(root: str | os.PathLike[str] | None, name: str) -> bytes:
     if found != _FILES[name]:
         raise ValueError(
             f"{Path(folder) / name} is not the file that is meant: its SHA-256 is {found}, expected {_FILES[name]}. "
-            f"Get {_ORIGINS[kind]} anew."
+            f"Get {_ORIGINS[kind]} again."
         )
     return contents

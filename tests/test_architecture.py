@@ -4,6 +4,7 @@
 """The layout of the package: which room may import from which, and how large its parts may be."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -35,7 +36,10 @@ INNER_LEVELS = {
     "chains": [{"stores"}, {""}],
     "diagnostics": [{""}, {"comparison"}, {"mixing"}, {"arviz_export", "plots"}, {"html"}],
 }
-MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_ROOMS = 500, 60, 26
+MAX_MODULE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_ROOMS = 26
+MAX_PRIVATE_PARAMETERS = 10
 
 
 @cache
@@ -188,6 +192,53 @@ def test_adaptation_does_not_know_the_engine():
     ]
 
 
+def parameters(function):
+    """Names of a function's parameters without ``self`` and ``cls``."""
+    spec = function.args
+    names = [argument.arg for argument in (*spec.posonlyargs, *spec.args, *spec.kwonlyargs)]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+# Functions and constructors that users call, with a keyword argument for each thing that can be chosen.
+PUBLIC_DOORS = {
+    "active_learning.loop.run",
+    "adversarial.evaluation.evaluate",
+    "baselines.dark_knowledge.dark_knowledge",
+    "baselines.deep_ensemble.deep_ensemble",
+    "baselines.map_estimate.map_estimate",
+    "baselines.mc_dropout.mc_dropout",
+    "baselines.swag.swag",
+    "chains.driver.MCMC.__init__",
+    "diagnostics.arviz_export.export.to_arviz",
+    "diagnostics.html.report.report",
+    "distillation.offline.distill",
+    "distillation.online.distill_online",
+    "kernels.base.StochasticGradientKernel.__init__",
+}
+
+
+def test_only_public_doors_have_many_parameters():
+    def functions(body, prefix):
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                yield from functions(node.body, f"{prefix}.{node.name}")
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield f"{prefix}.{node.name}", node
+                yield from functions(node.body, f"{prefix}.{node.name}")
+
+    many = {
+        name
+        for module, (_, tree) in sources().items()
+        for name, function in functions(tree.body, module)
+        if len(parameters(function)) > MAX_PRIVATE_PARAMETERS
+    }
+    assert many == PUBLIC_DOORS
+
+
+def test_the_formatter_is_not_switched_off():
+    assert not [name for name, (path, _) in sources().items() if re.search(r"# fmt: *(skip|off)", path.read_text())]
+
+
 def public(body, prefix):
     """Public classes, functions and methods of a module, by dotted name; a property's setter is its getter's."""
     for node in body:
@@ -257,6 +308,18 @@ def test_no_public_function_hides_a_module():
                 None,
                 sys.modules.get(f"pyro_apd.{name}"),
             ), name
+
+
+@pytest.mark.slow
+def test_applications_are_imported_when_they_are_used():
+    code = (
+        "import sys; import pyro_apd as apd; "
+        "rooms = ('ood', 'diagnostics', 'baselines', 'active_learning', 'adversarial', 'datasets'); "
+        "assert not any(f'pyro_apd.{room}' in sys.modules for room in rooms); "
+        "assert all(getattr(apd, room).__name__ == f'pyro_apd.{room}' for room in rooms); "
+        "assert set(rooms) <= set(dir(apd)); assert not hasattr(apd, 'absent')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_public_names():

@@ -182,5 +182,5 @@ def check_acquisition(acquisition: object) -> None:
 def _checked_scores(scores: object, num_data: int) -> Tensor:
     if not isinstance(scores, Tensor) or tuple(scores.shape) != (num_data,) or not bool(scores.isfinite().all()):
         what = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(f"The acquisition must give {num_data} finite scores, one a datum; it gives {what}.")
+        raise ValueError(f"The acquisition must give {num_data} finite scores, one per datum; it gives {what}.")
     return scores.detach().cpu()

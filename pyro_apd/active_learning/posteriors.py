@@ -44,7 +44,7 @@ class Chain:
         grows with it.
     :ivar int num_samples: draws of each chain.
     :ivar int warmup_steps: draws of each chain thrown away first.
-    :ivar int thinning: Langevin steps a draw.
+    :ivar int thinning: Langevin steps per draw.
     :ivar int num_chains: chains that advance together.
     :ivar batch_size: rows a mini-batch; None, or with fewer labelled data, all.
     :ivar float temperature: 1 is the posterior; a function from the number of labelled data is accepted.
@@ -113,7 +113,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class Distilled:
-    """A generator distilled from a chain on the labelled data, in each round anew.
+    """A generator distilled from a chain on the labelled data, trained again in each round.
 
     :ivar Chain chain: the chain.
     :ivar int num_steps: training steps of the generator.

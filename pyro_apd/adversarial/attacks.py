@@ -42,7 +42,7 @@ class Attack:
 
     ``through`` says what the attacker differentiates: ``"one"`` network, drawn once (the paper's, and weak: it knows
     nothing of the other networks); ``"mean"``, the averaged prediction of ``num_draws`` networks drawn once; or
-    ``"expectation"``, the averaged prediction of as many networks *drawn anew at each step* (Athalye et al. 2018), the
+    ``"expectation"``, the averaged prediction of as many networks *drawn again at each step* (Athalye et al. 2018), the
     adaptive attack on a predictor that draws its networks.
 
     :ivar str method: ``"pgd"`` (projected gradient), ``"fgsm"`` (one step of ``epsilon``), or ``"fgsm_minimal"`` (one
@@ -111,7 +111,7 @@ def attack(
 
     :param callable model: a Pyro model of a classification, called as ``model(x)``.
     :param posterior: draws ``(S, ...)`` by site, or an object with ``get_samples(num_samples)``. Of stored draws, those
-        drawn anew are a random choice.
+        drawn again are a random choice.
     :param torch.Tensor x: inputs ``(N, ...)``.
     :param torch.Tensor y: their classes ``(N,)``, which the attack moves away from.
     :param Attack how: the attack.

@@ -27,7 +27,7 @@ from pyro_apd.runtime.checks import integer, number
 from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.seeds import checked_seed
 
-# Draws of a generator are made anew every so many steps.
+# Draws of a generator are made again every so many steps.
 _RENEW = 50
 
 

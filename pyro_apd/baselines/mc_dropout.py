@@ -56,8 +56,9 @@ def mc_dropout(
 
     Leaving out an input of a layer is leaving out the weights that it meets, so each draw is an ordinary network of the
     model's own sites, and everything that takes a posterior takes this one. A draw leaves out the same units for every
-    datum; the distribution of a datum's prediction is that of the usual dropout layer, whose passes draw anew for each.
-    In training, too, the rows of a mini-batch share what is left out: the loss has the same mean, and varies more.
+    datum; the distribution of a datum's prediction is that of the usual dropout layer, which draws for each
+    datum in each pass. In training, too, the rows of a mini-batch share what is left out: the loss has the same mean,
+    and varies more.
     Weights are charged by the prior as they are, before anything is left out.
 
     Other parameters, and errors, as of :func:`~pyro_apd.baselines.map_estimate`. What ``validation`` compares is the

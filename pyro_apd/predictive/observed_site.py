@@ -196,7 +196,7 @@ class ObservedSite:
     def _row_cut(
         self, summary: Summary, num_draws: int, chunk_size: int | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> RowCut | None:
-        """How to cut the rows of the arguments, or None where that may change results or is of no use.
+        """How to cut the rows of the arguments, or None where that may change results or does not help.
 
         Rows are independent where a few of them, alone, give what they give among all: a model that looks at other
         rows (batch normalisation, a mean over the data) or at their number gives something else.

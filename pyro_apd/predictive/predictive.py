@@ -68,8 +68,8 @@ class Predictive(pyro.infer.Predictive):
         ``posterior_samples``, all with a guide. None: all.
     :param bool parallel: use Pyro's own vectorisation by an outermost plate.
     :param int chunk_size: draws evaluated together; None chooses it by memory.
-    :param reduce: names of averages over draws to return instead of a value a draw, taken while draws pass by, in
-        memory that does not grow with their number: see :func:`reduce_outputs`.
+    :param reduce: names of averages over draws to return instead of one value per draw, computed while draws are
+        made, in memory that does not grow with their number: see :func:`reduce_outputs`.
     :raises ValueError: if there is nothing to take draws from, draws disagree in number, or a number is not positive.
     """
 

@@ -108,14 +108,14 @@ def vmap_conditions() -> Iterator[None]:
 
 
 def sample_freshly(msg: Any) -> None:
-    """Samples a site that has no value yet; under vmap, anew for each draw. For use in a messenger."""
+    """Samples a site that has no value yet; under vmap, separately for each draw. For use in a messenger."""
     if msg["value"] is None and not is_subsample(msg):
         with _FreshNoise():
             msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
 
 
 class _FreshNoise(TorchFunctionMode):
-    """Lets samplers of :mod:`torch.distributions` draw anew for each draw under vmap.
+    """Lets samplers of :mod:`torch.distributions` draw separately for each draw under vmap.
 
     Many fill an empty tensor in place, which vmap refuses because that tensor is shared by all draws. Random contents
     make it one tensor a draw. Only for code that uses what the in-place call *returns*, as every sampler does.

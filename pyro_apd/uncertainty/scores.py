@@ -219,9 +219,9 @@ def _checked_moments(**moments: Tensor) -> list[Tensor]:
     for name, value in moments.items():
         allowed = value.isfinite() & (value >= 0) if name == "variance_SN" else value.isfinite()
         if not bool(allowed.all()):
-            mend = "; variances are wanted, not their logarithms" if name == "variance_SN" else ""
+            fix = "; variances are wanted, not their logarithms" if name == "variance_SN" else ""
             raise ValueError(
-                f"{name} holds {int((~allowed).sum())} entries that are not finite or not allowed{mend}; look at the "
+                f"{name} holds {int((~allowed).sum())} entries that are not finite or not allowed{fix}; look at the "
                 "draws or inputs they are of."
             )
     return [value.float() if value.dtype in (torch.float16, torch.bfloat16) else value for value in moments.values()]

@@ -79,7 +79,7 @@ def to_arviz(
     :param model: the Pyro model; default that of the kernel.
     :param x: inputs of the predictions, a tensor or a tuple of arguments; default the arguments of ``mcmc.run``, where
         these are the model's and no plate subsamples.
-    :param Tensor y: targets of ``x``, one a datum.
+    :param Tensor y: targets of ``x``, one per datum.
     :param int num_samples: generator draws; default as many as a chain has, or the generator's own number.
     :param var_names: sites to keep; default all.
     :param int max_parameters: if there are more weights than this, keep as many at even distances, as one variable

@@ -71,7 +71,7 @@ class ModelGroups:
         return {name: value.detach().cpu().numpy() for name, value in self._observed.items()}
 
     def predictions(self, draws: Values) -> dict[str, np.ndarray]:
-        """Observations sampled anew under draws ``(C, S, ...)``: ``(C, S, ...)`` by site."""
+        """New observations sampled under draws ``(C, S, ...)``: ``(C, S, ...)`` by site."""
         pooled = {name: value.flatten(0, 1) for name, value in draws.items()}
         with seeded(self._seed, next(iter(draws.values())).device):
             model = poutine.uncondition(self._model)

@@ -32,7 +32,7 @@ class Inputs:
     :ivar tuple args: arguments of the model without targets.
     :ivar dict kwargs: keyword arguments of the model.
     :ivar labelled: arguments of the model with targets; None where these are unknown.
-    :ivar targets: the targets, one a datum; None where unknown.
+    :ivar targets: the targets, one per datum; None where unknown.
     :ivar ood: arguments of the model by name of an out-of-distribution set.
     """
 
@@ -199,7 +199,7 @@ def evaluate(
 ) -> Evaluation:
     """Runs the model under all draws on all inputs.
 
-    :raises ValueError: if targets are not one a datum.
+    :raises ValueError: if targets are not one per datum.
     """
     theta_SD = flat(draws, names)
     if model is None or inputs is None:

@@ -60,7 +60,7 @@ def compare(
         kernel.
     :param x: inputs, a tensor or a tuple of arguments; preferably not those that the chain was conditioned on. Default
         the arguments of ``mcmc.run``; without any, weights alone are compared.
-    :param Tensor y: targets, one a datum. Without them there is no accuracy, NLL or ECE.
+    :param Tensor y: targets, one per datum. Without them there is no accuracy, NLL or ECE.
     :param ood: out-of-distribution inputs by name.
     :param int num_samples: draws of either, at least 8; rounded down to the same number of each chain, one or more.
     :param int seed: for the generator's draws; the same seed gives the same metrics.

@@ -106,7 +106,7 @@ def choose(spectrum: CurvatureSpectrum, local: LocalPotential, max_inflation: fl
 class AutoStep:
     """The step size of a chain, or of chains that advance together, over its warm-up.
 
-    All its state is numbers: random vectors are drawn anew at each measure.
+    All its state is numbers: new random vectors are drawn for each measurement.
 
     :param float max_inflation: share by which variances may come out too large.
     :param int num_warmup: Langevin steps of the warm-up; with 0, what is measured at the start is kept.

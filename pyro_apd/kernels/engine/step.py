@@ -128,7 +128,7 @@ class StepSizes:
         return self._sizes
 
     def reset(self) -> None:
-        """Has the tensor written anew at the next step, as where other chains are frozen."""
+        """Writes the tensor again at the next step, for example because other chains are frozen."""
         self._values = []
 
 
