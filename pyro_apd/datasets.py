@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Real data, and inputs that no model trained on them should be sure about.
+"""Real data sets, and out-of-distribution inputs.
 
 The digits come with scikit-learn. Larger sets are read from a folder that the environment variable ``PYRO_APD_DATA``
 names, or ``root``; nothing is downloaded. Images are rows of pixels in [-1, 1], as in Wang et al. (2018).

@@ -102,7 +102,7 @@ def auroc(scores_in: Tensor, scores_out: Tensor) -> float:
 
 
 class RankedScores:
-    """Scores of two sets in one order, from which all that rests on ranks alone is computed.
+    """Sorted scores of two sets, from which all metrics of ranks are computed.
 
     Thresholds are the distinct scores, from the highest down. The data may count several times, in ``B`` ways at once,
     as in a bootstrap: 500 resamplings of 2,000 and 2,000 scores take 0.3 s on one core, since nothing is sorted again,
@@ -149,7 +149,7 @@ class RankedScores:
         return (self.at_out * precision).sum(1) / self.num_out.squeeze(1)
 
     def average_precision_in(self) -> Tensor:
-        """The same with data from inside as the positives, for which low scores speak, ``(B,)``."""
+        """The same with data from inside as the positives, ranked by ascending score, ``(B,)``."""
         up_in = self.num_in - self.above_in + self.at_in
         up_out = self.num_out - self.above_out + self.at_out
         precision = up_in / (up_in + up_out).clamp_min(1)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How well a posterior's uncertainty tells data unlike the training data from data like them.
+"""Out-of-distribution detection by a posterior's uncertainty.
 
 Out-of-distribution data are the positives throughout, and every score is turned so that higher means more unlike.
 """

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What an active learner asked for, and how good it was with that; kept on disk as it goes."""
+"""History of a run of active learning: queried data and test metrics, saved after each round."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class History:
 
     @property
     def mean_accuracy(self) -> float:
-        """Test accuracy averaged over rounds: the height of the learning curve as one number."""
+        """Mean test accuracy over rounds: the normalised area under the learning curve."""
         return sum(self.accuracy) / len(self.rounds)
 
     def labels_to_reach(self, accuracy: float) -> int | None:

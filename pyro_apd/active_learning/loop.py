@@ -56,7 +56,7 @@ def run(
 
     Each round fits a posterior to what is labelled, states its accuracy on the test data, and has the ``batch_size``
     data labelled that the acquisition wants most. The defaults are the protocol of Gal et al. (2017): 20 labels, then
-    10 a round up to 510, each round from scratch. What the last round wants labelled is stated, not looked at.
+    10 a round up to 510, each round from scratch. Queries of the last round are recorded; their labels are not used.
 
     :param callable model: a Pyro model of a classification, called as ``model(x, y)`` and ``model(x)``.
     :param torch.Tensor x_pool: inputs ``(N, ...)``.

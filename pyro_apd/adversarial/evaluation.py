@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How much of its accuracy a posterior keeps under attack, and whether its uncertainty gives the attack away.
+"""Accuracy of a posterior under attack, and detection of attacks by its uncertainty.
 
 A detection figure means nothing without its attack: against an attacker who knows one network only, uncertainty
 detects much that it does not detect of one who takes the posterior into account (Feng, Rudner, Tsilivis and Kempe,

@@ -66,7 +66,7 @@ class Descent:
             yield theta
         if not bool(torch.isfinite(theta).all()):
             raise RuntimeError(
-                f"Gradient descent ran away: the weights are not finite after {self.num_steps} steps. Give a smaller "
+                f"Gradient descent diverged: the weights are not finite after {self.num_steps} steps. Give a smaller "
                 f"learning_rate than {self.learning_rate:g}."
             )
 

@@ -50,7 +50,7 @@ def map_estimate(
     :returns: values ``(1, ...)`` by site, which :class:`~pyro_apd.Predictive` takes as ``posterior_samples``.
     :raises ValueError: if a number is out of range.
     :raises ModelError: if the likelihood's scaling cannot be established.
-    :raises RuntimeError: if the descent ran away.
+    :raises RuntimeError: if the optimisation diverged.
     """
     check_counts(check_every=check_every)
     descent = Descent(num_steps, learning_rate, momentum, decay)

@@ -59,7 +59,7 @@ def mc_dropout(
     datum; the distribution of a datum's prediction is that of the usual dropout layer, which draws for each
     datum in each pass. In training, too, the rows of a mini-batch share what is left out: the loss has the same mean,
     and varies more.
-    Weights are charged by the prior as they are, before anything is left out.
+    The prior is evaluated on the weights before dropout.
 
     Other parameters, and errors, as of :func:`~pyro_apd.baselines.map_estimate`. What ``validation`` compares is the
     network with all units.

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A few draws of the chain itself: what a generator of as many bytes has to beat."""
+"""A few draws of the chain itself: the baseline for a generator of as many bytes."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def swag(
     progress: bool = True,
     **kwargs: Any,
 ) -> DistilledPosterior:
-    """Descends, goes on at the same rate, and fits a Gaussian of low rank plus a diagonal to what it passes through.
+    """Runs SGD, continues at a constant rate, and fits a Gaussian of low rank plus a diagonal to the iterates.
 
     With the mean of all iterates and the last K deviations from the mean of those before,
 

@@ -215,7 +215,7 @@ class RankRun(Run):
         super().checkpoint(chains, progress)
 
     def meet_before_writing(self) -> None:
-        """Then of what processes have written none is more than one checkpoint ahead.
+        """A barrier: no checkpoint of a process is more than one ahead of another's.
 
         :raises RankError: if another process is gone.
         """

@@ -49,7 +49,7 @@ class MCMC(pyro.infer.MCMC):
     Draws are written into one buffer of their final size, of which :meth:`get_samples` gives views. Everything else is
     Pyro's: ``get_samples``, ``diagnostics``, ``summary``. Kernels of others, such as NUTS, run as in Pyro.
 
-    A chain that diverges is frozen at its last finite state, and the others go on; a warning names it at the end,
+    A chain that diverges is frozen at its last finite state, and the others continue; a warning names it at the end,
     :attr:`diverged` holds the errors, and ``diagnostics()["divergences"]`` lists its draws from there on. If all
     diverge, :class:`~pyro_apd.errors.DivergenceError` is raised, with the draws from before in its ``draws``. After
     that error, or any other, ``get_samples()`` gives the draws made so far. Ctrl-C stops the run, warns, and keeps
@@ -210,7 +210,7 @@ class MCMC(pyro.infer.MCMC):
         mini-batches and the noise of chain c follow from the seed and c alone; they do not depend on R. The same R
         gives the same draws again bit for bit. Another R gives them up to rounding: libraries choose their routines by
         the shape of a batch of chains, and the last bits differ by routine. Chains that amplify rounding, and
-        ``step_size="auto"`` where a choice hangs on the last bits, then agree in distribution.
+        ``step_size="auto"`` where a choice depends on the last bits, then agree in distribution.
         What the kernel says at the end (``temperatures``, ``path``) is said of the
         chains of one process together. A ``store="disk"`` is one for all, on a file system that all see, or with
         ``gather="none"`` one for each, at ``STORE_PATH.rank0`` and so on; each process has its checkpoint, at

@@ -28,7 +28,7 @@ Hook = Callable[[MCMCKernel, dict[str, Tensor], str, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run was asked for.
+    """Parameters of a run.
 
     :ivar int num_samples: draws kept per chain.
     :ivar int warmup_steps: draws before them.
@@ -52,7 +52,7 @@ class Plan:
 
 
 class Listener(Protocol):
-    """Is told the progress of a run."""
+    """Receives the progress of a run."""
 
     def drew(self, chains: ChainSet, num_done: int, num_diverged: int) -> None:
         """A draw was made."""

@@ -208,7 +208,7 @@ def _signal_name(number: int) -> str:
 
 
 def _stop(workers: Mapping[int, tuple[Any, Connection]]) -> None:
-    """Ends what still runs. A draw counts only once it is whole, so ending at any moment is safe."""
+    """Terminates running workers. Incomplete draws do not count, so this is safe at any time."""
     for process, _ in workers.values():
         if process.is_alive():
             process.terminate()

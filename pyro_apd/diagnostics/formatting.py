@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Numbers as tables and files want them."""
+"""Formats numbers for tables and files."""
 
 from __future__ import annotations
 

@@ -263,7 +263,7 @@ class StochasticGradientKernel(MCMCKernel):
 
     @property
     def initial_params(self) -> dict[str, Tensor] | None:
-        """Where the chain starts: unconstrained values by site. Set it before ``setup``, and it is honoured."""
+        """Where the chain starts: unconstrained values by site. A value set before ``setup`` is the start."""
         return self._initial_params
 
     @initial_params.setter

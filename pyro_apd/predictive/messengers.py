@@ -23,7 +23,7 @@ class Reached(Exception):
 
 
 class Substitute(Messenger):
-    """Gives sites the values of one draw and, at site ``until``, ends the run with that site's message in hand.
+    """Gives sites the values of one draw and, at site ``until``, stops the run and keeps that site's message.
 
     Sites without a value are sampled, parameters come from ``params`` where the store has none.
 

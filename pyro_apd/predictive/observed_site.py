@@ -69,7 +69,7 @@ class Piece:
 class ObservedSite:
     """One observed site of a model, evaluated for many draws of the latents.
 
-    What can be found out once is found out here: which site it is, which plates subsample, how large a chunk may be.
+    Computes once what does not depend on the draws: the site, the subsampling plates, the size of a chunk.
 
     :param callable model: a Pyro model; need not be given its targets.
     :param dict draws: values of its latents ``(S, ...)``; the first draw serves as an example.

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Averages over draws that are computed while draws are made: ten thousand need no more memory than a hundred.
+"""Averages over draws that are computed while draws are made, in constant memory.
 
 Each agrees with the function of :mod:`pyro_apd.uncertainty` of the same name on all draws at once, but for rounding.
 """

@@ -68,7 +68,7 @@ def log_one_by_one(num_draws: int, reason: object) -> None:
 
 
 def map_one_by_one(function: DrawFunction, draws: Draws, num_draws: int) -> Values:
-    """As :func:`map_sequentially`, without a word."""
+    """As :func:`map_sequentially`, without logging."""
     rows = [function(_draw(draws, i), False) for i in range(num_draws)]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 

@@ -10,7 +10,7 @@ draw and one class, holds NaN or negative entries, or has classes that do not su
 
 **Regression.** Functions take ``mean_SN`` and ``variance_SN``, the mean and variance of each observation given the
 weights of each draw, and return variances ``(N,)`` in the squared unit of the targets, by the law of total variance:
-what noise is to blame for (*aleatoric*) plus what the weights are to blame for (*epistemic*). Each raises
+the *aleatoric* variance, of noise, plus the *epistemic* variance, of weights. Each raises
 :exc:`ValueError` if a tensor is not floating-point, two-dimensional and finite, with at least one draw, or a variance
 is negative.
 

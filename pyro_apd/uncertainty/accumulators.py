@@ -4,7 +4,7 @@
 """Sums over draws from which scores are had at the end, whatever the number of draws that passed by.
 
 Distances are counted from the first draw, so that draws that agree give scores of exactly zero, and sums are kept in
-double precision. What a user meets is :mod:`pyro_apd.uncertainty` and :func:`pyro_apd.reduce_outputs`.
+double precision. The public interface is :mod:`pyro_apd.uncertainty` and :func:`pyro_apd.reduce_outputs`.
 """
 
 from __future__ import annotations

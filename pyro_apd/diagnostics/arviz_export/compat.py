@@ -34,7 +34,7 @@ class Variable(NamedTuple):
 
 
 def import_arviz() -> Any:
-    """ArviZ, without the announcement it makes at import once a day."""
+    """Imports ArviZ without its daily message."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import arviz

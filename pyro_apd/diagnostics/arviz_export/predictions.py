@@ -100,7 +100,7 @@ class ModelGroups:
 
 
 def attempt(what: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """What ``make`` gives, or nothing and a warning: a group less is no reason to lose the draws."""
+    """The result of ``make``; if it fails, warns and returns nothing, so that the draws are still exported."""
     try:
         return make()
     except Exception as error:

@@ -17,7 +17,7 @@ from pyro_apd.diagnostics.arviz_export.variables import FUNCTIONS, PARAMETERS, P
 
 
 class StoredRun:
-    """What the diagnostics look at of a :class:`pyro.infer.MCMC` after ``run``, from a file.
+    """The part of a finished :class:`pyro.infer.MCMC` that diagnostics need, read from a file.
 
     :param path: NetCDF file with the group ``posterior``, as of ``save_netcdf(to_arviz(mcmc), path)``.
     :raises FileNotFoundError: if there is no such file.

@@ -77,7 +77,7 @@ class Evaluation:
         )
 
     def scores(self, which: str = "") -> dict[str, Tensor]:
-        """Uncertainty of each datum of a set, ``(N,)``: of everything, and of the model alone."""
+        """Total and epistemic uncertainty of each datum of a set, ``(N,)``."""
         if self.kind == "classes":
             probs = self.values[which]
             total, model = uncertainty.predictive_entropy(probs), uncertainty.mutual_information(probs)

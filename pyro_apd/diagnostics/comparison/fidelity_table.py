@@ -3,7 +3,7 @@
 
 """The result of a comparison: a :class:`pandas.DataFrame` with a verdict.
 
-Imported only when a comparison is made, since it brings pandas.
+Imported only when a comparison is made, because it imports pandas.
 """
 
 from __future__ import annotations

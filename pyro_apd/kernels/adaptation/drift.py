@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Was the warm-up long enough to forget the start? Drift of the kept draws shows that not; the prior gives the time.
+"""Whether the warm-up was long enough: detects drift of the kept draws, and computes from the prior the steps needed.
 
 Two quantities are tested: the potential, and for each site the root mean square of its entries, the standard deviation
 of a layer's weights. In a chain at its target both change by chance alone. The prior has the weakest gradient: a

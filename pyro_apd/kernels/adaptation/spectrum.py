@@ -128,7 +128,7 @@ class CurvatureSpectrum:
         return CurvatureSpectrum(curvature, weight, noise, largest, self.is_dense)
 
     def inflation(self, step_size: float, local: LocalPotential) -> Tensor:
-        """Share by which variances come out too large, ``(...)``: the largest if dense, else that of the trace."""
+        """Relative excess of the variance, ``(...)``: the largest over directions if dense, else that of the trace."""
         ratio = local.dynamics.variance_ratio
         settings = (local.temperature, local.epoch_length)
         if self.is_dense:

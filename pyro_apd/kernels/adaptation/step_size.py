@@ -181,7 +181,7 @@ class AutoStep:
             )
 
     def back_off(self, step: int) -> bool:
-        """Takes a tenth of the step size, after a chain diverged by Langevin ``step``; False where it is too late.
+        """Divides the step size by ten after a chain diverged by Langevin ``step``; False if that is no longer allowed.
 
         The next measures may not exceed it by much at once.
         """

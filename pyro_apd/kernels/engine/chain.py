@@ -255,7 +255,7 @@ class Chain:
         self._put_back(diverged)
 
     def _put_back(self, diverged: Sequence[int]) -> None:
-        """Chains to their checkpoint, at rest."""
+        """Resets chains to their checkpoint, with an auxiliary state of zero."""
         self._watch.put_back(diverged, self._theta)
         for chain in diverged:
             row = ... if self.num_chains is None else chain

@@ -60,7 +60,7 @@ class PolynomialDecay:
 class Cyclical:
     """Half-cosine cycles from ``step_size`` down towards 0, of Zhang et al. (ICLR 2020), equation 1.
 
-    Large steps travel between modes, small ones sample within one. The step size never falls below ``floor`` times
+    Large steps move between modes, small steps sample within one. The step size never falls below ``floor`` times
     the largest, so that no draw is a copy of the one before.
 
     :param float step_size: largest step size, at the start of a cycle.

@@ -62,7 +62,7 @@ class Temperature:
 
 
 class Thermometer:
-    """Collects, reading by reading and by site, twice the energy in thermal motion.
+    """Accumulates, per reading and site, the sum whose expectation is n T.
 
     :param str kind: of temperature.
     :param sizes: weights by site.
