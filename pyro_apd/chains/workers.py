@@ -29,6 +29,7 @@ from pyro_apd.chains.checkpoint import Progress
 from pyro_apd.chains.group import GroupRun, Plan, begin
 from pyro_apd.chains.stores.disk import open_store
 from pyro_apd.kernels.engine.chain_set import ChainSet
+from pyro_apd.runtime.interrupts import deferred_interrupt
 
 if TYPE_CHECKING:
     from pyro_apd.kernels.base import StochasticGradientKernel
@@ -130,7 +131,8 @@ def run_workers(
     workers: dict[int, tuple[Any, Connection]] = {}
     try:
         for job in jobs:
-            workers[job.chain] = _start(job, args, kwargs, context, [pipe for _, pipe in workers.values()])
+            with deferred_interrupt():  # so that every process that runs is known here
+                workers[job.chain] = _start(job, args, kwargs, context, [pipe for _, pipe in workers.values()])
         active = dict(workers)
         while active:
             wait([pipe for _, pipe in active.values()], timeout=_LOOK_EVERY)

@@ -6,6 +6,8 @@
 import faulthandler
 import gc
 import logging
+import multiprocessing
+import multiprocessing.process
 import os
 import pickle
 import random
@@ -281,12 +283,12 @@ def test_no_progress_bar(method, capfd, monkeypatch):
 
 def test_without_a_progress_bar_no_lock_is_waited_for(method):
     """Forked processes share tqdm's, and one that was killed while it had it keeps it."""
-    thread = threading.Thread(target=run, kwargs={"num_chains": 2, "chain_method": method})
+    thread = threading.Thread(target=run, kwargs={"num_chains": 2, "chain_method": method}, daemon=True)
     with tqdm.get_lock():
         thread.start()
         thread.join(30)
         is_waiting = thread.is_alive()
-    thread.join()
+    thread.join(30)
     assert not is_waiting
 
 
@@ -373,6 +375,21 @@ def test_an_interrupt_leaves_the_draws_so_far(method, store, tmp_path):
     assert mcmc.num_samples == 8
     assert mcmc.get_samples(group_by_chain=True)["w"].shape[:2].numel() >= 6
     assert pickle.loads(pickle.dumps(driver())).num_samples == 8
+
+
+def test_an_interrupt_while_a_process_is_started_is_not_lost(monkeypatch):
+    """Python drops what is raised in the callbacks of a fork, and would keep the lock of logging with it."""
+    start = multiprocessing.process.BaseProcess.start
+
+    def interrupted(process):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)  # the handler runs between two instructions of Python
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(num_chains=2, chain_method="parallel")
+    assert not multiprocessing.active_children()
 
 
 def test_an_interrupt_before_the_first_draw_is_raised_on():
