@@ -86,7 +86,7 @@ def digits(seed: int = 0, test_size: float | int = 0.2) -> Dataset:
     num_test = test_size if isinstance(test_size, int) else round(test_size * total)
     if not 10 <= num_test <= total - 10:
         raise ValueError(
-            f"`test_size` must leave at least 10 of {total} images, one a class, on either side; got {test_size!r}. "
+            f"`test_size` must leave at least 10 of {total} images, one per class, on either side; got {test_size!r}. "
             "Give a share in (0, 1) or a number of images."
         )
     x_train, x_test, y_train, y_test = train_test_split(

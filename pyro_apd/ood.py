@@ -25,7 +25,7 @@ from pyro_apd.runtime.checks import integer, number
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
 from pyro_apd.runtime.seeds import derived_generator, seed_or_fresh
 
-__all__ = ["METRICS", "Detection", "Figure", "OutOfDistribution", "evaluate", "rank_metrics"]
+__all__ = ["METRICS", "Detection", "Metric", "OutOfDistribution", "evaluate", "rank_metrics"]
 
 #: Names of the metrics: areas under the ROC and the precision-recall curves, and the share of data from inside that are
 #: taken for outside where 95 % of those from outside are found.
@@ -41,7 +41,7 @@ _CHUNK = 4_000_000
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """A metric and its bootstrap interval.
 
     :ivar float value: of the data as they are.
@@ -63,13 +63,13 @@ class Detection:
 
     :ivar str out: name of the set.
     :ivar str score: name of the score, of :mod:`pyro_apd.uncertainty`.
-    :ivar dict figures: by name of :data:`METRICS`.
+    :ivar dict metrics: by name of :data:`METRICS`.
     :ivar int num_in: data from inside; ``num_out`` from outside. The chance level of AUPR is their share.
     """
 
     out: str
     score: str
-    figures: dict[str, Figure]
+    metrics: dict[str, Metric]
     num_in: int
     num_out: int
 
@@ -104,27 +104,27 @@ class OutOfDistribution:
                 "out": detection.out,
                 "score": detection.score,
                 "metric": metric,
-                "value": figure.value,
-                "low": figure.low,
-                "high": figure.high,
+                "value": found.value,
+                "low": found.low,
+                "high": found.high,
                 "num_in": detection.num_in,
                 "num_out": detection.num_out,
             }
             for detection in self.detections
-            for metric, figure in detection.figures.items()
+            for metric, found in detection.metrics.items()
         ]
 
     def to_dict(self) -> dict[str, dict[str, dict[str, float]]]:
         """Values by set, score and metric, without intervals."""
         table: dict[str, dict[str, dict[str, float]]] = {}
         for detection in self.detections:
-            values = {metric: figure.value for metric, figure in detection.figures.items()}
+            values = {metric: found.value for metric, found in detection.metrics.items()}
             table.setdefault(detection.out, {})[detection.score] = values
         return table
 
     def __str__(self) -> str:
         header = ["out", "score", *METRICS]
-        rows = [[d.out, d.score, *(str(d.figures[metric]) for metric in METRICS)] for d in self.detections]
+        rows = [[d.out, d.score, *(str(d.metrics[metric]) for metric in METRICS)] for d in self.detections]
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         title = "  ".join(cell.ljust(width) for cell, width in zip(header, widths, strict=True)).rstrip()
@@ -181,8 +181,8 @@ def evaluate(
     for out, found in scores_out.items():
         for name, value_N in found.items():
             sign = -1.0 if name in _CONFIDENCES else 1.0
-            figures = _figures(sign * scores_in[name], sign * value_N, num_bootstrap, confidence, generator)
-            detections.append(Detection(out, name, figures, scores_in[name].numel(), value_N.numel()))
+            by_name = _metrics(sign * scores_in[name], sign * value_N, num_bootstrap, confidence, generator)
+            detections.append(Detection(out, name, by_name, scores_in[name].numel(), value_N.numel()))
     return OutOfDistribution(detections, scores_in, scores_out, confidence)
 
 
@@ -205,17 +205,17 @@ def _of_ranks(ranked: metrics.RankedScores) -> dict[str, Tensor]:
     }
 
 
-def _figures(
+def _metrics(
     inside: Tensor, outside: Tensor, num_bootstrap: int, confidence: float, generator: torch.Generator
-) -> dict[str, Figure]:
+) -> dict[str, Metric]:
     values = rank_metrics(inside, outside)
     if not num_bootstrap:
-        return {name: Figure(value) for name, value in values.items()}
+        return {name: Metric(value) for name, value in values.items()}
     resampled = _resampled(inside.flatten(), outside.flatten(), num_bootstrap, generator)
     tail = (1 - confidence) / 2
     levels = torch.tensor([tail, 1 - tail], dtype=torch.float64)
     bounds = {name: resampled[name].cpu().quantile(levels).tolist() for name in values}
-    return {name: Figure(value, *bounds[name]) for name, value in values.items()}
+    return {name: Metric(value, *bounds[name]) for name, value in values.items()}
 
 
 def _resampled(inside_N: Tensor, outside_M: Tensor, count: int, generator: torch.Generator) -> dict[str, Tensor]:

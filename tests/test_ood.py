@@ -28,7 +28,7 @@ def draws(count=20):
     return {name: torch.randn(count, *shape, generator=generator) for name, shape in SITES.items()}
 
 
-def test_figures_by_hand():
+def test_metrics_by_hand():
     found = rank_metrics(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([2.5, 4.0]))
     # From the top: out, in, out, in, in, in.
     assert found == pytest.approx(
@@ -82,7 +82,7 @@ def test_data_that_count_twice_are_data_given_twice(inside, outside, seed):
 
 @given(SCORES, SCORES)
 @settings(max_examples=20, deadline=None)
-def test_figures_are_those_of_torchmetrics(inside, outside):
+def test_metrics_are_those_of_torchmetrics(inside, outside):
     classification = pytest.importorskip("torchmetrics.functional.classification")
     value = torch.cat([inside, outside]) / 10  # torchmetrics takes what leaves [0, 1] for logits
     is_out = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
@@ -121,8 +121,8 @@ def test_evaluate_finds_what_uncertainty_alone_gives():
         expected = apd.metrics.auroc(score(inside), score(outside))
         assert found["far", name].figures["auroc"].value == pytest.approx(expected, abs=1e-6)
     confidence = -apd.uncertainty.max_probability(inside), -apd.uncertainty.max_probability(outside)
-    assert found["far", "max_probability"].figures["auroc"].value == pytest.approx(apd.metrics.auroc(*confidence))
-    same = found["same", "mutual_information"].figures["auroc"]
+    assert found["far", "max_probability"].metrics["auroc"].value == pytest.approx(apd.metrics.auroc(*confidence))
+    same = found["same", "mutual_information"].metrics["auroc"]
     assert same.value == pytest.approx(0.5)
     assert same.low < 0.5 < same.high
     assert_close(found.scores_out["same"]["model_variance"], found.scores_in["model_variance"])
@@ -181,8 +181,8 @@ def regression(x, y=None):
 def test_a_regression_is_scored_by_its_variances():
     found = ood.evaluate(regression, {"w": torch.randn(10, 4)}, X, 4 * X, num_bootstrap=0)
     assert [detection.score for detection in found.detections] == ["variance", "model_variance"]
-    assert found["out", "variance"].figures == found["out", "model_variance"].figures  # noise is the same for all
-    assert found["out", "variance"].figures["auroc"].value > 0.8
+    assert found["out", "variance"].metrics == found["out", "model_variance"].metrics  # noise is the same for all
+    assert found["out", "variance"].metrics["auroc"].value > 0.8
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constr
 for ax, score in zip(axes, ("predictive_entropy", "mutual_information"), strict=True):
     for shift, (name, result) in zip((-0.24, -0.08, 0.08, 0.24), found.items(), strict=True):
         colour, marker, _ = styles[name]
-        auroc = [result[out, score].figures["auroc"] for out in outside]
+        auroc = [result[out, score].metrics["auroc"] for out in outside]
         value, low, high = torch.tensor([[one.value, one.low, one.high] for one in auroc]).T
         place = torch.arange(len(outside)) + shift
         ax.vlines(place, low, high, color=colour)

@@ -90,7 +90,7 @@ def detected(method: str, setting: Setting, problem: Problem, seed: int, sets: d
     for detection in found.detections:
         by_metric = {
             name: [round(value, 5) for value in (figure.value, figure.low, figure.high)]
-            for name, figure in detection.figures.items()
+            for name, figure in detection.metrics.items()
         }
         figures.setdefault(detection.out, {})[detection.score] = by_metric
     return {"bytes": fit.num_bytes, "sets": figures}

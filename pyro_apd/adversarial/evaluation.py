@@ -3,7 +3,7 @@
 
 """Accuracy of a posterior under attack, and detection of attacks by its uncertainty.
 
-A detection figure means nothing without its attack: against an attacker who knows one network only, uncertainty
+A metric of detection means nothing without its attack: against an attacker who knows one network only, uncertainty
 detects much that it does not detect of one who takes the posterior into account (Feng, Rudner, Tsilivis and Kempe,
 *Attacking Bayes*, 2024). So both stand side by side, and attacks that succeeded apart from all.
 """
@@ -79,7 +79,7 @@ class Evaluation:
     rows: tuple[Row, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; figures that do not exist are None."""
+        """Plain values; metrics that do not exist are None."""
         content: dict[str, Any] = _without_nan(asdict(self))
         return content
 

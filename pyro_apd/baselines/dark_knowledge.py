@@ -79,8 +79,8 @@ def dark_knowledge(
     variance of the mixture.
 
     :param source: an ``MCMC`` after ``run``, a dict of draws ``(S, ...)``, or a
-        :class:`~pyro_apd.DistilledPosterior`, of which fresh draws are made all along.
-    :param callable model: the Pyro model, called as ``model(x)``; one observed site, of one number a row of ``x``.
+        :class:`~pyro_apd.DistilledPosterior`, of which new draws are made during training.
+    :param callable model: the Pyro model, called as ``model(x)``; one observed site, of one number per row of ``x``.
     :param torch.nn.Module student: from ``(B, ...)`` to logits ``(B, K)``; to one logit, for a Bernoulli site; to mean
         and log variance ``(B, 2)`` for a regression. A copy is trained.
     :param torch.Tensor x: inputs ``(N, ...)``; no targets are needed.

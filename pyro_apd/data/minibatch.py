@@ -240,7 +240,7 @@ class PlateSubsample(MinibatchSource):
 
     @property
     def epoch_length(self) -> int | None:
-        """Of the one plate; None for several, whose epochs differ. See :func:`~.index_stream.batches_per_epoch`."""
+        """Mini-batches per epoch of the one plate; None for several, whose epochs differ."""
         if len(self.plates) > 1:
             return None
         ((size, batch),) = self.plates.values()

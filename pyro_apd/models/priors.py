@@ -83,7 +83,7 @@ def _prior(prior: Any, name: str, parameter: Tensor) -> Distribution:
     if prior == "fan_in":
         prior = 1.0 / math.sqrt(parameter[0].numel()) if parameter.dim() > 1 else 1.0
     hint = "It is a standard deviation; 'fan_in' and distributions of pyro.distributions are accepted, too."
-    sd = checks.number(f"prior_scale for '{name}'", prior, above=0, hint=hint)
+    sd = checks.number(f"prior_scale[{name!r}]", prior, above=0, hint=hint)
     loc = parameter.new_zeros(()).expand(parameter.shape)
     scale = parameter.new_tensor(sd).expand(parameter.shape)
     normal: Distribution = dist.Normal(loc, scale).to_event(parameter.dim())

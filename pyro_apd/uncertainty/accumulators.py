@@ -105,7 +105,7 @@ def _divergence(probs: Tensor, offset: Tensor, reference: Tensor) -> Tensor:
 
 
 class MomentReduction:
-    """Mean and variance of a mixture, one component a draw: the law of total variance.
+    """Mean and variance of a mixture, one component per draw: the law of total variance.
 
     :param int num_data: N.
     :param names: of :data:`OF_MOMENTS`.

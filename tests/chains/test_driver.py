@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The driver's own doings, on a kernel that costs nothing; :mod:`tests.test_chains_kernels` runs it on real ones."""
+"""The driver, on a kernel that costs nothing; :mod:`tests.chains.test_driver_kernels` runs it on real ones."""
 
 import faulthandler
 import gc

@@ -106,7 +106,7 @@ def density(
     :param Tensor chain_CSF: scalars of the chain, ``(C, S, F)``.
     :param Tensor generator_SF: the same of the generator, ``(S', F)``.
     :param labels: what each scalar is.
-    :param axes: one a scalar; default a new figure, three in a row.
+    :param axes: one per scalar; default a new figure, three in a row.
     :raises ValueError: if the numbers of scalars differ, or there are fewer axes.
     """
     _check(chain_CSF, generator_SF, labels)
@@ -116,7 +116,7 @@ def density(
         for spare in axes[len(labels) :]:
             spare.set_axis_off()
     if len(axes) < len(labels):
-        raise ValueError(f"`axes` must be {len(labels)}, one a scalar; got {len(axes)}.")
+        raise ValueError(f"`axes` must be {len(labels)}, one per scalar; got {len(axes)}.")
     sides = (to_numpy(chain_CSF.flatten(0, 1)), to_numpy(generator_SF))
     for i, (ax, label) in enumerate(zip(axes, labels, strict=False)):
         both = np.concatenate([side[:, i] for side in sides])

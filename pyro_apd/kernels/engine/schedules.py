@@ -91,7 +91,7 @@ def as_schedule(step_size: float | str | Schedule) -> Schedule:
     if not is_number(step_size):
         raise ValueError(
             f"step_size={step_size!r}: give a positive number, 'auto', or a callable from the Langevin step to a "
-            "number, such as pyro_apd.kernels.engine.schedules.PolynomialDecay."
+            "number, such as apd.schedules.PolynomialDecay."
         )
     return Constant(number("step_size", step_size, above=0))
 
