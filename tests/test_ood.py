@@ -119,7 +119,7 @@ def test_evaluate_finds_what_uncertainty_alone_gives():
     for name in ("predictive_entropy", "mutual_information", "model_variance"):
         score = getattr(apd.uncertainty, name)
         expected = apd.metrics.auroc(score(inside), score(outside))
-        assert found["far", name].figures["auroc"].value == pytest.approx(expected, abs=1e-6)
+        assert found["far", name].metrics["auroc"].value == pytest.approx(expected, abs=1e-6)
     confidence = -apd.uncertainty.max_probability(inside), -apd.uncertainty.max_probability(outside)
     assert found["far", "max_probability"].metrics["auroc"].value == pytest.approx(apd.metrics.auroc(*confidence))
     same = found["same", "mutual_information"].metrics["auroc"]

@@ -113,10 +113,10 @@ def test_numbers_of_numpy_count():
 @pytest.mark.parametrize(
     ("net", "kwargs", "error", "match"),
     [
-        (mlp, {"prior_scale": 0.0}, ValueError, r"for '0.weight'=0.0 must be a positive finite number"),
+        (mlp, {"prior_scale": 0.0}, ValueError, r"'0.weight'\]=0.0 must be a positive finite number"),
         (mlp, {"prior_scale": True}, ValueError, "=True must be a positive"),
         (mlp, {"prior_scale": float("nan")}, ValueError, "=nan must be a positive"),
-        (mlp, {"prior_scale": "fan_out"}, ValueError, r"'0.weight'='fan_out' must be.*'fan_in' and distr"),
+        (mlp, {"prior_scale": "fan_out"}, ValueError, r"'0.weight'\]='fan_out' must be.*'fan_in' and distr"),
         (mlp, {"prior_scale": {"0": 1.0}}, ValueError, r"nothing for '2.weight'; add it, its layer, or ''"),
         (mlp, {"prior_scale": {"": 1.0, "layer": 2.0}}, ValueError, r"names \['layer'\].*'0.weight'"),
         (mlp, {"prior_scale": lambda name, parameter: None}, ValueError, "=None must be a positive"),
