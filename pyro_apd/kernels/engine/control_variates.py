@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_apd.kernels.engine.gradients import PlainGradient
 from pyro_apd.models.potential import GradientFunction, Inputs, Pieces, Potential
 
 
-class ControlVariates:
+class ControlVariates(PlainGradient):
     """A :class:`~pyro_apd.kernels.engine.gradients.GradientEstimator` with control variates about one state.
+
+    Steps use them. Measurements, by :meth:`gradient`, use the plain estimate.
 
     :param Potential potential: the potential.
     :ivar centre: m, by site, ``(n,)`` or ``(C, n)``, once :meth:`prepare` was called; None before.
@@ -32,22 +35,10 @@ class ControlVariates:
     """
 
     def __init__(self, potential: Potential) -> None:
-        self._potential = potential
+        super().__init__(potential)
         self.centre: Pieces | None = None
         self.full_gradient: Pieces = ()
         self.energy: Tensor = torch.empty(0)
-        # Measurements use the plain gradient.
-        self.gradient = potential.gradient
-
-    @property
-    def path(self) -> str:
-        """``"captured"`` or ``"traced"``."""
-        return self._potential.path
-
-    @property
-    def num_data(self) -> int | None:
-        """N."""
-        return self._potential.num_data
 
     def prepare(self, pieces: Pieces) -> None:
         """Sets m to the present state, if it has none yet, at the cost of one pass over the data.

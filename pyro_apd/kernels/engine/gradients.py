@@ -58,9 +58,6 @@ class PlainGradient:
 
     def __init__(self, potential: Potential) -> None:
         self._potential = potential
-        # The very method, as it is called at every step.
-        self.gradient_function = potential.gradient_function
-        self.gradient = potential.gradient
 
     @property
     def path(self) -> str:
@@ -72,11 +69,20 @@ class PlainGradient:
         """N; None where there are no rows."""
         return self._potential.num_data
 
+    def gradient_function(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
+        """See :class:`GradientEstimator`."""
+        return self._potential.gradient_function(pieces, inputs)
+
+    def gradient(self, theta: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """See :class:`GradientEstimator`."""
+        return self._potential.gradient(theta, inputs)
+
     def prepare(self, pieces: Pieces) -> None:
         """Nothing to do."""
 
-    def state_dict(self) -> None:
+    def state_dict(self) -> dict[str, Any] | None:
         """There is no state."""
+        return None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """There is no state."""

@@ -34,6 +34,20 @@ def programs_as_captured(monkeypatch):
     monkeypatch.setattr(step_module, "_inductor", lambda graph, examples, options: graph)
 
 
+@pytest.fixture
+def compilations(monkeypatch):
+    """An entry for each program that would be compiled; it runs as it is."""
+    found = []
+
+    def uncompiled(function, *examples, is_small):
+        found.append(1)
+        spec = tree_structure(examples)
+        return lambda *leaves: function(*tree_unflatten(list(leaves), spec))
+
+    monkeypatch.setattr(step_module, "compiled", uncompiled)
+    return found
+
+
 def begin(kernel_class, compile, num_chains=None, data=(X, LABELS), thinning=2, **settings):
     kernel = kernel_class(Classifier(), 1e-3, batch_size=20, seed=1, compile=compile, thinning=thinning, **settings)
     return kernel.begin(data, {}, warmup_steps=0, num_samples=10, chains=ChainSet(count=num_chains))
@@ -52,7 +66,7 @@ KERNELS = [(SGLD, {}), (SGHMC, {}), (PSGLD, {"use_gamma": True}), (SGLD, {"contr
 @pytest.mark.usefixtures("programs_as_captured")
 @pytest.mark.parametrize(("kernel_class", "settings"), KERNELS)
 def test_programs_are_the_same_steps(kernel_class, settings):
-    check_programs(kernel_class, settings)
+    assert_same_steps(kernel_class, settings)
 
 
 @pytest.mark.slow
@@ -61,10 +75,10 @@ def test_programs_are_the_same_steps(kernel_class, settings):
     [*KERNELS[:2], *(pytest.param(*case, marks=pytest.mark.thorough) for case in KERNELS[2:])],
 )
 def test_compiled_steps_are_the_same_steps(kernel_class, settings):
-    check_programs(kernel_class, settings)
+    assert_same_steps(kernel_class, settings)
 
 
-def check_programs(kernel_class, settings):
+def assert_same_steps(kernel_class, settings):
     eager, fast = (begin(kernel_class, compile, **settings) for compile in (False, True))
     for num_steps in (5, 5, 7):  # the first step, and what a draw leaves over, go by the captured graph
         expected, found = advance(eager, num_steps), advance(fast, num_steps)
@@ -101,47 +115,31 @@ def test_a_ragged_batch_goes_by_the_captured_graph():
 
 
 @pytest.mark.slow
-def test_a_ragged_batch_among_others_is_not_worth_a_program(monkeypatch):
-    asked = []
-
-    def uncompiled(function, *examples, is_small):
-        asked.append(1)
-        spec = tree_structure(examples)
-        return lambda *leaves: function(*tree_unflatten(list(leaves), spec))
-
-    monkeypatch.setattr(step_module, "compiled", uncompiled)
+def test_a_ragged_batch_among_others_is_not_worth_a_program(compilations):
     batches = DataLoader(TensorDataset(X, LABELS), batch_size=25)  # 25, 25, 10
     chain = SGLD(Classifier(), 1e-3, seed=1, compile=True, thinning=5).begin((batches,), {}, warmup_steps=0)
     advance(chain, 60)  # every five steps have a short batch
-    assert not asked
+    assert not compilations
     batches = DataLoader(TensorDataset(X, LABELS), batch_size=7)  # eight of 7, and one of 4
     chain = SGLD(Classifier(), 1e-3, seed=1, compile=True, thinning=5).begin((batches,), {}, warmup_steps=0)
     advance(chain, 200)
-    assert asked == [1]
+    assert compilations == [1]
 
 
 @pytest.mark.slow
-def test_long_runs_compile_and_short_ones_do_not(monkeypatch):
-    asked = []
-
-    def uncompiled(function, *examples, is_small):
-        asked.append(1)
-        spec = tree_structure(examples)
-        return lambda *leaves: function(*tree_unflatten(list(leaves), spec))
-
-    monkeypatch.setattr(step_module, "compiled", uncompiled)
+def test_long_runs_compile_and_short_ones_do_not(compilations, monkeypatch):
     monkeypatch.setattr(step_module, "COMPILE_STEPS", 40)
     advance(begin(SGLD, "auto", thinning=1), 20)
-    assert not asked
+    assert not compilations
     advance(begin(SGLD, "auto", num_chains=2, thinning=1), 21)
-    assert asked == [1]
+    assert compilations == [1]
     advance(begin(SGLD, "auto", thinning=4), 8)  # 10 draws of 4 are known of beforehand
-    assert asked == [1, 1]
+    assert compilations == [1, 1]
     advance(begin(SGLD, False, thinning=5), 60)
-    assert asked == [1, 1]
+    assert compilations == [1, 1]
     chain = begin(SGLD, "auto", thinning=1)
     advance(chain, 41)  # reached on the way
-    assert asked == [1, 1, 1]
+    assert compilations == [1, 1, 1]
     assert chain.path == "compiled"
 
 
