@@ -44,6 +44,7 @@ def test_the_plain_estimator_adds_nothing_to_a_step():
     part = potential()
     pieces, inputs = (torch.zeros(3),), part.source.draw()
     assert PlainGradient(part).gradient_function(pieces, inputs) is part.gradient_function(pieces, inputs)
+    assert PlainGradient(part).state_dict() is None
 
 
 def test_a_kernel_chooses_the_estimator():
