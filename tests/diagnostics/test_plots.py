@@ -208,7 +208,7 @@ def test_rank_bars_are_flat_for_the_same_distribution_and_low_at_the_ends_for_a_
     ax = rendered(plots.rank_bars(chain, chain.flatten()[::2], bins=8, label="w"))
     heights = [patch.get_height() for patch in ax.patches[:8]]
     np.testing.assert_allclose(heights, 1, atol=0.15)
-    assert set(labels(ax)) == {"generator", "SGLD, range of 4 chains", "same distribution"}
+    assert set(labels(ax)) == {"generator", "SGLD, range of 4 chains", "uniform"}
     narrow = plots.rank_bars(chain, 0.5 * chain.flatten(), bins=8)
     heights = [patch.get_height() for patch in narrow.patches[:8]]
     assert max(heights[0], heights[-1]) < 0.3

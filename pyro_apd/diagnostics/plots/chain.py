@@ -168,7 +168,7 @@ def rank_bars(
     words = f"{names[0]}, range of {len(chains)} chains" if len(chains) > 1 else names[0]
     face: dict[str, Any] = {"facecolor": to_rgba(colour(ax, "chain"), 0.22), "edgecolor": colour(ax, "chain")}
     ax.fill_between(edges, low, high, step="post", linewidth=1.2, label=words, **face)
-    ax.axhline(1, color=colour(ax, "quiet"), linestyle="--", linewidth=1, label="same distribution")
+    ax.axhline(1, color=colour(ax, "quiet"), linestyle="--", linewidth=1, label="uniform")
     ax.set(xlim=(0, bins), ylim=(0, max(2.0, ax.get_ylim()[1])), xlabel=f"rank among draws of {names[0]}")
     ax.set(ylabel="share (1: same distribution)")
     ax.set_title(label, pad=26)
