@@ -5,8 +5,9 @@
 
 An epoch is a table, :func:`torch.randperm` of all N rows, which takes 8 N bytes per chain and 10 to 80 ns per row:
 80 MB and 0.6 s at 10^7 rows, 800 MB and 8 s at 10^8, on one core. Beyond :data:`MAX_EPOCH_ROWS` rows are drawn
-independently, for 6 to 30 ns each and without a table. A permutation that is computed at each position (a Feistel
-network) needs no table either, but took 160 to 200 ns per row on the same core.
+independently, without a table, for 6 to 35 ns each in batches of 256 rows or more (210 to 240 ns in batches of 32). A
+permutation that is computed at each position (a Feistel network) needs no table either, but took 150 to 210 ns per row
+in such batches (300 to 390 ns in batches of 32) on the same core.
 
 Epochs of that length have little effect. With batches of B rows without replacement, the variance of the gradient is
 (N - B) / (N - 1) of that with independent rows. The noise of an epoch cancels only in directions in which the chain
