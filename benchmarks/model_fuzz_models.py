@@ -41,6 +41,8 @@ class Likelihood:
     :ivar targets: expression of all targets. ``fn``: of the distribution; its batch shape is ``(n,)``.
     :ivar weights: lines that draw its latents.
     :ivar by_entry: whether the distribution is over the entries of ``f``, so that more of them can be observed.
+    :ivar is_real: whether any real number is a target.
+    :ivar is_cast: whether plain Pyro needs the targets in another dtype, so that a refusal is right, too.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Likelihood:
     weights: tuple[str, ...] = ()
     by_entry: bool = False
     is_real: bool = False
+    is_cast: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,10 +239,28 @@ def intercepts(rng: random.Random, k: int, sizes: dict[str, int]) -> Network:
     return Network((*base.forward, f"f = f + a[g]{'[:, None]' if k else ''}"), (*base.weights, *weights), (), ("g",))
 
 
+def bnn(rng: random.Random, k: int, sizes: dict[str, int]) -> Network:
+    """``apd.BNN``; the likelihood and the plate are its own."""
+    d, h, out = sizes["D"], sizes["H"], max(k, 1)
+    act = rng.choice(("Tanh", "ReLU", "SiLU"))
+    more = rng.choice(("", "", "nn.Dropout(0.5), ", f"nn.BatchNorm1d({h}), ", f"nn.LayerNorm({h}), "))
+    likelihood = rng.choice(("gaussian", "bernoulli") if k < 3 else ("categorical",))
+    options = ", noise_scale=0.7" if likelihood == "gaussian" and rng.random() < 0.5 else ""
+    setup = [
+        "class Hidden(nn.Module):",
+        "    def forward(self, h):",
+        "        HOOK",
+        "        return h",
+        f"layers = nn.Linear({d}, {h}), nn.{act}(), {more}Hidden(), nn.Linear({h}, {out})",
+        f'bnn = apd.BNN(nn.Sequential(*layers), likelihood="{likelihood}"{options}, subsample_size=SUBSAMPLE)',
+    ]
+    return Network(("f = bnn(x, y)",), (), tuple(setup))
+
+
 NETWORKS: dict[str, Callable[[random.Random, int, dict[str, int]], Network]] = {
     "linear": linear, "linear in a plate": linear_in_plate, "hierarchical": hierarchical, "MLP": mlp,
     "PyroModule": module, "convolution": convolution, "PyroModule convolution": convolution_module,
-    "embedding": embedding, "PyroModule embedding": embedding_module, "intercepts": intercepts,
+    "embedding": embedding, "PyroModule embedding": embedding_module, "intercepts": intercepts, "BNN": bnn,
 }  # fmt: skip
 
 # ---- Likelihoods
@@ -305,10 +326,34 @@ def _likelihoods() -> list[Likelihood]:
             "dist.TransformedDistribution(dist.Normal(f, 1.0), dist.transforms.ExpTransform())",
         ),
         Likelihood("a column", 1, "real(N, 1)", "dist.Normal(f, NOISE).to_event(1)", is_real=True),
+        Likelihood(
+            "mixture with latent weights", 2, _REAL,
+            "dist.MixtureSameFamily(dist.Categorical(probs=mix.expand(len(f), 2)), dist.Normal(f, NOISE))",
+            ('mix = pyro.sample("mix", dist.Dirichlet(torch.ones(2)))',), is_real=True,
+        ),
+        Likelihood(
+            "latent covariance", 2, "real(N, 2)", "dist.MultivariateNormal(f, scale_tril=s[:, None] * corr)",
+            (
+                's = pyro.sample("s", dist.LogNormal(torch.zeros(2), 0.3).to_event(1))',
+                'corr = pyro.sample("corr", dist.LKJCholesky(2, 2.0))',
+            ),
+            is_real=True,
+        ),
+        Likelihood(
+            "noise of each output", 2, "real(N, 2)", "dist.Normal(f, NOISE * s).to_event(1)",
+            ('with pyro.plate("noises", 2):', '    s = pyro.sample("s", dist.Gamma(2.0, 2.0))'), is_real=True,
+        ),
+        Likelihood("Bernoulli, labels of whole numbers", 0, "label(N) % 2", "dist.Bernoulli(logits=f)", is_cast=True),
+        Likelihood("Bernoulli, labels true and false", 0, "binary(N) > 0", "dist.Bernoulli(logits=f)", is_cast=True),
     ]  # fmt: skip
 
 
 LIKELIHOODS = _likelihoods()
+# Those of `apd.BNN` are written by the network.
+BNN_LIKELIHOODS = (
+    Likelihood("of BNN", 0, "binary(N)", ""), Likelihood("of BNN", 2, "binary(N, 2)", ""),
+    Likelihood("of BNN", 3, "label(N)", ""),
+)  # fmt: skip
 
 # ---- Faults
 
@@ -370,6 +415,19 @@ def _faults() -> list[Fault]:
             setup=("v_all = torch.linspace(0.5, 2.0, N)",)),
         one("only some rows centred", "x", "x = torch.where(x[:, :1] > 0.8, x - x.mean(0), x)"),
         one("differences to the last row", "x", "x = x - 0.3 * x[-1:]"),
+        one("rows and columns mixed by reshape", "x", "x = x.reshape(D, len(x)).T"),
+        one("columns of the batch of norm one", "x", "x = F.normalize(x, dim=0)"),
+        one("LayerNorm over rows, too", "x", "x = F.layer_norm(x, x.shape)"),
+        one("less the batch's median", "x", "x = x - x.median(0).values"),
+        one("ranks in the batch", "x", "x = x.argsort(0).argsort(0) / len(x) + 0.1 * x"),
+        one("rows in order of size", "x", "x = x.sort(0).values"),
+        one("convolution over rows", "x", "x = F.conv1d(x.T[:, None], torch.ones(1, 1, 3) / 3, padding=1)[:, 0].T"),
+        one("GRU over rows", "x", "x = x + gru(x)[0]", setup=("gru = nn.GRU(D, D).requires_grad_(False)",)),
+        one("a Transformer that takes rows as a sequence", "x", "x = layer(x[:, None])[:, 0]",
+            setup=("layer = nn.TransformerEncoderLayer(D, 1, 4).requires_grad_(False).eval()",)),
+        one("distances to the other rows", "x", "x = x * (1 + (x[:, None] - x[None]).abs().mean((1, 2))[:, None])"),
+        one("centred where the batch leans", "x", "if x.mean() > 0:", "    x = x - x.mean(0)"),
+        one("singular vectors of the batch", "x", "x = x @ torch.linalg.svd(x.T @ x)[0]"),
         one("F.batch_norm", "x", "x = F.batch_norm(x, None, None, training=True)"),
         one("BatchNorm1d in training mode", "x", "x = norm(x)", setup=("norm = nn.BatchNorm1d(D)",), tolerated=True),
         one("hidden units centred by the batch", "h", "h = h - h.mean(0)", needs=_has_hidden),
@@ -377,6 +435,10 @@ def _faults() -> list[Fault]:
         one("BatchNorm1d on hidden units", "h", "h = norm(h)", setup=("norm = nn.LazyBatchNorm1d(affine=False)",),
             needs=_has_hidden, tolerated=True),
         one("outputs centred by the batch", "f", "f = f - f.mean(0)"),
+        one("less the batch's positive outputs", "f", "f = f - F.relu(f).mean(0)"),
+        one("doubled where the batch leans", "f", "if f.mean() > 0:", "    f = 2 * f"),
+        one("without the last row", "f", "x, y, f = x[:-1], y[:-1], f[:-1]",
+            needs=lambda m: _ready(m) and not m.inside and m.plate == "len" and m.observed != "masked"),
         one("softmax over rows", "f", "f = f.softmax(0)"),
         one("outputs averaged over rows", "f", "f = f.mean(0, keepdim=True).expand_as(f)"),
         one("outputs of the row before", "f", "f = f + 0.5 * torch.cat([f[:1], f[:-1]])"),
@@ -388,6 +450,12 @@ def _faults() -> list[Fault]:
         one("a penalty on the batch's spread", "sites", 'pyro.factor("spread", -f.var(0, unbiased=False).sum())'),
         one("a penalty on neighbours", "sites", 'pyro.factor("smooth", -((f[1:] - f[:-1]) ** 2).sum())'),
         one("a penalty on the square of a sum", "sites", 'pyro.factor("total", -0.1 * f.sum() ** 2)'),
+        one("prototypes of classes in the batch", "observed",
+            "own = F.one_hot(y, 3).to(DTYPE)",
+            "centres = own.T @ f / (own.sum(0)[:, None] + 1)",
+            'with pyro.plate("data", len(x)):',
+            '    pyro.sample("obs", dist.Categorical(logits=-torch.cdist(f, centres) ** 2), obs=y)',
+            needs=lambda m: _replaceable(m) and m.likelihood.name == "Categorical"),
         one("a Gaussian process", "observed",
             "cov = (-torch.cdist(x, x) ** 2).exp() + torch.eye(len(x))",
             'pyro.sample("obs", dist.MultivariateNormal(f, cov), obs=y)',
@@ -429,6 +497,19 @@ def _faults() -> list[Fault]:
             needs=lambda m: m.style != "full" and m.num_data % m.batch_size == 0),
         two("N/B by plate and by hand", "inside", "poutine.scale(scale=N / len(x))",
             needs=lambda m: m.plate in ("states N", "states rows") or (m.style == "plate" and m.in_plate != "out")),
+        two("a plate of another N", "observed",
+            'with pyro.plate("data", 2 * N, subsample_size=len(x)):', '    pyro.sample("obs", FN, obs=y)',
+            needs=lambda m: _ready(m) and _replaceable(m)),
+        two("a plate of N rows for a batch", "observed",
+            'with pyro.plate("data", N):', '    pyro.sample("obs", FN, obs=y)',
+            needs=lambda m: _ready(m) and _replaceable(m)),
+        two("a plate that states N and B", "observed",
+            'with pyro.plate("data", N, subsample_size=B):', '    pyro.sample("obs", FN, obs=y)', is_reference=False,
+            needs=lambda m: _ready(m) and _replaceable(m)),
+        two("another N by hand", "inside", "poutine.scale(scale=2 * N / len(x))", needs=_ready),
+        two("the square of N/B by hand", "inside", "poutine.scale(scale=(N / len(x)) ** 2)", needs=_ready),
+        two("targets shared out among the rows", "noise", "(y.shape[0] / N + 0.1)",
+            needs=lambda m: "NOISE" in m.likelihood.fn),
         two("a penalty over the number of rows", "sites", 'pyro.factor("pen", -next_latent() ** 2 / len(x))'),
         two("a penalty times the number of rows", "sites", 'pyro.factor("pen", -0.1 * next_latent() ** 2 * len(x))'),
         two("the square of the number of rows", "sites",
@@ -455,6 +536,23 @@ def _faults() -> list[Fault]:
             '    f = f + pyro.sample("t", dist.Normal(0.0, 1.0))', is_reference=True),
         four("a latent behind a latent's size", "f", 'if pyro.sample("u", dist.Normal(0.0, 1.0)).abs() > 0.7:',
             '    f = f + pyro.sample("t", dist.Normal(0.0, 1.0))', is_reference=True),
+        four("a generator of its own", "x", "x = x + 0.3 * torch.randn(x.shape, generator=own)",
+            setup=("own = torch.Generator().manual_seed(3)",)),
+        four("a seed in the model", "x", "torch.manual_seed(1)", "x = x + 0.3 * torch.randn_like(x)"),
+        four("RReLU", "x", "x = leaky(x)", setup=("leaky = nn.RReLU()",)),
+        four("Dropout in a Transformer", "x", "x = layer(x[None])[0]",
+            setup=("layer = nn.TransformerEncoderLayer(D, 1, 4).requires_grad_(False)",)),
+        four("a moving average of batches", "x", "mean0.mul_(0.9).add_(x.mean(0), alpha=0.1)", "x = x - mean0",
+            setup=("mean0 = torch.zeros(D)",)),
+        four("spectral norm in training mode", "x", "x = torch.tanh(spectral(x))",
+            setup=("spectral = nn.Linear(D, D).requires_grad_(False)",
+                   "torch.nn.utils.parametrizations.spectral_norm(spectral)")),
+        four("an embedding that renormalises", "f",
+            'table0 = pyro.sample("table0", dist.Normal(torch.zeros(3, 2), 1.0).to_event(2))',
+            "f = f + F.embedding(torch.arange(len(x)) % 3, table0, max_norm=0.5).sum() / 6"),
+        four("a loop as long as a latent", "f",
+            'u = pyro.sample("u", dist.Normal(0.0, 1.0))', "for i in range(int(u.abs() * 2)):",
+            "    f = f + pyro.sample(f't{i}', dist.Normal(0.0, 1.0))", is_reference=True),
         four("a count of calls", "x", "calls.append(0)", "x = x / len(calls)", setup=("calls = []",)),
     ]  # fmt: skip
 
@@ -475,8 +573,8 @@ def draw(seed: int) -> Model:
     sizes = {"D": rng.choice((2, 3, 4)), "G": _size(rng, num_data, batch_size), "H": _size(rng, num_data, batch_size)}
     if rng.random() < 0.15:
         sizes["D"] = max(2, _size(rng, num_data, batch_size))
-    likelihood = rng.choice(LIKELIHOODS)
     network = rng.choice(list(NETWORKS))
+    likelihood = rng.choice(BNN_LIKELIHOODS if network == "BNN" else LIKELIHOODS)
     plate = _plate(rng, style, likelihood)
     if plate in ("two plates", "two plates, swapped"):
         likelihood = replace(likelihood, num_outputs=3, targets=likelihood.targets.replace("(N)", "(N, 3)"))
@@ -489,6 +587,8 @@ def draw(seed: int) -> Model:
         rng.choice(("positional", "positional", "keyword", "default", "dict", "class")), sizes["D"], sizes["G"],
         columns=parts.columns, in_plate=in_plate,
     )  # fmt: skip
+    if network == "BNN":
+        model = replace(model, plate="of BNN", in_plate="of BNN")
     model = _with_extras(rng, model)
     if rng.random() < 0.5:
         kind = rng.choice((1, 1, 2, 2, 4))
@@ -517,7 +617,7 @@ def _with_extras(rng: random.Random, model: Model) -> Model:
     """The model with weights of rows, masks, further sites: all of them sums over rows."""
     inside: list[str] = []
     columns, sites, x_lines, setup = list(model.columns), [], [], []
-    by_row = model.plate not in ("event", "two plates", "two plates, swapped")
+    by_row = model.plate not in ("event", "two plates", "two plates, swapped", "of BNN")
     own_scale = model.style in READY_ROWS and model.plate in ("len", "shape", "bare", "event")
     if rng.random() < 0.15 and by_row:
         inside, columns = ["poutine.scale(scale=v)"], [*columns, "v"]
@@ -525,8 +625,10 @@ def _with_extras(rng: random.Random, model: Model) -> Model:
         inside, columns = ["poutine.mask(mask=m)"], [*columns, "m"]
     elif rng.random() < 0.15 and own_scale:
         inside = ["poutine.scale(scale=N / len(x))"]
-    elif rng.random() < 0.08 and model.style in ("tensors", "full"):
+    elif rng.random() < 0.08 and model.style in ("tensors", "full") and model.network != "BNN":
         inside = ["poutine.scale(scale=0.5)"]
+    elif rng.random() < 0.5 and model.likelihood.name == "Categorical" and by_row:
+        inside, setup = ["poutine.scale(scale=class_weights[y])"], ["class_weights = positive(3)"]
     observed = "sample"
     if rng.random() < 0.15 and model.plate in ("len", "shape", "states N", "states rows"):
         observed = "factor"
@@ -536,6 +638,15 @@ def _with_extras(rng: random.Random, model: Model) -> Model:
         sites.append('pyro.factor("l2", -0.1 * next_latent() ** 2)')
     elif rng.random() < 0.1:
         sites.append('pyro.sample("soft", dist.Normal(next_latent(), 1.0), obs=torch.tensor(0.5))')
+    elif rng.random() < 0.1:
+        count = _size(rng, model.num_data, model.batch_size)
+        setup.append(f"old = real({count})")
+        sites += [
+            f'with pyro.plate("earlier", {count}):',
+            '    pyro.sample("old", dist.Normal(next_latent(), 1.0), obs=old)',
+        ]
+    if rng.random() < 0.08 and by_row:
+        sites.append('pyro.deterministic("outputs", f)')
     if rng.random() < 0.25:
         line, top = rng.choice(
             (
@@ -544,9 +655,16 @@ def _with_extras(rng: random.Random, model: Model) -> Model:
                 ("x = norm0(x)", "norm0 = nn.BatchNorm1d(D, affine=False).eval()"),
                 ("x = drop0(x)", "drop0 = nn.Dropout(0.5).eval()"),
                 ("x = x.clamp(-2.0, 2.0)", ""),
+                ("x = F.normalize(x, dim=1)", ""),
+                ("x = torch.tanh(backbone(x))", "backbone = nn.Linear(D, D).requires_grad_(False)"),
+                (
+                    "x = layer0(x[None])[0]",
+                    "layer0 = nn.TransformerEncoderLayer(D, 1, 4).requires_grad_(False).eval()",
+                ),
+                ("x = x + centres0[torch.cdist(x, centres0).argmin(-1)]", "centres0 = real(3, D)"),
             )
         )
-        x_lines, setup = [line], [top] if top else []
+        x_lines, setup = [line], [*setup, *([top] if top else [])]
     return replace(
         model, inside=tuple(inside), columns=tuple(columns), sites=tuple(sites), x_lines=tuple(x_lines),
         setup=tuple(setup), observed=observed,
@@ -555,6 +673,8 @@ def _with_extras(rng: random.Random, model: Model) -> Model:
 
 def _fits(fault: Fault, model: Model) -> bool:
     if fault.at == "inside" and model.inside:
+        return False
+    if model.network == "BNN" and fault.at not in ("start", "x", "h", "sites", "around"):
         return False
     if fault.name.startswith(("N/B", "1/B", "the number")) and model.inside:
         return False
@@ -610,6 +730,8 @@ def reference_source(model: Model) -> str:
     """Code of the density that is meant, to be run by plain Pyro on all data."""
     fault = model.fault if model.fault and model.fault.is_reference else None
     start = model.fault.clean_start if model.fault else ()
+    if model.likelihood.is_cast:
+        start = ("y = y.to(DTYPE)", *start)
     return _written(model, fault, full=True, start=start)
 
 
@@ -652,6 +774,7 @@ def _written(model: Model, fault: Fault | None, *, full: bool, start: tuple[str,
     )
     weights = [line.replace("SD", sd) for line in [*weights, *model.likelihood.weights]]
     subsampled = model.style == "plate" and not full
+    setup = [line.replace("SUBSAMPLE", "B" if subsampled else "None") for line in setup]
     edited = [*model.x_lines, *at("x"), *forward, *at("f")]
     names = ["x", "y", *model.columns]
     sites = [*model.sites, *at("sites")]
@@ -701,6 +824,8 @@ def _observed(
     fn, target = model.likelihood.fn, "y"
     if at("observed"):
         return [*edited, *(line.replace("FN", fn) for line in at("observed"))]
+    if model.network == "BNN":
+        return edited
     contexts = [*model.inside, *at("inside")]
     dim, more = "", []
     if model.plate == "two plates":
