@@ -17,6 +17,7 @@ import collections
 import contextlib
 import itertools
 import logging
+import math
 import random
 import re
 import sys
@@ -91,6 +92,7 @@ class Case:
         exec(compile(data_source(model), "<data>", "exec"), data)
         names = ["x", "y", *model.columns]
         self.rows = {name: data[name] for name in names}
+        self._fixed = {"scale": data["scale"]} if model.option else {}
         reference = dict(data)
         exec(compile(reference_source(model), "<reference>", "exec"), reference)
         self.reference = reference["model"]
@@ -103,7 +105,7 @@ class Case:
     @property
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the model, on all rows."""
-        return ((dict(self.rows),), {}) if self._takes_dict else ((), dict(self.rows))
+        return ((dict(self.rows),), self._fixed) if self._takes_dict else ((), {**self.rows, **self._fixed})
 
     def gradient(
         self, model: Any, values: Mapping[str, Tensor], rows: Mapping[str, Tensor]
@@ -151,12 +153,17 @@ def epoch(potential: Potential) -> list[tuple[tuple[Tensor, ...], float]]:
         return [(source.draw(), 1.0)]
     if len(source.plates) < 2:
         return list(source.cover())
-    by_plate = [
-        [torch.arange(first, first + batch) % size for first in range(0, size * batch, batch)]
-        for size, batch in source.plates.values()
-    ]
-    batches = list(itertools.product(*by_plate))
+    batches = every_batch(source.plates)
     return [(batch, 1 / len(batches)) for batch in batches]
+
+
+def every_batch(plates: Mapping[str, tuple[int, int]]) -> list[tuple[Tensor, ...]]:
+    """Indices of plates that subsample; each row of a plate occurs equally often with each of the others."""
+    by_plate = [
+        [torch.arange(first, first + batch) % size for first in range(0, math.lcm(size, batch), batch)]
+        for size, batch in plates.values()
+    ]
+    return list(itertools.product(*by_plate))
 
 
 def mean_gradient(potential: Potential, theta: Tensor) -> Tensor:
@@ -213,18 +220,18 @@ def _refused(model: Model, case: Case, error: Exception) -> Result:
 def _must_run(model: Model, case: Case) -> bool:
     """Whether a refusal is false: of a model without a fault, or with one that makes no difference in plain Pyro.
 
-    The latter is seen in full batches and over an epoch of a plate. Batches of one row by a loader cannot be compared.
+    The latter is seen in full batches and over an epoch of a plate.
     """
-    if model.likelihood.is_cast:
+    if model.may_be_refused:
         return False
     if model.fault is None:
-        return model.batch_size > 1 or model.style not in ("numpy", "loader", "list")
+        return True
     if model.style not in ("full", "plate") or model.fault.kind == 4 or model.fault.tolerated:
         return False
-    size, batch = model.num_data, model.batch_size
-    indices = [{}] if model.style == "full" else [
-        {"data": torch.arange(first, first + batch) % size} for first in range(0, size * batch, batch)
-    ]  # fmt: skip
+    plates = {"data": (model.num_data, model.batch_size)} if model.style == "plate" else {}
+    if model.plate == "two plates, both subsample":
+        plates["outs"] = (3, 2)
+    indices = [dict(zip(plates, batch, strict=True)) for batch in every_batch(plates)]
     args, kwargs = case.call
     with pyro.validation_enabled(False):
         trace = poutine.trace(case.reference).get_trace(*args, **kwargs)

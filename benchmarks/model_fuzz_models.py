@@ -11,6 +11,7 @@ likelihood of a batch is no sum over rows (kind 1), something other than the dat
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -82,7 +83,15 @@ class Fault:
 
 @dataclass(frozen=True)
 class Model:
-    """What was drawn for one model."""
+    """What was drawn for one model.
+
+    :ivar plate: the kind of plate. ``in_plate``: what is computed inside a plate that subsamples, and ``takes``: how it
+        takes rows.
+    :ivar columns: arguments besides ``x`` and ``y``. ``option``: whether there is one more that has no rows.
+    :ivar setup: lines after the data. ``x_lines``: lines before the network; ``last``: before the observed site;
+        ``beside``: beside it, in its plate; ``sites``: after it. ``inside``: contexts of the observed site.
+    :ivar observed: how the data are scored. ``states``: settings of the kernel.
+    """
 
     seed: int
     dtype: str
@@ -103,7 +112,19 @@ class Model:
     setup: tuple[str, ...] = ()
     observed: str = "sample"
     in_plate: str = "out"
+    last: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    option: bool = False
+    takes: str = "rows"
+    states: tuple[str, ...] = ()
     fault: Fault | None = None
+
+    @property
+    def may_be_refused(self) -> bool:
+        """Whether a refusal is right although there is no fault: what is written differs from what plain Pyro runs."""
+        sequential = self.plate == "sequential" and self.style != "full"
+        by_one_row = self.batch_size == 1 and self.style in ("numpy", "loader", "list")
+        return self.likelihood.is_cast or self.observed == "obs_mask" or sequential or by_one_row
 
 
 # ---- Networks. {SD} is the scale of a prior, {H} the hidden units, {D} inputs, {K} outputs, {G} groups; HOOK a fault.
@@ -118,7 +139,7 @@ def linear(rng: random.Random, k: int, sizes: dict[str, int]) -> Network:
     tail, dims = _shapes(k)
     weights = [f'w = pyro.sample("w", dist.Normal(torch.zeros({sizes["D"]}{tail}), SD).to_event({dims}))']
     if rng.random() < 0.5:
-        bias = f"torch.zeros({k}), 1.0).to_event(1" if k else "0.0, 1.0"
+        bias = f"torch.zeros({max(k, 1)}), 1.0).to_event(1" if k or rng.random() < 0.3 else "0.0, 1.0"
         weights.append(f'b = pyro.sample("b", dist.Normal({bias}))')
         return Network(("f = x @ w + b",), tuple(weights))
     return Network(("f = x @ w",), tuple(weights))
@@ -239,6 +260,13 @@ def intercepts(rng: random.Random, k: int, sizes: dict[str, int]) -> Network:
     return Network((*base.forward, f"f = f + a[g]{'[:, None]' if k else ''}"), (*base.weights, *weights), (), ("g",))
 
 
+def mean(rng: random.Random, k: int, sizes: dict[str, int]) -> Network:
+    """No network: one mean of all data."""
+    if k:
+        return Network(("f = mu",), (f'mu = pyro.sample("mu", dist.Normal(torch.zeros({k}), SD).to_event(1))',))
+    return Network(("f = mu",), ('mu = pyro.sample("mu", dist.Normal(0.0, SD))',))
+
+
 def bnn(rng: random.Random, k: int, sizes: dict[str, int]) -> Network:
     """``apd.BNN``; the likelihood and the plate are its own."""
     d, h, out = sizes["D"], sizes["H"], max(k, 1)
@@ -260,7 +288,8 @@ def bnn(rng: random.Random, k: int, sizes: dict[str, int]) -> Network:
 NETWORKS: dict[str, Callable[[random.Random, int, dict[str, int]], Network]] = {
     "linear": linear, "linear in a plate": linear_in_plate, "hierarchical": hierarchical, "MLP": mlp,
     "PyroModule": module, "convolution": convolution, "PyroModule convolution": convolution_module,
-    "embedding": embedding, "PyroModule embedding": embedding_module, "intercepts": intercepts, "BNN": bnn,
+    "embedding": embedding, "PyroModule embedding": embedding_module, "intercepts": intercepts, "mean": mean,
+    "BNN": bnn,
 }  # fmt: skip
 
 # ---- Likelihoods
@@ -277,7 +306,9 @@ def _likelihoods() -> list[Likelihood]:
         Likelihood("Normal", 0, _REAL, "dist.Normal(f, NOISE)", (), True, True),
         Likelihood("Normal", 0, _REAL, "dist.Normal(f, NOISE * s)", noise, True, True),
         Likelihood("Normal", 0, _REAL, "dist.Normal(f, NOISE * s)", log_noise, True, True),
-        Likelihood("Normal, noise by row", 2, _REAL, "dist.Normal(f[:, 0], F.softplus(f[:, 1]) + 0.1)", is_real=True),
+        Likelihood(
+            "Normal, noise by row", 2, _REAL, "dist.Normal(f[..., 0], F.softplus(f[..., 1]) + 0.1)", is_real=True,
+        ),
         Likelihood("StudentT", 0, _REAL, "dist.StudentT(5.0, f, NOISE)", (), True, True),
         Likelihood("Laplace", 0, _REAL, "dist.Laplace(f, NOISE)", (), True, True),
         Likelihood("Cauchy", 0, _REAL, "dist.Cauchy(f, NOISE * s)", noise, True, True),
@@ -319,7 +350,7 @@ def _likelihoods() -> list[Likelihood]:
         ),
         Likelihood(
             "MixtureSameFamily", 4, _REAL,
-            "dist.MixtureSameFamily(dist.Categorical(logits=f[:, :2]), dist.Normal(f[:, 2:], 1.0))", is_real=True,
+            "dist.MixtureSameFamily(dist.Categorical(logits=f[..., :2]), dist.Normal(f[..., 2:], 1.0))", is_real=True,
         ),
         Likelihood(
             "transformed", 0, "real(N).exp()",
@@ -328,7 +359,7 @@ def _likelihoods() -> list[Likelihood]:
         Likelihood("a column", 1, "real(N, 1)", "dist.Normal(f, NOISE).to_event(1)", is_real=True),
         Likelihood(
             "mixture with latent weights", 2, _REAL,
-            "dist.MixtureSameFamily(dist.Categorical(probs=mix.expand(len(f), 2)), dist.Normal(f, NOISE))",
+            "dist.MixtureSameFamily(dist.Categorical(probs=mix.expand(f.shape)), dist.Normal(f, NOISE))",
             ('mix = pyro.sample("mix", dist.Dirichlet(torch.ones(2)))',), is_real=True,
         ),
         Likelihood(
@@ -438,7 +469,7 @@ def _faults() -> list[Fault]:
         one("less the batch's positive outputs", "f", "f = f - F.relu(f).mean(0)"),
         one("doubled where the batch leans", "f", "if f.mean() > 0:", "    f = 2 * f"),
         one("without the last row", "f", "x, y, f = x[:-1], y[:-1], f[:-1]",
-            needs=lambda m: _ready(m) and not m.inside and m.plate == "len" and m.observed != "masked"),
+            needs=lambda m: _ready(m) and m.plate == "len" and not m.inside and not m.beside and "m" not in m.columns),
         one("softmax over rows", "f", "f = f.softmax(0)"),
         one("outputs averaged over rows", "f", "f = f.mean(0, keepdim=True).expand_as(f)"),
         one("outputs of the row before", "f", "f = f + 0.5 * torch.cat([f[:1], f[:-1]])"),
@@ -563,8 +594,19 @@ FAULTS = _faults()
 
 
 def draw(seed: int) -> Model:
-    """The model of ``seed``."""
+    """The model of ``seed``; half of them have a fault, each of a kind as often as the others."""
     rng = random.Random(seed)
+    if rng.random() < 0.5:
+        return _without_fault(rng, seed)
+    kind = rng.choice((1, 1, 2, 2, 4))
+    fault = rng.choice([fault for fault in FAULTS if fault.kind == kind])
+    while True:
+        model = _without_fault(rng, seed)
+        if _fits(fault, model):
+            return replace(model, fault=fault)
+
+
+def _without_fault(rng: random.Random, seed: int) -> Model:
     style = rng.choices(STYLES, (30, 15, 20, 5, 20, 10))[0]
     num_data = rng.randint(6, 30)
     batch_size = rng.randint(2, max(2, num_data // 2)) if rng.random() < 0.95 else rng.choice((1, num_data - 1))
@@ -576,7 +618,7 @@ def draw(seed: int) -> Model:
     network = rng.choice(list(NETWORKS))
     likelihood = rng.choice(BNN_LIKELIHOODS if network == "BNN" else LIKELIHOODS)
     plate = _plate(rng, style, likelihood)
-    if plate in ("two plates", "two plates, swapped"):
+    if plate.startswith("two plates"):
         likelihood = replace(likelihood, num_outputs=3, targets=likelihood.targets.replace("(N)", "(N, 3)"))
     parts = NETWORKS[network](rng, likelihood.num_outputs, sizes)
     in_plate = rng.choice(("out", "in", "before"))
@@ -589,12 +631,10 @@ def draw(seed: int) -> Model:
     )  # fmt: skip
     if network == "BNN":
         model = replace(model, plate="of BNN", in_plate="of BNN")
-    model = _with_extras(rng, model)
-    if rng.random() < 0.5:
-        kind = rng.choice((1, 1, 2, 2, 4))
-        possible = [fault for fault in FAULTS if fault.kind == kind and _fits(fault, model)]
-        model = replace(model, fault=rng.choice(possible))
-    return model
+    if network == "mean":
+        plates = {"bare": "len", "event": "expanded", "two plates, swapped": "two plates"}
+        model = replace(model, plate=plates.get(plate, plate), in_plate="before" if in_plate == "out" else in_plate)
+    return _with_extras(rng, model)
 
 
 def _size(rng: random.Random, num_data: int, batch_size: int) -> int:
@@ -610,6 +650,8 @@ def _plate(rng: random.Random, style: str, likelihood: Likelihood) -> str:
         kinds += ["states N", "states rows"]
     if likelihood.by_entry and likelihood.num_outputs == 0:
         kinds += ["two plates", "two plates, swapped"]
+        kinds += ["sequential"] if rng.random() < 0.3 else []
+        kinds += ["two plates, both subsample"] if style == "plate" else []
     return rng.choice(kinds)
 
 
@@ -617,15 +659,15 @@ def _with_extras(rng: random.Random, model: Model) -> Model:
     """The model with weights of rows, masks, further sites: all of them sums over rows."""
     inside: list[str] = []
     columns, sites, x_lines, setup = list(model.columns), [], [], []
-    by_row = model.plate not in ("event", "two plates", "two plates, swapped", "of BNN")
+    by_row = model.plate in ("len", "shape", "bare", "states N", "states rows")
     own_scale = model.style in READY_ROWS and model.plate in ("len", "shape", "bare", "event")
     if rng.random() < 0.15 and by_row:
         inside, columns = ["poutine.scale(scale=v)"], [*columns, "v"]
     elif rng.random() < 0.12 and by_row:
         inside, columns = ["poutine.mask(mask=m)"], [*columns, "m"]
     elif rng.random() < 0.15 and own_scale:
-        inside = ["poutine.scale(scale=N / len(x))"]
-    elif rng.random() < 0.08 and model.style in ("tensors", "full") and model.network != "BNN":
+        inside = [rng.choice(("poutine.scale(scale=N / len(x))", "poutine.scale(scale=torch.tensor(N / len(x)))"))]
+    elif rng.random() < 0.08 and model.style in ("tensors", "full") and (by_row or model.plate == "event"):
         inside = ["poutine.scale(scale=0.5)"]
     elif rng.random() < 0.5 and model.likelihood.name == "Categorical" and by_row:
         inside, setup = ["poutine.scale(scale=class_weights[y])"], ["class_weights = positive(3)"]
@@ -634,6 +676,15 @@ def _with_extras(rng: random.Random, model: Model) -> Model:
         observed = "factor"
     elif rng.random() < 0.1 and by_row:
         observed, columns = "masked", [*dict.fromkeys([*columns, "m"])]
+    elif rng.random() < 0.2 and by_row and model.style != "full" and not inside and model.likelihood.by_entry:
+        observed, columns = "obs_mask", [*columns, "m"]
+    last, beside = [], []
+    if rng.random() < 0.3 and by_row and not inside and observed == "sample" and _row_target(model):
+        setup.append("y[binary(N) > 0] = float('nan')")
+        last, inside = ["seen = ~y.isnan()", "y = torch.where(seen, y, torch.zeros(()))"], ["poutine.mask(mask=seen)"]
+    elif rng.random() < 0.1 and by_row:
+        columns.append("t")
+        beside = ['pyro.sample("more", dist.Normal(next_latent() * t.abs(), 1.0), obs=t)']
     if rng.random() < 0.1:
         sites.append('pyro.factor("l2", -0.1 * next_latent() ** 2)')
     elif rng.random() < 0.1:
@@ -665,9 +716,13 @@ def _with_extras(rng: random.Random, model: Model) -> Model:
             )
         )
         x_lines, setup = [line], [*setup, *([top] if top else [])]
+    states = ["num_data=N"] if rng.random() < 0.1 and model.style != "full" and model.style != "plate" else []
+    takes = "subsample" if rng.random() < 0.4 and model.plate in ("len", "shape") else "rows"
+    option = rng.random() < 0.2 and _is_raw(model)
     return replace(
         model, inside=tuple(inside), columns=tuple(columns), sites=tuple(sites), x_lines=tuple(x_lines),
-        setup=tuple(setup), observed=observed,
+        setup=tuple(setup), observed=observed, last=tuple(last), beside=tuple(beside), states=tuple(states),
+        option=option, takes=takes,
     )  # fmt: skip
 
 
@@ -675,6 +730,10 @@ def _fits(fault: Fault, model: Model) -> bool:
     if fault.at == "inside" and model.inside:
         return False
     if model.network == "BNN" and fault.at not in ("start", "x", "h", "sites", "around"):
+        return False
+    if model.network == "mean" and (fault.at in ("x", "h", "f") or "f" in re.findall(r"\w+", " ".join(fault.code))):
+        return False
+    if fault.at == "observed" and (model.beside or model.last):
         return False
     if fault.name.startswith(("N/B", "1/B", "the number")) and model.inside:
         return False
@@ -705,7 +764,9 @@ def count(*shape): return torch.as_tensor(numbers.poisson(2.0, size=shape)).to(D
 def label(*shape): return torch.as_tensor(numbers.integers(0, 3, size=shape))
 """
 
-_COLUMNS = {"g": "torch.as_tensor(numbers.integers(0, {g}, size=N))", "v": "positive(N)", "m": "binary(N) > 0"}
+_COLUMNS = {
+    "g": "torch.as_tensor(numbers.integers(0, {g}, size=N))", "v": "positive(N)", "m": "binary(N) > 0",
+    "t": "real(N)"}  # fmt: skip
 
 
 def data_source(model: Model) -> str:
@@ -716,6 +777,8 @@ def data_source(model: Model) -> str:
     lines = [*head, "x = real(N, D)", f"y = {model.likelihood.targets}"]
     lines += [f"{name} = {_COLUMNS[name].format(g=model.groups)}" for name in model.columns]
     lines += model.setup
+    if model.option:
+        lines.append("scale = torch.tensor(0.8)")
     if model.fault and model.fault.at == "data":
         lines += model.fault.code
     return "\n".join(lines) + "\n"
@@ -739,35 +802,35 @@ def _run_lines(model: Model) -> list[str]:
     names = ["x", "y", *model.columns]
     style, lines = model.style, []
     if style == "numpy":
-        lines.append("; ".join(f"{name} = {name}.numpy()" for name in names))
+        lines.append("; ".join(f"{name} = {name}.numpy()" for name in (names if model.seed % 3 else names[:1])))
+    settings = list(model.states)
     if style in ("loader", "list"):
         if model.signature == "dict":
             rows = "[{" + ", ".join(f'"{n}": {n}[i]' for n in names) + "} for i in range(N)]"
             loader = f"DataLoader({rows}, batch_size=B)"
         else:
             loader = f"DataLoader(TensorDataset({', '.join(names)}), batch_size=B, shuffle={model.seed % 2 == 0})"
-        if style == "list":
-            loader = f"list({loader})"
-        return [
-            *lines,
-            f"args, kwargs = ({loader},), {{}}",
-            f"settings = dict({'num_data=N' if style == 'list' else ''})",
-        ]
-    if model.signature == "keyword":
+        args, kwargs = [f"list({loader})" if style == "list" else loader], []
+        settings = ["num_data=N"] if style == "list" else settings
+    elif model.signature == "keyword":
         args, kwargs = ["x"], [f"{n}={n}" for n in names[1:]]
     elif model.signature == "dict":
         args, kwargs = ["{" + ", ".join(f'"{n}": {n}' for n in names) + "}"], []
     else:
         args, kwargs = names, []
-    batch = "batch_size=B" if style in ("tensors", "numpy") else ""
-    return [*lines, f"args, kwargs = ({', '.join(args)},), dict({', '.join(kwargs)})", f"settings = dict({batch})"]
+    if style in ("tensors", "numpy"):
+        settings.append("batch_size=B")
+    if model.option:
+        kwargs.append("scale=scale")
+    call = f"args, kwargs = ({', '.join(args)},), dict({', '.join(kwargs)})"
+    return [*lines, call, f"settings = dict({', '.join(settings)})"]
 
 
 def _written(model: Model, fault: Fault | None, *, full: bool, start: tuple[str, ...] = ()) -> str:
     def at(place: str) -> tuple[str, ...]:
         return fault.code if fault and fault.at == place else ()
 
-    sd = " ".join(at("sd")) or "1.0"
+    sd = " ".join(at("sd")) or ("scale" if model.option else "1.0")
     noise = " ".join(at("noise")) or "1.0"
     setup, weights, forward = (
         _hooked(lines, at("h")) for lines in (model.parts.setup, model.parts.weights, model.parts.forward)
@@ -778,7 +841,7 @@ def _written(model: Model, fault: Fault | None, *, full: bool, start: tuple[str,
     edited = [*model.x_lines, *at("x"), *forward, *at("f")]
     names = ["x", "y", *model.columns]
     sites = [*model.sites, *at("sites")]
-    observed = _observed(model, at, subsampled, names, edited)
+    observed = _observed(model, at, names, edited, full=full)
     body = [*start, *at("start"), *weights, *observed, *sites]
     body = [line.replace("NOISE", noise) for line in body]
     if any("next_latent()" in line for line in body):
@@ -802,9 +865,11 @@ def _hooked(lines: tuple[str, ...], code: tuple[str, ...]) -> list[str]:
 
 def _function(model: Model, body: list[str], names: list[str]) -> list[str]:
     in_loader = model.style in ("loader", "list")
+    option = ["scale"] if model.option else []
     if model.signature == "dict" and not in_loader:
-        head = ["def model(data):", "    " + "; ".join(f'{n} = data["{n}"]' for n in names)]
+        head = [f"def model({', '.join(['data', *option])}):", "    " + "; ".join(f'{n} = data["{n}"]' for n in names)]
         return [*head, *("    " + line for line in body)]
+    names = [*names, *option]
     if model.signature == "keyword" and not in_loader:
         head = f"def model(x, *, {', '.join(names[1:])}):"
     elif model.signature == "default":
@@ -818,55 +883,74 @@ def _function(model: Model, body: list[str], names: list[str]) -> list[str]:
 
 
 def _observed(
-    model: Model, at: Callable[[str], tuple[str, ...]], subsampled: bool, names: list[str], edited: list[str]
+    model: Model, at: Callable[[str], tuple[str, ...]], names: list[str], edited: list[str], *, full: bool
 ) -> list[str]:
     """Lines of the network and of the observed site, in its plates."""
-    fn, target = model.likelihood.fn, "y"
+    subsampled = model.style == "plate" and not full
     if at("observed"):
-        return [*edited, *(line.replace("FN", fn) for line in at("observed"))]
+        return [*edited, *(line.replace("FN", model.likelihood.fn) for line in at("observed"))]
     if model.network == "BNN":
         return edited
+    if model.plate == "sequential":
+        plate = f'pyro.plate("data", len(x){", subsample_size=B" if subsampled else ""})'
+        fn, site = re.sub(r"\bf\b", "f[i]" if model.network != "mean" else "f", model.likelihood.fn), 'f"obs_{i}"'
+        return [*edited, f"for i in {plate}:", f"    pyro.sample({site}, {fn}, obs=y[i])"]
+    sites = [_site(model, full), *model.beside]
     contexts = [*model.inside, *at("inside")]
-    dim, more = "", []
-    if model.plate == "two plates":
-        dim, more = ", dim=-2", ['pyro.plate("outs", 3, dim=-1)']
-    elif model.plate == "two plates, swapped":
-        dim, more = ", dim=-1", ['pyro.plate("outs", 3, dim=-2)']
-        target = "y.T"
-    elif model.plate == "shape":
-        dim = ", dim=-1"
-    last = ["f = f.T"] if model.plate == "two plates, swapped" else []
-    if model.plate == "event":
-        fn += ".to_event(1)"
-    if model.observed == "masked":
-        fn += ".mask(m)"
-    site = f'pyro.sample("obs", {fn}, obs={target})'
-    if model.observed == "factor":
-        site = f'pyro.factor("ll", {fn}.log_prob({target}))'
+    dim, more, last = _dims(model, subsampled)
+    last = [*last, *model.last]
     if not subsampled:
         plate = {
-            "bare": "", "event": "", "shape": 'pyro.plate("data", x.shape[0], dim=-1)',
+            "bare": "", "event": "", "expanded": "", "shape": 'pyro.plate("data", x.shape[0], dim=-1)',
             "states N": 'pyro.plate("data", N, subsample_size=len(x))',
             "states rows": 'pyro.plate("data", N, subsample=torch.arange(len(x)))',
         }.get(model.plate, f'pyro.plate("data", len(x){dim})')  # fmt: skip
         inner = ", ".join([*([plate] if plate else []), *more, *contexts])
-        return [*edited, *last, *([f"with {inner}:", "    " + site] if inner else [site])]
+        return [*edited, *last, *(_within(inner, sites) if inner else sites)]
     plate = f'pyro.plate("data", len(x), subsample_size=B{dim})'
-    taken = ", ".join(names) + " = " + ", ".join(f"{n}[rows]" for n in names)
-    others = f"with {', '.join([*more, *contexts])}:" if more or contexts else "if True:"
+    taken = (
+        ", ".join(names)
+        + " = "
+        + ", ".join(
+            f"{n}[rows]" if model.takes == "rows" else f"pyro.subsample({n}, event_dim={n}.dim() - 1)" for n in names
+        )
+    )
+    inner = ", ".join([*more, *contexts])
+    columns = ["f, y = f[..., columns], y[:, columns]"] if "columns" in inner else []
+    sites = _within(inner, [*columns, *sites]) if inner else sites
     if model.in_plate == "out":
-        rows = [f"{n} = {n}[rows]" for n in ["f", *names]]
-        inner = "; ".join(rows)
-        return [
-            *edited,
-            f"with {plate} as rows:",
-            f"    {inner}",
-            *("    " + line for line in last),
-            f"    {others}",
-            f"        {site}",
-        ]
+        outer = [taken, "f = f[rows]", *last, *sites]
+        return [*edited, *_within(f"{plate} as rows", outer)]
     if model.in_plate == "in":
-        lines = [taken, *edited, *last, others, "    " + site]
-        return [f"with {plate} as rows:", *("    " + line for line in lines)]
-    lines = [f"data_plate = {plate}", "with data_plate as rows:", f"    {taken}", *edited, *last, "with data_plate:"]
-    return [*lines, f"    {others}", f"        {site}"]
+        return _within(f"{plate} as rows", [taken, *edited, *last, *sites])
+    before = [f"data_plate = {plate}", *_within("data_plate as rows", [taken]), *edited, *last]
+    return [*before, *_within("data_plate", sites)]
+
+
+def _within(context: str, lines: list[str]) -> list[str]:
+    return [f"with {context}:", *("    " + line for line in lines)]
+
+
+def _dims(model: Model, subsampled: bool) -> tuple[str, list[str], list[str]]:
+    """The dimension of the data plate, the plates of outputs, and lines that bring outputs into that order."""
+    if model.plate == "two plates, both subsample" and subsampled:
+        return ", dim=-2", ['pyro.plate("outs", 3, subsample_size=2, dim=-1) as columns'], []
+    if model.plate in ("two plates", "two plates, both subsample"):
+        return ", dim=-2", ['pyro.plate("outs", 3, dim=-1)'], []
+    if model.plate == "two plates, swapped":
+        return ", dim=-1", ['pyro.plate("outs", 3, dim=-2)'], ["f = f.T"]
+    return ", dim=-1" if model.plate == "shape" else "", [], []
+
+
+def _site(model: Model, full: bool) -> str:
+    """The observed site."""
+    fn, target, more = model.likelihood.fn, "y.T" if model.plate == "two plates, swapped" else "y", ""
+    if model.plate in ("event", "expanded"):
+        fn += ".expand([len(x)]).to_event(1)" if model.plate == "expanded" else ".to_event(1)"
+    if model.observed == "masked" or (model.observed == "obs_mask" and full):
+        fn += ".mask(m)"
+    elif model.observed == "obs_mask":
+        more = ", obs_mask=m"
+    if model.observed == "factor":
+        return f'pyro.factor("ll", {fn}.log_prob({target}))'
+    return f'pyro.sample("obs", {fn}, obs={target}{more})'
