@@ -193,7 +193,7 @@ def mlp(rng: random.Random, k: int, sizes: dict[str, int]) -> Network:
 def module(rng: random.Random, k: int, sizes: dict[str, int]) -> Network:
     d, h, out = sizes["D"], sizes["H"], max(k, 1)
     act = rng.choice(("torch.tanh", "torch.relu", "F.gelu"))
-    squeeze = "" if k else ".squeeze(-1)"
+    squeeze = "" if k else rng.choice((".squeeze(-1)", ".squeeze()", "[:, 0]"))
     setup = [
         "class Net(PyroModule):",
         "    def __init__(self):",
@@ -468,7 +468,7 @@ def _faults() -> list[Fault]:
         one("outputs centred by the batch", "f", "f = f - f.mean(0)"),
         one("less the batch's positive outputs", "f", "f = f - F.relu(f).mean(0)"),
         one("doubled where the batch leans", "f", "if f.mean() > 0:", "    f = 2 * f"),
-        one("without the last row", "f", "x, y, f = x[:-1], y[:-1], f[:-1]",
+        one("without the last row", "f", "most = max(1, len(x) - 1)", "x, y, f = x[:most], y[:most], f[:most]",
             needs=lambda m: _ready(m) and m.plate == "len" and not m.inside and not m.beside and "m" not in m.columns),
         one("softmax over rows", "f", "f = f.softmax(0)"),
         one("outputs averaged over rows", "f", "f = f.mean(0, keepdim=True).expand_as(f)"),
