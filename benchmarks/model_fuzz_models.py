@@ -193,7 +193,10 @@ def mlp(rng: random.Random, k: int, sizes: dict[str, int]) -> Network:
 def module(rng: random.Random, k: int, sizes: dict[str, int]) -> Network:
     d, h, out = sizes["D"], sizes["H"], max(k, 1)
     act = rng.choice(("torch.tanh", "torch.relu", "F.gelu"))
-    squeeze = "" if k else rng.choice((".squeeze(-1)", ".squeeze()", "[:, 0]"))
+    # `squeeze()` fails on a batch of one row, which an epoch has where it ends with one.
+    squeeze = (
+        "" if k else rng.choice((".squeeze(-1)", "[:, 0]", ".squeeze(-1)" if sizes["last"] == 1 else ".squeeze()"))
+    )
     setup = [
         "class Net(PyroModule):",
         "    def __init__(self):",
@@ -418,6 +421,10 @@ def _replaceable(model: Model) -> bool:
     return model.style != "plate" and not model.inside and model.plate in ("len", "shape", "bare")
 
 
+def _by_row(model: Model) -> bool:
+    return model.plate in ("len", "shape", "bare", "states N", "states rows")
+
+
 def _several(model: Model) -> bool:
     return model.likelihood.num_outputs > 1
 
@@ -459,6 +466,7 @@ def _faults() -> list[Fault]:
         one("distances to the other rows", "x", "x = x * (1 + (x[:, None] - x[None]).abs().mean((1, 2))[:, None])"),
         one("centred where the batch leans", "x", "if x.mean() > 0:", "    x = x - x.mean(0)"),
         one("singular vectors of the batch", "x", "x = x @ torch.linalg.svd(x.T @ x)[0]"),
+        one("features around the first rows", "x", "x = torch.cat([x[:, 1:], torch.cdist(x, x[:1])], -1)"),
         one("F.batch_norm", "x", "x = F.batch_norm(x, None, None, training=True)"),
         one("BatchNorm1d in training mode", "x", "x = norm(x)", setup=("norm = nn.BatchNorm1d(D)",), tolerated=True),
         one("hidden units centred by the batch", "h", "h = h - h.mean(0)", needs=_has_hidden),
@@ -477,7 +485,18 @@ def _faults() -> list[Fault]:
         one("mean of the batch's targets", "f", "f = f + y.mean(0)", needs=_row_target),
         one("noise of the batch's targets", "noise", "(0.5 + y.std(unbiased=False))",
             needs=lambda m: "NOISE" in m.likelihood.fn),
-        one("targets from outside the model", "x", "y = y_all[: len(x)]", setup=("y_all = y",), needs=_ready),
+        one("targets from outside the model", "x", "y = y_all[: len(x)]", setup=("y_all = y",),
+            needs=lambda m: _ready(m) and not m.likelihood.is_cast),
+        one("weights normalised by the batch", "inside", "poutine.scale(scale=x[:, 0].abs() / x[:, 0].abs().mean())",
+            needs=_by_row),
+        one("weights by counts in the batch", "inside", "poutine.scale(scale=1.0 / (y[:, None] == y).sum(1))",
+            needs=lambda m: _by_row(m) and m.likelihood.name == "Categorical"),
+        one("a mask by the batch's mean", "inside", "poutine.mask(mask=x[:, 0] >= x[:, 0].mean())", needs=_by_row),
+        one("a mask of the first row", "inside", "poutine.mask(mask=torch.arange(len(x)) > 0)", needs=_by_row),
+        one("pairs of rows", "sites", 'pyro.factor("pairs", F.logsigmoid(f[:, None] - f[None]))',
+            needs=lambda m: not m.likelihood.num_outputs and m.plate != "of BNN"),
+        one("Cox's partial likelihood", "observed", 'pyro.factor("ll", f - torch.logcumsumexp(f, 0))',
+            needs=lambda m: _replaceable(m) and not m.likelihood.num_outputs),
         one("a penalty on the batch's spread", "sites", 'pyro.factor("spread", -f.var(0, unbiased=False).sum())'),
         one("a penalty on neighbours", "sites", 'pyro.factor("smooth", -((f[1:] - f[:-1]) ** 2).sum())'),
         one("a penalty on the square of a sum", "sites", 'pyro.factor("total", -0.1 * f.sum() ** 2)'),
@@ -503,6 +522,9 @@ def _faults() -> list[Fault]:
         one("a latent for each row", "f", 'with pyro.plate("local", len(x)):',
             '    z = pyro.sample("z", dist.Normal(0.0, 1.0))', "f = f + (z if f.dim() == 1 else z[:, None])",
             needs=lambda m: m.style != "plate"),
+        one("a latent as long as the batch", "f",
+            'z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0).to_event(1))',
+            "f = f + (z if f.dim() == 1 else z[:, None])", needs=lambda m: m.style != "plate"),
         one("a column of outputs", "f", "f = f[:, None]", needs=_plain, is_reference=False),
         one("a column of targets", "data", "y = y[:, None]", clean_start=("y = y.squeeze(-1)",), needs=_plain,
             is_reference=False),
@@ -515,6 +537,12 @@ def _faults() -> list[Fault]:
             '    pyro.factor("ll", FN.log_prob(y) / len(x))', needs=_replaceable),
         two("N/B in a factor of a sum", "observed", 'pyro.factor("ll", N / len(x) * FN.log_prob(y).sum())',
             needs=_replaceable),
+        two("a name from the number of rows", "observed", 'with pyro.plate("data", len(x)):',
+            '    pyro.sample(f"obs_{len(x)}", FN, obs=y)', needs=_replaceable),
+        two("a factor in batches alone", "start", "if len(x) < N:", '    pyro.factor("late", -next_latent() ** 2)',
+            needs=lambda m: m.style in ("tensors", "full")),
+        two("N/B by row", "inside", "poutine.scale(scale=torch.full((len(x),), N / len(x)))", needs=_by_row),
+        two("weights of rows times N/B", "inside", "poutine.scale(scale=x[:, 0].abs() * N / len(x))", needs=_by_row),
         two("a prior from the number of rows", "sd", "len(x) ** -0.5", needs=_is_raw),
         two("a prior from a share of the rows", "sd", "(0.5 + len(x) / N)", needs=_is_raw),
         two("noise from the number of rows", "noise", "len(x) ** 0.5", needs=lambda m: "NOISE" in m.likelihood.fn),
@@ -552,6 +580,9 @@ def _faults() -> list[Fault]:
         four("Dropout in training mode", "x", "x = drop(x)", setup=("drop = nn.Dropout(0.5)",)),
         four("F.dropout", "x", "x = F.dropout(x, 0.2)"),
         four("Dropout of hidden units", "h", "h = drop(h)", setup=("drop = nn.Dropout(0.3)",), needs=_has_hidden),
+        four("a new Dropout at each call", "h", "h = nn.Dropout(0.3)(h)", needs=_has_hidden),
+        four("a new name at each call", "start", "calls.append(0)",
+            'pyro.sample(f"u{len(calls)}", dist.Normal(0.0, 1.0))', setup=("calls = []",)),
         four("randn_like of inputs", "x", "x = x + 0.3 * torch.randn_like(x)"),
         four("random noise from numpy", "x", "x = x + 0.3 * torch.as_tensor(np.random.normal(size=x.shape)).to(x)"),
         four("random augmentation from python", "x", "x = x * random.choice([-1.0, 1.0])"),
@@ -613,6 +644,7 @@ def _without_fault(rng: random.Random, seed: int) -> Model:
     if rng.random() < 0.5:  # batches that fill an epoch
         num_data = batch_size * rng.randint(2, 5)
     sizes = {"D": rng.choice((2, 3, 4)), "G": _size(rng, num_data, batch_size), "H": _size(rng, num_data, batch_size)}
+    sizes["last"] = num_data % batch_size or batch_size
     if rng.random() < 0.15:
         sizes["D"] = max(2, _size(rng, num_data, batch_size))
     network = rng.choice(list(NETWORKS))
@@ -659,7 +691,7 @@ def _with_extras(rng: random.Random, model: Model) -> Model:
     """The model with weights of rows, masks, further sites: all of them sums over rows."""
     inside: list[str] = []
     columns, sites, x_lines, setup = list(model.columns), [], [], []
-    by_row = model.plate in ("len", "shape", "bare", "states N", "states rows")
+    by_row = _by_row(model)
     own_scale = model.style in READY_ROWS and model.plate in ("len", "shape", "bare", "event")
     if rng.random() < 0.15 and by_row:
         inside, columns = ["poutine.scale(scale=v)"], [*columns, "v"]
@@ -770,7 +802,7 @@ _COLUMNS = {
 
 
 def data_source(model: Model) -> str:
-    """Code that makes the data: a tensor for each argument of the model."""
+    """Code that makes the data, a tensor for each argument of the model, and what the model uses besides."""
     head = _HEAD.format(
         dtype=model.dtype, n=model.num_data, b=model.batch_size, d=model.num_inputs, seed=model.seed
     ).splitlines()
@@ -779,8 +811,8 @@ def data_source(model: Model) -> str:
     lines += model.setup
     if model.option:
         lines.append("scale = torch.tensor(0.8)")
-    if model.fault and model.fault.at == "data":
-        lines += model.fault.code
+    if model.fault:
+        lines += [*model.fault.setup, *(model.fault.code if model.fault.at == "data" else ())]
     return "\n".join(lines) + "\n"
 
 
@@ -849,8 +881,7 @@ def _written(model: Model, fault: Fault | None, *, full: bool, start: tuple[str,
         body = [line.replace("next_latent()", "extra") for line in body]
     for context in at("around"):
         body = [f"with {context}:", *("    " + line for line in body)]
-    top = [*(fault.setup if fault else ()), *setup]
-    return "\n".join([*top, *_function(model, body, names)]) + "\n"
+    return "\n".join([*setup, *_function(model, body, names)]) + "\n"
 
 
 def _hooked(lines: tuple[str, ...], code: tuple[str, ...]) -> list[str]:
@@ -895,8 +926,11 @@ def _observed(
         plate = f'pyro.plate("data", len(x){", subsample_size=B" if subsampled else ""})'
         fn, site = re.sub(r"\bf\b", "f[i]" if model.network != "mean" else "f", model.likelihood.fn), 'f"obs_{i}"'
         return [*edited, f"for i in {plate}:", f"    pyro.sample({site}, {fn}, obs=y[i])"]
-    sites = [_site(model, full), *model.beside]
     contexts = [*model.inside, *at("inside")]
+    site = _site(model, full)
+    if model.plate == "bare" and model.observed == "sample" and not contexts:
+        site = site.replace(".to_event(1)", "")  # no plate asks for one value for each row
+    sites = [site, *model.beside]
     dim, more, last = _dims(model, subsampled)
     last = [*last, *model.last]
     if not subsampled:
