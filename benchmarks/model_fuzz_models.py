@@ -66,7 +66,7 @@ class Fault:
     :ivar is_reference: whether the model with its fault, run by plain Pyro on all data, has the density that is meant.
         Otherwise it is that of the model without the fault.
     :ivar needs: whether a model can have it.
-    :ivar tolerated: whether both a refusal and a run are right where it makes no difference.
+    :ivar tolerated: styles in which both a refusal and a run are right where it makes no difference.
     :ivar clean_start: lines that undo ``data`` in the reference.
     """
 
@@ -77,7 +77,7 @@ class Fault:
     setup: tuple[str, ...] = ()
     is_reference: bool = True
     needs: Callable[[Model], bool] = lambda model: True
-    tolerated: bool = False
+    tolerated: tuple[str, ...] = ()
     clean_start: tuple[str, ...] = ()
 
 
@@ -464,18 +464,20 @@ def _faults() -> list[Fault]:
         one("a Transformer that takes rows as a sequence", "x", "x = layer(x[:, None])[:, 0]",
             setup=("layer = nn.TransformerEncoderLayer(D, 1, 4).requires_grad_(False).eval()",)),
         one("distances to the other rows", "x", "x = x * (1 + (x[:, None] - x[None]).abs().mean((1, 2))[:, None])"),
-        one("centred where the batch leans", "x", "if x.mean() > 0:", "    x = x - x.mean(0)"),
+        one("centred where the batch leans", "x", "if x.mean() > 0:", "    x = x - x.mean(0)",
+            tolerated=("plate",)),
         one("singular vectors of the batch", "x", "x = x @ torch.linalg.svd(x.T @ x)[0]"),
         one("features around the first rows", "x", "x = torch.cat([x[:, 1:], torch.cdist(x, x[:1])], -1)"),
         one("F.batch_norm", "x", "x = F.batch_norm(x, None, None, training=True)"),
-        one("BatchNorm1d in training mode", "x", "x = norm(x)", setup=("norm = nn.BatchNorm1d(D)",), tolerated=True),
+        one("BatchNorm1d in training mode", "x", "x = norm(x)", setup=("norm = nn.BatchNorm1d(D)",), tolerated=("full", "plate")),
         one("hidden units centred by the batch", "h", "h = h - h.mean(0)", needs=_has_hidden),
         one("hidden units over the batch's norm", "h", "h = h / (h.norm() + 1.0)", needs=_has_hidden),
         one("BatchNorm1d on hidden units", "h", "h = norm(h)", setup=("norm = nn.LazyBatchNorm1d(affine=False)",),
-            needs=_has_hidden, tolerated=True),
+            needs=_has_hidden, tolerated=("full", "plate")),
         one("outputs centred by the batch", "f", "f = f - f.mean(0)"),
         one("less the batch's positive outputs", "f", "f = f - F.relu(f).mean(0)"),
-        one("doubled where the batch leans", "f", "if f.mean() > 0:", "    f = 2 * f"),
+        one("doubled where the batch leans", "f", "if f.mean() > 0:", "    f = 2 * f",
+            tolerated=("plate",)),
         one("without the last row", "f", "most = max(1, len(x) - 1)", "x, y, f = x[:most], y[:most], f[:most]",
             needs=lambda m: _ready(m) and m.plate == "len" and not m.inside and not m.beside and "m" not in m.columns),
         one("softmax over rows", "f", "f = f.softmax(0)"),
