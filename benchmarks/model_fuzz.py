@@ -231,18 +231,22 @@ def _must_run(model: Model, case: Case) -> bool:
     plates = {"data": (model.num_data, model.batch_size)} if model.style == "plate" else {}
     if model.plate == "two plates, both subsample":
         plates["outs"] = (3, 2)
-    indices = [dict(zip(plates, batch, strict=True)) for batch in every_batch(plates)]
+    orders = [{name: torch.randperm(size) for name, (size, _) in plates.items()} for _ in range(3)]
+    epochs = [
+        [{name: order[name][rows] for name, rows in zip(plates, batch, strict=True)} for batch in every_batch(plates)]
+        for order in orders
+    ]
     args, kwargs = case.call
     with pyro.validation_enabled(False):
         trace = poutine.trace(case.reference).get_trace(*args, **kwargs)
     latents = {name: trace.nodes[name] for name in _latents(trace)}
     values = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in latents.items()}
     worst = 0.0
-    for scale in (0.0, 0.5, 1.5):
+    for scale, batches in zip((0.0, 0.5, 1.5), epochs, strict=True):
         point = {name: value + scale * torch.randn_like(value) for name, value in values.items()}
         try:
             wanted = case.gradient(case.reference, point, {})
-            parts = [case.gradient(case.model, point, rows) for rows in indices]
+            parts = [case.gradient(case.model, point, rows) for rows in batches]
         except Exception:  # a fault that plain Pyro cannot run, either
             return False
         if any(part is None for part in parts):

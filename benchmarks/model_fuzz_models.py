@@ -63,8 +63,8 @@ class Fault:
     :ivar at: ``start``, ``x``, ``h``, ``f``: lines there; ``sites``: lines beside the observed site; ``data``: lines
         after the data; ``sd``, ``noise``: an expression in place of that of a prior or of the noise; ``inside``,
         ``around``: contexts of the observed site or of the whole model; ``observed``: lines in place of that site.
-    :ivar is_reference: whether the model with its fault, run by plain Pyro on all data, has the density that is meant.
-        Otherwise it is that of the model without the fault.
+    :ivar is_reference: styles in which the model with its fault, run by plain Pyro on all data, has the density that is
+        meant. In others it is that of the model without the fault.
     :ivar needs: whether a model can have it.
     :ivar tolerated: styles in which both a refusal and a run are right where it makes no difference.
     :ivar clean_start: lines that undo ``data`` in the reference.
@@ -75,7 +75,7 @@ class Fault:
     at: str
     code: tuple[str, ...]
     setup: tuple[str, ...] = ()
-    is_reference: bool = True
+    is_reference: tuple[str, ...] = STYLES
     needs: Callable[[Model], bool] = lambda model: True
     tolerated: tuple[str, ...] = ()
     clean_start: tuple[str, ...] = ()
@@ -437,7 +437,7 @@ def _faults() -> list[Fault]:
         return Fault(name, 2, at, code, **rest)  # type: ignore[arg-type]
 
     def four(name: str, at: str, *code: str, **rest: object) -> Fault:
-        return Fault(name, 4, at, code, **{"is_reference": False, **rest})  # type: ignore[arg-type]
+        return Fault(name, 4, at, code, **{"is_reference": (), **rest})  # type: ignore[arg-type]
 
     return [
         # Kind 1: the likelihood of a batch is no sum over rows.
@@ -528,10 +528,10 @@ def _faults() -> list[Fault]:
         one("a latent as long as the batch", "f",
             'z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0).to_event(1))',
             "f = f + (z if f.dim() == 1 else z[:, None])", needs=lambda m: m.style != "plate"),
-        one("a column of outputs", "f", "f = f[:, None]", needs=_plain, is_reference=False),
+        one("a column of outputs", "f", "f = f[:, None]", needs=_plain, is_reference=()),
         one("a column of targets", "data", "y = y[:, None]", clean_start=("y = y.squeeze(-1)",), needs=_plain,
-            is_reference=False),
-        one("columns of outputs and targets", "f", "f, y = f[:, None], y[:, None]", is_reference=False,
+            is_reference=()),
+        one("columns of outputs and targets", "f", "f, y = f[:, None], y[:, None]", is_reference=(),
             needs=lambda m: _plain(m) and m.plate != "bare" and not (m.style == "plate" and m.in_plate == "out")),
         # Kind 2: something other than the data depends on the number of rows.
         two("N/B in a factor's value", "observed", 'with pyro.plate("data", len(x)):',
@@ -553,10 +553,10 @@ def _faults() -> list[Fault]:
         two("N/B around the model", "around", "poutine.scale(scale=N / len(x))"),
         two("1/B around the model", "around", "poutine.scale(scale=1 / len(x))"),
         two("1/B around the observed site", "inside", "poutine.scale(scale=1 / len(x))"),
-        two("the number N/B around the model", "around", "poutine.scale(scale=N / B)", is_reference=False,
+        two("the number N/B around the model", "around", "poutine.scale(scale=N / B)", is_reference=("tensors",),
             needs=lambda m: m.style != "full"),
-        two("the number N/B around the observed site", "inside", "poutine.scale(scale=N / B)", is_reference=False,
-            needs=lambda m: m.style != "full" and m.num_data % m.batch_size == 0),
+        two("the number N/B around the observed site", "inside", "poutine.scale(scale=N / B)",
+            is_reference=("tensors",), needs=lambda m: m.style != "full" and m.num_data % m.batch_size == 0),
         two("N/B by plate and by hand", "inside", "poutine.scale(scale=N / len(x))",
             needs=lambda m: m.plate in ("states N", "states rows") or (m.style == "plate" and m.in_plate != "out")),
         two("a plate of another N", "observed",
@@ -566,7 +566,7 @@ def _faults() -> list[Fault]:
             'with pyro.plate("data", N):', '    pyro.sample("obs", FN, obs=y)',
             needs=lambda m: _ready(m) and _replaceable(m)),
         two("a plate that states N and B", "observed",
-            'with pyro.plate("data", N, subsample_size=B):', '    pyro.sample("obs", FN, obs=y)', is_reference=False,
+            'with pyro.plate("data", N, subsample_size=B):', '    pyro.sample("obs", FN, obs=y)', is_reference=(),
             needs=lambda m: _ready(m) and _replaceable(m)),
         two("another N by hand", "inside", "poutine.scale(scale=2 * N / len(x))", needs=_ready),
         two("the square of N/B by hand", "inside", "poutine.scale(scale=(N / len(x)) ** 2)", needs=_ready),
@@ -598,12 +598,13 @@ def _faults() -> list[Fault]:
             '    pyro.sample("u", dist.Normal(0.0, 1.0))'),
         four("rows in a random order", "start", "torch.randperm(len(x))"),
         four("a latent behind another's sign", "f", 'if pyro.sample("u", dist.Normal(0.0, 1.0)) > 0:',
-            '    f = f + pyro.sample("t", dist.Normal(0.0, 1.0))', is_reference=True),
+            '    f = f + pyro.sample("t", dist.Normal(0.0, 1.0))', is_reference=STYLES),
         four("a latent behind a latent's size", "f", 'if pyro.sample("u", dist.Normal(0.0, 1.0)).abs() > 0.7:',
-            '    f = f + pyro.sample("t", dist.Normal(0.0, 1.0))', is_reference=True),
+            '    f = f + pyro.sample("t", dist.Normal(0.0, 1.0))', is_reference=STYLES),
         four("a generator of its own", "x", "x = x + 0.3 * torch.randn(x.shape, generator=own)",
             setup=("own = torch.Generator().manual_seed(3)",)),
-        four("a seed in the model", "x", "torch.manual_seed(1)", "x = x + 0.3 * torch.randn_like(x)"),
+        four("a seed in the model", "x", "torch.manual_seed(1)", "x = x + 0.3 * torch.randn_like(x)",
+            is_reference=STYLES),
         four("RReLU", "x", "x = leaky(x)", setup=("leaky = nn.RReLU()",)),
         four("Dropout in a Transformer", "x", "x = layer(x[None])[0]",
             setup=("layer = nn.TransformerEncoderLayer(D, 1, 4).requires_grad_(False)",)),
@@ -611,13 +612,13 @@ def _faults() -> list[Fault]:
             setup=("mean0 = torch.zeros(D)",)),
         four("spectral norm in training mode", "x", "x = torch.tanh(spectral(x))",
             setup=("spectral = nn.Linear(D, D).requires_grad_(False)",
-                   "torch.nn.utils.parametrizations.spectral_norm(spectral)")),
+                   "torch.nn.utils.parametrizations.spectral_norm(spectral)"), is_reference=STYLES),
         four("an embedding that renormalises", "f",
             'table0 = pyro.sample("table0", dist.Normal(torch.zeros(3, 2), 1.0).to_event(2))',
             "f = f + F.embedding(torch.arange(len(x)) % 3, table0, max_norm=0.5).sum() / 6"),
         four("a loop as long as a latent", "f",
             'u = pyro.sample("u", dist.Normal(0.0, 1.0))', "for i in range(int(u.abs() * 2)):",
-            "    f = f + pyro.sample(f't{i}', dist.Normal(0.0, 1.0))", is_reference=True),
+            "    f = f + pyro.sample(f't{i}', dist.Normal(0.0, 1.0))", is_reference=STYLES),
         four("a count of calls", "x", "calls.append(0)", "x = x / len(calls)", setup=("calls = []",)),
     ]  # fmt: skip
 
@@ -826,7 +827,7 @@ def model_source(model: Model) -> str:
 
 def reference_source(model: Model) -> str:
     """Code of the density that is meant, to be run by plain Pyro on all data."""
-    fault = model.fault if model.fault and model.fault.is_reference else None
+    fault = model.fault if model.fault and model.style in model.fault.is_reference else None
     start = model.fault.clean_start if model.fault else ()
     if model.likelihood.is_cast:
         start = ("y = y.to(DTYPE)", *start)
