@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from pyro import poutine
@@ -100,18 +101,26 @@ def test_all_parts_occur():
     assert 0.4 < sum(model.fault is not None for model in models) / len(models) < 0.6
 
 
+def density(model):
+    """The log-density of the reference at a draw of its prior."""
+    with model_fuzz.untouched():
+        case = model_fuzz.Case(model)
+        args, kwargs = case.call
+        return float(poutine.trace(case.reference).get_trace(*args, **kwargs).log_prob_sum())
+
+
 def test_the_reference_runs_in_plain_pyro():
     for model in (draw(seed) for seed in range(40)):
-        with model_fuzz.untouched():
-            case = model_fuzz.Case(model)
-            args, kwargs = case.call
-            density = poutine.trace(case.reference).get_trace(*args, **kwargs).log_prob_sum()
-        assert torch.isfinite(density), model.seed
+        assert np.isfinite(density(model)), model.seed
 
 
 def test_models_are_reproducible_and_leave_no_trace():
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()  # noqa: NPY002
     assert model_source(draw(7)) == model_source(draw(7))
+    first = density(draw(7))
+    pyro.set_rng_seed(1)
+    assert density(draw(7)) == first
+    pyro.set_rng_seed(0)
     assert model_fuzz.try_model(draw(7)) == model_fuzz.try_model(draw(7))
     after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()  # noqa: NPY002
     assert torch.equal(before[0], after[0])
