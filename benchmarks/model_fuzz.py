@@ -284,7 +284,7 @@ def causes(results: Sequence[Result]) -> str:
     for result in results:
         if result.outcome in FAILURES:
             model = result.model
-            message = "" if result.outcome == "silent difference" else re.sub(r"\d+(\.\d+)?", "#", result.detail)[:100]
+            message = "" if result.outcome == "silent difference" else _without_numbers(result.detail)[:100]
             fault = f"kind {model.fault.kind}: {model.fault.name}" if model.fault else "no fault"
             groups[result.outcome, fault, message][model.style].append(model.seed)
     lines = []
@@ -292,6 +292,10 @@ def causes(results: Sequence[Result]) -> str:
         seeds = ", ".join(f"{style} {len(found)} ({found[0]})" for style, found in sorted(by_style.items()))
         lines.append(f"{sum(map(len, by_style.values())):5}  {' | '.join(filter(None, group))} | {seeds}")
     return "\n".join(lines)
+
+
+def _without_numbers(message: str) -> str:
+    return re.sub(r"\d+(\.\d+)?", "#", " ".join(message.split()))
 
 
 def show(seed: int) -> None:
