@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
 
 from pyro_apd.data.index_stream import Generators
-from pyro_apd.data.minibatch import Call, MinibatchSource, ProbeCalls, RowSubsample, probe_calls_on_parts
+from pyro_apd.data.minibatch import NUM_PROBED, Call, MinibatchSource, ProbeRows, RowSubsample, joined
 from pyro_apd.errors import DataError
 from pyro_apd.runtime.global_state import other_random_states
 from pyro_apd.runtime.prefetch import PrefetchQueue, Sender, Transfer, Worker
@@ -192,11 +192,16 @@ class LoaderBatches(MinibatchSource):
         """None: a loader may draw with replacement. Batches that count as independent lead to smaller steps."""
         return None
 
-    def probe_calls(self, inputs: tuple[Tensor, ...]) -> ProbeCalls:
-        """Calls on parts of the batch ``inputs``."""
-        call, rows = self.bind(inputs), inputs[0].shape[0]
-        batch = RowSubsample(call.args, call.kwargs, 1, rows)
-        return probe_calls_on_parts(call, rows, lambda start, stop: batch.bind((torch.arange(start, stop),)))
+    def probe_rows(self, inputs: tuple[Tensor, ...]) -> tuple[ProbeRows, ...]:
+        """The rows of the batch ``inputs`` and of a few more, where the iterable can be iterated again."""
+        num_rows = inputs[0].shape[0]
+        batches = (
+            [inputs] if isinstance(self._loader, Iterator) else [inputs, *(self.draw() for _ in range(NUM_PROBED))]
+        )
+        call = self.bind(joined(batches))
+        pool = RowSubsample(call.args, call.kwargs, 1)
+        assert pool.num_data is not None
+        return (ProbeRows(pool.num_data, num_rows, lambda rows: pool.bind((rows,))),)
 
     def scale(self, inputs: tuple[Tensor, ...]) -> float:
         """N/B, with the average B of an epoch where it is known."""

@@ -35,6 +35,9 @@ from pyro_apd.data.index_stream import (
 from pyro_apd.errors import DataError
 from pyro_apd.runtime.trees import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
+#: Batches that a source outside memory reads beside the first one, for more rows to compare the model on.
+NUM_PROBED = 3
+
 
 @dataclass(frozen=True)
 class Call:
@@ -46,24 +49,23 @@ class Call:
 
 
 @dataclass(frozen=True)
-class ProbeCalls:
-    """Calls of the model on chosen rows. Comparing its runs on them shows how the model scales its likelihood.
+class ProbeRows:
+    """Rows on which a model can be called, to see how its likelihood depends on them.
 
-    :ivar Call few: on ``num_few`` rows.
+    :ivar int num_rows: rows to choose from: all data where ``has_all``, otherwise those of one batch.
     :ivar int batch_size: rows per mini-batch of the source.
-    :ivar int num_few: rows of ``few`` and ``other``.
-    :ivar other: on as many other rows; None where a batch is one row, or all data.
-    :ivar more: on ``num_more`` rows, the first of which are those of ``few``; None where the number of rows is fixed.
-    :ivar full: on all rows; None where they are not in memory.
+    :ivar call: gives the call on the rows with indices ``(n,)``, which may repeat and be of any number.
+    :ivar bool has_all: whether a call on all data can be made.
+    :ivar int row_size: numbers per row.
+    :ivar str plate: the plate that chooses these rows inside the model; None where the model is given ready rows.
     """
 
-    few: Call
+    num_rows: int
     batch_size: int
-    num_few: int
-    other: Call | None = None
-    more: Call | None = None
-    num_more: int = 0
-    full: Call | None = None
+    call: Callable[[Tensor], Call]
+    has_all: bool = False
+    row_size: int = 1
+    plate: str | None = None
 
 
 class MinibatchSource(ABC):
@@ -115,12 +117,12 @@ class MinibatchSource(ABC):
     def epoch_length(self) -> int | None:
         """Mini-batches per epoch without replacement; 1 for full batches, None where batches count as independent."""
 
-    @abstractmethod
-    def probe_calls(self, inputs: tuple[Tensor, ...]) -> ProbeCalls:
-        """The calls by which the scaling of the model's likelihood is established.
+    def probe_rows(self, inputs: tuple[Tensor, ...]) -> tuple[ProbeRows, ...]:
+        """The rows by which the scaling of the model's likelihood is established; none where it needs no scaling.
 
         :param inputs: a batch that :meth:`draw` returned for one chain.
         """
+        return ()
 
     @property
     def ahead(self) -> int:
@@ -182,11 +184,6 @@ class FullBatch(MinibatchSource):
         """1: every batch is the full data."""
         return 1
 
-    def probe_calls(self, inputs: tuple[Tensor, ...]) -> ProbeCalls:
-        """The one call that there is."""
-        rows = self.num_data or 0
-        return ProbeCalls(self._call, rows, rows)
-
 
 class PlateSubsample(MinibatchSource):
     """The model subsamples itself, in ``pyro.plate(..., subsample_size=B)``; the kernel draws the indices.
@@ -246,14 +243,14 @@ class PlateSubsample(MinibatchSource):
         ((size, batch),) = self.plates.values()
         return batches_per_epoch(size, batch, self.replacement)
 
-    def probe_calls(self, inputs: tuple[Tensor, ...]) -> ProbeCalls:
-        """A call on the batch, and one on the last rows. The plates fix the number of rows."""
-        last = tuple(
-            torch.arange(size - batch, size).to(indices.device)
-            for (size, batch), indices in zip(self.plates.values(), inputs, strict=True)
-        )
-        rows = max(batch for _, batch in self.plates.values())
-        return ProbeCalls(self.bind(inputs), rows, rows, self.bind(last))
+    def probe_rows(self, inputs: tuple[Tensor, ...]) -> tuple[ProbeRows, ...]:
+        """The rows of each plate, while the other plates keep those of the batch."""
+        indices = dict(zip(self.plates, inputs, strict=True))
+
+        def calling(name: str) -> Callable[[Tensor], Call]:
+            return lambda rows: Call(self._args, self._kwargs, {**indices, name: rows.to(indices[name].device)})
+
+        return tuple(ProbeRows(size, batch, calling(name), plate=name) for name, (size, batch) in self.plates.items())
 
 
 class RowSubsample(MinibatchSource):
@@ -322,25 +319,12 @@ class RowSubsample(MinibatchSource):
         assert self.num_data is not None
         return batches_per_epoch(self.num_data, self.batch_size, self.replacement)
 
-    def probe_calls(self, inputs: tuple[Tensor, ...]) -> ProbeCalls:
-        """Calls on the first and the last B rows, on one row more, and on all rows."""
+    def probe_rows(self, inputs: tuple[Tensor, ...]) -> tuple[ProbeRows, ...]:
+        """All rows."""
         assert self.num_data is not None
-        rows = self.batch_size
-        rows_more = rows + 1 if rows < self.num_data else rows - 1
-        if rows_more == 0:
-            return ProbeCalls(self.bind(inputs), rows, rows)
-        return ProbeCalls(
-            few=self._call_on(0, rows),
-            batch_size=rows,
-            num_few=rows,
-            other=self._call_on(self.num_data - rows, self.num_data),
-            more=self._call_on(0, rows_more),
-            num_more=rows_more,
-            full=self._call_on(0, self.num_data),
-        )
-
-    def _call_on(self, start: int, stop: int) -> Call:
-        return self.bind((torch.arange(start, stop),))
+        leaves = [leaf for leaf, has_rows in zip(self._leaves, self._has_rows, strict=True) if has_rows]
+        row_size = sum(leaf.numel() for leaf in leaves) // self.num_data
+        return (ProbeRows(self.num_data, self.batch_size, lambda rows: self.bind((rows,)), True, row_size),)
 
     def scale(self, inputs: tuple[Tensor, ...]) -> float:
         """N/B."""
@@ -348,23 +332,12 @@ class RowSubsample(MinibatchSource):
         return self.num_data / inputs[0].shape[0]
 
 
-def probe_calls_on_parts(call: Call, rows: int, part: Callable[[int, int], Call]) -> ProbeCalls:
-    """Probe calls on parts of one batch, where other rows would have to be read from outside memory.
-
-    :param Call call: on the whole batch of ``rows`` rows.
-    :param part: the call on rows ``start`` to ``stop`` of the batch.
-    """
-    if rows < 2:
-        return ProbeCalls(call, rows, rows)
-    half = rows // 2
-    return ProbeCalls(
-        few=part(0, half),
-        batch_size=rows,
-        num_few=half,
-        other=part(half, 2 * half),
-        more=part(0, half + 1),
-        num_more=half + 1,
-    )
+def joined(batches: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The rows of several batches together; of the first one alone, if their shapes differ."""
+    first = [(tensor.shape[1:], tensor.dtype) for tensor in batches[0]]
+    if any([(tensor.shape[1:], tensor.dtype) for tensor in batch] != first for batch in batches):
+        return batches[0]
+    return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
 
 
 def check_batch_size(batch_size: int, num_data: int) -> None:

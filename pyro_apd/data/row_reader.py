@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_apd.data.arguments import argument_name
 from pyro_apd.data.index_stream import Generators, batches_per_epoch, index_stream
-from pyro_apd.data.minibatch import Call, MinibatchSource, ProbeCalls, check_batch_size, probe_calls_on_parts
+from pyro_apd.data.minibatch import NUM_PROBED, Call, MinibatchSource, ProbeRows, check_batch_size, joined
 from pyro_apd.errors import DataError
 from pyro_apd.runtime.prefetch import PrefetchQueue, Sender, Transfer, Worker
 from pyro_apd.runtime.trees import tree_flatten_with_path, tree_leaves, tree_unflatten
@@ -149,13 +149,14 @@ class RowReader(MinibatchSource):
         assert self.num_data is not None
         return batches_per_epoch(self.num_data, self.batch_size, self.replacement)
 
-    def probe_calls(self, inputs: tuple[Tensor, ...]) -> ProbeCalls:
-        """Calls on parts of the batch ``inputs``."""
+    def probe_rows(self, inputs: tuple[Tensor, ...]) -> tuple[ProbeRows, ...]:
+        """The rows of the batch ``inputs`` and of a few more."""
+        pool = joined([inputs, *(self.draw() for _ in range(NUM_PROBED))])
 
-        def part(start: int, stop: int) -> Call:
-            return self.bind(tuple(tensor[start:stop] for tensor in inputs))
+        def call(rows: Tensor) -> Call:
+            return self.bind(tuple(tensor.index_select(0, rows.to(tensor.device)) for tensor in pool))
 
-        return probe_calls_on_parts(self.bind(inputs), inputs[0].shape[0], part)
+        return (ProbeRows(pool[0].shape[0], self.batch_size, call),)
 
     def scale(self, inputs: tuple[Tensor, ...]) -> float:
         """N/B."""

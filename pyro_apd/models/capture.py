@@ -105,7 +105,8 @@ def _gaussian_parameters(site: Mapping[str, Any]) -> tuple[Tensor, Tensor] | Non
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
     # Only the exact types: ExpandedDistribution and MaskedDistribution stay in the graph.
-    if type(fn) not in (dist.Normal, torch.distributions.Normal) or site["mask"] is not None or site["scale"] != 1.0:
+    is_scaled = isinstance(site["scale"], torch.Tensor) or site["scale"] != 1.0
+    if type(fn) not in (dist.Normal, torch.distributions.Normal) or site["mask"] is not None or is_scaled:
         return None
     return fn.loc.detach().expand(shape), fn.scale.detach().expand(shape)
 

@@ -26,8 +26,17 @@ from pyro_apd.data.minibatch import Call, FullBatch, MinibatchSource, PlateSubsa
 from pyro_apd.data.sources import check_full_batches, model_device, open_source
 from pyro_apd.errors import DataError
 from pyro_apd.models.capture import GaussianPriors, UnvalidatedInstances, capture
-from pyro_apd.models.structure import ModelStructure, examine
-from pyro_apd.models.tracing import Site, check_densities, run_model, subsampled_plates
+from pyro_apd.models.repeatability import refuse_writes, watched_modules
+from pyro_apd.models.shapes import refuse_outer_product
+from pyro_apd.models.structure import ModelStructure, examine, refuse_missing_sites
+from pyro_apd.models.tracing import (
+    Site,
+    check_densities,
+    check_latents,
+    observed_sites,
+    run_model,
+    subsampled_plates,
+)
 
 logger = logging.getLogger("pyro_apd")
 
@@ -157,6 +166,7 @@ class Potential:
         self, model: Callable[..., Any], unconstrained: Mapping[str, Tensor], inputs: Inputs, skipped: frozenset[str]
     ) -> Tensor:
         trace = run_model(model, self._call(inputs), self.layout.constrain_sites(unconstrained))
+        check_latents(trace, self.layout.names)
         scaled, latents = self._structure.scaled, frozenset(self.layout.names)
 
         def is_unscaled(name: str, site: Site) -> bool:
@@ -300,8 +310,13 @@ def build_potential(
     )
     example = source.bind(inputs)
     with pyro.validation_enabled(True):
-        trace = run_model(model, example)
+        with watched_modules() as effects:
+            trace = run_model(model, example)
+        refuse_writes(model, effects)
         check_densities(trace)
+        refuse_missing_sites(trace, (args, dict(kwargs)))
+        for name, site in observed_sites(trace).items():
+            refuse_outer_product(name, site)
     if source.is_full:
         plates = subsampled_plates(trace)
         if plates:
@@ -310,6 +325,7 @@ def build_potential(
             inputs = source.draw()
         else:
             check_full_batches(source.num_data, replacement)
-    structure = examine(model, source, inputs, trace)
+    with torch.random.fork_rng(devices=[]):  # models draw in it
+        structure = examine(model, source, inputs, trace)
     source.start(generator)  # the batch that was examined belongs to no epoch
     return Potential(model, source, structure, example, capture=capture), structure.start

@@ -5,160 +5,206 @@
 
 The potential is U = -log p(theta) - (N/B) sum log p(y_i | theta). Pyro models state N/B in several ways: a subsampled
 plate scales by itself, a model written for full data does not, and an observed site may not depend on the data at all.
-A wrong guess gives a posterior of the wrong temperature without any error. So each observed site is tested: the model
-is run on batches of different rows and different sizes with the same latents, and the results must be consistent.
+A wrong guess gives a posterior of the wrong temperature without any error. So each site is tested: the model is run on
+batches of different rows and different sizes with the same latents, at two points, and the results must be consistent.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro import poutine
-from torch import Tensor
 
-from pyro_apd.data.minibatch import Call, ProbeCalls
+from pyro_apd.data.minibatch import ProbeRows
 from pyro_apd.errors import ModelError
-from pyro_apd.models.tracing import Site, observed_sites, run_model, subsampled_plates
+from pyro_apd.models.probe import Probe, Values, latent_in_plate_message
+from pyro_apd.models.tracing import run_model, subsampled_plates
 
 
 def check_plates(
     model: Callable[..., Any],
     plates: Mapping[str, tuple[int, int]],
-    probe: ProbeCalls,
-    start: Mapping[str, Tensor],
+    axes: tuple[ProbeRows, ...],
+    points: Sequence[Values],
     trace: poutine.Trace,
 ) -> None:
     """For a model that subsamples itself: every observation of the data must lie in the plate, and be scaled once.
 
     :param plates: ``(size, subsample_size)`` by name.
-    :param probe: calls of the model on different rows.
-    :param start: constrained values of the latents.
+    :param axes: the rows of each plate.
+    :param points: constrained values of the latents, at which the model is compared.
     :param trace: a run of the model.
     :raises ModelError: if that is not so, or a latent lies in a subsampled plate.
     """
-    assert probe.other is not None
-    for name in start:
+    _refuse_sequential(plates, trace)
+    for name in points[0]:
         for frame in trace.nodes[name]["cond_indep_stack"]:
             if frame.name in plates:
-                raise ModelError(_latent_in_plate_message(name, frame.name))
-    first = run_model(model, probe.few, start)
-    second = run_model(model, probe.other, start)
-    if not any(_differs(site, second.nodes[name]) for name, site in observed_sites(first).items()):
+                raise ModelError(latent_in_plate_message(name, frame.name))
+    changing = False
+    for rows in axes:
+        size, _ = plates[str(rows.plate)]
+        changing |= _check_plate(Probe(model, size, rows, points), rows, plates)
+    if not changing:
         raise ModelError(
             f"Plates {sorted(plates)} draw a subsample, but no observed site changes with it: every mini-batch "
             "would see the same rows. Give mcmc.run the full data and let the model take its rows with pyro.subsample "
             "or the plate's indices; or feed batches through a DataLoader (with num_data=) or batch_size=."
         )
-    for name, site in observed_sites(first).items():
-        ratios = [plates[f.name] for f in site["cond_indep_stack"] if f.name in plates]
-        expected = math.prod(size / batch for size, batch in ratios)
-        if not ratios and _differs(site, second.nodes[name]):
+
+
+def _check_plate(probe: Probe, rows: ProbeRows, plates: Mapping[str, tuple[int, int]]) -> bool:
+    """Checks all sites against the rows of one plate; returns whether any observed site depends on them."""
+    plate = str(rows.plate)
+    probe.check_latents_by_shape()
+    for name in probe.runs[0].one.latents:
+        probe.check_constant(name, "The prior of latent site")
+    changing = False
+    for name in probe.runs[0].one.observed:
+        inside = plate in probe.runs[0].one.site(name).plates
+        depends = probe.depends_on_rows(name)
+        changing |= depends
+        if depends and not inside:
             raise ModelError(
-                f"Observed site '{name}' depends on the rows that plate {sorted(plates)} selects, but lies "
-                "outside it, so its log-likelihood is not scaled by N/B. Move it inside the plate."
+                f"Observed site '{name}' depends on the rows that plate '{plate}' selects, but lies outside it, so "
+                "its log-likelihood is not scaled by N/B. Move it inside the plate."
             )
-        if ratios and _close(float(site["scale"]), expected**2):
-            raise ModelError(_scaled_twice_message(name, float(site["scale"]), expected))
+        if inside:
+            _check_plate_scale(probe, name, plates)
+            probe.check_sum(name, _by_number(probe, name))
+        else:
+            probe.check_constant(name, "Observed site")
+    return changing
+
+
+def _check_plate_scale(probe: Probe, name: str, plates: Mapping[str, tuple[int, int]]) -> None:
+    first = probe.runs[0]
+    site = first.one.site(name)
+    if site.scale is None:
+        return
+    expected = math.prod(size / batch for plate, (size, batch) in plates.items() if plate in site.plates)
+    if _close(site.scale, expected**2) and not _close(expected, 1.0):
+        raise ModelError(_scaled_twice_message(name, site.scale, expected))
+    resized = first.resized
+    scale = None if resized is None else resized.site(name).scale
+    if resized is not None and scale is not None:
+        stated = site.scale * first.one.num_rows
+        if not _close(stated, scale * resized.num_rows):
+            raise ModelError(_scaled_twice_message(name, site.scale, expected))
+
+
+def _by_number(probe: Probe, name: str) -> Callable[[int], float]:
+    """Terms that include a scale by row include N/B of their plate."""
+    is_scaled_by_row = probe.runs[0].one.site(name).scale is None
+    return (lambda rows: float(rows)) if is_scaled_by_row else (lambda rows: 1.0)
+
+
+def _refuse_sequential(plates: Mapping[str, tuple[int, int]], trace: poutine.Trace) -> None:
+    for _, site in trace.nodes.items():
+        for frame in site.get("cond_indep_stack", ()):
+            if frame.name in plates and not frame.vectorized:
+                raise ModelError(
+                    f"Plate '{frame.name}' is a loop over a subsample: the names of its sites change with the rows, so "
+                    f"they are other sites at every step. Write `with pyro.plate('{frame.name}', N, subsample_size=B) "
+                    "as rows:` and observe all its rows at once, y[rows]."
+                )
 
 
 def scaled_sites(
-    model: Callable[..., Any], num_data: int, probe: ProbeCalls, start: Mapping[str, Tensor]
+    model: Callable[..., Any], num_data: int, rows: ProbeRows, points: Sequence[Values]
 ) -> dict[str, bool]:
     """For a model that is given ready rows: the observed sites that depend on the rows.
 
     :param num_data: N.
-    :param probe: calls of the model on different rows.
-    :param start: constrained values of the latents.
+    :param rows: on which the model can be called.
+    :param points: constrained values of the latents, at which the model is compared.
     :returns: whether the model multiplies the site by N/B itself, by site.
-    :raises ModelError: if that cannot be established.
+    :raises ModelError: if that cannot be established, or a site is not a sum over rows.
     """
-    rows = _RowScaling(model, num_data, probe, start)
-    return rows.of_one_row() if probe.more is None else rows.of_sites()
+    probe = Probe(model, num_data, rows, points)
+    probe.check_latents_by_shape()
+    _check_stated_sizes(run_model(model, rows.call(torch.arange(rows.batch_size))), num_data, rows)
+    for name in probe.runs[0].one.latents:
+        probe.check_constant(name, "The prior of latent site")
+    found = {}
+    for name in probe.runs[0].one.observed:
+        if probe.follows_rows(name):
+            found[name] = _ScaleOf(probe, name, num_data, rows.batch_size).is_by_model()
+        else:
+            probe.check_constant(name, "Observed site")
+    return found
 
 
-class _RowScaling:
-    """Runs a model on batches of ready rows, and compares what each observed site scores."""
+def _check_stated_sizes(trace: poutine.Trace, num_data: int, rows: ProbeRows) -> None:
+    count = rows.batch_size
+    for name, (size, batch) in subsampled_plates(trace).items():
+        if batch != count or size != num_data:
+            raise ModelError(
+                f"Plate '{name}' takes {batch} of {size} rows, but is fed batches of {count} rows out of {num_data}. "
+                "Either let the model subsample (full data to mcmc.run, no batch_size=), or let the kernel do it: "
+                f"pyro.plate('{name}', len(x)) in the model."
+            )
 
-    def __init__(
-        self, model: Callable[..., Any], num_data: int, probe: ProbeCalls, start: Mapping[str, Tensor]
-    ) -> None:
-        self._model = model
-        self._num_data = num_data
+
+class _ScaleOf:
+    """Finds whether the model multiplies an observed site by N/B."""
+
+    def __init__(self, probe: Probe, name: str, num_data: int, batch_size: int) -> None:
         self._probe = probe
-        self._start = start
+        self._name = name
+        self._num_data = num_data
+        self._batch_size = batch_size
 
-    def of_sites(self) -> dict[str, bool]:
-        """Whether the model scales them, of the sites that follow the rows."""
-        probe = self._probe
-        assert probe.other is not None
-        assert probe.more is not None
-        few = self._run(probe.few, probe.num_few)
-        other = self._run(probe.other, probe.num_few)
-        more = self._run(probe.more, probe.num_more)
-        full = None if probe.full is None else self._run(probe.full, self._num_data)
-        found = {}
-        for name, site in observed_sites(few).items():
-            if self._follows_rows(name, site, other.nodes[name], more.nodes[name]):
-                full_scale = None if full is None else float(full.nodes[name]["scale"])
-                scale, scale_more = float(site["scale"]), float(more.nodes[name]["scale"])
-                found[name] = self._scales_itself(name, scale, scale_more, full_scale)
-        return found
+    def is_by_model(self) -> bool:
+        """Whether the model does so itself, after the site was found to be a sum over rows.
 
-    def of_one_row(self) -> dict[str, bool]:
-        """With batches of one row there is nothing to compare; only a model that does not scale at all is clear."""
-        trace = run_model(self._model, self._probe.few, self._start)
-        scales = {name: float(site["scale"]) for name, site in observed_sites(trace).items()}
-        if len(scales) != 1 or set(scales.values()) != {1.0}:
-            raise ModelError(
-                f"With batches of one row the scaling of sites {scales} cannot be established. Use at least 2 rows."
-            )
-        return dict.fromkeys(scales, False)
+        :raises ModelError: if it cannot be established.
+        """
+        runs = self._probe.runs[0]
+        assert runs.resized is not None
+        one, other = runs.one.site(self._name), runs.resized.site(self._name)
+        if one.scale is None or other.scale is None:
+            return self._scales_each_row()
+        by_model = self._scales_itself(one.scale, other.scale, runs.resized.num_rows, self._full_scale())
+        self._probe.check_sum(self._name)
+        return by_model
 
-    def _run(self, call: Call, rows: int) -> poutine.Trace:
-        free = run_model(self._model, call)
-        for name, value in self._start.items():
-            site = free.nodes.get(name)
-            frames = site["cond_indep_stack"] if site is not None else ()
-            in_plate = next((f.name for f in frames if f.vectorized and f.size == rows), None)
-            if site is None or site["value"].shape != value.shape or in_plate is not None:
-                raise ModelError(_latent_in_plate_message(name, in_plate or "over the rows of the data"))
-        plates = subsampled_plates(free)
-        for name, (size, batch) in plates.items():
-            if batch != rows or size != self._num_data:
-                raise ModelError(
-                    f"Plate '{name}' takes {batch} of {size} rows, but is fed batches of {rows} rows out of "
-                    f"{self._num_data}. Either let the model subsample (full data to mcmc.run, no batch_size=), or let "
-                    f"the kernel do it: pyro.plate('{name}', len(x)) in the model."
-                )
-        indices = {name: torch.arange(batch) for name, (_, batch) in plates.items()}
-        return run_model(self._model, Call(call.args, call.kwargs, indices), self._start)
+    def _full_scale(self) -> float | None:
+        full = self._probe.full
+        return None if full is None else full.site(self._name).scale
 
-    def _follows_rows(self, name: str, few: Site, other: Site, more: Site) -> bool:
-        """Whether a site scores one value per row; False for one that does not depend on the data."""
-        num_few, num_more = self._probe.num_few, self._probe.num_more
-        if _numel(few) * num_more == _numel(more) * num_few and _numel(few) != _numel(more):
+    def _scales_each_row(self) -> bool:
+        """With a scale for each row: whether it is divided by the number of rows."""
+        try:
+            self._probe.check_sum(self._name)
+        except ModelError:
+            with_number = self._is_sum_times_rows()
+            if not with_number:
+                raise
             return True
-        if _differs(few, other) or _numel(few) != _numel(more):
-            raise ModelError(
-                f"Observed site '{name}' depends on the data, but its size does not follow the number of rows, so "
-                "its log-likelihood cannot be scaled by N/B. Observe one value for each row, in "
-                "`with pyro.plate('data', len(x))`, or use the full batch."
-            )
         return False
 
-    def _scales_itself(self, name: str, scale: float, scale_more: float, full_scale: float | None) -> bool:
+    def _is_sum_times_rows(self) -> bool:
+        try:
+            self._probe.check_sum(self._name, lambda rows: float(rows))
+        except ModelError:
+            return False
+        return True
+
+    def _scales_itself(self, scale: float, other_scale: float, num_other: int, full_scale: float | None) -> bool:
         """Whether the model multiplies a site by N/B.
 
-        :param scale: of the site on few rows; ``scale_more`` on more, ``full_scale`` on all, None where not known.
+        :param scale: of the site on the rows of a batch; ``other_scale`` on ``num_other``, ``full_scale`` on all, None
+            where not known.
         """
-        rows = self._probe.num_few
-        if _close(scale, scale_more):
-            return self._is_hand_scaled(name, scale, full_scale)
+        rows, name = self._batch_size, self._name
+        if _close(scale, other_scale):
+            return self._is_hand_scaled(scale, full_scale)
         stated = scale * rows  # the N that the model states
-        if not _close(stated, scale_more * self._probe.num_more):
+        if not _close(stated, other_scale * num_other):
             raise ModelError(_scaled_twice_message(name, scale, self._num_data / rows))
         if _close(stated, self._num_data if full_scale is None else full_scale * self._num_data):
             return True
@@ -168,30 +214,21 @@ class _RowScaling:
             "by num_data=N."
         )
 
-    def _is_hand_scaled(self, name: str, scale: float, full_scale: float | None) -> bool:
+    def _is_hand_scaled(self, scale: float, full_scale: float | None) -> bool:
         """Whether a scale that is the same for any number of rows is N/B, written by hand."""
-        expected = self._num_data / self._probe.batch_size
+        expected = self._num_data / self._batch_size
         if _close(scale, 1.0):
             return False
         if _close(scale, expected):
             if full_scale is not None:
-                raise ModelError(_scaled_twice_message(name, scale, expected))
+                raise ModelError(_scaled_twice_message(self._name, scale, expected))
             return True
         if full_scale is not None and _close(full_scale, scale):
             return False  # tempered by hand, on the full data too
         raise ModelError(
-            f"Observed site '{name}' carries the scale {scale:g}, which is neither 1 nor N/B = {expected:g}. Remove "
-            "the hand-written scale; the kernel scales by N/B. To temper the posterior use temperature=."
+            f"Observed site '{self._name}' carries the scale {scale:g}, which is neither 1 nor N/B = {expected:g}. "
+            "Remove the hand-written scale; the kernel scales by N/B. To temper the posterior use temperature=."
         )
-
-
-def _latent_in_plate_message(name: str, plate: str) -> str:
-    return (
-        f"Latent site '{name}' lies inside the subsampled plate '{plate}': it has one value for each datum, and a "
-        "mini-batch sees only some of them. If it is a weight, read it (or call the network) before the plate; if it "
-        "should be data, pass its value with obs= (was the target given to mcmc.run?); if it is a local latent, "
-        "marginalise it or use the full batch."
-    )
 
 
 def _scaled_twice_message(name: str, scale: float, expected: float) -> str:
@@ -199,17 +236,6 @@ def _scaled_twice_message(name: str, scale: float, expected: float) -> str:
         f"Observed site '{name}' is scaled by {scale:g} where N/B = {expected:g} is right: N/B counts twice, or by "
         "hand in addition to plate or kernel. State N once: drop poutine.scale, or drop the plate's subsample_size."
     )
-
-
-def _numel(site: Site) -> int:
-    """Number of scalars that a site scores; for a pyro.factor the size of its term."""
-    # An improper prior's batch_shape may be a plain tuple.
-    return max(int(torch.as_tensor(site["value"]).numel()), torch.Size(site["fn"].batch_shape).numel())
-
-
-def _differs(one: Site, other: Site) -> bool:
-    first, second = (torch.as_tensor(s["fn"].log_prob(s["value"])).sum() for s in (one, other))
-    return not torch.allclose(first, second, rtol=1e-5, atol=1e-6)
 
 
 def _close(a: float, b: float) -> bool:

@@ -10,14 +10,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_apd.data.minibatch import MinibatchSource
+from pyro_apd.data.minibatch import Call, MinibatchSource
 from pyro_apd.errors import ModelError
 from pyro_apd.models.layout import Layout, is_subsample
+from pyro_apd.models.repeatability import check_repeatable
 from pyro_apd.models.scaling import check_plates, scaled_sites
-from pyro_apd.models.tracing import Site, subsampled_plates
+from pyro_apd.models.tracing import Site, observed_sites, subsampled_plates
+from pyro_apd.runtime.trees import tree_leaves
+
+# A site of more entries is compared at values of the size that it starts with: a network with random weights of unit
+# size gives outputs so large that they are compared badly.
+_FEW_ENTRIES = 10
 
 
 @dataclass(frozen=True)
@@ -57,15 +64,55 @@ def examine(
         )
     layout = Layout.from_trace(trace)
     start = {name: site["value"].detach() for name, site in latents.items()}
+    pass_through = frozenset() if source.plates else frozenset(subsampled_plates(trace))
+    call = source.bind(inputs)
+    indices = {name: torch.arange(inputs[0].shape[0]) for name in pass_through}
+    points = probe_points(layout, start)
+    check_repeatable(model, Call(call.args, call.kwargs, {**call.indices, **indices}), [*points[2:], points[1]])
     if source.is_full:
         return ModelStructure(layout, start)
-    probe = source.probe_calls(inputs)
+    axes = source.probe_rows(inputs)
     if source.plates:
-        check_plates(model, source.plates, probe, start, trace)
+        check_plates(model, source.plates, axes, points, trace)
         return ModelStructure(layout, start)
     assert source.num_data is not None
-    scaled = scaled_sites(model, source.num_data, probe, start)
-    return ModelStructure(layout, start, scaled, frozenset(subsampled_plates(trace)))
+    (rows,) = axes
+    scaled = scaled_sites(model, source.num_data, rows, points)
+    return ModelStructure(layout, start, scaled, pass_through)
+
+
+def refuse_missing_sites(trace: poutine.Trace, arguments: Any) -> None:
+    """Raises ModelError for a model that has no latent, or is given data and observes nothing.
+
+    :param arguments: of the run. A model without data may be a density of its latents alone.
+    """
+    if not any(not is_subsample(site) for _, site in trace.iter_stochastic_nodes()):
+        raise ModelError(
+            "The model has no latent: every site is observed, so that there is nothing to sample. Draw what is unknown "
+            "with pyro.sample, without obs=; apd.BNN(net) makes the weights of a network latents."
+        )
+    if tree_leaves(arguments) and not observed_sites(trace):
+        raise ModelError(
+            "The model is given data and observes nothing, so that its draws would be from the prior. Pass the targets "
+            "to mcmc.run, and in the model with obs= to the site that scores them."
+        )
+
+
+def probe_points(layout: Layout, start: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Constrained values at which the model is compared: the start, a point near it and two opposite ones.
+
+    What has no effect at a start of zeros has one at the others; what depends on the sign of a latent, at one of them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    points: list[dict[str, Tensor]] = [dict(start), {}, {}, {}]
+    for site in layout:
+        theta = site.transform.inv(start[site.name]).detach()
+        noise = torch.empty(theta.shape, dtype=theta.dtype).normal_(generator=generator).to(theta.device)
+        size = theta.square().mean().sqrt().clamp(min=0.03) if theta.numel() else 1.0
+        far = noise * (1.0 if theta.numel() < _FEW_ENTRIES else size)
+        for point, value in zip(points[1:], (theta + 0.3 * size * noise, far, -far), strict=True):
+            point[site.name] = site.transform(value)
+    return points
 
 
 def _refuse_discrete(latents: Mapping[str, Site]) -> None:

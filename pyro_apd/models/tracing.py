@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +20,7 @@ from pyro_apd.data.minibatch import Call
 from pyro_apd.errors import DataError, ModelError
 from pyro_apd.models.layout import is_subsample
 from pyro_apd.runtime.global_state import preserved_param_store
+from pyro_apd.runtime.trees import tree_leaves
 
 logger = logging.getLogger("pyro_apd")
 
@@ -47,7 +49,7 @@ def run_model(model: Callable[..., Any], call: Call, values: Mapping[str, Tensor
             raise
         except (RuntimeError, ValueError, IndexError) as error:
             with _keeping_first_error():
-                _raise_explanation(error, tracer.msngr.trace)
+                _raise_explanation(error, tracer.msngr.trace, _row_counts(call))
             raise
 
 
@@ -68,6 +70,24 @@ def observed_sites(trace: poutine.Trace) -> dict[str, Site]:
     }
 
 
+def check_latents(trace: poutine.Trace, names: Collection[str]) -> None:
+    """Raises ModelError if a run whose latents ``names`` were given has others, or lacks one."""
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not site["is_observed"] and not is_subsample(site):
+            raise ModelError(_other_latent_message(name, "is drawn in one run of the model and not in another"))
+    for name in names:
+        if name not in trace.nodes:
+            raise ModelError(_other_latent_message(name, "is missing in a run of the model"))
+
+
+def _other_latent_message(name: str, what: str) -> str:
+    return (
+        f"Latent site '{name}' {what}: the sites depend on the values of other latents, on random numbers or on the "
+        "rows of the batch. A chain has one set of latents: draw all of them in every run, and choose between them "
+        "with torch.where."
+    )
+
+
 def check_densities(trace: poutine.Trace) -> None:
     """Raises if a site of ``trace`` has no finite log-density, naming it."""
     for name, site in trace.nodes.items():
@@ -79,10 +99,8 @@ def check_densities(trace: poutine.Trace) -> None:
             raise DataError(
                 f"Site '{name}' cannot score its values (shape {tuple(site['value'].shape)}, dtype "
                 f"{site['value'].dtype}): {error}. Check labels and targets against the likelihood: as many rows as "
-                "inputs, and class labels are integers from 0 to K-1."
+                "inputs and as the plate, pyro.plate('data', len(x)), and class labels are integers from 0 to K-1."
             ) from error
-        if site["is_observed"]:
-            _refuse_outer_product(name, site, torch.as_tensor(log_prob))
         if not bool(torch.isfinite(torch.as_tensor(log_prob)).all()):
             raise DataError(
                 f"Site '{name}' has a log-density that is not finite at the starting point. Check the data for values "
@@ -90,20 +108,11 @@ def check_densities(trace: poutine.Trace) -> None:
             )
 
 
-def _refuse_outer_product(name: str, site: Site, log_prob: Tensor) -> None:
-    """Targets ``(N, 1)`` against predictions ``(N,)`` would score every datum by every prediction."""
-    fn, shape = site["fn"], tuple(torch.as_tensor(site["value"]).shape)
-    data_shape = shape[: len(shape) - fn.event_dim]
-    if log_prob.numel() > max(fn.batch_shape.numel(), torch.Size(data_shape).numel()):
-        raise DataError(
-            f"Observed site '{name}' has values of shape {shape} and a likelihood of shape {tuple(fn.batch_shape)}, "
-            f"which broadcast to {tuple(log_prob.shape)}: every datum would be scored by every prediction. Give both "
-            "one shape; for a column of targets, y.squeeze(-1)."
-        )
+def _raise_explanation(error: Exception, trace: poutine.Trace, num_rows: Collection[int]) -> None:
+    """Raises an error that explains ``error`` where the trace of the part of the model that ran shows the cause.
 
-
-def _raise_explanation(error: Exception, trace: poutine.Trace) -> None:
-    """Raises an error that explains ``error`` where the trace of the part of the model that ran shows the cause."""
+    :param num_rows: leading dimensions of the model's arguments.
+    """
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or site["is_observed"] or is_subsample(site):
             continue
@@ -121,6 +130,13 @@ def _raise_explanation(error: Exception, trace: poutine.Trace) -> None:
             "full data: pass them to mcmc.run as they are, without batch_size= or a loader."
         ) from error
     message = str(error)
+    mismatch = re.search(r"mismatch inside plate\('(.*)'\) at site (\S+) dim -1, (\d+) vs (\d+)", message)
+    if mismatch and int(mismatch[3]) in num_rows:
+        raise ModelError(
+            f"Site '{mismatch[2]}' has {mismatch[4]} values in its last dimension, inside plate '{mismatch[1]}' of "
+            f"{mismatch[3]} rows. Several outputs for each row belong to one event: give the distribution .to_event(1) "
+            "(dist.Normal(f, 1.0).to_event(1)); for a column of one output, f.squeeze(-1)."
+        ) from error
     if "mismatch inside plate" in message:
         raise ModelError(
             f"The model fails on the rows it is given: {message.splitlines()[0]}. With batch_size= or a loader the "
@@ -129,6 +145,11 @@ def _raise_explanation(error: Exception, trace: poutine.Trace) -> None:
         ) from error
     if "within support" in message or "to satisfy the constraint" in message:
         raise DataError(f"The model rejects its data or parameters: {message}") from error
+
+
+def _row_counts(call: Call) -> set[int]:
+    tensors = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+    return {leaf.shape[0] for leaf in tensors if leaf.dim() > 0}
 
 
 @contextmanager

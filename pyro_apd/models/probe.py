@@ -1,0 +1,328 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Runs a model on batches of different rows and different sizes, and compares what its sites add to the density."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_apd.data.minibatch import ProbeRows
+from pyro_apd.errors import ModelError
+from pyro_apd.models.row_terms import ModelRun, RowProbe, SiteTerms, differs, totals_differ
+
+# All rows are run at once where they hold at most so many numbers, or make so many batches.
+_MAX_FULL_NUMBERS = 4_000_000
+_MAX_FULL_BATCHES = 8
+# All rows are compared with the batches that they make, where these are so few.
+_MAX_PARTS = 32
+# Pairs of batches of random rows, at the start and near it.
+_NUM_RANDOM = 3
+
+#: Constrained values of the latents, by site.
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of a model with the same values of its latents.
+
+    With parts a, c and a', c' of two batches:
+
+    :ivar exchanges: runs on (a, c), (a', c'), (c', a) and (c, a'), as many rows as a mini-batch has, several times.
+    :ivar one_more: runs on p, q, and on each with the same row more; empty where a plate of the model does not take
+        such a number of rows.
+    :ivar splits: runs on many rows, on a part of them and on the rest.
+    """
+
+    exchanges: tuple[tuple[ModelRun, ...], ...]
+    one_more: tuple[ModelRun, ...]
+    splits: tuple[tuple[ModelRun, ...], ...]
+
+    @property
+    def one(self) -> ModelRun:
+        """The first run, on as many rows as a mini-batch has."""
+        return self.exchanges[0][0]
+
+    @property
+    def resized(self) -> ModelRun | None:
+        """A run on another number of rows."""
+        others = [run for run in self.all if run.num_rows != self.one.num_rows]
+        return others[0] if others else None
+
+    @property
+    def all(self) -> list[ModelRun]:
+        """All runs there are."""
+        return [run for runs in (*self.exchanges, self.one_more, *self.splits) for run in runs]
+
+
+class Probe:
+    """Finds how each site of a model depends on the rows of one :class:`~pyro_apd.data.minibatch.ProbeRows`.
+
+    :param model: a Pyro model.
+    :param int num_data: N.
+    :param points: constrained values of the latents, at which the model is compared.
+    """
+
+    def __init__(self, model: Callable[..., Any], num_data: int, rows: ProbeRows, points: Sequence[Values]) -> None:
+        self._probe = RowProbe(model, rows)
+        self._num_data = num_data
+        self._rows = rows
+        self._points = points
+        self._generator = torch.Generator().manual_seed(0)
+        # A plate that takes all its rows ignores their indices.
+        most = num_data - 1 if rows.plate is not None else num_data
+        is_most = rows.batch_size >= most and rows.batch_size > 1
+        self._num_more = rows.batch_size - 1 if is_most else rows.batch_size + 1
+
+    def check_latents_by_shape(self) -> None:
+        """Refuses latents with one value for each row, by runs that draw them."""
+        first, more = (self._drawn(count) for count in (self._rows.batch_size, self._num_more))
+        if first is None or more is None:
+            return
+        for name, shape in first.items():
+            if more.get(name, shape) != shape:
+                raise ModelError(latent_in_plate_message(name, self._rows.plate or "over the rows of the data"))
+
+    def _drawn(self, count: int) -> dict[str, torch.Size] | None:
+        try:
+            trace = self._probe.trace(self._first(count))
+        except Exception:
+            if self._rows.plate is None:
+                raise
+            return None
+        return {name: trace.nodes[name]["value"].shape for name in self._points[0] if name in trace.nodes}
+
+    @cached_property
+    def runs(self) -> list[Runs]:
+        """Runs at each point."""
+        return [self._runs_at(values) for values in self._points]
+
+    def _runs_at(self, values: Values) -> Runs:
+        rows = self._rows
+        one, two = self._first(rows.batch_size), self._second(rows.batch_size)
+        other = two if rows.num_rows >= 2 * rows.batch_size else one[torch.arange(len(one)) // 2]
+        is_near = any(values is point for point in self._points[:2])
+        num_random = 0 if rows.batch_size == 1 else _NUM_RANDOM if is_near else 1
+        exchanges = [(one, two)] + [self._random_pair() for _ in range(num_random)]
+        return Runs(
+            tuple(self._exchanged(*pair, values) for pair in exchanges),
+            self._one_row_more(one, other, values),
+            tuple(filter(None, [*(self._split(*pair, values) for pair in exchanges[:2]), self._partition(values)])),
+        )
+
+    def _partition(self, values: Values) -> tuple[ModelRun, ...] | None:
+        """Runs on all rows and on each batch of them; None where that is too much, or the model fails on one."""
+        rows = torch.arange(self._rows.num_rows)
+        is_point = values is self._points[min(1, len(self._points) - 1)]
+        if not is_point or not self._is_full_affordable or len(rows) > _MAX_PARTS * self._rows.batch_size:
+            return None
+        runs = [self._probe.attempt(part, values) for part in (rows, *rows.split(self._rows.batch_size))]
+        found = tuple(run for run in runs if run is not None)
+        return found if len(found) == len(runs) else None
+
+    def _one_row_more(self, one: Tensor, other: Tensor, values: Values) -> tuple[ModelRun, ...]:
+        """Runs on p, q, p and a row r, q and r, where p or p and r have the size of a batch.
+
+        Empty where a plate of the model does not take one of those numbers.
+        """
+        count = min(self._num_more, len(one))
+        few = one[:count], other[:count]
+        run = self._probe.run if self._rows.plate is None else self._probe.attempt
+        extra = torch.tensor([self._rows.num_rows // 2])
+        runs = [run(rows, values) for rows in (*few, *(torch.cat([rows, extra]) for rows in few))]
+        found = tuple(run for run in runs if run is not None)
+        return found if count and len(found) == len(runs) else ()
+
+    def _split(self, one: Tensor, two: Tensor, values: Values) -> tuple[ModelRun, ...] | None:
+        """Runs on many rows, on a part of them, and on the rest; None where the model fails on one of them."""
+        half = len(one) // 2
+        together = torch.cat([one, two]), one, two
+        calls = together if half == 0 or 2 * len(one) < self._num_data else (one, one[:half], one[half:])
+        runs = tuple(run for run in (self._probe.attempt(rows, values) for rows in calls) if run is not None)
+        return runs if len(runs) == len(calls) else None
+
+    def _exchanged(self, one: Tensor, two: Tensor, values: Values) -> tuple[ModelRun, ...]:
+        """Runs on (a, c), (a', c'), (c', a) and (c, a')."""
+        half = len(one) // 2
+        crossed = torch.cat([two[half:], one[:half]]), torch.cat([one[half:], two[:half]])
+        return tuple(self._probe.run(rows, values) for rows in (one, two, *crossed))
+
+    def _first(self, count: int) -> Tensor:
+        """``count`` rows at even distances from the first row on; repeated where there are fewer."""
+        if count <= self._rows.num_rows:
+            return torch.arange(count) * self._rows.num_rows // count
+        return torch.arange(count) % self._rows.num_rows
+
+    def _second(self, count: int) -> Tensor:
+        """As many others, as far as there are, in another order."""
+        num_rows = self._rows.num_rows
+        shift = num_rows // count // 2 if num_rows >= 2 * count else num_rows - count
+        return ((self._first(count) + shift) % num_rows).flip(0)
+
+    def _random_pair(self) -> tuple[Tensor, Tensor]:
+        """Two batches of random rows: a model may treat some batches in another way."""
+        shape = (2, self._rows.batch_size)
+        one, two = torch.randint(self._rows.num_rows, shape, generator=self._generator)
+        return one, two
+
+    def full_run(self) -> ModelRun | None:
+        """A run on all rows, where that is affordable."""
+        return self._probe.run(torch.arange(self._rows.num_rows), self._points[0]) if self._is_full_affordable else None
+
+    @property
+    def _is_full_affordable(self) -> bool:
+        rows = self._rows
+        is_small = rows.num_rows * rows.row_size <= _MAX_FULL_NUMBERS
+        return rows.has_all and (is_small or rows.num_rows <= _MAX_FULL_BATCHES * rows.batch_size)
+
+    def check_constant(self, name: str, what: str) -> None:
+        """Refuses a site that must not depend on the rows, but does."""
+        full = self.full
+        expected = self._num_data / self._rows.batch_size
+        scale = self.runs[0].one.site(name).scale
+        if scale is not None and expected != 1 and abs(scale - expected) <= 1e-6 * expected:
+            raise ModelError(
+                f"{what} '{name}' is scaled by {scale:g}, which is N/B. That belongs to the likelihood alone, and the "
+                "kernel scales it: take the site out of poutine.scale."
+            )
+        for runs in self.runs:
+            self._check_equal(name, what, runs.all)
+        if full is not None:
+            self._check_equal(name, what, [self.runs[0].one, full])
+
+    @cached_property
+    def full(self) -> ModelRun | None:
+        """See :meth:`full_run`; run once."""
+        return self.full_run()
+
+    def _check_equal(self, name: str, what: str, runs: list[ModelRun]) -> None:
+        first = runs[0].site(name)
+        for run in runs[1:]:
+            site = run.site(name)
+            if site.scale == first.scale and len(site.terms) == len(first.terms):
+                if not differs(first.terms, site.terms):
+                    continue
+            elif not totals_differ(first.total.reshape(1), site.total.reshape(1)):
+                continue
+            raise ModelError(_changing_site_message(name, what, runs[0], run))
+
+    def check_sum(self, name: str, factor: Callable[[int], float] = lambda rows: 1.0) -> None:
+        """Refuses an observed site that is not a sum of one term for each row.
+
+        :param factor: what the terms are multiplied by, to compare them between numbers of rows.
+        """
+        for runs in self.runs:
+            self._check_exchanges(name, runs)
+            self._check_numbers(name, runs, factor)
+
+    def _check_exchanges(self, name: str, runs: Runs) -> None:
+        by_row = self._has_term_per_row(runs, name)
+        for exchange in runs.exchanges if self._rows.batch_size > 1 else ():
+            one, two, *crossed = (run.site(name) for run in exchange)
+            if _unequal([(one, 1.0), (two, 1.0)], [(site, 1.0) for site in crossed], by_row):
+                raise ModelError(_not_by_row_message(name, runs.one.num_rows))
+
+    def _check_numbers(self, name: str, runs: Runs, factor: Callable[[int], float]) -> None:
+        def scaled(run: ModelRun) -> tuple[SiteTerms, float]:
+            return run.site(name), factor(run.num_rows)
+
+        by_row = self._has_term_per_row(runs, name)
+        relations = [([whole], list(parts)) for whole, *parts in runs.splits]
+        if runs.one_more:
+            few, few_other, more, more_other = runs.one_more
+            relations.insert(0, ([more, few_other], [more_other, few]))
+        for left, right in relations:
+            if _unequal(list(map(scaled, left)), list(map(scaled, right)), by_row):
+                raise ModelError(_by_number_message(name, right[-1].num_rows, left[0].num_rows))
+
+    def depends_on_rows(self, name: str) -> bool:
+        """Whether a site has other terms on other rows, as many of them."""
+        return any(
+            runs.one.site(name).differs(run.site(name))
+            for runs in self.runs
+            for exchange in runs.exchanges
+            for run in exchange
+        )
+
+    def _has_term_per_row(self, runs: Runs, name: str) -> bool:
+        """Whether the number of terms follows the number of rows."""
+        other = runs.resized
+        if other is None:
+            return len(runs.one.site(name).terms) % self._rows.batch_size == 0
+        return _is_proportional(len(runs.one.site(name).terms), len(other.site(name).terms), runs.one, other)
+
+    def follows_rows(self, name: str) -> bool:
+        """Whether a site scores values for each row; False for one that does not depend on the data.
+
+        :raises ModelError: if it depends on the data in another way.
+        """
+        for runs in self.runs:
+            assert runs.resized is not None
+            one, other = runs.one.site(name), runs.resized.site(name)
+            if _is_proportional(one.count, other.count, runs.one, runs.resized):
+                return True
+            others = [run.site(name) for run in runs.all]
+            if any(one.count != s.count or one.differs(s) for s in others):
+                raise ModelError(
+                    f"Observed site '{name}' depends on the data, but its size does not follow the number of rows, so "
+                    "its log-likelihood cannot be scaled by N/B. Observe one value for each row, in "
+                    "`with pyro.plate('data', len(x))`, or use the full batch."
+                )
+        return False
+
+
+def latent_in_plate_message(name: str, plate: str) -> str:
+    """Why a latent may not lie in the plate of the data."""
+    return (
+        f"Latent site '{name}' lies inside the subsampled plate '{plate}': it has one value for each datum, and a "
+        "mini-batch sees only some of them. If it is a weight, read it (or call the network) before the plate; if it "
+        "should be data, pass its value with obs= (was the target given to mcmc.run?); if it is a local latent, "
+        "marginalise it or use the full batch."
+    )
+
+
+def _not_by_row_message(name: str, num_rows: int) -> str:
+    return (
+        f"Observed site '{name}' is not a sum over rows: in batches of {num_rows}, the log-likelihood of a row changes "
+        "with the other rows or their order (a statistic of the batch, a lagged value, a contrast, a Gaussian process, "
+        "BatchNorm in training mode). The mini-batches would have another posterior than the data. Compute such values "
+        "from all data before the run and pass them as arguments, one per row; or use the full batch."
+    )
+
+
+def _by_number_message(name: str, few: int, more: int) -> str:
+    return (
+        f"Observed site '{name}': the log-likelihood of a row changes with the number of rows, {few} or {more} (N/B or "
+        "1/len(x) in the value of a factor, a mean over the batch, or noise from len(x)). The kernel multiplies the "
+        "sum over the rows of a batch by N/B itself: write the sum, and constants in place of len(x)."
+    )
+
+
+def _changing_site_message(name: str, what: str, one: ModelRun, other: ModelRun) -> str:
+    first, second = one.site(name), other.site(name)
+    values = f"{float(first.total):g} with {one.num_rows} rows, {float(second.total):g} with {other.num_rows}"
+    cause = "on the number of rows" if one.num_rows != other.num_rows else "on which rows the batch holds"
+    return (
+        f"{what} '{name}' depends {cause}: its log-density is {values} at the same values. A mini-batch may change "
+        "the likelihood only. Take it out of poutine.scale(N / len(x)), and use constants, computed from all data "
+        "before the run, in place of len(x) or statistics of x."
+    )
+
+
+def _unequal(left: list[tuple[SiteTerms, float]], right: list[tuple[SiteTerms, float]], by_row: bool) -> bool:
+    """Whether terms that should be the same together are not."""
+    one, other = (torch.cat([site.terms * scale for site, scale in sites]) for sites in (left, right))
+    if by_row and len(one) == len(other):
+        return differs(one, other)
+    return totals_differ(one, other)
+
+
+def _is_proportional(count: int, count_more: int, one: ModelRun, more: ModelRun) -> bool:
+    return count * more.num_rows == count_more * one.num_rows and count != count_more

@@ -1,0 +1,197 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What each site of a model adds to the log joint density on chosen rows, and whether that is a sum over rows.
+
+A mini-batch of B of N rows gives an unbiased gradient of the potential only if log p(rows | theta) is a sum of one term
+for each row, and a row's term depends on that row and theta alone. Two relations test it, for disjoint sets of rows:
+
+    log p(a, c) + log p(a', c') = log p(c', a) + log p(c, a')      exchanged rows, the same number in each call
+    log p(a, c)                 = log p(a) + log p(c)               other numbers of rows
+
+They are compared term by term where a site has a term for each row, in sorted order, so that the order of the terms has
+no effect; otherwise as sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import get_ident
+from typing import Any
+from unittest import mock
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.subsample_messenger import SubsampleMessenger
+from torch import Tensor
+
+from pyro_apd.data.minibatch import Call, ProbeRows
+from pyro_apd.errors import ModelError
+from pyro_apd.models.tracing import Site, check_latents, observed_sites, run_model, subsampled_plates
+
+
+@dataclass(frozen=True)
+class SiteTerms:
+    """What one site adds to the log joint density in one run.
+
+    :ivar terms: one-dimensional; without ``scale`` where that is a number.
+    :ivar scale: the number by which the model multiplies the site; None for one number per row.
+    :ivar int count: number of scalars that the site scores.
+    :ivar plates: names of the plates that the site lies in.
+    """
+
+    terms: Tensor
+    scale: float | None
+    count: int
+    plates: frozenset[str]
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the terms, scaled."""
+        return self.terms.sum() * (1.0 if self.scale is None else self.scale)
+
+    def differs(self, other: SiteTerms) -> bool:
+        """Whether the terms are others than those of ``other``, in any order."""
+        return len(self.terms) != len(other.terms) or differs(self.terms, other.terms)
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """A run of a model on ``num_rows`` rows, with given values of the latents.
+
+    :ivar latents: what each latent site adds, and ``observed`` each observed site.
+    """
+
+    num_rows: int
+    latents: Mapping[str, SiteTerms]
+    observed: Mapping[str, SiteTerms]
+
+    def site(self, name: str) -> SiteTerms:
+        """The terms of a site.
+
+        :raises ModelError: if this run has no such site.
+        """
+        site = self.latents.get(name) or self.observed.get(name)
+        if site is None:
+            raise ModelError(
+                f"Site '{name}' is in one run of the model and not in another, with the same values of the latents. "
+                "The sites of a model must not depend on the rows of a batch, their number or random numbers."
+            )
+        return site
+
+
+class RowProbe:
+    """Runs a model on chosen rows.
+
+    :param model: a Pyro model.
+    :param ProbeRows rows: the rows to choose from.
+    """
+
+    def __init__(self, model: Callable[..., Any], rows: ProbeRows) -> None:
+        self._model = model
+        self.rows = rows
+
+    def trace(self, rows: Tensor, values: Mapping[str, Tensor] | None = None) -> poutine.Trace:
+        """A run on ``rows`` ``(n,)``, with the latents set to the constrained ``values`` where given."""
+        call = self.rows.call(rows)
+        if self.rows.plate is not None:
+            with resized_plate(self.rows.plate, len(rows)):
+                return run_model(self._model, call, values)
+        trace = run_model(self._model, call, values)
+        plates = subsampled_plates(trace)
+        if not plates:
+            return trace
+        indices = {name: torch.arange(count) for name, (_, count) in plates.items()}
+        return run_model(self._model, Call(call.args, call.kwargs, indices), values)
+
+    def run(self, rows: Tensor, values: Mapping[str, Tensor]) -> ModelRun:
+        """The same as terms by site.
+
+        :raises ModelError: if the model has other latents than ``values``.
+        """
+        return terms_of(self.trace(rows, values), len(rows), values)
+
+    def attempt(self, rows: Tensor, values: Mapping[str, Tensor]) -> ModelRun | None:
+        """The same; None where the model fails, on a number of rows that it never meets in a run."""
+        try:
+            return self.run(rows, values)
+        except Exception:  # a model may do anything with a number of rows that it was not written for
+            return None
+
+
+def terms_of(trace: poutine.Trace, num_rows: int, values: Mapping[str, Tensor]) -> ModelRun:
+    """The terms of all sites of a run with the latents set to ``values``.
+
+    :raises ModelError: if the run has other latents.
+    """
+    check_latents(trace, values)
+    observed = {name: site for name, site in observed_sites(trace).items() if name not in values}
+    return ModelRun(
+        num_rows,
+        {name: site_terms(trace.nodes[name]) for name in values},
+        {name: site_terms(site) for name, site in observed.items()},
+    )
+
+
+def site_terms(site: Site) -> SiteTerms:
+    """The terms of a site as Pyro scores it."""
+    fn, value, scale, mask = site["fn"], site["value"], site["scale"], site["mask"]
+    number = float(scale) if not isinstance(scale, Tensor) or scale.dim() == 0 else None
+    if number is not None and (mask is None or isinstance(mask, bool)):
+        # Without to_event there are more terms to compare, and a change in one of them shows.
+        while isinstance(fn, torch.distributions.Independent):
+            fn = fn.base_dist
+    terms = torch.as_tensor(fn.log_prob(value, *site["args"], **site["kwargs"])).detach()
+    terms = scale_and_mask(terms, 1.0 if number is not None else scale, mask)
+    shape = torch.Size(site["fn"].batch_shape)  # of some distributions a plain tuple
+    count = max(int(torch.as_tensor(value).numel()), shape.numel())
+    plates = frozenset(frame.name for frame in site["cond_indep_stack"])
+    return SiteTerms(terms.reshape(-1), number, count, plates)
+
+
+@contextmanager
+def resized_plate(name: str, num_rows: int) -> Iterator[None]:
+    """Context in which a model's plate of this name takes ``num_rows`` rows, whatever ``subsample_size`` it states."""
+    original = SubsampleMessenger.__init__
+    thread = get_ident()
+
+    def resized(self: Any, plate: str, size: Any = None, subsample_size: Any = None, *args: Any, **kwargs: Any) -> None:
+        if plate == name and subsample_size is not None and get_ident() == thread:
+            subsample_size = num_rows
+        original(self, plate, size, subsample_size, *args, **kwargs)
+
+    with mock.patch.object(SubsampleMessenger, "__init__", resized):
+        yield
+
+
+def differs(one: Tensor, other: Tensor) -> bool:
+    """Whether terms that should be equal are not, beyond rounding.
+
+    Those of one for each row are compared in sorted order; ``one`` and ``other`` have the same length.
+    """
+    first, second = one.sort().values, other.sort().values
+    if first.numel() == 0:
+        return False
+    rtol = relative_rounding(one)
+    finite = first[first.isfinite()]
+    size = float(finite.square().mean().sqrt()) if finite.numel() else 0.0
+    return not torch.allclose(first, second, rtol=rtol, atol=rtol * (size + 0.05), equal_nan=True)
+
+
+def totals_differ(one: Tensor, other: Tensor) -> bool:
+    """Whether the sums of two sets of terms differ, beyond the rounding of sums."""
+    difference = float(one.double().sum() - other.double().sum())
+    size = float(one.abs().sum() + other.abs().sum())
+    return math.isfinite(difference) and abs(difference) > 0.1 * relative_rounding(one) * size
+
+
+def relative_rounding(terms: Tensor) -> float:
+    """A relative difference above what rounding gives to a term when the number of rows changes."""
+    if terms.dtype == torch.float64:
+        return 1e-9
+    is_coarse = terms.dtype != torch.float32 or (terms.is_cuda and torch.backends.cuda.matmul.allow_tf32)
+    return 2e-2 if is_coarse else 2e-4

@@ -1,0 +1,66 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Refuses observed sites whose shapes pair every datum with every prediction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_apd.errors import DataError
+from pyro_apd.models.tracing import Site
+
+_FIX = (
+    "every datum would be scored by every prediction. Give both one shape: for a column, x.squeeze(-1); for several "
+    "outputs per datum, the distribution with .to_event(1)."
+)
+
+
+def refuse_outer_product(name: str, site: Site) -> None:
+    """Raises where targets and likelihood broadcast against each other, such as targets ``(N,)`` and means ``(N, 1)``.
+
+    A plate expands the likelihood first, so that the two seem to agree: means ``(N, 1)`` become ``(N, N)``. What gives
+    it away is a dimension along which targets repeat, beside one that no plate declares.
+
+    :param site: an observed site, as Pyro stores it.
+    :raises DataError: naming the shapes and the fix.
+    """
+    fn, value = site["fn"], torch.as_tensor(site["value"])
+    batch_shape = torch.Size(fn.batch_shape)
+    plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+    if value.numel() == 0:
+        _refuse_outer_factor(name, batch_shape, plates)
+        return
+    if value.numel() == 1:
+        return
+    event_dim = value.dim() if fn.event_dim > value.dim() else fn.event_dim
+    data_shape = value.shape[: value.dim() - event_dim]
+    event_shape = value.shape[value.dim() - event_dim :]
+    if isinstance(fn, torch.distributions.Independent) and event_shape != torch.Size(fn.event_shape):
+        raise DataError(_message(name, value, batch_shape + torch.Size(fn.event_shape)))
+    shape = torch.broadcast_shapes(batch_shape, data_shape)
+    padded = torch.Size([1] * (len(shape) - len(data_shape))) + data_shape
+    dims = [dim for dim in range(-len(shape), 0) if shape[dim] > 1]
+    repeated = [dim for dim in dims if padded[dim] == 1]
+    undeclared = [dim for dim in dims if dim not in plates]
+    if repeated and undeclared:
+        raise DataError(_message(name, value, batch_shape))
+
+
+def _refuse_outer_factor(name: str, shape: torch.Size, plates: dict[int | None, int]) -> None:
+    """A factor has no targets; a term for each pair of rows shows as a plate's size in a second dimension."""
+    undeclared = [shape[dim] for dim in range(-len(shape), 0) if shape[dim] > 1 and dim not in plates]
+    if set(undeclared) & set(plates.values()):
+        raise DataError(
+            f"Factor '{name}' has shape {tuple(shape)} inside a plate of {undeclared[0]} rows, a term for each pair of "
+            "rows: targets and predictions broadcast against each other. Give both one shape; for a column, "
+            "x.squeeze(-1)."
+        )
+
+
+def _message(name: str, value: Tensor, shape: torch.Size) -> str:
+    return (
+        f"Observed site '{name}' has values of shape {tuple(value.shape)} and a likelihood of shape {tuple(shape)}, "
+        f"plates included: {_FIX}"
+    )
