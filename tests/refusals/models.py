@@ -1,8 +1,184 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Entries of one group, see :mod:`tests.refusals`."""
+"""Models whose density is not one function of latents and data."""
 
+from pyro_apd.errors import ModelError
 from tests.refusals.refusal import Refusal
 
-REFUSALS: list[Refusal] = []
+REFUSALS = [
+    Refusal(
+        "A prior from the number of rows",
+        """
+        def model(x, y=None):
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), len(x) ** -0.5).to_event(1))
+            with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+        sample(model, x, y, batch_size=10)
+        """,
+        ModelError,
+        ("'w'", "number of rows", "constants"),
+        "In a mini-batch of B rows, `len(x)` is B.",
+        """
+        def model(x, y=None):
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), 40**-0.5).to_event(1))
+            with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+        sample(model, x, y, batch_size=10)
+        """,
+    ),
+    Refusal(
+        "A prior inside poutine.scale",
+        """
+        def model(x, y=None):
+            with poutine.scale(scale=40 / len(x)):
+                w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+                with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+        sample(model, x, y, batch_size=10)
+        """,
+        ModelError,
+        ("'w'", "N/B", "poutine.scale"),
+        "The prior would count N/B times.",
+    ),
+    Refusal(
+        "Dropout in training mode",
+        """
+        dropout = nn.Dropout(0.5)
+        def model(x, y=None):
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(dropout(x) @ w, 1.0), obs=y)
+        sample(model, x, y)
+        """,
+        ModelError,
+        ("Dropout", "random numbers", ".eval()"),
+        "Every step would have another potential. `apd.BNN` puts a network into evaluation mode.",
+        """
+        dropout = nn.Dropout(0.5).eval()
+        def model(x, y=None):
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(dropout(x) @ w, 1.0), obs=y)
+        sample(model, x, y)
+        """,
+    ),
+    Refusal(
+        "Random numbers inside the model",
+        """
+        def model(x, y=None):
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal((x + torch.randn_like(x)) @ w, 1.0), obs=y)
+        sample(model, x, y)
+        """,
+        ModelError,
+        ("random numbers", "'obs'", "argument"),
+        "The same seed would give other draws.",
+        """
+        def model(x, y=None):
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+        sample(model, x + torch.randn_like(x), y)
+        """,
+    ),
+    Refusal(
+        "A seed set inside the model",
+        """
+        def model(x, y=None):
+            torch.manual_seed(1)
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal((x + torch.randn_like(x)) @ w, 1.0), obs=y)
+        sample(model, x, y)
+        """,
+        ModelError,
+        ("sets the seed", "argument"),
+        "All that draws from the global generator afterwards would repeat the same numbers.",
+    ),
+    Refusal(
+        "Batch normalisation in training mode",
+        """
+        norm = nn.BatchNorm1d(3)
+        def model(x, y=None):
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(norm(x) @ w, 1.0), obs=y)
+        sample(model, x, y)
+        """,
+        ModelError,
+        ("BatchNorm1d", "running_mean", ".eval()"),
+        "It writes its statistics in every run of the model, so that predictions depend on the number of steps.",
+    ),
+    Refusal(
+        "Embeddings with max_norm",
+        """
+        class Net(pyro.nn.PyroModule):
+            def __init__(self):
+                super().__init__()
+                self.table = pyro.nn.PyroModule[nn.Embedding](3, 2, max_norm=1.0)
+                self.table.weight = pyro.nn.PyroSample(dist.Normal(torch.zeros(3, 2), 9.0).to_event(2))
+            def forward(self, labels):
+                pyro.sample("obs", dist.Normal(self.table(labels).sum(), 1.0), obs=torch.tensor(0.0))
+        sample(Net(), labels)
+        """,
+        ModelError,
+        ("max_norm",),
+        "The layer writes to its weights, which are the state of the chain.",
+    ),
+    Refusal(
+        "A latent behind a condition",
+        """
+        def model(x, y=None):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            b = pyro.sample("b", dist.Normal(0.0, 1.0)) if w > 0 else 0.0
+            with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(x[:, 0] * w + b, 1.0), obs=y)
+        sample(model, x, y)
+        """,
+        ModelError,
+        ("'b'", "torch.where"),
+        "A chain has one set of latents.",
+        """
+        def model(x, y=None):
+            w, b = pyro.sample("w", dist.Normal(0.0, 1.0)), pyro.sample("b", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("obs", dist.Normal(x[:, 0] * w + torch.where(w > 0, b, 0.0), 1.0), obs=y)
+        sample(model, x, y)
+        """,
+    ),
+    Refusal(
+        "A loop over a subsample",
+        """
+        def model(x, y=None):
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            for i in pyro.plate("data", len(x), subsample_size=5):
+                pyro.sample(f"obs_{i}", dist.Normal(x[i] @ w, 1.0), obs=y[i])
+        sample(model, x, y)
+        """,
+        ModelError,
+        ("'data'", "loop", "y[rows]"),
+        "The names of its sites change from step to step.",
+        """
+        def model(x, y=None):
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            with pyro.plate("data", len(x), subsample_size=5) as rows:
+                pyro.sample("obs", dist.Normal(x[rows] @ w, 1.0), obs=y[rows])
+        sample(model, x, y)
+        """,
+    ),
+    Refusal(
+        "Data, and nothing observed",
+        """
+        def model(x, y=None):
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+        sample(model, x)
+        """,
+        ModelError,
+        ("observes nothing", "obs="),
+        "Without targets the draws are from the prior.",
+    ),
+    Refusal(
+        "No latent",
+        """
+        def model(x, y):
+            with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(x[:, 0], 1.0), obs=y)
+        sample(model, x, y)
+        """,
+        ModelError,
+        ("no latent", "pyro.sample"),
+        "There is nothing to sample.",
+    ),
+]
