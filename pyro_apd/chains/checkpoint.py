@@ -11,30 +11,25 @@ only appends. Writes are atomic, and the checkpoint before stays as ``PATH.previ
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import itertools
 import json
+import os
+import stat
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_apd.chains.stores.base import as_bytes
-from pyro_apd.data.row_reader import is_stored
 from pyro_apd.runtime import tensor_file
 from pyro_apd.runtime.files import remove_leftovers
 from pyro_apd.runtime.tensor_file import FileKind
-from pyro_apd.runtime.trees import tree_flatten_with_path
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # In the JSON description, stands for a tensor by its name.
 _TENSOR = "__tensor__"
-# Rows of a file of data that are part of the digest of a run's arguments.
-_DIGEST_ROWS = 1000
 
 
 class CheckpointError(ValueError):
@@ -104,52 +99,68 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 def read_checkpoint(path: Path) -> Checkpoint | None:
     """The newest undamaged checkpoint; None where there is none yet.
 
-    If the newest is damaged, a warning names it, and the one before it is used.
+    If the newest is damaged, a warning names it, the one before it is used, and the damaged one is moved to
+    ``PATH.damaged``, so that the next checkpoint does not replace the undamaged one.
 
-    :raises CheckpointError: if there are checkpoints, and none can be read.
+    :raises CheckpointError: if there are checkpoints, and none can be read, or something else than a file is there.
     """
     remove_leftovers(path)
     failures = []
     for candidate in (path, previous_path(path)):
+        if not _is_file(candidate):
+            continue
         try:
             checkpoint = read_file(candidate)
-        except FileNotFoundError:
-            continue
         except CheckpointError as error:
             failures.append(str(error))
             continue
         if failures:
-            warnings.warn(f"{failures[0]} Resuming from the one before it, '{candidate}'.", RuntimeWarning)
+            aside = _free_path(path)
+            os.replace(path, aside)
+            warnings.warn(
+                f"{failures[0]} Resuming from the one before it, '{candidate}'; the newest is now at '{aside}'.",
+                RuntimeWarning,
+            )
         return checkpoint
     if failures:
         raise CheckpointError(
-            f"No checkpoint can be used: {' '.join(failures)} Delete '{path}' and '{previous_path(path)}' to start the "
-            "run over, or give another checkpoint=."
+            f"No checkpoint can be used: {' '.join(failures)} Nothing was changed. Give another checkpoint=, or move "
+            "what is there away to start the run over."
         )
     return None
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file, which is read next.
+
+    :raises CheckpointError: if there is something else, or it cannot be read.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise CheckpointError(f"checkpoint='{path}' cannot be read ({error.strerror}). Give another path.") from error
+    if stat.S_ISDIR(mode):
+        raise CheckpointError(
+            f"checkpoint='{path}' is a folder, and must be a file. Give a path in it, such as '{path / 'run.ckpt'}'."
+        )
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"checkpoint='{path}' is a pipe or a device, and must be a file. Give another path.")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"checkpoint='{path}' cannot be read (no permission). Give another path.")
+    return True
+
+
+def _free_path(path: Path) -> Path:
+    """Where a damaged checkpoint is put: a path at which there is nothing."""
+    numbered = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
+    return next(candidate for candidate in numbered if not candidate.exists())
 
 
 def previous_path(path: Path) -> Path:
     """Path of the checkpoint before the present one."""
     return path.with_name(path.name + ".previous")
-
-
-def check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Compares the run of a checkpoint with the present one.
-
-    :raises CheckpointError: if they differ; the message names the differences.
-    """
-    # Through JSON, as the file's: tuples become lists.
-    expected = json.loads(json.dumps(expected))
-    differing = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
-    if differing:
-        what = "; ".join(
-            f"{name} was {_short(found.get(name))}, now {_short(expected.get(name))}" for name in differing
-        )
-        raise CheckpointError(
-            f"The checkpoint '{path}' belongs to another run: {what}. Run with the same model, data and "
-            "settings to resume it, or give another checkpoint=."
-        )
 
 
 def read_file(path: Path) -> Checkpoint:
@@ -167,63 +178,13 @@ def read_file(path: Path) -> Checkpoint:
         chains = {
             int(chain): Progress(**_decoded(progress, tensors)) for chain, progress in description["chains"].items()
         }
-        return Checkpoint(description["identity"], chains, description["notes"])
+        identity, notes = description["identity"], description["notes"]
+        if not (isinstance(identity, dict) and isinstance(notes, dict)):
+            raise ValueError("identity and notes must be tables")
+        return Checkpoint(identity, chains, notes)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"{error!r}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path} is damaged, or is no checkpoint: {reason}.") from error
-
-
-def arguments_digest(values: Any) -> str:
-    """A digest of the arguments of a run: of tensors the contents, of loaders the settings and known data.
-
-    Of arrays, which may be files larger than memory, it takes shape, type and evenly spaced rows; of other values, such
-    as functions, the type.
-    """
-    digest = hashlib.sha256()
-    for path, leaf in tree_flatten_with_path(values)[0]:
-        digest.update(repr([str(key) for key in path]).encode())
-        _add_leaf(digest, leaf)
-    return digest.hexdigest()[:16]
-
-
-def describe(value: Any) -> Any:
-    """A setting as a JSON value that is the same in every process."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
-    if isinstance(value, Tensor):
-        return arguments_digest(value)
-    if isinstance(value, Mapping):
-        return {str(key): describe(item) for key, item in value.items()}
-    if isinstance(value, Sequence):
-        return [describe(item) for item in value]
-    return getattr(value, "__qualname__", None) or type(value).__qualname__
-
-
-def _add_leaf(digest: Any, leaf: Any) -> None:
-    if isinstance(leaf, Tensor):
-        digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-        digest.update(as_bytes(leaf))
-    elif isinstance(leaf, DataLoader):
-        known = (leaf.batch_size, leaf.drop_last, type(leaf.sampler).__name__, type(leaf.dataset).__name__)
-        digest.update(repr(known).encode())
-        digest.update(str(len(leaf.dataset) if hasattr(leaf.dataset, "__len__") else None).encode())
-        if isinstance(leaf.dataset, TensorDataset):
-            for tensor in leaf.dataset.tensors:
-                _add_leaf(digest, tensor)
-    elif isinstance(leaf, np.ndarray):
-        digest.update(f"{leaf.dtype.str}{leaf.shape}".encode())
-        if leaf.size and not leaf.dtype.hasobject:
-            rows = leaf if leaf.ndim == 0 else leaf[:: max(1, len(leaf) // _DIGEST_ROWS)]
-            digest.update(rows.tobytes())
-    elif leaf is None or isinstance(leaf, (bool, int, float, str, bytes)):
-        digest.update(repr(leaf).encode())
-    else:
-        digest.update(type(leaf).__qualname__.encode())
-        if is_stored(leaf):
-            digest.update(str(len(leaf)).encode())
 
 
 def _encoded(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -252,8 +213,3 @@ def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tensors[value[_TENSOR]]
         return {key: _decoded(item, tensors) for key, item in value.items()}
     return [_decoded(item, tensors) for item in value] if isinstance(value, list) else value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -24,11 +24,11 @@ from pyro_apd.chains.checkpoint import (
     Checkpoint,
     CheckpointError,
     Progress,
-    describe,
     previous_path,
     read_file,
 )
-from pyro_apd.chains.run import Run, constructor_settings
+from pyro_apd.chains.identity import constructor_settings, describe
+from pyro_apd.chains.run import Run
 from pyro_apd.chains.settings import Settings
 from pyro_apd.chains.stores.base import DrawStore, MemoryStore
 from pyro_apd.chains.stores.disk import DiskStore, open_store
@@ -40,6 +40,7 @@ from pyro_apd.runtime.trees import tree_leaves
 
 if TYPE_CHECKING:
     from pyro_apd.kernels.base import StochasticGradientKernel
+    from pyro_apd.kernels.engine.chain import Chain
 
 
 class RankRun(Run):
@@ -185,8 +186,8 @@ class RankRun(Run):
             return None
         raise CheckpointError(
             f"Checkpoints of {self.ranks.size} processes, '{self._path}' and its like, are of different runs "
-            f"({dict(enumerate(names))}; None: there is none). Start as many processes as there were, or delete the "
-            "files to start over."
+            f"({dict(enumerate(names))}; None: there is none). Start as many processes as there were, or give "
+            "another checkpoint= to start the run over."
         )
 
     def _has_begun(self, saved: Checkpoint) -> bool:
@@ -204,8 +205,8 @@ class RankRun(Run):
         earlier = read_file(previous_path(self._path))
         if (earlier.notes.get("run"), earlier.notes.get("written", 0)) != (saved.notes["run"], common):
             raise CheckpointError(
-                f"'{self._path}' and the checkpoint before it are ahead of those of other processes. Delete the files "
-                "of all to start over."
+                f"'{self._path}' and the checkpoint before it are ahead of those of other processes. Give another "
+                "checkpoint= to start the run over."
             )
         return earlier
 
@@ -262,9 +263,15 @@ class RankRun(Run):
             store.layout = kept
         return store
 
-    def _describe(self, layout: Layout, theta: Tensor) -> dict[str, Any]:
+    def _own_files(self) -> dict[str, Path]:
+        files = super()._own_files()
+        if self._is_shared and self.ranks.rank > 0:
+            files.pop("store_path")
+        return files
+
+    def _describe(self, chain: Chain) -> dict[str, Any]:
         place = {"rank and number of processes": [self.ranks.rank, self.ranks.size]} if self._is_part else {}
-        return {**super()._describe(layout, theta), **place}
+        return {**super()._describe(chain), **place}
 
 
 def _of_rank(settings: Settings, ranks: Ranks) -> Settings:

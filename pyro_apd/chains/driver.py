@@ -33,7 +33,7 @@ from pyro_apd.chains.settings import (
     checkpoint_interval,
     refuse_files,
 )
-from pyro_apd.chains.stores.base import DrawStore
+from pyro_apd.chains.stores.base import DrawStore, MemoryStore
 from pyro_apd.chains.stores.disk import open_store
 from pyro_apd.errors import DivergenceError
 from pyro_apd.runtime.checks import integer
@@ -260,8 +260,8 @@ class MCMC(pyro.infer.MCMC):
                     RuntimeWarning,
                 )
                 return
-            except BaseException:
-                self._collect(run)
+            except BaseException as error:
+                self._collect_after(error, run)
                 raise
             self._collect(run)
         self._report_divergences(run)
@@ -271,8 +271,11 @@ class MCMC(pyro.infer.MCMC):
             return Run(self.kernel, self._settings, args, kwargs, stack)
         return RankRun(self.kernel, self._settings, args, kwargs, stack, join_process_group())
 
-    def _collect(self, run: Run) -> int:
-        """Takes the draws of the store; returns their number per chain."""
+    def _collect(self, run: Run, in_memory: bool = False) -> int:
+        """Takes the draws of the store; returns their number per chain.
+
+        :param in_memory: whether constrained draws are kept in memory where they would be written to the disk.
+        """
         if run.store is None:
             return 0
         run.store.flush()
@@ -283,7 +286,7 @@ class MCMC(pyro.infer.MCMC):
             for note in noted:
                 if note["chain"] in run.chains:
                     run.store.truncate(run.chains.index(note["chain"]), note["first_draw"])
-        self.store = run.settled_store()
+        self.store = MemoryStore.adopting(run.settled_store()) if in_memory else run.settled_store()
         self.chains = run.chains
         self.transforms = self.kernel.transforms if self._given_transforms is None else self._given_transforms
         self._samples = self.store.samples(self._given_transforms)
@@ -295,6 +298,16 @@ class MCMC(pyro.infer.MCMC):
             divergences = list(range(first.get(chain, count), count))
             self._diagnostics.append({"divergences": divergences, **statistics, **run.report(chain)})
         return self.store.complete_part()[1]
+
+    def _collect_after(self, error: BaseException, run: Run) -> None:
+        """Takes the draws that there are; where their files cannot be read, the error that ended the run says so."""
+        try:
+            try:
+                self._collect(run)
+            except OSError:  # a full disk
+                self._collect(run, in_memory=True)
+        except (OSError, ValueError) as other:
+            error.add_note(f"The draws so far are not in get_samples(): {other}")
 
     def _report_divergences(self, run: Run) -> None:
         """A warning, or the error where no chain is left."""

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,19 +18,17 @@ from typing import TYPE_CHECKING, Any
 import pyro
 import torch
 import torch.multiprocessing
-from torch import Tensor
 
 from pyro_apd.chains.checkpoint import (
     Checkpoint,
     CheckpointError,
     Progress,
-    arguments_digest,
-    check_identity,
-    describe,
+    previous_path,
     read_checkpoint,
     write_checkpoint,
 )
 from pyro_apd.chains.group import GroupRun, begin
+from pyro_apd.chains.identity import arguments_digest, check_identity, constructor_settings, describe, step_sizes
 from pyro_apd.chains.progress_bar import ProgressBars
 from pyro_apd.chains.settings import Settings, draws_path
 from pyro_apd.chains.stores.base import DrawStore, MemoryStore, kept_layout
@@ -39,7 +37,10 @@ from pyro_apd.chains.workers import Job, run_workers
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.kernels.engine.temperature import Temperature
 from pyro_apd.models.layout import Layout
+from pyro_apd.runtime.file_lock import locked
+from pyro_apd.runtime.files import with_message
 from pyro_apd.runtime.seeds import derived_seed, fresh_seed
+from pyro_apd.runtime.trees import tree_leaves
 
 if TYPE_CHECKING:
     from pyro_apd.kernels.base import StochasticGradientKernel
@@ -82,7 +83,13 @@ class Run:
         self._bars: ProgressBars | None = None
 
     def sample(self) -> None:
-        """All chains, from where a checkpoint left them."""
+        """All chains, from where a checkpoint left them.
+
+        :raises CheckpointError: if another run writes the same files.
+        :raises OSError: if a folder for them cannot be made.
+        """
+        for name, path in self._own_files().items():
+            self._lock(name, path)
         saved = self._read()
         self._stack.callback(self.kernel.cleanup)
         self._stack.enter_context(_seeded_kernel(self.kernel, self._seed(saved)))
@@ -157,6 +164,26 @@ class Run:
 
     # -- internals ----------------------------------------------------------------------------------------------------
 
+    def _own_files(self) -> dict[str, Path]:
+        """Checkpoint and store that this process alone writes, by the argument that names them."""
+        files = {"checkpoint": self._path, "store_path": self.settings.store_path}
+        return {name: path for name, path in files.items() if path is not None}
+
+    def _lock(self, name: str, path: Path) -> None:
+        """Reserves a file or a folder for this run, to its end."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"{name}='{path}': its folder cannot be made ({error.strerror}). Nothing was written."
+            raise with_message(error, f"{message} Make the folder, or give another path.") from error
+
+        def refusal(holder: str) -> CheckpointError:
+            return CheckpointError(
+                f"{name}='{path}' is in use by another run: {holder}. Wait until it ends, or give another path."
+            )
+
+        self._stack.enter_context(locked(path, refusal))
+
     def _read(self) -> Checkpoint | None:
         """The checkpoint to go on from."""
         return None if self._path is None else read_checkpoint(self._path)
@@ -175,7 +202,20 @@ class Run:
     def _save(self, saved: Mapping[int, Progress]) -> None:
         assert self._path is not None
         self._saved.update(saved)
-        write_checkpoint(self._path, Checkpoint(self._identity, self._saved, self._notes))
+        try:
+            write_checkpoint(self._path, Checkpoint(self._identity, self._saved, self._notes))
+        except OSError as error:
+            last = next((path for path in (self._path, previous_path(self._path)) if path.exists()), None)
+            advice = f" Once files can be written, the same call continues from '{last}'." if last else ""
+            raise with_message(error, f"{error.strerror or error} {self._kept()}{advice}") from error
+
+    def _kept(self) -> str:
+        """A sentence on where the draws are after an error."""
+        try:
+            counts = self.store.counts if self.store is not None else []
+        except (OSError, ValueError):
+            return "The files of the draws are gone, too."
+        return f"The draws so far, {counts} by chain, are in get_samples()."
 
     def _open(self, chain: Chain, saved: Checkpoint | None) -> DrawStore:
         """The store: new, or that of the checkpoint."""
@@ -184,27 +224,50 @@ class Run:
         kept = kept_layout(chain.layout, self.settings.save_params)
         path = self.settings.store_path
         if self._path is not None:
-            self._identity = self._describe(chain.layout, chain.theta)
+            self._identity = self._describe(chain)
             if saved is not None:
                 check_identity(self._path, saved.identity, self._identity)
+                self._check_device(saved)
                 self.store = self._resume(saved, kept)
                 return self.store
             path = path or draws_path(self._path)
-            self._path.parent.mkdir(parents=True, exist_ok=True)
         elif path is None and self._is_parallel:
             path = _shared_folder(self.plan.num_chains * self.plan.num_samples * kept.size * dtype.itemsize)
             self._stack.callback(_remove_folder, path)
         if path is None:
             self.store = MemoryStore(kept, len(self.chains), self.plan.num_samples, chain.theta)
             return self.store
-        self._notes = {"run": self._name(), "seed": self.kernel.seed, "versions": {"torch": torch.__version__}}
-        store = self._create(path, kept, dtype, {"run": self._notes["run"]})
+        self._notes = {"run": self._name(), **self._circumstances()}
+        try:
+            store = self._create(path, kept, dtype, {"run": self._notes["run"]})
+        except OSError as error:
+            if error.errno is None:  # the store's own message
+                raise
+            message = f"Cannot write the draws to '{path}': {error.strerror}. Nothing was sampled yet."
+            raise with_message(error, message) from error
         self._stack.callback(store.close)
         self.store = store
         self._saved = {first: Progress() for first in self.progress}
         if self._path is not None:
             self._save({})
         return store
+
+    def _circumstances(self) -> dict[str, Any]:
+        """Notes on how the run was begun."""
+        versions = {"torch": torch.__version__}
+        return {"seed": self.kernel.seed, "versions": versions, "device": self._device.type}
+
+    def _check_device(self, saved: Checkpoint) -> None:
+        """Checks that the random streams of chains that have not ended continue on this kind of device.
+
+        :raises CheckpointError: if they do not.
+        """
+        device = saved.notes.get("device")
+        if device != self._device.type and any(progress.state is not None for progress in saved.chains.values()):
+            raise CheckpointError(
+                f"The checkpoint '{self._path}' is of a run on '{device}', and this run is on '{self._device.type}', "
+                f"where other random numbers are drawn. Move model and data to '{device}', or give another checkpoint=."
+            )
 
     def _resume(self, saved: Checkpoint, kept: Layout) -> DrawStore:
         assert self._path is not None
@@ -213,11 +276,14 @@ class Run:
             store = open_store(path)
         except (FileNotFoundError, ValueError) as error:
             raise CheckpointError(
-                f"The checkpoint '{self._path}' has no draws to continue: {error} Put the folder back, or delete the "
-                "checkpoint to start over."
+                f"The checkpoint '{self._path}' has no draws to continue: {error} Put the folder back, or give "
+                "another checkpoint= to start the run over."
             ) from error
         if store.info.get("run") != saved.notes.get("run"):
-            raise CheckpointError(f"The draws at '{path}' are not those of the checkpoint '{self._path}'.")
+            raise CheckpointError(
+                f"The draws at '{path}' are not those of the checkpoint '{self._path}'. Put those back, or give "
+                "another checkpoint= and store_path= to start the run over."
+            )
         if saved.notes.get("versions") != {"torch": torch.__version__}:
             logger.warning("The checkpoint was made with %s; draws may differ in the last bits.", saved.notes)
         store.layout = kept
@@ -232,7 +298,7 @@ class Run:
                 if counts[row] < expected and not is_ended:
                     raise CheckpointError(
                         f"The draws at '{path}' lack some that the checkpoint '{self._path}' counts: chain {number} "
-                        f"has {counts[row]} of {expected}. Delete the checkpoint to start over."
+                        f"has {counts[row]} of {expected}. Give another checkpoint= to start the run over."
                     )
                 if not is_ended:
                     store.truncate(row, expected)
@@ -243,13 +309,22 @@ class Run:
         logger.info("Resuming from '%s': draws made, warm-up included, by chain: %s.", self._path, done)
         return store
 
-    def _describe(self, layout: Layout, theta: Tensor) -> dict[str, Any]:
+    def _describe(self, chain: Chain) -> dict[str, Any]:
         """What identifies this run, by the name of what would differ in another."""
-        settings = {name: describe(value) for name, value in constructor_settings(self.kernel).items()}
+        settings = constructor_settings(self.kernel)
         start = self.plan.initial_params
+        # An iterator gives each batch once, and those are the chain's.
+        is_one_pass = any(isinstance(leaf, Iterator) for leaf in tree_leaves((self.args, self.kwargs)))
+        model = None if is_one_pass else chain.fixed_point_values()
+        if model is not None:  # which says more than a name, and stays where code is moved
+            settings.pop("model", None)
+        schedule: Callable[[int], float] | None = settings.get("schedule")
+        if not dataclasses.is_dataclass(schedule):
+            settings.pop("schedule", None)
         return {
             "kernel": type(self.kernel).__name__,
-            **{f"kernel.{name}": value for name, value in settings.items()},
+            **{f"kernel.{name}": describe(value) for name, value in settings.items()},
+            "step sizes": step_sizes(schedule, self.plan.total * self.kernel.thinning),
             "seed": self.kernel.seed,
             "num_samples": self.plan.num_samples,
             "warmup_steps": self.plan.warmup_steps,
@@ -257,9 +332,10 @@ class Run:
             "chain_method": self.settings.chain_method if self.plan.num_chains > 1 else None,
             "save_params": None if self.settings.save_params is None else sorted(self.settings.save_params),
             "initial_params": None if start is None else arguments_digest(dict(start)),
-            "layout": [str(site) for site in layout],
-            "dtype": str(theta.dtype),
+            "layout": [str(site) for site in chain.layout],
+            "dtype": str(chain.theta.dtype),
             "data": arguments_digest((self.args, self.kwargs)),
+            "model": model,
         }
 
     def _run_workers(self) -> None:
@@ -307,16 +383,6 @@ def _seeded_kernel(kernel: StochasticGradientKernel, saved: int | None) -> Itera
         yield
     finally:
         kernel.seed = given
-
-
-def constructor_settings(kernel: StochasticGradientKernel) -> dict[str, Any]:
-    """What a kernel was made with, as far as its attributes show it, without what it found out since."""
-    names = {"schedule"}  # what ``step_size`` became
-    for base in type(kernel).__mro__:
-        if "__init__" in vars(base):
-            names.update(inspect.signature(vars(base)["__init__"]).parameters)
-    names -= {"self", "seed", "layout", "prefetch"}  # how far is read ahead changes no draw
-    return {name: value for name, value in sorted(vars(kernel).items()) if name in names}
 
 
 def _shared_folder(num_bytes: int) -> Path:

@@ -81,13 +81,24 @@ def check_method(chain_method: str | None, gather: str | None, split: str | None
 def checked_checkpoint(path: str | os.PathLike[str] | None, every: int | None) -> Path | None:
     """The path of the checkpoint; None for none.
 
-    :raises ValueError: if ``checkpoint_every`` is no positive integer, or there is no checkpoint for it.
+    :raises ValueError: if it is no path, ``checkpoint_every`` is no positive integer, or there is no checkpoint for it.
     """
     if every is not None:
         integer("checkpoint_every", every)
         if path is None:
             raise ValueError(f"checkpoint_every={every} needs checkpoint=, the file to write to.")
-    return None if path is None else Path(path).absolute()
+    return None if path is None else _checked_path("checkpoint", path, "run.ckpt")
+
+
+def _checked_path(name: str, path: str | os.PathLike[str], example: str) -> Path:
+    """An absolute path.
+
+    :raises ValueError: if it is none.
+    """
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ValueError(f"{name}={path!r} must be a path, such as {name}={example!r}.")
+    return Path(text).absolute()
 
 
 def checkpoint_interval(path: Path | None, every: int | None, num_draws: int) -> int | None:
@@ -106,7 +117,7 @@ def checked_store(store: str, store_path: str | os.PathLike[str] | None, checkpo
             raise ValueError(f"store_path={store_path!r} goes with store='disk'; got store='memory'.")
         return None
     if store_path is not None:
-        return Path(store_path).absolute()
+        return _checked_path("store_path", store_path, "draws")
     if checkpoint is None:
         raise ValueError("store='disk' needs store_path=, a folder for the draws.")
     return draws_path(checkpoint)

@@ -12,17 +12,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyro
 from pyro import poutine
 from torch import Tensor
 
-from pyro_apd.chains.checkpoint import Checkpoint, Progress, arguments_digest, check_identity, describe
+from pyro_apd.chains.checkpoint import Checkpoint, Progress
 from pyro_apd.chains.distributed import RankRun
 from pyro_apd.chains.group import Plan, rebuilt_error
-from pyro_apd.chains.settings import Settings, checked_initial_params
+from pyro_apd.chains.identity import arguments_digest, check_identity, describe
+from pyro_apd.chains.settings import Settings, checked_checkpoint, checked_initial_params
 from pyro_apd.chains.stores.base import DrawStore
 from pyro_apd.chains.stores.even import EvenStore
 from pyro_apd.data.sources import shown_arguments
@@ -132,8 +132,6 @@ def distill_online(
     """
     _check_kernel(kernel)
     lengths = RunLengths.checked(num_samples, warmup_steps, num_chains, buffer_size, rounds, checkpoint_every)
-    if checkpoint_every is not None and checkpoint is None:
-        raise ValueError(f"checkpoint_every={checkpoint_every} needs checkpoint=, the file to write to.")
     checks.choice("chain_method", chain_method, ("vectorized", "distributed"))
     if restart:
         warnings.warn(
@@ -146,7 +144,7 @@ def distill_online(
     start = checked_initial_params(initial_params, lengths.num_chains)
     every = None if checkpoint is None else lengths.checkpoint_every
     plan = Plan(lengths.num_samples, lengths.warmup_steps, lengths.num_chains, start, None, every)
-    path = None if checkpoint is None else Path(checkpoint).absolute()
+    path = checked_checkpoint(checkpoint, checkpoint_every)
     settings = Settings(plan, chain_method, checkpoint_path=path, disable_progbar=not progress, gather="all")
     ranks = join_process_group() if chain_method == "distributed" else Ranks()
     args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
@@ -311,6 +309,9 @@ class _OnlineRun(RankRun):
         self._notes["rounds"] = list(self._rounds.log)
         self._save({chains.first: progress, _BUFFER: Progress(state=self.buffer.state_dict())})
 
+    def _kept(self) -> str:
+        return "The draws since the last checkpoint are made again."
+
     def _open(self, chain: Chain, saved: Checkpoint | None) -> DrawStore:
         self._chain, self._device = chain, chain.theta.device
         given = self._rounds.options
@@ -322,16 +323,16 @@ class _OnlineRun(RankRun):
         self.store, self._saved = buffer, {}
         if self._path is None:
             return buffer
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         # Chains depend on the training only where they are put at draws of the generator.
         trained = [describe(given), arguments_digest(self._rounds.probe_inputs)] if self._restart else None
         online = {"online": [self._capacity, self._schedule], "restart": trained}
-        self._identity = {**self._describe(chain.layout, chain.theta), **online}
-        self._notes = {"seed": self.kernel.seed, "training_seed": self._rounds.options.seed}
+        self._identity = {**self._describe(chain), **online}
+        self._notes = {**self._circumstances(), "training_seed": self._rounds.options.seed}
         if saved is None:
             self._notes["run"] = self._name()
         if saved is not None:
             check_identity(self._path, saved.identity, self._identity)
+            self._check_device(saved)
             buffer.load_state_dict(saved.chains[_BUFFER].state or {})
             self.progress = {first: saved.chains[first] for first in self.progress}
             self._notes, self._saved = dict(saved.notes), dict(saved.chains)

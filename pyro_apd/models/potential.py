@@ -94,9 +94,12 @@ class Potential:
         """N; None where no argument has rows."""
         return self.source.num_data
 
-    def prior_alone(self) -> Potential:
-        """The potential of the prior: the part of U that does not depend on data. It takes no batches."""
-        call = self._call(self.source.draw())
+    def prior_alone(self, inputs: Inputs | None = None) -> Potential:
+        """The potential of the prior: the part of U that does not depend on data. It takes no batches.
+
+        :param inputs: a batch of the source, on which the model is called; by default the next one.
+        """
+        call = self._call(self.source.draw() if inputs is None else inputs)
         structure = ModelStructure(self.layout, self._structure.start)
         source = FullBatch.calling(call)
         source.start(torch.Generator().manual_seed(0))

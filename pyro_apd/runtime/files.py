@@ -5,11 +5,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
+import re
 import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+
+# Temporary files of other machines, whose processes cannot be seen from here, count as left over after a day.
+_MAX_AGE = 24 * 3600.0
+
+# Names of the temporary files that this process is writing.
+_ACTIVE: set[str] = set()
 
 
 @contextmanager
@@ -17,8 +28,8 @@ def atomic_write(path: str | os.PathLike[str], previous: Path | None = None) -> 
     """A temporary path beside ``path`` to write to. At the end of the block the file there replaces ``path``.
 
     The file is durable on return: file and folder are synced. On any failure, Ctrl-C included, the temporary file is
-    removed, and an existing file at ``path`` stays. A process that is killed leaves at most a temporary file, see
-    :func:`remove_leftovers`.
+    removed, and an existing file at ``path`` stays. A process that is killed leaves at most a temporary file, which the
+    next write to ``path`` removes.
 
     :param path: the file to write.
     :param previous: where an existing file at ``path`` is moved to; by default it is replaced.
@@ -32,8 +43,14 @@ def atomic_write(path: str | os.PathLike[str], previous: Path | None = None) -> 
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"Cannot write '{path}': there is no folder '{path.parent}'.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        raise FileNotFoundError(
+            f"Cannot write '{path}': there is no folder '{path.parent}'. Make it, or give another path."
+        )
+    if path.is_dir():
+        raise IsADirectoryError(f"Cannot write '{path}': it is a folder. Give the path of a file.")
+    remove_leftovers(path)
+    temporary = path.with_name(f".{path.name}.{machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    _ACTIVE.add(temporary.name)
     try:
         yield temporary
         _sync(temporary)
@@ -43,18 +60,63 @@ def atomic_write(path: str | os.PathLike[str], previous: Path | None = None) -> 
     except OSError as error:
         intact = [file for file in (path, previous) if file is not None and file.exists()]
         kept = f"'{intact[0]}' is as it was before." if intact else "Nothing was written."
-        message = f"Cannot write '{path}': {error.strerror or error}. {kept}"
-        # With an error number Python chooses the subclass, such as PermissionError.
-        raise (OSError(message) if error.errno is None else OSError(error.errno, message)) from error
+        raise with_message(error, f"Cannot write '{path}': {error.strerror or error}. {kept}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            temporary.unlink()
+        _ACTIVE.discard(temporary.name)
     _sync_folder(path.parent)
 
 
+def with_message(error: OSError, message: str) -> OSError:
+    """An error of the same kind with another message."""
+    # With an error number Python chooses the subclass, such as PermissionError.
+    return OSError(message) if error.errno is None else OSError(error.errno, message)
+
+
 def remove_leftovers(path: Path) -> None:
-    """Removes temporary files that killed processes left when they wrote ``path``."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+    """Removes temporary files that killed processes left when they wrote ``path``.
+
+    Those of processes that still run stay. Of processes on other machines, or in other containers, nothing is known;
+    their files are removed when they are a day old.
+    """
+    of_path = re.compile(
+        re.escape(f".{path.name}.") + r"(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]{8}\.tmp"
+    )
+    with suppress(OSError):  # what cannot be listed or removed is in nobody's way
+        for entry in os.scandir(path.parent):
+            found = of_path.fullmatch(entry.name)
+            if found is None or entry.name in _ACTIVE:
+                continue
+            process = int(found["process"])
+            if found["machine"] != machine():
+                is_left = time.time() - entry.stat().st_mtime > _MAX_AGE
+            else:
+                is_left = process == os.getpid() or not is_running(process)
+            if is_left:
+                Path(entry.path).unlink(missing_ok=True)
+
+
+@cache
+def machine() -> str:
+    """Eight hexadecimal digits for this machine, or this container: within them process numbers are unique."""
+    name = platform.node()
+    with suppress(OSError):
+        name += os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
+def is_running(process: int) -> bool:
+    """Whether a process with this number runs on this machine; True where that cannot be found out."""
+    if os.name != "posix":  # elsewhere os.kill ends the process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _sync(path: Path) -> None:

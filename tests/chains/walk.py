@@ -77,6 +77,9 @@ class WalkChain:
     def checkpoint(self):
         return torch.full_like(self.theta, -7.0)
 
+    def fixed_point_values(self):
+        return {"prior": None, "likelihood": None}
+
     def state_dict(self):
         generators = [generator.get_state() for generator in self._generators]
         progress = {"step": self.step, "is_warm": self.is_warm, "num_observed": self.num_observed}

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from pyro_apd.chains.stores.base import STATISTICS, DrawStore, as_bytes
 from pyro_apd.models.layout import Layout
-from pyro_apd.runtime.files import atomic_write, remove_leftovers
+from pyro_apd.runtime.files import atomic_write, remove_leftovers, with_message
 
 logger = logging.getLogger("pyro_apd")
 
@@ -84,8 +84,7 @@ class DiskStore(DrawStore):
         """
         path = Path(path).absolute()
         # A run that was killed while it made the files leaves some of them.
-        if path.is_dir():
-            remove_leftovers(path / "draws.json")
+        remove_leftovers(path / "draws.json")
         if path.exists() and not (path.is_dir() and set(os.listdir(path)) <= set(_FILES)):
             raise FileExistsError(f"store_path='{path}' exists and is no store of draws; give another path.")
         path.mkdir(parents=True, exist_ok=True)
@@ -204,7 +203,15 @@ class DiskStore(DrawStore):
             self._files[name] = (os.open(self.path / name, os.O_WRONLY | getattr(os, "O_BINARY", 0)), offset)
         file, start = self._files[name]
         data = as_bytes(values)
-        _write_all(file, data, start + (chain * self.num_draws + draw) * data.nbytes)
+        try:
+            _write_all(file, data, start + (chain * self.num_draws + draw) * data.nbytes)
+        except OSError as error:
+            message = (
+                f"Cannot write draw {draw} of chain {chain} to '{self.path}': {error.strerror or error}. The draws "
+                "before it are intact: open_store reads them, and a run with checkpoint= continues from there once "
+                "files can be written."
+            )
+            raise with_message(error, message) from error
 
     def _map(self, name: str) -> Tensor:
         if name not in self._maps:

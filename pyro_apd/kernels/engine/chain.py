@@ -27,6 +27,7 @@ from pyro_apd.kernels.engine.noise import Noise
 from pyro_apd.kernels.engine.schedules import Schedule
 from pyro_apd.kernels.engine.step import Measures, Stepper, StepSettings, StepSizes, Update
 from pyro_apd.kernels.engine.temperature import Kinetic, Temperature, ThermometerSet
+from pyro_apd.models.fixed_point import fixed_point_values
 from pyro_apd.models.potential import Inputs, Pieces, Potential
 from pyro_apd.runtime.seeds import derived_generator, derived_seed
 
@@ -220,6 +221,10 @@ class Chain:
     def temperatures(self, target: float) -> list[Temperature]:
         """What the thermometers read over the kept draws, beside the ``target``."""
         return self._thermometers.temperatures(target)
+
+    def fixed_point_values(self) -> dict[str, Any]:
+        """What identifies the posterior, see :mod:`pyro_apd.models.fixed_point`; of a chain before its first step."""
+        return fixed_point_values(self.potential, self._like)
 
     def close(self) -> None:
         """Ends the thread that reads batches ahead; no further steps are taken."""
