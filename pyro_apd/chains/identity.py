@@ -17,7 +17,7 @@ import json
 import math
 import mmap
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,13 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from pyro_apd.chains.checkpoint import CheckpointError
 from pyro_apd.chains.stores.base import as_bytes
 from pyro_apd.data.row_reader import is_stored
-from pyro_apd.runtime.trees import tree_flatten_with_path
+from pyro_apd.runtime.trees import tree_flatten_with_path, tree_leaves
 
 if TYPE_CHECKING:
+    from pyro_apd.chains.settings import Settings
     from pyro_apd.kernels.base import StochasticGradientKernel
+    from pyro_apd.kernels.engine.chain import Chain
+    from pyro_apd.kernels.engine.schedules import Schedule
 
 # Rows of a file of data that are part of the digest.
 _STORED_ROWS = 1000
@@ -48,8 +51,8 @@ _MAX_SHOWN = 3
 # Relative differences that rounding may make: of step sizes, of the prior, of the likelihood, whose networks amplify
 # it, and of gradients, which jump where a unit of a ReLU network switches.
 _STEP_SIZE = 1e-6
-_ENERGY = {"prior": 2e-5, "likelihood": 2e-4}
-_GRADIENT = 2e-3
+_ENERGY = {"prior": 2e-5, "likelihood": 1e-4}
+_GRADIENT = 1e-3
 # The likelihood is a difference from the whole, of which this share may be rounding.
 _ROUNDING = 1e-6
 # Of numbers with fewer digits, so many times as much.
@@ -68,7 +71,12 @@ def check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, 
         was, now = found.get(name), expected.get(name)
         if name == "model" and was and now:
             differences += _differing_parts(was, now, _SHORT_NUMBERS.get(expected.get("dtype", ""), 1.0))
-        elif not (was == now or (name == "step sizes" and _are_close(was, now))):
+        elif name == "data" and was and now:
+            other = [argument for argument in {**was, **now} if was.get(argument) != now.get(argument)]
+            differences += [f"argument {argument} of the model was given other data" for argument in other]
+        elif name == "step sizes" and was and now:
+            differences += _differing_steps(was, now)
+        elif was != now:
             differences.append(f"{name} was {_short(was)}, now {_short(now)}")
     if differences:
         more = f"; and {len(differences) - _MAX_SHOWN} more" if len(differences) > _MAX_SHOWN else ""
@@ -76,6 +84,45 @@ def check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, 
             f"The checkpoint '{path}' belongs to another run: {'; '.join(differences[:_MAX_SHOWN])}{more}. Run with "
             "the same model, data and settings to resume it, or give another checkpoint=."
         )
+
+
+def run_identity(
+    kernel: StochasticGradientKernel,
+    settings: Settings,
+    chain: Chain,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What identifies a run, by the name of what would differ in another; JSON values.
+
+    :param chain: one of its chains, before its first step.
+    """
+    plan = settings.plan
+    of_kernel = constructor_settings(kernel)
+    # An iterator gives each batch once, and those are the chain's.
+    is_one_pass = any(isinstance(leaf, Iterator) for leaf in tree_leaves((tuple(args), dict(kwargs))))
+    model = None if is_one_pass else chain.fixed_point_values()
+    if model is not None:  # which says more than a name, and stays where code is moved
+        of_kernel.pop("model", None)
+    schedule: Schedule | None = of_kernel.get("schedule")
+    if not dataclasses.is_dataclass(schedule):
+        of_kernel.pop("schedule", None)
+    return {
+        "kernel": type(kernel).__name__,
+        **{f"kernel.{name}": describe(value) for name, value in of_kernel.items()},
+        "step sizes": step_sizes(schedule, plan.total * kernel.thinning),
+        "seed": kernel.seed,
+        "num_samples": plan.num_samples,
+        "warmup_steps": plan.warmup_steps,
+        "num_chains": plan.num_chains,
+        "chain_method": settings.chain_method if plan.num_chains > 1 else None,
+        "save_params": None if settings.save_params is None else sorted(settings.save_params),
+        "initial_params": None if plan.initial_params is None else arguments_digest(dict(plan.initial_params)),
+        "layout": [str(site) for site in chain.layout],
+        "dtype": str(chain.theta.dtype),
+        "data": data_digests(args, kwargs),
+        "model": model,
+    }
 
 
 def constructor_settings(kernel: StochasticGradientKernel) -> dict[str, Any]:
@@ -88,17 +135,23 @@ def constructor_settings(kernel: StochasticGradientKernel) -> dict[str, Any]:
     return {name: value for name, value in sorted(vars(kernel).items()) if name in names}
 
 
-def step_sizes(schedule: Callable[[int], float] | None, num_steps: int) -> list[float] | None:
-    """Step sizes at steps evenly spaced over the run, the first and the last among them; None without a schedule."""
+def step_sizes(schedule: Schedule | None, num_steps: int) -> dict[str, float] | None:
+    """Step sizes by step, evenly spaced over the run, with the first and the last; None without a schedule."""
     if schedule is None:
         return None
     last = max(num_steps - 1, 0)
     steps = sorted({i * last // (_NUM_STEPS - 1) for i in range(_NUM_STEPS)})
-    return [float(schedule(step)) for step in steps]
+    return {str(step): float(schedule(step)) for step in steps}
+
+
+def data_digests(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the arguments of a run by their names, see :func:`arguments_digest`."""
+    positional = {f"#{i}": arguments_digest(arg) for i, arg in enumerate(args)}
+    return positional | {repr(name): arguments_digest(arg) for name, arg in kwargs.items()}
 
 
 def arguments_digest(values: Any) -> str:
-    """A digest of the arguments of a run, the same on any device.
+    """A digest of an argument of a run, or of several, the same on any device.
 
     * Of tensors and of arrays in memory, all contents; of arrays in files a thousand evenly spaced rows, and of other
       stored data fifty.
@@ -184,10 +237,13 @@ def _is_close(one: float, other: float, allowed: float) -> bool:
     return not math.isfinite(allowed) or abs(one - other) <= allowed
 
 
-def _are_close(found: Sequence[float] | None, expected: Sequence[float] | None) -> bool:
-    if found is None or expected is None or len(found) != len(expected):
-        return False
-    return all(_is_close(was, now, _STEP_SIZE * abs(was)) for was, now in zip(found, expected, strict=True))
+def _differing_steps(found: Mapping[str, float], expected: Mapping[str, float]) -> list[str]:
+    """The first step whose size differs, in words; other lengths of the run are said elsewhere."""
+    for step, was in found.items():
+        now = expected.get(step, was)
+        if not _is_close(was, now, _STEP_SIZE * abs(was)):
+            return [f"the step size at step {step} was {was:g}, now {now:g}"]
+    return []
 
 
 def _short(value: Any) -> str:
@@ -240,7 +296,7 @@ def _is_in_file(array: Any) -> bool:
         if isinstance(array, np.memmap):
             return True
         array = array.base
-    return isinstance(array, mmap.mmap)
+    return isinstance(array.obj if isinstance(array, memoryview) else array, mmap.mmap)
 
 
 def _add_loader(digest: Any, leaf: Any) -> None:

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ from pyro_apd.chains.checkpoint import (
     write_checkpoint,
 )
 from pyro_apd.chains.group import GroupRun, begin
-from pyro_apd.chains.identity import arguments_digest, check_identity, constructor_settings, describe, step_sizes
+from pyro_apd.chains.identity import check_identity, run_identity
 from pyro_apd.chains.progress_bar import ProgressBars
 from pyro_apd.chains.settings import Settings, draws_path
 from pyro_apd.chains.stores.base import DrawStore, MemoryStore, kept_layout
@@ -40,7 +39,6 @@ from pyro_apd.models.layout import Layout
 from pyro_apd.runtime.file_lock import locked
 from pyro_apd.runtime.files import with_message
 from pyro_apd.runtime.seeds import derived_seed, fresh_seed
-from pyro_apd.runtime.trees import tree_leaves
 
 if TYPE_CHECKING:
     from pyro_apd.kernels.base import StochasticGradientKernel
@@ -214,7 +212,7 @@ class Run:
         try:
             counts = self.store.counts if self.store is not None else []
         except (OSError, ValueError):
-            return "The files of the draws are gone, too."
+            return "The files of the draws cannot be read."
         return f"The draws so far, {counts} by chain, are in get_samples()."
 
     def _open(self, chain: Chain, saved: Checkpoint | None) -> DrawStore:
@@ -311,32 +309,7 @@ class Run:
 
     def _describe(self, chain: Chain) -> dict[str, Any]:
         """What identifies this run, by the name of what would differ in another."""
-        settings = constructor_settings(self.kernel)
-        start = self.plan.initial_params
-        # An iterator gives each batch once, and those are the chain's.
-        is_one_pass = any(isinstance(leaf, Iterator) for leaf in tree_leaves((self.args, self.kwargs)))
-        model = None if is_one_pass else chain.fixed_point_values()
-        if model is not None:  # which says more than a name, and stays where code is moved
-            settings.pop("model", None)
-        schedule: Callable[[int], float] | None = settings.get("schedule")
-        if not dataclasses.is_dataclass(schedule):
-            settings.pop("schedule", None)
-        return {
-            "kernel": type(self.kernel).__name__,
-            **{f"kernel.{name}": describe(value) for name, value in settings.items()},
-            "step sizes": step_sizes(schedule, self.plan.total * self.kernel.thinning),
-            "seed": self.kernel.seed,
-            "num_samples": self.plan.num_samples,
-            "warmup_steps": self.plan.warmup_steps,
-            "num_chains": self.plan.num_chains,
-            "chain_method": self.settings.chain_method if self.plan.num_chains > 1 else None,
-            "save_params": None if self.settings.save_params is None else sorted(self.settings.save_params),
-            "initial_params": None if start is None else arguments_digest(dict(start)),
-            "layout": [str(site) for site in chain.layout],
-            "dtype": str(chain.theta.dtype),
-            "data": arguments_digest((self.args, self.kwargs)),
-            "model": model,
-        }
+        return run_identity(self.kernel, self.settings, chain, self.args, self.kwargs)
 
     def _run_workers(self) -> None:
         assert isinstance(self.store, DiskStore)

@@ -17,8 +17,9 @@ from pyro_apd.models.layout import Layout
 from pyro_apd.models.potential import Inputs, Potential
 from pyro_apd.runtime.global_state import seeded
 
-# Size of the fixed point's values relative to 1 / sqrt(number of inputs); smaller where the potential is not finite.
-_SIZES = (0.5, 0.05, 0.0)
+# Largest values of the fixed point relative to 1 / sqrt(number of inputs). With the first, of variance 1, layers pass
+# on signals of about the size that they get, and do not amplify rounding. Smaller where the potential is not finite.
+_SIZES = (3**0.5, 0.1, 0.0)
 
 
 def fixed_point_values(potential: Potential, like: Tensor) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def _first_batch(source: MinibatchSource, device: torch.device) -> tuple[Minibat
 
 
 def _fixed_point(layout: Layout, size: float) -> Tensor:
-    """``(D,)``. Outputs of a network at it are of the size of its inputs, or smaller, however deep it is."""
+    """``(D,)``, uniform within ``size`` / sqrt(number of inputs), which is taken as the larger side of a matrix."""
     generator = torch.Generator().manual_seed(0)
     pieces = []
     for site in layout:

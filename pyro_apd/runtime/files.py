@@ -69,9 +69,9 @@ def atomic_write(path: str | os.PathLike[str], previous: Path | None = None) -> 
 
 
 def with_message(error: OSError, message: str) -> OSError:
-    """An error of the same kind with another message."""
-    # With an error number Python chooses the subclass, such as PermissionError.
-    return OSError(message) if error.errno is None else OSError(error.errno, message)
+    """An error of the same type with another message."""
+    # With an error number Python chooses the type, such as PermissionError.
+    return type(error)(message) if error.errno is None else OSError(error.errno, message)
 
 
 def remove_leftovers(path: Path) -> None:

@@ -4,10 +4,10 @@
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.chains.checkpoint import (
     Checkpoint,
@@ -15,10 +15,9 @@ from pyro_apd.chains.checkpoint import (
     Progress,
     previous_path,
     read_checkpoint,
+    read_file,
     write_checkpoint,
 )
-from pyro_apd.chains.identity import arguments_digest, check_identity, describe
-from pyro_apd.kernels.engine.schedules import Constant
 from pyro_apd.runtime.files import machine
 
 IDENTITY = {"kernel": "SGLD", "seed": 3, "layout": ["w[3]"]}
@@ -168,47 +167,43 @@ def test_leftovers_of_a_killed_writer_are_swept(path):
     assert sorted(os.listdir(path.parent)) == ["run.ckpt", "run.ckpt.previous"]
 
 
-def test_another_run_is_refused_by_what_differs(path):
-    check_identity(path, IDENTITY, {**IDENTITY, "layout": ("w[3]",)})
-    with pytest.raises(CheckpointError, match=r"another run: seed was 3, now 4; layout was .*, now \[\"v\[3\]\"\]"):
-        check_identity(path, IDENTITY, {**IDENTITY, "seed": 4, "layout": ["v[3]"]})
-    with pytest.raises(CheckpointError, match="thinning was null, now 2"):
-        check_identity(path, IDENTITY, {**IDENTITY, "thinning": 2})
+def test_a_damaged_checkpoint_is_put_aside_and_not_in_place_of_the_undamaged_one(path):
+    os.truncate(path, 100)
+    path.with_name("run.ckpt.damaged").write_text("of another day")
+    with pytest.warns(RuntimeWarning, match=r"newest is now at '.*run.ckpt.damaged1'"):
+        read_checkpoint(path)
+    write_checkpoint(path, checkpoint_of(6))
+    assert read_checkpoint(path).chains[0].num_done == 6
+    assert path.with_name("run.ckpt.damaged").read_text() == "of another day"
+    assert path.with_name("run.ckpt.damaged1").stat().st_size == 100
 
 
-def test_fingerprints_see_the_data():
-    x, y = torch.randn(20, 3), torch.randint(2, (20,))
-    seen = arguments_digest(((x, y), {"flag": True}))
-    assert arguments_digest(((x.clone(), y), {"flag": True})) == seen
-    changed = x.clone()
-    changed[13, 1] += 1e-6
-    others = [
-        ((changed, y), {"flag": True}),
-        ((x.T.contiguous(), y), {"flag": True}),
-        ((x, y.int()), {"flag": True}),
-        ((y, x), {"flag": True}),
-        ((x, y), {"flag": False}),
-        ((x, y), {"flags": True}),
-        ((x,), {"flag": True}),
-    ]
-    assert len({seen, *map(arguments_digest, others)}) == 8
+@pytest.mark.parametrize("name", ["run.ckpt", "run.ckpt.previous"])
+@pytest.mark.parametrize(("make", "what"), [(Path.mkdir, "is a folder"), (os.mkfifo, "is a pipe or a device")])
+def test_what_is_no_file_is_left_alone(name, make, what, tmp_path):
+    make(tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"checkpoint='.*{name}' {what}, and must be a file. Give") as error:
+        read_checkpoint(tmp_path / "run.ckpt")
+    assert "elete" not in str(error.value)
+    assert os.listdir(tmp_path) == [name]
 
 
-def test_fingerprints_see_into_loaders():
-    x = torch.randn(20, 3)
-
-    def of(x, **settings):
-        return arguments_digest(((DataLoader(TensorDataset(x), **settings),), {}))
-
-    assert of(x, batch_size=4) == of(x.clone(), batch_size=4)
-    assert (
-        len({of(x, batch_size=4), of(x + 1, batch_size=4), of(x, batch_size=5), of(x, batch_size=4, shuffle=True)}) == 4
-    )
+def test_what_is_no_checkpoint_is_left_alone(tmp_path):
+    (tmp_path / "table.csv").write_text("1,2,3\n" * 100)
+    with pytest.raises(CheckpointError, match=r"table.csv is not a safetensors.*Give another checkpoint=") as error:
+        read_checkpoint(tmp_path / "table.csv")
+    assert "elete" not in str(error.value)
+    assert (tmp_path / "table.csv").read_text() == "1,2,3\n" * 100
 
 
-def test_settings_are_described_alike_in_every_process():
-    assert describe(Constant(0.5)) == {"type": "Constant", "step_size": 0.5}
-    assert describe(test_no_checkpoint_yet) == "test_no_checkpoint_yet"
-    assert describe({"a": (1, None)}) == {"a": [1, None]}
-    assert describe(object()) == "object"
-    assert describe(torch.ones(2)) == describe(torch.ones(2)) != describe(torch.zeros(2))
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file/run.ckpt' cannot be read \(Not a directory\)"):
+        read_checkpoint(tmp_path / "file" / "run.ckpt")
+
+
+@pytest.mark.parametrize("part", ["identity", "notes"])
+def test_identity_and_notes_are_tables(part, path):
+    write_checkpoint(path, Checkpoint(**{"identity": {}, "chains": {}, "notes": {}, part: [1]}))
+    with pytest.raises(CheckpointError, match="must be tables"):
+        read_file(path)

@@ -3,6 +3,7 @@
 
 """The driver, on a kernel that costs nothing; :mod:`tests.chains.test_driver_kernels` runs it on real ones."""
 
+import errno
 import faulthandler
 import gc
 import logging
@@ -16,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pyro
@@ -26,8 +28,9 @@ import torch.multiprocessing
 from pyro.infer import NUTS
 from tqdm import tqdm
 
-from pyro_apd.chains.checkpoint import CheckpointError
+from pyro_apd.chains.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from pyro_apd.chains.driver import MCMC, open_store
+from pyro_apd.chains.run import Run
 from pyro_apd.chains.stores.disk import DiskStore
 from pyro_apd.chains.workers import WorkerError
 from pyro_apd.errors import DivergenceError
@@ -731,8 +734,8 @@ def test_both_checkpoints_damaged(tmp_path):
         ({"kernel": Walk(thinning=2)}, "kernel.thinning was 1, now 2"),
         ({"kernel": Unfit("never")}, 'kernel was "Walk", now "Unfit"'),
         ({"save_params": ["w"]}, r"save_params was null, now \[\"w\"\]"),
-        ({"data": (torch.zeros(4, 2),)}, "data was"),
-        ({"data": (torch.ones(5, 2),)}, "data was"),
+        ({"data": (torch.zeros(4, 2),)}, "argument #0 of the model was given other data"),
+        ({"data": (torch.ones(5, 2),)}, "argument #0 of the model was given other data"),
         ({"initial_params": {s.name: torch.zeros(2, *s.shape) for s in LAYOUT}}, "initial_params was null"),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(value),  # the same in every process
@@ -781,6 +784,132 @@ def test_draws_that_are_not_the_checkpoints(tmp_path):
     os.rename(tmp_path / "aside", tmp_path / "c.draws")
     open_store(tmp_path / "c.draws").truncate(0, 2)
     with pytest.raises(CheckpointError, match="chain 0 has 2 of 5"):
+        run(checkpoint=tmp_path / "c")
+
+
+def test_another_device_is_refused_while_chains_have_not_ended(tmp_path):
+    stopped(tmp_path / "c")
+    saved = read_checkpoint(tmp_path / "c")
+    saved.notes["device"] = "cuda"
+    write_checkpoint(tmp_path / "c", saved)
+    with pytest.raises(CheckpointError, match=r"is of a run on 'cuda', and this run is on 'cpu'.* give another check"):
+        run(checkpoint=tmp_path / "c")
+    run(checkpoint=tmp_path / "d")
+    saved = read_checkpoint(tmp_path / "d")
+    saved.notes["device"] = "cuda"
+    write_checkpoint(tmp_path / "d", saved)
+    run(checkpoint=tmp_path / "d")
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "store_path"])
+def test_two_runs_do_not_write_the_same_files(name, tmp_path):
+    settings = {"store": "disk", "checkpoint": tmp_path / "c", "store_path": tmp_path / "s"}
+    other = {"checkpoint": settings["checkpoint"]} if name == "checkpoint" else {**settings, "checkpoint": None}
+    found = []
+
+    def hook(kernel, params, stage, i):
+        if stage == "Sample" and i == 2:
+            with pytest.raises(CheckpointError) as error:
+                # As another thread does: Pyro's handlers are not for two runs within each other.
+                Run(Walk(), driver(**other)._settings, DATA, {}, ExitStack()).sample()
+            found.append(str(error.value))
+
+    assert torch.equal(theta(run(**settings, hook_fn=hook)), theta(run()))
+    (message,) = found
+    assert message.startswith(f"{name}='{settings[name]}' is in use by another run: this process, {os.getpid()}")
+    assert sorted(os.listdir(tmp_path)) == ["c", "c.previous", "s"]
+    run(**settings)
+
+
+def full_after(monkeypatch, count):
+    """A disk on which ``count`` writes of draws succeed."""
+    whole, calls = os.pwrite, []
+
+    def pwrite(file, data, position):
+        calls.append(position)
+        if len(calls) > count:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(file, data, position)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+
+
+@pytest.mark.parametrize("store", ["memory", "disk"])
+def test_on_a_full_disk_draws_are_kept_and_the_run_resumes(store, tmp_path, monkeypatch):
+    settings = {"checkpoint": tmp_path / "c", "checkpoint_every": 2, "store": store}
+    mcmc = driver(**settings)
+    with monkeypatch.context() as patch:
+        full_after(patch, 2 * 5)
+        with pytest.raises(OSError, match=r"Cannot write draw 5 of chain 0 to '.*c.draws'.*intact.*continues from"):
+            mcmc.run(*DATA)
+        assert {value.shape[0] for value in mcmc.get_samples().values()} == {5}
+    assert torch.equal(theta(run(**settings)), theta(run()))
+
+
+def test_a_checkpoint_that_cannot_be_written_says_how_to_go_on(tmp_path, monkeypatch):
+    settings = {"checkpoint": tmp_path / "c", "checkpoint_every": 2}
+    mcmc = driver(**settings)
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def hook(kernel, params, stage, i):
+        if stage == "Sample" and i == 3:
+            patch.setattr(os, "replace", fail)
+
+    with monkeypatch.context() as patch:
+        mcmc = driver(**settings, hook_fn=hook)
+        with pytest.raises(
+            OSError, match=r"Cannot write '.*c': No space left.*'.*c' is as it was.*\[5\] by chain"
+        ) as error:
+            mcmc.run(*DATA)
+    assert f"the same call continues from '{tmp_path / 'c'}'" in str(error.value)
+    assert len(str(error.value)) < 1000
+    assert mcmc.get_samples()["w"].shape[0] == 5
+    assert torch.equal(theta(run(**settings)), theta(run()))
+
+
+def test_a_folder_that_is_removed_meanwhile(tmp_path):
+    def hook(kernel, params, stage, i):
+        if stage == "Sample" and i == 3:
+            shutil.rmtree(tmp_path / "folder")
+
+    mcmc = driver(checkpoint=tmp_path / "folder" / "c", checkpoint_every=2, hook_fn=hook)
+    with pytest.raises(
+        FileNotFoundError, match=r"Cannot write '.*c': there is no folder.* \[5\] by chain, are in get_s"
+    ):
+        mcmc.run(*DATA)
+    assert torch.equal(mcmc.get_samples()["w"], run().get_samples()["w"][:5])
+
+
+def test_files_of_draws_that_cannot_be_read_are_said(tmp_path):
+    def hook(kernel, params, stage, i):
+        if stage == "Sample" and i == 3:
+            (tmp_path / "c.draws" / "theta.npy").write_bytes(b"x")
+            (tmp_path / "c.draws" / "statistics.npy").write_bytes(b"x")
+            shutil.move(tmp_path / "c", tmp_path / "aside")
+            (tmp_path / "c").mkdir()
+
+    mcmc = driver(checkpoint=tmp_path / "c", checkpoint_every=2, hook_fn=hook)
+    with pytest.raises(IsADirectoryError, match=r"it is a folder.*draws cannot be read.*continues from") as error:
+        mcmc.run(*DATA)
+    assert "not in get_samples()" in error.value.__notes__[0]
+
+
+@pytest.mark.parametrize(("name", "path"), [("checkpoint", "file/c"), ("store_path", "file/s")])
+def test_a_folder_that_cannot_be_made(name, path, tmp_path):
+    (tmp_path / "file").write_text("")
+    store = {"store": "disk"} if name == "store_path" else {}
+    with pytest.raises(OSError, match=rf"{name}='.*{path}': its folder cannot be made.* Nothing was written. Make the"):
+        run(**{name: tmp_path / path, **store})
+
+
+def test_no_room_for_the_files_of_the_draws(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pyro_apd.chains.stores.disk._make_npy", fail)
+    with pytest.raises(OSError, match=r"Cannot write the draws to '.*c.draws': No space.* Nothing was sampled yet"):
         run(checkpoint=tmp_path / "c")
 
 

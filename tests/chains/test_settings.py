@@ -43,6 +43,14 @@ def test_files_are_absolute(tmp_path, monkeypatch):
     assert checked_store("memory", None, tmp_path / "run.ckpt") is None
 
 
+@pytest.mark.parametrize("path", ["", "a\0b", b"run.ckpt", 3, True])
+def test_what_is_no_path(path):
+    with pytest.raises(ValueError, match=r"checkpoint=.* must be a path, such as checkpoint='run.ckpt'"):
+        checked_checkpoint(path, None)
+    with pytest.raises(ValueError, match=r"store_path=.* must be a path, such as store_path='draws'"):
+        checked_store("disk", path, None)
+
+
 def test_starts_have_a_leading_dimension_of_chains():
     assert checked_initial_params(None, 3) is None
     assert checked_initial_params({"w": torch.zeros(2)}, 1)["w"].shape == (1, 2)

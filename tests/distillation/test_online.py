@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd import SGLD, DistillationError, DistillationWarning, DivergenceError, distill_online
@@ -17,6 +18,7 @@ from pyro_apd.chains.driver import MCMC
 from pyro_apd.distillation import online, training
 from pyro_apd.distillation.budget import TrainingBudget
 from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.runtime.file_lock import locked
 from pyro_apd.runtime.seeds import derived_seed
 from tests.distillation.test_offline import Largest
 from tests.support.models import Conjugate
@@ -33,6 +35,11 @@ def _few_probes(monkeypatch):
     monkeypatch.setattr(
         TrainingBudget, "of", classmethod(lambda cls, *args: cls(num_probes=8, num_evaluation_draws=40))
     )
+
+
+def noisier(x, y=None):
+    with poutine.scale(scale=0.5):
+        return MODEL.full(x, y)
 
 
 def kernel(model=MODEL.full, step_size=5e-3, **options):
@@ -168,6 +175,7 @@ def test_without_seeds_a_resumed_run_has_those_that_it_began_with(tmp_path, monk
         ({"num_samples": 41}, "num_samples was 40, now 41"),
         ({"sampler": kernel(step_size=1e-3)}, "kernel.schedule was"),
         ({"sampler": kernel(seed=9)}, "seed was 4, now 9"),
+        ({"sampler": kernel(model=noisier)}, "the likelihood is another"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -192,6 +200,17 @@ def test_drivers_and_online_runs_refuse_each_others_checkpoints(tmp_path, finish
     mcmc.run(X, Y)
     with pytest.raises(CheckpointError, match="online was null"):
         run(checkpoint=tmp_path / "run.ckpt")
+
+
+def test_two_runs_do_not_write_the_same_checkpoint(tmp_path):
+    path = tmp_path / "run.ckpt"
+    with (
+        locked(path, RuntimeError),
+        pytest.raises(CheckpointError, match=r"checkpoint='.*run.ckpt' is in use by another run: this process"),
+    ):
+        run(checkpoint=path)
+    with pytest.raises(ValueError, match="checkpoint='' must be a path"):
+        run(checkpoint="")
 
 
 def test_ctrl_c_after_a_round_gives_what_it_made():

@@ -5,10 +5,11 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 
-from pyro_apd.runtime.files import atomic_write, remove_leftovers
+from pyro_apd.runtime.files import atomic_write, is_running, machine, remove_leftovers
 
 
 @pytest.fixture
@@ -101,8 +102,86 @@ def test_two_writers_do_not_share_a_temporary_file(path):
 def test_leftovers_of_a_killed_writer_are_removed(path):
     with atomic_write(path) as temporary:
         temporary.write_text("after")
-        leftover = temporary.with_name(temporary.name)
+    leftover = temporary
     leftover.write_text("half")
-    path.with_name(".other.json.1.tmp").write_text("of another file")
     remove_leftovers(path)
-    assert sorted(os.listdir(path.parent)) == [".other.json.1.tmp", path.name]
+    assert os.listdir(path.parent) == [path.name]
+    remove_leftovers(path / "no folder")
+
+
+def leftover(path, process, machine_name=None):
+    """What a process that was killed while it wrote ``path`` leaves."""
+    left = path.with_name(f".{path.name}.{machine_name or machine()}-{process}-01234567.tmp")
+    left.write_text("half")
+    return left
+
+
+ENDED = 999_999_999
+
+
+def test_the_next_write_removes_what_a_killed_one_left(path):
+    leftover(path, ENDED)
+    leftover(path, os.getpid())  # of a process that had this number before
+    write(path, "after")
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_files_of_running_processes_and_of_other_machines_stay(path):
+    of_parent = leftover(path, os.getppid())
+    elsewhere = leftover(path, ENDED, "0" * 8)
+    others = [
+        path.with_name(f".{path.name}.json.{machine()}-{ENDED}-01234567.tmp"),
+        path.with_name(f".{path.name}.tmp"),
+    ]
+    for other in others:
+        other.write_text("of another file")
+    with atomic_write(path) as temporary:
+        temporary.write_text("one")
+        write(path, "other")  # while the first is being written
+        assert temporary.exists()
+    assert {of_parent, elsewhere, *others, path} == set(path.parent.iterdir())
+    os.utime(elsewhere, (0, 0))
+    write(path, "after")
+    assert not elsewhere.exists()
+
+
+def test_names_are_no_patterns(tmp_path):
+    path = tmp_path / "posterior[1].*"
+    leftover(path, ENDED)
+    other = leftover(tmp_path / "posterior1.x", ENDED)
+    write(path, "after")
+    assert {path, other} == set(tmp_path.iterdir())
+
+
+def test_a_folder_is_not_replaced(path):
+    folder = path.with_name("folder")
+    folder.mkdir()
+    with pytest.raises(IsADirectoryError, match=r"Cannot write '.*folder': it is a folder"):
+        write(folder, "after", previous=path.with_name("older"))
+    assert set(path.parent.iterdir()) == {folder, path}
+
+
+def test_a_folder_that_is_removed_meanwhile(tmp_path):
+    path = tmp_path / "folder" / "table.json"
+    path.parent.mkdir()
+
+    def remove():
+        with atomic_write(path) as temporary:
+            temporary.write_text("after")
+            shutil.rmtree(path.parent)
+
+    with pytest.raises(FileNotFoundError, match=r"Cannot write '.*table.json'.* Nothing was written"):
+        remove()
+
+
+@pytest.mark.parametrize(("error", "expected"), [(ProcessLookupError, False), (PermissionError, True), (None, True)])
+def test_which_processes_run(error, expected, monkeypatch):
+    def kill(process, number):
+        assert number == 0
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert is_running(3) is expected
+    monkeypatch.setattr(os, "name", "nt")
+    assert is_running(3)

@@ -116,8 +116,9 @@ class DiskStore(DrawStore):
         """Number of draws by chain: those before the first that is not marked as kept."""
         self.flush()
         # Read from the file: another process may be writing, and a private mapping need not show that.
-        shape, dtype, offset = _npy_header(self.path / "statistics.npy")
-        numbers = np.fromfile(self.path / "statistics.npy", dtype, int(np.prod(shape)), offset=offset)
+        path = self._readable("statistics.npy")
+        shape, dtype, offset = _npy_header(path)
+        numbers = np.fromfile(path, dtype, int(np.prod(shape)), offset=offset)
         kept_CS = torch.from_numpy(numbers.reshape(shape)[:, :, 0] == 1)
         return [self.num_draws if bool(row.all()) else int(row.int().argmin()) for row in kept_CS]
 
@@ -215,8 +216,13 @@ class DiskStore(DrawStore):
 
     def _map(self, name: str) -> Tensor:
         if name not in self._maps:
-            self._maps[name] = _map_npy(self.path / name)
+            self._maps[name] = _map_npy(self._readable(name))
         return self._maps[name]
+
+    def _readable(self, name: str) -> Path:
+        """Path of a file; of one that was removed while it is written, that of the open file, which has the draws."""
+        path = self.path / name
+        return Path(f"/dev/fd/{self._files[name][0]}") if name in self._files and not path.exists() else path
 
     def _buffer(self, size: int) -> Tensor:
         # A new file, since that of an earlier reading may have fewer draws.
