@@ -77,8 +77,9 @@ class MCMC(pyro.infer.MCMC):
         constant memory, and read through a mapping (see :func:`open_store`).
     :param store_path: a folder for ``store="disk"``; default ``CHECKPOINT.draws``. A store that was there is replaced.
     :param checkpoint: a file. A run that finds its own checkpoint there continues from it, bit for bit, and one that
-        finds it complete returns its draws; delete it, and ``CHECKPOINT.previous``, to start over. Draws made so far
-        are kept beside it, in ``CHECKPOINT.draws``.
+        finds it complete returns its draws; a run of another model, data or settings is refused (see
+        :mod:`pyro_apd.chains.identity`). Give another file to start over. Draws made so far are kept beside it, in
+        ``CHECKPOINT.draws``. While a run writes it, a second one is refused.
     :param int checkpoint_every: draws between checkpoints, warm-up included; default twenty per run.
     :param str gather: with ``"distributed"``, which processes have the draws of all chains after the run: ``"rank0"``
         (default), ``"all"``, or ``"none"``. Others have those of their own chains, in :attr:`chains`.
@@ -228,7 +229,8 @@ class MCMC(pyro.infer.MCMC):
         :param args: the model's arguments, in one of the kernel's three styles.
         :raises DivergenceError: if all chains diverged.
         :raises WorkerError: if a process of a parallel run died.
-        :raises CheckpointError: if no checkpoint can be read, or it belongs to another run.
+        :raises CheckpointError: if no checkpoint can be read, it belongs to another run, or another run is writing it.
+        :raises OSError: if draws or a checkpoint cannot be written; the message says what is intact.
         :raises RankError: if another process of a distributed run is gone.
         """
         if not self._is_ours:

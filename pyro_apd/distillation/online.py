@@ -118,7 +118,8 @@ def distill_online(
         first only.
     :param dict initial_params: unconstrained values by site to start from, as for :class:`~pyro_apd.MCMC`.
     :param dict model_kwargs: keyword arguments of the model.
-    :param checkpoint: a file. A run that finds its own checkpoint there continues from it, bit for bit.
+    :param checkpoint: a file. A run that finds its own checkpoint there continues from it, bit for bit; another run is
+        refused.
     :param int checkpoint_every: draws between checkpoints, warm-up included; by default twenty a run.
     :param str chain_method: ``"vectorized"`` or ``"distributed"``.
     :param bool strict: raise instead of warn if the generator collapsed, diverged or was interrupted.
@@ -126,7 +127,8 @@ def distill_online(
     :raises TypeError: if the kernel is not one of this package.
     :raises ValueError: if a number is out of range.
     :raises DivergenceError: if all chains diverged.
-    :raises CheckpointError: if no checkpoint can be read, or it belongs to another run.
+    :raises CheckpointError: if no checkpoint can be read, it belongs to another run, or another run is writing it.
+    :raises OSError: if a checkpoint cannot be written; the message says what is intact.
     :raises RankError: if another process is gone.
     :raises DistillationError: with ``strict=True``, where a warning would have been issued.
     """

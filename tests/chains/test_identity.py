@@ -180,6 +180,19 @@ def test_rounding_is_no_difference():
     assert_same({"model": values, "dtype": "torch.bfloat16"}, {"model": other, "dtype": "torch.bfloat16"})
 
 
+def test_rounding_of_a_large_prior_is_no_difference_of_a_small_likelihood():
+    values = {"prior": part(1e9, w=1e6), "likelihood": part(100.0, w=1.0)}
+    other = {**values, "likelihood": part(300.0, w=1.2)}
+    assert_same({"model": values}, {"model": other})
+    assert_other({"model": {**values, "prior": part(1e4, w=1.0)}}, {"model": other}, "the likelihood")
+
+
+def test_energies_that_happen_to_be_small_are_compared_on_the_scale_of_their_gradients():
+    values = {"prior": part(1.0, w=1.0), "likelihood": part(1e-3, w=1e4)}
+    assert_same({"model": values}, {"model": {**values, "likelihood": part(0.1, w=1e4)}})
+    assert_other({"model": values}, {"model": {**values, "likelihood": part(10.0, w=1e4)}}, "the likelihood")
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_the_same_where_it_is_not_finite_again(value):
     values = {"prior": part(1.0, w=1.0), "likelihood": part(value, w=value)}

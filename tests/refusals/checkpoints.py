@@ -16,10 +16,6 @@ for scale in (1.0, 0.5):
         error=CheckpointError,
         mentions=("run.ckpt' belongs to another run", 'the prior of sites ["net.weight"', "another checkpoint="),
         why="Draws of two posteriors would be one chain. Models are compared by prior and likelihood at a fixed point.",
-        instead="""
-for scale in (1.0, 0.5):
-    sample(apd.BNN(nn.Linear(3, 3), prior_scale=scale), x, labels, checkpoint=f"{scale}.ckpt")
-""",
     ),
     Refusal(
         title="A checkpoint of another network",
