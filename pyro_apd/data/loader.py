@@ -241,6 +241,14 @@ class LoaderBatches(MinibatchSource):
                 self._random_state = torch.get_rng_state()
                 torch.set_rng_state(before)
 
+    @property
+    def own_generators(self) -> list[torch.Generator]:
+        """Generators of the loader and its samplers, which each epoch moves on, whatever the source's random state."""
+        batch_sampler = getattr(self._loader, "batch_sampler", None)
+        parts = (self._loader, getattr(self._loader, "sampler", None), getattr(batch_sampler, "sampler", None))
+        generators = [getattr(part, "generator", None) for part in parts]
+        return [generator for generator in generators if isinstance(generator, torch.Generator)]
+
     @staticmethod
     def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if isinstance(batch, Mapping):

@@ -12,6 +12,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_apd.data.loader import LoaderBatches
 from pyro_apd.data.minibatch import MinibatchSource
 from pyro_apd.models.layout import Layout
 from pyro_apd.models.potential import Inputs, Potential
@@ -61,7 +62,15 @@ def _first_batch(source: MinibatchSource, device: torch.device) -> tuple[Minibat
     restarted = copy.copy(source)
     restarted.prefetch = 0
     restarted.start(torch.Generator().manual_seed(0))
-    return restarted, tuple(values.to(device) for values in restarted.draw())
+    own = restarted.own_generators if isinstance(restarted, LoaderBatches) else []
+    states = [generator.get_state() for generator in own]
+    try:
+        for generator in own:
+            generator.manual_seed(0)
+        return restarted, tuple(values.to(device) for values in restarted.draw())
+    finally:
+        for generator, state in zip(own, states, strict=True):
+            generator.set_state(state)
 
 
 def _fixed_point(layout: Layout, size: float) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pyro import poutine
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from pyro_apd.models.bnn import BNN
 from pyro_apd.models.fixed_point import _fixed_point, fixed_point_values
@@ -57,6 +57,18 @@ def test_nothing_is_drawn_from_batches_or_global_generators(settings):
     assert torch.equal(torch.random.get_rng_state(), before)
     for one, other in zip(found, expected, strict=True):
         assert all(map(torch.equal, one, other))
+
+
+def test_generators_of_a_loader_do_not_move():
+    generator, of_sampler = (torch.Generator().manual_seed(seed) for seed in (1, 2))
+    data = TensorDataset(PROBLEM.x, PROBLEM.y)
+    sampler = RandomSampler(data, generator=of_sampler)
+    loader = DataLoader(data, batch_size=10, sampler=sampler, generator=generator)
+    potential, values = values_of(PROBLEM.full, loader)
+    before = generator.get_state(), of_sampler.get_state()
+    assert fixed_point_values(potential, torch.empty(0)) == values
+    assert values["likelihood"] is not None
+    assert all(map(torch.equal, before, (generator.get_state(), of_sampler.get_state())))
 
 
 def test_the_batches_of_a_loader_stay_the_chains():
