@@ -27,7 +27,7 @@ from pyro_apd.kernels import SGLD
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.predictive.draws import PosteriorLike, Values, take_draws
-from pyro_apd.runtime.global_state import preserved_param_store
+from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
 #: From model, labelled inputs, their labels, a seed and the last round's posterior to this round's.
 Posterior = Callable[[Callable[..., Any], Tensor, Tensor, int, PosteriorLike | None], PosteriorLike]
@@ -105,7 +105,7 @@ class Chain:
             values = {n: v.unflatten(0, (self.num_chains, -1))[:, -1] for n, v in previous.items()}
         else:
             values = take_draws(previous, self.num_chains, seed, x.device, "previous")
-        with poutine.block(), preserved_param_store(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with preserved_param_store(), poutine.block(), torch.no_grad(), seeded(0):
             layout = Layout.from_trace(poutine.trace(model).get_trace(x, y), list(values))
         start = layout.split(layout.unconstrain({name: value.to(x.device) for name, value in values.items()}))
         return start if self.num_chains > 1 else {name: value[0] for name, value in start.items()}

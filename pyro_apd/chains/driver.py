@@ -39,6 +39,7 @@ from pyro_apd.errors import DivergenceError
 from pyro_apd.runtime.checks import integer
 from pyro_apd.runtime.global_state import preserved_param_store
 from pyro_apd.runtime.ranks import join_process_group
+from pyro_apd.runtime.threads import one_thread
 
 __all__ = ["MCMC", "open_store"]
 
@@ -202,7 +203,6 @@ class MCMC(pyro.infer.MCMC):
             self.num_chains = num_chains
             self._diagnostics = [None] * num_chains  # type: ignore[list-item]
 
-    @poutine.block  # type: ignore[untyped-decorator]
     def run(self, *args: Any, **kwargs: Any) -> None:
         """Runs all chains; a second call starts over, or from the checkpoint.
 
@@ -234,7 +234,9 @@ class MCMC(pyro.infer.MCMC):
         :raises RankError: if another process of a distributed run is gone.
         """
         if not self._is_ours:
-            super().run(*args, **kwargs)
+            # Pyro's own run hides itself from handlers around it, like this one; but it takes no lock.
+            with one_thread():
+                super().run(*args, **kwargs)
             return
         self._args, self._kwargs = args, kwargs
         self._samples, self.store, self.diverged = None, None, []
@@ -243,7 +245,7 @@ class MCMC(pyro.infer.MCMC):
         # A run computes no gradients of the data.
         args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         validation = nullcontext() if self.disable_validation is None else _validation(not self.disable_validation)
-        with validation, preserved_param_store(), ExitStack() as stack:
+        with preserved_param_store(), poutine.block(), validation, ExitStack() as stack:
             run = self._begin(args, kwargs, stack)
             try:
                 run.sample()

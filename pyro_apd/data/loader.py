@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from pyro_apd.data.minibatch import NUM_PROBED, Call, MinibatchSource, ProbeRows
 from pyro_apd.errors import DataError
 from pyro_apd.runtime.global_state import other_random_states
 from pyro_apd.runtime.prefetch import PrefetchQueue, Sender, Transfer, Worker
+from pyro_apd.runtime.random_stream import RandomStream
 from pyro_apd.runtime.trees import tree_flatten, tree_unflatten
 
 # Marks the end of an epoch.
@@ -168,11 +169,8 @@ class LoaderBatches(MinibatchSource):
         :raises ValueError: if an epoch does not hold each datum once.
         """
         self._worker.wait()
-        random_state = torch.get_rng_state()
-        try:
+        with RandomStream(0):
             batches = [self._received(*self._sent(batch)) for batch in self._loader]
-        finally:
-            torch.set_rng_state(random_state)
         rows = sum(batch[0].shape[0] for batch in batches)
         if rows != self.num_data:
             raise ValueError(
@@ -216,30 +214,33 @@ class LoaderBatches(MinibatchSource):
         return float(num_batches) if covers_once else self.num_data / rows
 
     def _next_batch(self) -> Any:
-        """The next batch, drawn under the source's own random state; the global state is restored."""
+        """The next batch, drawn with the source's own random numbers, where it was started."""
         self._worker.wait()
-        before = torch.get_rng_state()
-        if self._random_state is not None:
-            torch.set_rng_state(self._random_state)
+        if self._random_state is None:
+            return self._next_of_epochs(torch.get_rng_state)
+        stream = RandomStream(0)
+        stream.set_state(self._random_state)
         try:
-            for _ in range(2):
-                if self._iterator is None:
-                    self._before_epoch, self._num_taken = torch.get_rng_state(), 0
-                    self._iterator = _epoch(self._loader)
-                try:
-                    batch = next(self._iterator)
-                    self._num_taken += 1
-                    return batch
-                except StopIteration:
-                    self._iterator = None
-            raise DataError(
-                "The iterable of batches is exhausted. Pass one that can be iterated again, such as a DataLoader or a "
-                "list, not an iterator or generator."
-            )
+            with stream:
+                return self._next_of_epochs(stream.get_state)
         finally:
-            if self._random_state is not None:
-                self._random_state = torch.get_rng_state()
-                torch.set_rng_state(before)
+            self._random_state = stream.get_state()
+
+    def _next_of_epochs(self, random_state: Callable[[], Tensor]) -> Any:
+        for _ in range(2):
+            if self._iterator is None:
+                self._before_epoch, self._num_taken = random_state(), 0
+                self._iterator = _epoch(self._loader)
+            try:
+                batch = next(self._iterator)
+                self._num_taken += 1
+                return batch
+            except StopIteration:
+                self._iterator = None
+        raise DataError(
+            "The iterable of batches is exhausted. Pass one that can be iterated again, such as a DataLoader or a "
+            "list, not an iterator or generator."
+        )
 
     @property
     def own_generators(self) -> list[torch.Generator]:

@@ -151,7 +151,7 @@ def distill_online(
     ranks = join_process_group() if chain_method == "distributed" else Ranks()
     args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
     # As in a run of the driver, since checks of distributions would be repeated in every step.
-    with poutine.block(), pyro.validation_enabled(False), preserved_param_store(), ExitStack() as stack:
+    with preserved_param_store(), poutine.block(), pyro.validation_enabled(False), ExitStack() as stack:
         distiller = _Rounds(kernel, args, dict(model_kwargs or {}), options, probe_inputs, on_round, progress, ranks)
         run = _OnlineRun(distiller, settings, stack, lengths.capacity, lengths.schedule, restart)
         try:

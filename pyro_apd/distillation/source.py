@@ -18,7 +18,7 @@ from pyro_apd.chains.stores.base import DrawStore
 from pyro_apd.data.sources import shown_arguments
 from pyro_apd.models.layout import Layout
 from pyro_apd.predictive.draws import ChainsLike, all_finite, kernel_of, not_finite_error, read_chains, run_arguments
-from pyro_apd.runtime.global_state import preserved_param_store
+from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
 logger = logging.getLogger("pyro_apd")
 
@@ -148,7 +148,7 @@ def _find_layout(
     if isinstance(layout, Layout) and set(layout.names) == set(draws):
         return layout
     if model is not None and args is not None:
-        with preserved_param_store(), torch.no_grad(), poutine.block(), torch.random.fork_rng(devices=[]):
+        with preserved_param_store(), torch.no_grad(), poutine.block(), seeded(0):
             trace = poutine.trace(model).get_trace(*args, **kwargs)
         return Layout.from_trace(trace, list(draws))
     logger.info("The supports of sites are not known without model and data: every site counts as real.")

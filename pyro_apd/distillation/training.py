@@ -85,7 +85,7 @@ def train(
     progress: bool = True,
     ranks: Ranks | None = None,
 ) -> Training:
-    """Trains a generator in place, with torch's global random numbers.
+    """Trains a generator in place, with random numbers of torch's functions.
 
     With several processes each takes the steps on draws of its own, with averaged gradients
     (:class:`~torch.nn.parallel.DistributedDataParallel`), and the first evaluates for all.
@@ -184,9 +184,11 @@ class _BestState:
 
     def _draws(self) -> Iterator[Tensor]:
         """The same latents in every evaluation, so that states are not chosen by their random numbers."""
-        with seeded(self._seed, self._device):
-            for count in self._counts:
-                yield self._average(self._latents(count))
+        stream = seeded(self._seed, self._device)
+        for count in self._counts:
+            with stream:  # left before the caller goes on
+                draws = self._average(self._latents(count))
+            yield draws
 
 
 def _steps(
@@ -200,8 +202,8 @@ def _steps(
 ) -> Iterator[Tensor]:
     """Takes the steps, and yields the loss after each."""
     module = ranks.data_parallel(generator)
-    if ranks.size > 1:
-        torch.manual_seed(derived_seed(seed, "steps", ranks.rank))
+    own = None if ranks.size == 1 else derived_seed(seed, "steps", ranks.rank)
+    stream = seeded(own, next(generator.parameters()).device)
     trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
     rates = schedule.rates(generator, trained)
     groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(trained, rates, strict=True)]
@@ -213,7 +215,7 @@ def _steps(
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * (1.0 - step / schedule.num_steps)
         optimiser.zero_grad()
-        with ranks.reporting_lost_processes():
+        with ranks.reporting_lost_processes(), stream:
             loss = objective.backward(lambda count: module(latents(count)))
         optimiser.step()
         if average is not generator:

@@ -35,8 +35,7 @@ class LowRankGenerator(Generator):
     @classmethod
     def of(cls, location_D: Tensor, deviations_KD: Tensor, scale_D: Tensor) -> LowRankGenerator:
         """The generator with these parameters."""
-        with torch.random.fork_rng(devices=[]):
-            generator = cls(len(location_D), len(deviations_KD)).to(location_D)
+        generator = cls(len(location_D), len(deviations_KD)).to(location_D)
         with torch.no_grad():
             generator.location.copy_(location_D)
             generator.deviations.copy_(deviations_KD)

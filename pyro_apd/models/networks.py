@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from pyro.nn import PyroModule
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from pyro_apd.models.bnn import BNN
 from pyro_apd.models.layout import Layout
+from pyro_apd.runtime.threads import one_thread
 
 #: From a network's outputs to predictions, by name.
 LINKS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -48,6 +51,8 @@ def plain_network(architecture: nn.Module, layout: Layout, values: Mapping[str, 
 class Ensemble(nn.Module):
     """The average prediction of many networks, as one module; differentiable in its input.
 
+    It may be called from several threads at once. Its networks stay in evaluation mode.
+
     :param architecture: as for :func:`plain_network`.
     :param layout: the sites.
     :param draws: values ``(S, ...)`` by site.
@@ -75,16 +80,43 @@ class Ensemble(nn.Module):
         self._buffers_of = {site: f"draws_{i}" for i, site in enumerate(dict.fromkeys(self._sites.values()))}
         for site, buffer in self._buffers_of.items():
             self.register_buffer(buffer, draws[site].detach().clone())
+        self._idle_copies: list[nn.Module] = []
 
     def forward(self, x: Tensor) -> Tensor:
         """Average over the networks of their outputs after the link, in the shape of one network's outputs."""
-
-        def one(weights: dict[str, Tensor]) -> Tensor:
-            return LINKS[self.link](torch.func.functional_call(self.net, weights, (x,)))
-
+        tensors = (*self.net.named_parameters(), *self.net.named_buffers())
+        common = {name: tensor for name, tensor in tensors if name not in self._sites}
         stacked = {name: self.get_buffer(self._buffers_of[site]) for name, site in self._sites.items()}
-        mean: Tensor = torch.vmap(one, chunk_size=self.chunk_size)(stacked).mean(0)
+        with self._own_copy() as net:
+
+            def one(weights: dict[str, Tensor]) -> Tensor:
+                return LINKS[self.link](torch.func.functional_call(net, {**common, **weights}, (x,)))
+
+            mean: Tensor = torch.vmap(one, chunk_size=self.chunk_size)(stacked).mean(0)
         return mean
+
+    def train(self, mode: bool = True) -> Ensemble:
+        """As for any module, but the networks stay in evaluation mode."""
+        super().train(mode)
+        self.net.eval()
+        return self
+
+    @contextmanager
+    def _own_copy(self) -> Iterator[nn.Module]:
+        """A copy of the network, sharing its tensors, that no other thread uses: a functional call sets the weights of
+        the module that it is given. As many are kept as were in use at once."""
+        try:
+            net = self._idle_copies.pop()
+        except IndexError:
+            tensors = (*self.net.parameters(), *self.net.buffers())
+            net = copy.deepcopy(self.net, {id(tensor): tensor for tensor in tensors})
+        try:
+            yield net
+        finally:
+            self._idle_copies.append(net)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_idle_copies": []}
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
@@ -94,7 +126,9 @@ class Ensemble(nn.Module):
 def _sites_of(architecture: nn.Module, layout: Layout) -> tuple[nn.Module, dict[str, str]]:
     """A copy of the network, and the site of each parameter by every name of the parameter."""
     if isinstance(architecture, BNN):
-        net, sites = copy.deepcopy(architecture.net), dict(architecture.parameter_sites)
+        with one_thread():  # a run of the model sets the weights of its network for a while
+            net = copy.deepcopy(architecture.net)
+        sites = dict(architecture.parameter_sites)
     else:
         if not isinstance(architecture, nn.Module) or any(isinstance(m, PyroModule) for m in architecture.modules()):
             raise ValueError(

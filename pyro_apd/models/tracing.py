@@ -36,7 +36,7 @@ def run_model(model: Callable[..., Any], call: Call, values: Mapping[str, Tensor
     """
     conditioned = poutine.condition(model, {**(values or {}), **call.indices})
     tracer = poutine.trace(conditioned)
-    with poutine.block(), preserved_param_store():
+    with preserved_param_store(), poutine.block():
         try:
             with explaining_errors(call.args, call.kwargs, lambda: drawn_latents(tracer.msngr.trace)):
                 return tracer.get_trace(*call.args, **call.kwargs)

@@ -13,7 +13,7 @@ from pyro import poutine
 
 from pyro_apd.errors import ArtifactError
 from pyro_apd.models.layout import Layout
-from pyro_apd.runtime.global_state import preserved_param_store
+from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
 
 def check_layout(layout: Layout, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -21,7 +21,7 @@ def check_layout(layout: Layout, model: Callable[..., Any], args: tuple[Any, ...
 
     :raises ArtifactError: if a site is missing in the model, or has another shape or support there.
     """
-    with poutine.block(), preserved_param_store(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with preserved_param_store(), poutine.block(), torch.no_grad(), seeded(0):
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     known = {name for name, _ in trace.iter_stochastic_nodes()}
     names = [name for name in layout.names if name in known]

@@ -30,7 +30,7 @@ from pyro_apd.predictive.vmap_draws import (
     map_one_by_one,
     vmap_conditions,
 )
-from pyro_apd.runtime.global_state import preserved_param_store
+from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
 #: From the traced observed site to a tensor of shape ``batch_shape + (..., F)``: ``F`` numbers a datum.
 Summary = Callable[[Mapping[str, Any]], Tensor]
@@ -204,7 +204,7 @@ class ObservedSite:
         cut = plan_cut(self._footprint.largest, num_draws, chunk_size, args, kwargs)
         if cut is None:
             return None
-        with torch.random.fork_rng(devices=[]):
+        with seeded(0):
             try:
                 given = (*args, *kwargs.values())
                 is_known = len(given) == len(self._prototype_args) and all(

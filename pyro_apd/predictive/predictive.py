@@ -367,7 +367,7 @@ def log_likelihood(
         observations or, with Pyro's validation on, impossible ones.
     :raises ModelError: if there is not one observed site, or observations and distribution differ in shape.
     """
-    with torch.no_grad():
+    with preserved_param_store(), torch.no_grad():
         observed = ObservedSite(model, draws, args, kwargs, site)
         if not observed.is_observed:
             raise ValueError(
@@ -377,7 +377,8 @@ def log_likelihood(
         log_prob_SN, in_support_SN = observed.evaluate(
             likelihoods.log_prob, draws, args, kwargs, chunk_size=chunk_size
         ).unbind(-1)
-    if dist.is_validation_enabled() and not in_support_SN.all():
+        validate = dist.is_validation_enabled()
+    if validate and not in_support_SN.all():
         raise ValueError(
             f"{int((in_support_SN == 0).any(0).sum())} observations of site '{observed.name}' cannot come from its "
             f"distribution, {type(observed.fn).__name__}; check the targets for NaN and for values out of range."

@@ -1,48 +1,50 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Restores the global state of Pyro and torch, also after an error."""
+"""Leaves the global state of Pyro and torch as it was, also after an error and beside other threads."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
 
+from pyro_apd.runtime.random_stream import RandomStream
+from pyro_apd.runtime.threads import one_thread
+
 
 @contextmanager
 def preserved_param_store() -> Iterator[None]:
-    """Context that removes, at its end, the entries that a model has added to Pyro's param store inside.
+    """Context for running a model: no other thread runs one, and at its end, entries of Pyro's param store that the
+    model has added inside are removed.
 
-    Calling a :class:`~pyro.nn.PyroModule` that has an :class:`~torch.nn.Parameter` adds one.
+    Calling a :class:`~pyro.nn.PyroModule` that has an :class:`~torch.nn.Parameter` adds one. The stack of handlers
+    belongs to the process, too: enter this context before any handler.
     """
-    store = pyro.get_param_store()
-    before = set(store.keys())
-    try:
-        yield
-    finally:
-        for name in set(store.keys()) - before:
-            del store[name]
+    with one_thread():
+        store = pyro.get_param_store()
+        before = set(store.keys())
+        try:
+            yield
+        finally:
+            for name in set(store.keys()) - before:
+                del store[name]
 
 
-@contextmanager
-def seeded(seed: int | None, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Context in which torch's global generators are seeded; restored at its end. No effect where ``seed`` is None.
+def seeded(seed: int | None, device: torch.device | str = "cpu") -> AbstractContextManager[object]:
+    """Context in which this thread draws from torch generators of its own; no effect where ``seed`` is None.
+
+    The numbers are those that torch's global generators give after :func:`torch.manual_seed`. These generators, and
+    what other threads draw from them, are left alone.
 
     :param device: whose generator is seeded beside that of the CPU.
     """
-    if seed is None:
-        yield
-        return
-    device = torch.device(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+    return nullcontext() if seed is None else RandomStream(seed, device)
 
 
 def other_random_states() -> tuple[Any, ...]:
