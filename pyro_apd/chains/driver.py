@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import pyro
@@ -37,9 +37,9 @@ from pyro_apd.chains.stores.base import DrawStore, MemoryStore
 from pyro_apd.chains.stores.disk import open_store
 from pyro_apd.errors import DivergenceError
 from pyro_apd.runtime.checks import integer
-from pyro_apd.runtime.global_state import preserved_param_store
+from pyro_apd.runtime.global_state import new_params_removed, validation
 from pyro_apd.runtime.ranks import join_process_group
-from pyro_apd.runtime.threads import one_thread
+from pyro_apd.runtime.threads import LongTask, one_thread
 
 __all__ = ["MCMC", "open_store"]
 
@@ -63,7 +63,8 @@ class MCMC(pyro.infer.MCMC):
     :param dict initial_params: unconstrained values by site to start from; with several chains, ``(C, ...)``.
     :param int num_chains: chains, ``C``.
     :param hook_fn: ``hook_fn(kernel, params, stage, i)`` after every draw, with unconstrained params. Vectorised chains
-        are one call with params ``(C, ...)``. With ``"parallel"`` it runs in the worker processes, as in Pyro.
+        are one call with params ``(C, ...)``. It must not wait for another thread that runs a model. With
+        ``"parallel"`` it runs in the worker processes, as in Pyro.
     :param str mp_context: how ``"parallel"`` starts processes, ``"fork"`` or ``"spawn"``; default torch's, and
         ``"spawn"`` where data are on a GPU.
     :param bool disable_progbar: no progress bar.
@@ -238,14 +239,13 @@ class MCMC(pyro.infer.MCMC):
             with one_thread():
                 super().run(*args, **kwargs)
             return
-        self._args, self._kwargs = args, kwargs
-        self._samples, self.store, self.diverged = None, None, []
-        self.chains = range(self.num_chains)
-        self._diagnostics = [{"divergences": []} for _ in self.chains]
-        # A run computes no gradients of the data.
-        args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
-        validation = nullcontext() if self.disable_validation is None else _validation(not self.disable_validation)
-        with preserved_param_store(), poutine.block(), validation, ExitStack() as stack:
+        with LongTask(poutine.block, self._validation), new_params_removed(), ExitStack() as stack:
+            self._args, self._kwargs = args, kwargs
+            self._samples, self.store, self.diverged = None, None, []
+            self.chains = range(self.num_chains)
+            self._diagnostics = [{"divergences": []} for _ in self.chains]
+            # A run computes no gradients of the data.
+            args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
             run = self._begin(args, kwargs, stack)
             try:
                 run.sample()
@@ -269,6 +269,9 @@ class MCMC(pyro.infer.MCMC):
                 raise
             self._collect(run)
         self._report_divergences(run)
+
+    def _validation(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.disable_validation is None else validation(not self.disable_validation)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], stack: ExitStack) -> Run:
         if self.chain_method != "distributed":
@@ -359,9 +362,3 @@ class MCMC(pyro.infer.MCMC):
         self.__dict__.update(state)
         if self._is_ours and self.store is not None:
             self._samples = self.store.samples(self._given_transforms)
-
-
-@contextmanager
-def _validation(is_enabled: bool) -> Iterator[None]:
-    with pyro.validation_enabled(is_enabled):
-        yield

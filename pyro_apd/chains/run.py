@@ -39,6 +39,7 @@ from pyro_apd.models.layout import Layout
 from pyro_apd.runtime.file_lock import locked
 from pyro_apd.runtime.files import with_message
 from pyro_apd.runtime.seeds import derived_seed, fresh_seed
+from pyro_apd.runtime.threads import give_way
 
 if TYPE_CHECKING:
     from pyro_apd.kernels.base import StochasticGradientKernel
@@ -147,7 +148,8 @@ class Run:
     # -- a Listener ---------------------------------------------------------------------------------------------------
 
     def drew(self, chains: ChainSet, num_done: int, num_diverged: int) -> None:
-        """Updates the progress bar."""
+        """Updates the progress bar, and lets other threads run models."""
+        give_way()
         assert self._bars is not None
         if self._bars.wants(num_done):
             self._bars.show(0, num_done, num_diverged, self.kernel.logging())

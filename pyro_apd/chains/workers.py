@@ -30,6 +30,7 @@ from pyro_apd.chains.group import GroupRun, Plan, begin
 from pyro_apd.chains.stores.disk import open_store
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.runtime.interrupts import deferred_interrupt
+from pyro_apd.runtime.threads import give_way
 
 if TYPE_CHECKING:
     from pyro_apd.kernels.base import StochasticGradientKernel
@@ -136,6 +137,7 @@ def run_workers(
         active = dict(workers)
         while active:
             wait([pipe for _, pipe in active.values()], timeout=_LOOK_EVERY)
+            give_way()
             checkpoints: dict[int, Progress] = {}
             try:
                 for chain, (process, pipe) in list(active.items()):

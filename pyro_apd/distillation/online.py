@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import pyro
 from pyro import poutine
 from torch import Tensor
 
@@ -38,9 +38,10 @@ from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.predictive.draws import all_finite
 from pyro_apd.runtime import checks
-from pyro_apd.runtime.global_state import preserved_param_store, seeded
+from pyro_apd.runtime.global_state import new_params_removed, seeded, validation
 from pyro_apd.runtime.ranks import Ranks, join_process_group
 from pyro_apd.runtime.seeds import derived_seed, fresh_seed
+from pyro_apd.runtime.threads import LongTask
 
 if TYPE_CHECKING:
     from pyro_apd.kernels.base import StochasticGradientKernel
@@ -150,8 +151,9 @@ def distill_online(
     settings = Settings(plan, chain_method, checkpoint_path=path, disable_progbar=not progress, gather="all")
     ranks = join_process_group() if chain_method == "distributed" else Ranks()
     args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+
     # As in a run of the driver, since checks of distributions would be repeated in every step.
-    with preserved_param_store(), poutine.block(), pyro.validation_enabled(False), ExitStack() as stack:
+    with LongTask(poutine.block, partial(validation, False)), new_params_removed(), ExitStack() as stack:
         distiller = _Rounds(kernel, args, dict(model_kwargs or {}), options, probe_inputs, on_round, progress, ranks)
         run = _OnlineRun(distiller, settings, stack, lengths.capacity, lengths.schedule, restart)
         try:

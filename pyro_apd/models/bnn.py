@@ -24,6 +24,7 @@ from torch.distributions import Distribution
 from torch.nn.parameter import UninitializedParameter
 
 from pyro_apd.errors import DataError, ModelError
+from pyro_apd.models.handlers import part_of_model
 from pyro_apd.models.normalisation import BATCH_NORMS, with_group_norm
 from pyro_apd.models.priors import PriorSpec, map_tensors, noise_scale_prior, parameter_priors
 from pyro_apd.runtime import checks
@@ -109,6 +110,7 @@ class BNN(PyroModule):
         _parameters_to_buffers(net)
         self.net = net
 
+    @part_of_model()
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Logits or means: ``(N, K)``, or ``(N,)`` with one output for each datum.
 
@@ -116,7 +118,8 @@ class BNN(PyroModule):
         :param torch.Tensor y: targets ``(N,)``, or ``(N, K)`` for several outputs: class indices of an integer dtype,
             0 and 1, or reals.
         :raises DataError: if targets do not fit the likelihood.
-        :raises ModelError: if the network's outputs do not.
+        :raises ModelError: if the network's outputs do not, or this is called in Pyro's handlers while another thread
+            runs a model.
         """
         drawn = {site: pyro.sample(site, prior) for site, prior in self.priors.items()}
         noise = drawn.pop("noise_scale", self.noise_scale)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyro_apd.errors import ArtifactError
 from pyro_apd.generators import Generator, build_generator, precision
+from pyro_apd.models.handlers import part_of_model
 from pyro_apd.models.layout import Layout
 from pyro_apd.models.networks import Ensemble, plain_network
 from pyro_apd.posterior import artifact, estimates
@@ -257,8 +258,12 @@ class DistilledPosterior(nn.Module):
         draws = self.get_samples(num_samples, seed=seed)
         return Ensemble(architecture, self.layout, draws, link=link, chunk_size=chunk_size)
 
+    @part_of_model()
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """One draw as a guide: an auxiliary noise site and a Delta at every latent site. The arguments are ignored."""
+        """One draw as a guide: an auxiliary noise site and a Delta at every latent site. The arguments are ignored.
+
+        :raises ModelError: if this is called in Pyro's handlers while another thread runs a model.
+        """
         like = self._like()
         noise = _LatentNoise(torch.zeros_like(like), torch.ones_like(like)).expand([self.latent_size]).to_event(1)
         latent = pyro.sample(NOISE_SITE, noise, infer={"is_auxiliary": True})

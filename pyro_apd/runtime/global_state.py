@@ -26,14 +26,28 @@ def preserved_param_store() -> Iterator[None]:
     Calling a :class:`~pyro.nn.PyroModule` that has an :class:`~torch.nn.Parameter` adds one. The stack of handlers
     belongs to the process, too: enter this context before any handler.
     """
-    with one_thread():
-        store = pyro.get_param_store()
-        before = set(store.keys())
-        try:
-            yield
-        finally:
-            for name in set(store.keys()) - before:
-                del store[name]
+    with one_thread(), new_params_removed():
+        yield
+
+
+@contextmanager
+def new_params_removed() -> Iterator[None]:
+    """The part of :func:`preserved_param_store` that concerns the param store; for use in a
+    :class:`~pyro_apd.runtime.threads.LongTask`, which holds the lock."""
+    store = pyro.get_param_store()
+    before = set(store.keys())
+    try:
+        yield
+    finally:
+        for name in set(store.keys()) - before:
+            del store[name]
+
+
+@contextmanager
+def validation(is_enabled: bool) -> Iterator[None]:
+    """Context with Pyro's validation of distributions and values on or off, for all threads."""
+    with pyro.validation_enabled(is_enabled):
+        yield
 
 
 def seeded(seed: int | None, device: torch.device | str = "cpu") -> AbstractContextManager[object]:

@@ -65,6 +65,7 @@ _LIKE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.randn_like: torch.randn,
     torch.randint_like: torch.randint,
 }
+_DRAWING = _WITH_GENERATOR | _WITHOUT_GENERATOR | _LIKE.keys()
 
 
 class RandomStream(TorchFunctionMode):
@@ -96,17 +97,19 @@ class RandomStream(TorchFunctionMode):
         self._generators["cpu"].set_state(state)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # First what most calls are: they are to cost little.
+        if func not in _DRAWING or os.getpid() != self._process:
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        if func in _LIKE:
-            func, args, kwargs = _by_shape(func, *args, **kwargs)
-        if func in _WITH_GENERATOR:
-            if kwargs.get("generator") in (None, torch.default_generator) and os.getpid() == self._process:
-                generator = self._generators.get(_device_type(args, kwargs))
-                if generator is not None:
-                    kwargs = {**kwargs, "generator": generator}
-        elif func in _WITHOUT_GENERATOR and os.getpid() == self._process:
+        if func in _WITHOUT_GENERATOR:
             with self._lent():
                 return func(*args, **kwargs)
+        if func in _LIKE:
+            func, args, kwargs = _by_shape(func, *args, **kwargs)
+        if kwargs.get("generator") in (None, torch.default_generator):
+            generator = self._generators.get(_device_type(args, kwargs))
+            if generator is not None:
+                kwargs = {**kwargs, "generator": generator}
         return func(*args, **kwargs)
 
     @contextmanager

@@ -26,6 +26,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from pyro.infer import NUTS
+from pyro.poutine.runtime import am_i_wrapped
 from tqdm import tqdm
 
 from pyro_apd.chains.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
@@ -35,6 +36,7 @@ from pyro_apd.chains.stores.disk import DiskStore
 from pyro_apd.chains.workers import WorkerError
 from pyro_apd.errors import DivergenceError
 from pyro_apd.models.layout import Layout
+from pyro_apd.runtime.threads import one_thread
 from tests.chains.walk import LAYOUT, Walk
 
 METHODS = ["vectorized", "sequential", "parallel"]
@@ -1031,3 +1033,45 @@ def test_what_the_kernel_says_at_the_end_is_in_the_diagnostics(method, tmp_path)
         mcmc = driver(num_chains=2, chain_method=method, checkpoint=tmp_path / "c")
         mcmc.run(*DATA)
         assert mcmc.diagnostics()["path"] == {f"chain {i}": "on foot, seen 8 times" for i in range(2)}
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_runs_in_two_threads_come_one_after_the_other(method):
+    expected = [theta(run(Walk(), num_chains=n, chain_method=method)) for n in (1, 2)]
+    results = {}
+    threads = [
+        threading.Thread(target=lambda n=n: results.update({n: theta(run(Walk(), num_chains=n, chain_method=method))}))
+        for n in (1, 2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(_PATIENCE)
+    assert torch.equal(results[1], expected[0])
+    assert torch.equal(results[2], expected[1])
+    assert pyro.distributions.is_validation_enabled()
+    assert not am_i_wrapped()
+
+
+def test_a_run_lets_other_threads_run_models():
+    order, end = [], threading.Event()
+
+    def serve():
+        while not end.is_set():
+            with one_thread():
+                order.append((am_i_wrapped(), dist.is_validation_enabled()))
+
+    def hook(*call):
+        order.append("draw")
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    found = theta(run(num_samples=50, hook_fn=hook))
+    end.set()
+    thread.join(_PATIENCE)
+    first, last = order.index("draw"), len(order) - order[::-1].index("draw")
+    assert order[first:last].count((False, True)) > 10
+    assert set(order) == {"draw", (False, True)}
+    assert torch.equal(found, theta(run(num_samples=50)))

@@ -3,6 +3,11 @@
 
 """Drawn weights in plain networks."""
 
+import copy
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -13,6 +18,7 @@ from torch.testing import assert_close
 import pyro_apd as apd
 from pyro_apd.generators import PaperGenerator
 from pyro_apd.models.layout import Layout
+from pyro_apd.models.networks import Ensemble
 from pyro_apd.posterior.posterior import DistilledPosterior
 
 X = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
@@ -118,3 +124,40 @@ def test_what_has_no_network():
     for wrong in (pyro_module, "net"):
         with pytest.raises(ValueError, match="without PyroModules"):
             distilled.bind(wrong)
+
+
+class Meeting(nn.Module):
+    """Waits until two threads are inside."""
+
+    both = threading.Barrier(2)
+
+    def forward(self, x):
+        self.both.wait(timeout=30)
+        return x
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_an_ensemble_in_two_threads_at_once(chunk_size):
+    net = nn.Sequential(architecture(), nn.BatchNorm1d(3), Meeting())
+    draws = {n: torch.randn(4, *p.shape) for n, p in net.named_parameters()}
+    layout = Layout({n: tuple(p.shape) for n, p in net.named_parameters()})
+    ensemble = Ensemble(net, layout, draws, link="identity", chunk_size=chunk_size)
+    inputs = [X, X + 1.0]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(ensemble, inputs))
+    for x, mean in zip(inputs, found, strict=True):
+        each = [torch.func.functional_call(net.eval()[:2], {n: v[s] for n, v in draws.items()}, (x,)) for s in range(4)]
+        assert_close(mean, torch.stack(each).mean(0))
+    assert len(ensemble._idle_copies) == 2
+
+
+def test_an_ensemble_stays_in_evaluation_mode_and_moves_with_its_copies():
+    net = nn.Sequential(architecture(), nn.BatchNorm1d(3), nn.Dropout())
+    layout = Layout({n: tuple(p.shape) for n, p in net.named_parameters()})
+    draws = {n: torch.randn(4, *p.shape) for n, p in net.named_parameters()}
+    ensemble = Ensemble(net, layout, draws, link="identity").train()
+    mean = ensemble(X)
+    assert ensemble.training
+    for other in (copy.deepcopy(ensemble), pickle.loads(pickle.dumps(ensemble))):
+        assert torch.equal(other(X), mean)
+    assert_close(ensemble.double()(X.double()).float(), mean)

@@ -339,3 +339,25 @@ def test_a_stream_is_what_get_samples_gives():
     for name, value in stream.part(2, 5).items():
         assert torch.equal(value, draws[name][2:5])
         assert torch.equal(value, stream.part(2, 5)[name])
+
+
+def test_the_global_generator_is_not_used_where_there_is_a_seed(monkeypatch):
+    """Not even for a while, in which another thread may draw from it."""
+    posterior = mixed()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    unchanged = []
+    forward = Affine.forward
+
+    def watched(self, latent):
+        unchanged.append(torch.equal(torch.get_rng_state(), state))
+        return forward(self, latent)
+
+    monkeypatch.setattr(Affine, "forward", watched)
+    draws = posterior.get_samples(4, seed=1)
+    posterior.median(4, seed=1)
+    part = posterior.stream(4, seed=1).part(1, 3)
+    assert all(unchanged)
+    assert len(unchanged) == 3
+    assert all(torch.equal(part[name], draws[name][1:3]) for name in draws)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -5,6 +5,8 @@
 
 import functools
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pyro
 import pyro.distributions as dist
@@ -16,13 +18,14 @@ from pyro.infer import autoguide
 from pyro.nn import PyroModule, PyroSample
 from pyro.nn.module import to_pyro_module_
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import am_i_wrapped
 from torch import nn
 
 from pyro_apd import uncertainty
 from pyro_apd.generators import Generator
 from pyro_apd.models.layout import Layout, is_subsample
 from pyro_apd.posterior.posterior import DistilledPosterior
-from pyro_apd.predictive.predictive import Predictive, outputs
+from pyro_apd.predictive.predictive import Predictive, function_values, log_likelihood, outputs
 from pyro_apd.predictive.reductions import reduce_outputs
 
 S, N = 7, 5
@@ -624,3 +627,36 @@ def test_reductions_that_cannot_be():
         Predictive(model, draws, reduce="mean", return_sites=("obs",))
     with pytest.raises(ValueError, match="needs posterior_samples or a guide"):
         Predictive(model, num_samples=3, reduce="mean")(x)
+
+
+def test_models_run_in_one_thread_at_a_time():
+    inside = []
+
+    def model(x, y=None):
+        inside.append(None)
+        alone = len(inside) == 1
+        try:
+            time.sleep(0.001)
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            with pyro.plate("data", len(x)):
+                pyro.sample("obs", dist.Normal(x @ w + 1.0 * alone, 1.0), obs=y)
+        finally:
+            inside.pop()
+        return (x @ w).sum() + 1.0 * alone
+
+    draws = {"w": torch.randn(3, 3)}
+    x = torch.randn(6, 3)
+    calls = {
+        "Predictive": lambda: Predictive(model, draws, return_sites=("_RETURN",))(x)["_RETURN"],
+        "reduce": lambda: Predictive(model, draws, reduce="mean")(x)["mean"],
+        "outputs": lambda: outputs(model, draws, x).mean_SN,
+        "function_values": lambda: function_values(model, draws, x),
+        "log_likelihood": lambda: log_likelihood(model, draws, x, x[:, 0]),
+    }
+    expected = {name: call() for name, call in calls.items()}
+    with ThreadPoolExecutor(5) as pool:
+        futures = {name: [pool.submit(call) for _ in range(3)] for name, call in calls.items()}
+        found = {name: [future.result() for future in several] for name, several in futures.items()}
+    assert all(torch.allclose(value, expected[name]) for name, several in found.items() for value in several)
+    assert not am_i_wrapped()
+    assert dist.is_validation_enabled()
