@@ -37,6 +37,7 @@ from pyro_apd.models.tracing import (
     run_model,
     subsampled_plates,
 )
+from pyro_apd.runtime.threads import one_thread
 
 logger = logging.getLogger("pyro_apd")
 
@@ -105,6 +106,7 @@ class Potential:
         source.start(torch.Generator().manual_seed(0))
         return Potential(self.model, source, structure, call, capture=self._is_capturing, latents_only=True)
 
+    @one_thread()
     def value(self, theta: Tensor, inputs: Inputs) -> Tensor:
         """U at ``theta`` ``(D,)``, by running the model; a scalar."""
         return self._by_trace(self.model, self.layout.split(theta), inputs, frozenset())
@@ -149,6 +151,7 @@ class Potential:
         """The inputs of a graph. Views of the states of several chains have other strides than at its capture."""
         return tuple(piece.contiguous() for piece in self.pieces(theta))
 
+    @one_thread()
     def _traced_gradients(self, pieces: Pieces, inputs: Inputs) -> tuple[Pieces, Tensor]:
         if pieces and pieces[0].dim() > 1:
             by_chain = [
@@ -202,6 +205,7 @@ class Potential:
         indices = {name: torch.arange(inputs[0].shape[0]) for name in self._structure.pass_through}
         return Call(call.args, call.kwargs, {**call.indices, **indices})
 
+    @one_thread()
     def _prepare(self, pieces: Pieces, inputs: Inputs) -> GradientFunction:
         """The captured graph for inputs of these shapes; otherwise the traced gradients, with the reason logged."""
         position = self.source.state_dict()  # the comparison below draws batches that belong to no chain
@@ -276,6 +280,7 @@ class Potential:
                 raise RuntimeError(f"its graph gives U = {float(energy):g}, the model {float(expected_energy):g}")
 
 
+@one_thread()
 def build_potential(
     model: Callable[..., Any],
     args: tuple[Any, ...],

@@ -81,20 +81,19 @@ class RandomStream(TorchFunctionMode):
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        device = torch.device(device)
-        self._generators = {"cpu": torch.Generator().manual_seed(seed)}
-        if device.type == "cuda":
-            self._generators["cuda"] = torch.Generator(device).manual_seed(seed)
+        self._on_host = torch.Generator().manual_seed(seed)
+        device = _indexed(torch.device(device))
+        self._on_gpu = torch.Generator(device).manual_seed(seed) if device.type == "cuda" else None
         # A process that is forked inside must not repeat the numbers of this one.
         self._process = os.getpid()
 
     def get_state(self) -> Tensor:
         """State of the generator on the CPU, as of :meth:`torch.Generator.get_state`."""
-        return self._generators["cpu"].get_state()
+        return self._on_host.get_state()
 
     def set_state(self, state: Tensor) -> None:
         """Sets the generator on the CPU to such a state."""
-        self._generators["cpu"].set_state(state)
+        self._on_host.set_state(state)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # First what most calls are: they are to cost little.
@@ -107,7 +106,8 @@ class RandomStream(TorchFunctionMode):
         if func in _LIKE:
             func, args, kwargs = _by_shape(func, *args, **kwargs)
         if kwargs.get("generator") in (None, torch.default_generator):
-            generator = self._generators.get(_device_type(args, kwargs))
+            device = _device(args, kwargs)
+            generator = next((g for g in (self._on_host, self._on_gpu) if g is not None and g.device == device), None)
             if generator is not None:
                 kwargs = {**kwargs, "generator": generator}
         return func(*args, **kwargs)
@@ -115,7 +115,7 @@ class RandomStream(TorchFunctionMode):
     @contextmanager
     def _lent(self) -> Iterator[None]:
         """Context in which the global generators have the state of the stream, and give it back at the end."""
-        on_gpu = self._generators.get("cuda")
+        on_gpu = self._on_gpu
         devices = [] if on_gpu is None else [on_gpu.device]
         with one_thread(), torch.random.fork_rng(devices=devices):
             torch.set_rng_state(self.get_state())
@@ -137,10 +137,17 @@ def _by_shape(
     return _LIKE[func], (*bounds, like.shape), options
 
 
-def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     """Where a sampler draws: as it is told, else where its first tensor is, else on torch's default device."""
     device = kwargs.get("device")
     if device is None:
         tensor = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)), None)
         device = torch.get_default_device() if tensor is None else tensor.device
-    return torch.device(device).type
+    return _indexed(torch.device(device))
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """The same device, with the number of the present one where it has none."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())

@@ -14,8 +14,8 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from pyro.poutine.runtime import am_i_wrapped
@@ -105,9 +105,11 @@ _RUNS = ProcessLock("one thread at a time runs chains; processes run side by sid
 _TASK: list[LongTask] = []
 
 
-def one_thread() -> AbstractContextManager[None]:
-    """Context in which no other thread runs models; may be nested."""
-    return MODELS
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Context, or decorator, in which no other thread runs models; may be nested."""
+    with MODELS:
+        yield
 
 
 class LongTask:
