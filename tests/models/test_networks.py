@@ -127,27 +127,31 @@ def test_what_has_no_network():
 
 
 class Meeting(nn.Module):
-    """Waits until two threads are inside."""
+    """Waits until two threads are inside; one then goes on, and the other when that one is done."""
 
-    both = threading.Barrier(2)
+    both, one_is_done = threading.Barrier(2), threading.Event()
 
     def forward(self, x):
-        self.both.wait(timeout=30)
+        if self.both.wait(timeout=30):
+            self.one_is_done.wait(timeout=30)
         return x
 
 
-@pytest.mark.parametrize("chunk_size", [None, 3])
-def test_an_ensemble_in_two_threads_at_once(chunk_size):
-    net = nn.Sequential(architecture(), nn.BatchNorm1d(3), Meeting())
+def test_an_ensemble_in_two_threads_at_once():
+    Meeting.one_is_done.clear()
+    net = nn.Sequential(Meeting(), architecture(), nn.BatchNorm1d(3))
     draws = {n: torch.randn(4, *p.shape) for n, p in net.named_parameters()}
     layout = Layout({n: tuple(p.shape) for n, p in net.named_parameters()})
-    ensemble = Ensemble(net, layout, draws, link="identity", chunk_size=chunk_size)
+    ensemble = Ensemble(net, layout, draws, link="identity")
     inputs = [X, X + 1.0]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(ensemble, inputs))
+        found = [pool.submit(ensemble, x) for x in inputs]
+        for future in found:
+            future.add_done_callback(lambda _: Meeting.one_is_done.set())
+    net[0] = nn.Identity()
     for x, mean in zip(inputs, found, strict=True):
-        each = [torch.func.functional_call(net.eval()[:2], {n: v[s] for n, v in draws.items()}, (x,)) for s in range(4)]
-        assert_close(mean, torch.stack(each).mean(0))
+        each = [torch.func.functional_call(net.eval(), {n: v[s] for n, v in draws.items()}, (x,)) for s in range(4)]
+        assert_close(mean.result(), torch.stack(each).mean(0))
     assert len(ensemble._idle_copies) == 2
 
 
