@@ -36,6 +36,25 @@ def test_loader_shuffles_by_seed_and_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_global_generator_is_not_used_while_a_batch_is_read():
+    """Another thread may draw from it meanwhile."""
+    torch.manual_seed(3)
+    before, unchanged = torch.get_rng_state(), []
+
+    class Watching(Dataset):
+        def __len__(self):
+            return len(X)
+
+        def __getitem__(self, i):
+            unchanged.append(torch.equal(torch.get_rng_state(), before))
+            return X[i] + torch.randn(()), Y[i]
+
+    source = started(LoaderBatches(DataLoader(Watching(), batch_size=4, shuffle=True), {}, None))
+    batch = source.draw()[0]
+    assert torch.equal(batch, started(source).draw()[0])
+    assert all(unchanged)
+
+
 @pytest.mark.parametrize("batch_size", [2, 3, 4])
 def test_loader_scale_makes_the_mean_over_an_epoch_exact(batch_size):
     source = started(LoaderBatches(DataLoader(TensorDataset(X), batch_size=batch_size), {}, None))

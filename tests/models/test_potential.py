@@ -16,6 +16,7 @@ from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.models.bnn import BNN
 from pyro_apd.models.capture import capture
 from pyro_apd.models.potential import build_potential
+from pyro_apd.runtime import threads
 from tests.support.models import Classifier, Conjugate, constrained
 
 X, LABELS = torch.randn(30, 4), torch.arange(30) % 3
@@ -158,6 +159,22 @@ def test_priors_keep_their_validation_after_capture(prior):
     potential.gradient(potential.layout.unconstrain(start), ())
     assert potential.path == "captured"
     assert getattr(prior, "base_dist", prior)._validate_args is flag
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_validation_is_switched_by_the_thread_alone_that_runs_models(capture, monkeypatch):
+    alone = []
+    switch = pyro.validation_enabled
+
+    def watched(is_on):
+        alone.append(threads.MODELS.depth > 0 and threads.MODELS.other_owner is None)
+        return switch(is_on)
+
+    monkeypatch.setattr(pyro, "validation_enabled", watched)
+    potential, start = build_potential(Classifier(), (X, LABELS), {}, capture=capture)
+    potential.gradient(potential.layout.unconstrain(start), potential.source.draw())
+    assert alone
+    assert all(alone)
 
 
 def test_a_model_of_gaussians_alone():
