@@ -36,8 +36,6 @@ def fixed_point_values(potential: Potential, like: Tensor) -> dict[str, Any]:
         point, and by site the norm of the ``gradient`` and its component along the point. The likelihood is None where
         the source gives other rows each time, as a loader does that augments them.
     """
-    if len(potential.layout) == 0:
-        return {"prior": None, "likelihood": None}
     probe = copy.copy(potential)
     with seeded(0, like.device):
         probe.source, inputs = _first_batch(potential.source, like.device)

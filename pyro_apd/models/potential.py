@@ -27,16 +27,16 @@ from pyro_apd.data.sources import check_full_batches, model_device, open_source
 from pyro_apd.errors import DataError
 from pyro_apd.models.capture import GaussianPriors, UnvalidatedInstances, capture
 from pyro_apd.models.repeatability import refuse_writes, watched_modules
-from pyro_apd.models.shapes import refuse_outer_product
+from pyro_apd.models.shapes import refuse_outer_products
 from pyro_apd.models.structure import ModelStructure, examine, refuse_missing_sites
 from pyro_apd.models.tracing import (
     Site,
     check_densities,
     check_latents,
-    observed_sites,
     run_model,
     subsampled_plates,
 )
+from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.threads import one_thread
 
 logger = logging.getLogger("pyro_apd")
@@ -323,8 +323,7 @@ def build_potential(
         refuse_writes(model, effects)
         check_densities(trace)
         refuse_missing_sites(trace, (args, dict(kwargs)))
-        for name, site in observed_sites(trace).items():
-            refuse_outer_product(name, site)
+        refuse_outer_products(trace)
     if source.is_full:
         plates = subsampled_plates(trace)
         if plates:
@@ -333,7 +332,7 @@ def build_potential(
             inputs = source.draw()
         else:
             check_full_batches(source.num_data, replacement)
-    with torch.random.fork_rng(devices=[]):  # models draw in it
+    with seeded(0, model_device(model, kwargs) or "cpu"):  # models draw in it
         structure = examine(model, source, inputs, trace)
     source.start(generator)  # the batch that was examined belongs to no epoch
     return Potential(model, source, structure, example, capture=capture), structure.start

@@ -24,6 +24,7 @@ from pyro_apd.errors import ModelError
 from pyro_apd.models.row_terms import ModelRun, differs, terms_of
 from pyro_apd.models.tracing import check_latents, run_model
 from pyro_apd.runtime.global_state import other_random_states
+from pyro_apd.runtime.random_stream import RandomStream
 
 # Runs in which random numbers that were drawn must have had no effect: an event of probability 1/2 escapes all of them
 # in one of 4e9 models.
@@ -43,8 +44,11 @@ class ModuleEffects:
 
 
 @contextmanager
-def watched_modules() -> Iterator[ModuleEffects]:
-    """Context in which every call of a module is watched. At its end, tensors that modules wrote to are restored."""
+def watched_modules(random_state: Callable[[], Any] = tuple) -> Iterator[ModuleEffects]:
+    """Context in which every call of a module is watched. At its end, tensors that modules wrote to are restored.
+
+    :param random_state: returns the states of the generators that the modules draw from, for comparison.
+    """
     effects = ModuleEffects()
     active: list[tuple[nn.Module, Any, dict[str, tuple[Tensor, Tensor]]]] = []
     changed: list[tuple[Tensor, Tensor]] = []
@@ -52,14 +56,14 @@ def watched_modules() -> Iterator[ModuleEffects]:
     def before(module: nn.Module, args: Any) -> None:
         own = {**dict(module.named_buffers(recurse=False)), **dict(module.named_parameters(recurse=False))}
         copies = {name: (tensor, tensor.detach().clone()) for name, tensor in own.items()}
-        active.append((module, _random_state(), copies))
+        active.append((module, random_state(), copies))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         while active:
             entered, state, copies = active.pop()
             if entered is module:
                 break
-        if effects.drawing is None and state != _random_state():
+        if effects.drawing is None and state != random_state():
             effects.drawing = module
         for name, (tensor, copy) in copies.items():
             if not torch.equal(tensor, copy):
@@ -97,23 +101,21 @@ def check_repeatable(model: Callable[..., Any], call: Call, points: Sequence[Map
     :raises ModelError: if densities differ, or the model changes the values, naming the module or site.
     """
     values = points[-1]  # not the start, which a model that writes to its latents has changed already
-    torch.rand(())  # to tell a generator that is set from one that goes on
-    state = _random_state()
-    with watched_modules() as effects:
+    stream = RandomStream(0, next((value.device for value in values.values()), "cpu"))
+
+    def random_state() -> Any:
+        return stream.states(), torch.get_rng_state().numpy().tobytes(), other_random_states()
+
+    state = random_state()
+    with stream, watched_modules(random_state) as effects:
         first = _run(model, call, values)
-    after = _random_state()
-    has_drawn = state != after
+    has_drawn = state != random_state()
     for _ in range(_NUM_REPEATS if has_drawn else 1):
-        name = _differing_site(first, _run(model, call, values))
-        if has_drawn and _random_state() == after:
-            raise ModelError(
-                "The model sets the seed of a global random generator in every run, so that it, and all that draws "
-                "from that generator afterwards, repeats the same numbers. Draw them once before the run and pass them "
-                "as an argument."
-            )
+        with stream:
+            name = _differing_site(first, _run(model, call, values))
         if name is not None:
             raise ModelError(_drawing_message(model, effects.drawing, name) if has_drawn else _changing_message(name))
-    for point in points[1:]:
+    for point in points[:-1]:
         _check_latents_at(model, call, point)
 
 
@@ -191,10 +193,3 @@ def _name(model: Callable[..., Any], module: nn.Module) -> str:
     if not isinstance(root, nn.Module):
         return ""
     return next((name for name, found in root.named_modules() if found is module), "")
-
-
-def _random_state() -> tuple[Any, ...]:
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states += torch.cuda.get_rng_state_all()
-    return (*(state.numpy().tobytes() for state in states), other_random_states())

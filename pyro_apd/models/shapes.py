@@ -6,15 +6,39 @@
 from __future__ import annotations
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
-from pyro_apd.errors import DataError
-from pyro_apd.models.tracing import Site
+from pyro_apd.errors import DataError, ModelError
+from pyro_apd.models.tracing import Site, observed_sites
 
 _FIX = (
-    "every datum would be scored by every prediction. Give both one shape: for a column, x.squeeze(-1); for several "
-    "outputs per datum, the distribution with .to_event(1)."
+    "every datum would be scored by every prediction. Give both one shape: for a column, y.squeeze(-1) or "
+    "f.squeeze(-1); for several outputs per datum, the distribution with .to_event(1)."
 )
+
+
+def refuse_outer_products(trace: poutine.Trace) -> None:
+    """Raises where targets and likelihood of a site broadcast against each other.
+
+    :param trace: a run of the model.
+    :raises DataError: naming the shapes and the fix.
+    :raises ModelError: if that is so because weights are drawn inside the plate, once for each row.
+    """
+    for name, site in observed_sites(trace).items():
+        try:
+            refuse_outer_product(name, site)
+        except DataError as error:
+            plates = {frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
+            for latent, drawn in trace.iter_stochastic_nodes():
+                inside = plates & {frame.name for frame in drawn["cond_indep_stack"]}
+                if inside:
+                    raise ModelError(
+                        f"Latent site '{latent}' is drawn inside plate '{min(inside)}', once for each of its rows, and "
+                        f"observed site '{name}' then has a term for each pair of rows. Call the network (or read its "
+                        f"weights) before `with pyro.plate('{min(inside)}', ...)`, so that one draw serves all rows."
+                    ) from error
+            raise
 
 
 def refuse_outer_product(name: str, site: Site) -> None:
@@ -55,7 +79,7 @@ def _refuse_outer_factor(name: str, shape: torch.Size, plates: dict[int | None, 
         raise DataError(
             f"Factor '{name}' has shape {tuple(shape)} inside a plate of {undeclared[0]} rows, a term for each pair of "
             "rows: targets and predictions broadcast against each other. Give both one shape; for a column, "
-            "x.squeeze(-1)."
+            "f.squeeze(-1)."
         )
 
 

@@ -93,8 +93,8 @@ def refuse_missing_sites(trace: poutine.Trace, arguments: Any) -> None:
         )
     if tree_leaves(arguments) and not observed_sites(trace):
         raise ModelError(
-            "The model is given data and observes nothing, so that its draws would be from the prior. Pass the targets "
-            "to mcmc.run, and in the model with obs= to the site that scores them."
+            "The model is given data and observes nothing, so that its draws would be from the prior (was the target "
+            "given to mcmc.run?). Pass the targets there, and in the model with obs= to the site that scores them."
         )
 
 

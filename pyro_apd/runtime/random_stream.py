@@ -10,6 +10,7 @@ numbers that are not theirs, and takes from them what they had drawn.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,6 +69,15 @@ _LIKE: dict[Callable[..., Any], Callable[..., Any]] = {
 _DRAWING = _WITH_GENERATOR | _WITHOUT_GENERATOR | _LIKE.keys()
 
 
+class _Lending(threading.local):
+    """Whether a stream of this thread has lent its state: one around it then leaves the draws alone."""
+
+    is_on = False
+
+
+_LENDING = _Lending()
+
+
 class RandomStream(TorchFunctionMode):
     """Context in which torch's functions draw from generators of this object, in this thread alone.
 
@@ -95,9 +105,14 @@ class RandomStream(TorchFunctionMode):
         """Sets the generator on the CPU to such a state."""
         self._on_host.set_state(state)
 
+    def states(self) -> tuple[bytes, ...]:
+        """States of all its generators, for comparison."""
+        generators = [self._on_host] if self._on_gpu is None else [self._on_host, self._on_gpu]
+        return tuple(generator.get_state().numpy().tobytes() for generator in generators)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # First what most calls are: they are to cost little.
-        if func not in _DRAWING or os.getpid() != self._process:
+        if func not in _DRAWING or os.getpid() != self._process or _LENDING.is_on:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if func in _WITHOUT_GENERATOR:
@@ -121,9 +136,11 @@ class RandomStream(TorchFunctionMode):
             torch.set_rng_state(self.get_state())
             if on_gpu is not None:
                 torch.cuda.set_rng_state(on_gpu.get_state(), on_gpu.device)
+            _LENDING.is_on = True
             try:
                 yield
             finally:
+                _LENDING.is_on = False
                 self.set_state(torch.get_rng_state())
                 if on_gpu is not None:
                     on_gpu.set_state(torch.cuda.get_rng_state(on_gpu.device))

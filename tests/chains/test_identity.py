@@ -146,14 +146,6 @@ def test_a_flat_prior():
     assert_other(one, identity(line(), X, Y, init_strategy=start), "the prior of sites")
 
 
-def test_without_latents_there_is_nothing_to_compare():
-    def model(y):
-        with pyro.plate("data", len(y)):
-            pyro.sample("obs", dist.Normal(0.0, 1.0), obs=y)
-
-    assert identity(model, Y)["model"] == {"prior": None, "likelihood": None}
-
-
 def part(energy, **gradient):
     return {"energy": energy, "length": 1.0, "gradient": {name: [norm, 0.1 * norm] for name, norm in gradient.items()}}
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_apd.chains.checkpoint import arguments_digest
+from pyro_apd.chains.identity import arguments_digest
 from pyro_apd.data.minibatch import RowSubsample
 from pyro_apd.data.row_reader import RowReader, has_stored_rows, is_stored
 from pyro_apd.errors import DataError

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.data.loader import LoaderBatches
-from pyro_apd.data.minibatch import FullBatch, PlateSubsample, RowSubsample
+from pyro_apd.data.minibatch import FullBatch, PlateSubsample, RowSubsample, joined
 from pyro_apd.data.row_reader import RowReader
 from pyro_apd.data.sources import check_full_batches, model_device, open_source, shown_arguments
 from pyro_apd.errors import DataError
@@ -62,61 +62,55 @@ def test_epochs_of_plates(plates, replacement, epoch_length):
 
 
 def rows_of(call):
-    return None if call is None else (call.args[0][:, 0] / 3).tolist()
+    return (call.args[0][:, 0] / 3).tolist()
 
 
 def probed(source):
     source.start(torch.Generator().manual_seed(0))
     inputs = source.draw()
-    return source.probe_calls(inputs), inputs
+    return source.probe_rows(inputs), inputs
 
 
-def test_rows_in_memory_are_probed_at_both_ends():
-    probe, _ = probed(RowSubsample((X, Y), {}, 6))
-    assert (probe.batch_size, probe.num_few, probe.num_more) == (6, 6, 7)
-    assert rows_of(probe.few) == list(range(6))
-    assert rows_of(probe.other) == list(range(14, 20))
-    assert rows_of(probe.more) == list(range(7))
-    assert rows_of(probe.full) == list(range(20))
-    assert probed(RowSubsample((X, Y), {}, 20))[0].num_more == 19
+def test_rows_in_memory_are_all_there_to_be_probed():
+    (rows,), _ = probed(RowSubsample((X, Y), {}, 6))
+    assert (rows.num_rows, rows.batch_size, rows.has_all, rows.plate) == (20, 6, True, None)
+    assert rows.row_size == X.shape[1] + 1
+    assert rows_of(rows.call(torch.tensor([19, 0, 0]))) == [19, 0, 0]
 
 
 @pytest.mark.parametrize(
     "source", [RowReader((X.numpy(), Y), {}, 7), LoaderBatches(loader(7), {}, None)], ids=["reader", "loader"]
 )
-def test_rows_outside_memory_are_probed_by_parts_of_one_batch(source):
-    probe, inputs = probed(source)
-    rows = rows_of(source.bind(inputs))
-    assert (probe.batch_size, probe.num_few, probe.num_more, probe.full) == (7, 3, 4, None)
-    assert rows_of(probe.few) == rows[:3]
-    assert rows_of(probe.other) == rows[3:6]
-    assert rows_of(probe.more) == rows[:4]
+def test_of_rows_outside_memory_some_batches_are_probed(source):
+    (rows,), inputs = probed(source)
+    assert (rows.batch_size, rows.has_all) == (7, False)
+    assert rows.num_rows > 20
+    assert rows_of(rows.call(torch.arange(7))) == rows_of(source.bind(inputs))
+    assert len(set(rows_of(rows.call(torch.arange(rows.num_rows))))) > 7
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        RowReader((X.numpy(),), {}, 1),
-        LoaderBatches(loader(1), {}, None),
-        RowSubsample((X[:1],), {}, 1),
-        FullBatch((X,), {}),
-    ],
-)
-def test_where_there_are_no_other_rows_one_call_is_left(source):
-    probe, inputs = probed(source)
-    assert (probe.other, probe.more, probe.full) == (None, None, None)
-    assert rows_of(probe.few) == rows_of(source.bind(inputs))
+def test_of_an_iterator_the_first_batch_is_probed_alone():
+    (rows,), _ = probed(LoaderBatches(iter(loader(7)), {}, 20))
+    assert (rows.num_rows, rows.batch_size) == (7, 7)
 
 
-def test_plates_are_probed_with_their_last_rows():
+def test_batches_of_other_shapes_are_not_joined():
+    batches = [(torch.zeros(2, 3),), (torch.ones(2, 4),)]
+    assert joined(batches) is batches[0]
+    torch.testing.assert_close(joined([batches[0], (torch.ones(1, 3),)])[0][:, 0], torch.tensor([0.0, 0.0, 1.0]))
+
+
+def test_full_batches_are_not_probed():
+    assert probed(FullBatch((X,), {}))[0] == ()
+
+
+def test_plates_are_probed_one_at_a_time():
     source = PlateSubsample((X,), {}, {"a": (20, 6), "b": (8, 4)})
-    probe, inputs = probed(source)
-    assert probe.few.indices == source.bind(inputs).indices
-    assert {name: rows.tolist() for name, rows in probe.other.indices.items()} == {
-        "a": list(range(14, 20)),
-        "b": list(range(4, 8)),
-    }
-    assert probe.more is None
+    (a, b), inputs = probed(source)
+    assert [(rows.plate, rows.num_rows, rows.batch_size) for rows in (a, b)] == [("a", 20, 6), ("b", 8, 4)]
+    call = b.call(torch.tensor([7, 7]))
+    assert call.indices["b"].tolist() == [7, 7]
+    assert call.indices["a"] is inputs[0]
 
 
 @pytest.mark.parametrize(

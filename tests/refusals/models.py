@@ -86,8 +86,8 @@ REFUSALS = [
         sample(model, x, y)
         """,
         ModelError,
-        ("sets the seed", "argument"),
-        "All that draws from the global generator afterwards would repeat the same numbers.",
+        ("random numbers", "argument"),
+        "It is set for the model alone, and has no effect in a run.",
     ),
     Refusal(
         "Batch normalisation in training mode",

@@ -127,3 +127,15 @@ def test_what_draws_without_a_generator_is_known():
     known = {function.__name__ for function in random_stream._WITHOUT_GENERATOR}
     assert {"dropout", "feature_alpha_dropout", "native_dropout", "lstm", "gru", "gumbel_softmax"} <= known
     assert {"scaled_dot_product_attention", "multi_head_attention_forward", "fractional_max_pool2d"} <= known
+
+
+def test_the_inner_of_two_streams_gives_the_numbers_of_functions_without_a_generator():
+    alone, outer, inner = (RandomStream(seed) for seed in (1, 0, 1))
+    x = torch.ones(20)
+    with alone:
+        wanted = torch.nn.functional.dropout(x)
+    before = outer.states()
+    with outer, inner:
+        assert torch.equal(torch.nn.functional.dropout(x), wanted)
+    assert outer.states() == before
+    assert inner.states() == alone.states()
