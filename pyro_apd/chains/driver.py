@@ -50,12 +50,13 @@ class MCMC(pyro.infer.MCMC):
     Draws are written into one buffer of their final size, of which :meth:`get_samples` gives views. Everything else is
     Pyro's: ``get_samples``, ``diagnostics``, ``summary``. Kernels of others, such as NUTS, run as in Pyro.
 
-    A chain that diverges is frozen at its last finite state, and the others continue; a warning names it at the end,
-    :attr:`diverged` holds the errors, and ``diagnostics()["divergences"]`` lists its draws from there on. If all
-    diverge, :class:`~pyro_apd.errors.DivergenceError` is raised, with the draws from before in its ``draws``. After
-    that error, or any other, ``get_samples()`` gives the draws made so far. Ctrl-C stops the run, warns, and keeps
-    the draws so far; KeyboardInterrupt is raised only if there are none. Of chains of unequal length the largest block
-    that can be grouped is given, and :attr:`store` has the rest.
+    A chain that diverges stops, and the others continue. What it would have drawn from there on is left out, here and
+    wherever the run is read: ``get_samples()`` has fewer chains, those that are not in :attr:`missing_chains`. A
+    warning names it at the end, :attr:`diverged` holds the errors, and ``diagnostics()["divergences"]`` lists the
+    draws that are missing. If all diverge, :class:`~pyro_apd.errors.DivergenceError` is raised, with the draws from
+    before in its ``draws``. After that error, or any other, ``get_samples()`` gives the draws made so far. Ctrl-C
+    stops the run, warns, and keeps the draws so far; KeyboardInterrupt is raised only if there are none. Of chains of
+    unequal length the largest block that can be grouped is given, and :attr:`store` has the rest.
 
     :param kernel: a kernel.
     :param int num_samples: draws kept of each chain.
@@ -288,21 +289,18 @@ class MCMC(pyro.infer.MCMC):
         run.store.flush()
         noted = run.divergences()
         self._num_followed = run.num_followed
-        if len(noted) == run.num_followed:
-            # All chains have diverged, and a frozen state is no draw.
-            for note in noted:
-                if note["chain"] in run.chains:
-                    run.store.truncate(run.chains.index(note["chain"]), note["first_draw"])
         self.store = MemoryStore.adopting(run.settled_store()) if in_memory else run.settled_store()
         self.chains = run.chains
         self.transforms = self.kernel.transforms if self._given_transforms is None else self._given_transforms
         self._samples = self.store.samples(self._given_transforms)
         self.diverged = [rebuilt_error(note) for note in noted]
-        first = {note["chain"]: note["first_draw"] for note in noted}
+        # Where all have diverged, the run stopped.
+        is_over = len(noted) == run.num_followed
+        first = {} if is_over else {note["chain"]: note["first_draw"] for note in noted}
         self._diagnostics = []
         for row, (chain, count) in enumerate(zip(self.chains, self.store.counts, strict=True)):
             statistics = {name: values[row, :count].cpu().clone() for name, values in self.store.statistics.items()}
-            divergences = list(range(first.get(chain, count), count))
+            divergences = list(range(first.get(chain, self.num_samples), self.num_samples))
             self._diagnostics.append({"divergences": divergences, **statistics, **run.report(chain)})
         return self.store.complete_part()[1]
 
@@ -320,11 +318,14 @@ class MCMC(pyro.infer.MCMC):
         """A warning, or the error where no chain is left."""
         if not self.diverged:
             return
-        names = sorted(error.chain for error in self.diverged)
+        names = self.diverged_chains
         if len(names) < self._num_followed:
+            assert self.store is not None
+            rows, num_draws = self.store.complete_part()
             warnings.warn(
-                f"Chains {names} of {self.num_chains} diverged and stopped; their draws from there on repeat their "
-                f"last finite state, and diagnostics()['divergences'] lists them. The first error: {self.diverged[0]}",
+                f"Chains {names} of {self.num_chains} diverged and stopped. What they drew from there on is left out "
+                f"everywhere: get_samples() has {num_draws} draws of chains {[self.chains[row] for row in rows]}, and "
+                f"diagnostics()['divergences'] lists what is missing. The first error: {self.diverged[0]}",
                 RuntimeWarning,
             )
             return
@@ -337,6 +338,16 @@ class MCMC(pyro.infer.MCMC):
         """All draws of one chain, constrained."""
         assert self.store is not None
         return self.store.layout.constrain(self.store.theta_CSD[row, : self.store.counts[row]])
+
+    @property
+    def missing_chains(self) -> list[int]:
+        """Numbers of the chains of which ``get_samples()`` has no draws: they diverged, or were not finished."""
+        return [] if self.store is None else [self.chains[row] for row in self.store.missing_chains]
+
+    @property
+    def diverged_chains(self) -> list[int]:
+        """Numbers of the chains that diverged."""
+        return sorted(error.chain for error in self.diverged)
 
     def diagnostics(self) -> dict[str, Any]:
         """As Pyro's: effective sizes and R-hat by site, and what the kernel recorded, by chain.

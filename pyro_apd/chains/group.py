@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyro_apd.chains.checkpoint import Progress
-from pyro_apd.chains.stores.base import STATISTICS, DrawStore, kept_columns
+from pyro_apd.chains.stores.base import DrawStore, kept_columns
 from pyro_apd.errors import DivergenceError
 from pyro_apd.kernels.engine.chain_set import ChainSet
 
@@ -167,7 +166,7 @@ class GroupRun:
             self._note(error, num_kept)
 
     def _note(self, error: DivergenceError, num_kept: int) -> None:
-        """Replaces what a chain drew since its checkpoint, of ``num_kept`` draws, with its frozen state."""
+        """Removes what a chain drew since its checkpoint, of ``num_kept`` draws: its frozen state is no draw."""
         row = 0 if self._is_single else error.chain
         number = self.chains.first + row
         if number in self._known:
@@ -176,15 +175,7 @@ class GroupRun:
         place = self.chains.store_row(number)
         first = min(max(error.last_good_step // self.kernel.thinning - self.plan.warmup_steps, 0), num_kept)
         self.progress.divergences.append({**error.to_json(), "chain": number, "first_draw": first})
-        if self.plan.num_chains == 1:
-            self.store.truncate(place, first)
-            return
-        stop = self.plan.num_samples if self._is_single else num_kept
-        if first == 0 and stop > 0:
-            theta_CD = self.chain.checkpoint.reshape(-1, self.chain.layout.size)[row : row + 1]
-            statistics = dict.fromkeys(STATISTICS, torch.nan) | {"step_size": error.step_size}
-            self.store.write(place, 0, kept_columns(self.chain.layout, self.store.layout, theta_CD), statistics)
-        self.store.freeze(place, max(first, 1), stop)
+        self.store.end(place, first)
 
     def _params(self) -> dict[str, Tensor]:
         """The present state by site, in tensors that later steps do not change."""

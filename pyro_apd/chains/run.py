@@ -293,15 +293,17 @@ class Run:
             progress = saved.chains[chains.first]
             for number in chains.numbers:
                 expected = min(max(progress.num_done - self.plan.warmup_steps, 0), self.plan.num_samples)
-                is_ended = any(note["chain"] == number for note in progress.divergences)
+                first = {note["chain"]: note["first_draw"] for note in progress.divergences}.get(number)
                 row = chains.store_row(number)
-                if counts[row] < expected and not is_ended:
+                if counts[row] < expected and first is None:
                     raise CheckpointError(
                         f"The draws at '{path}' lack some that the checkpoint '{self._path}' counts: chain {number} "
                         f"has {counts[row]} of {expected}. Give another checkpoint= to start the run over."
                     )
-                if not is_ended:
+                if first is None:
                     store.truncate(row, expected)
+                else:
+                    store.end(row, first)
         self.progress = saved.chains
         self._notes = saved.notes
         self._saved = dict(saved.chains)

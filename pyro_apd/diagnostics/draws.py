@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_apd.predictive.draws import PosteriorLike, kernel_of, read_draws
+from pyro_apd.predictive.draws import PosteriorLike, check_draws, kernel_of, read_draws
 
 
 def draw_shapes(posterior: PosteriorLike | None) -> dict[str, tuple[int, ...]] | None:
@@ -20,6 +20,7 @@ def draw_shapes(posterior: PosteriorLike | None) -> dict[str, tuple[int, ...]] |
     if posterior is None:
         return None
     if isinstance(posterior, Mapping):
+        check_draws(posterior, "posterior")
         return {site: tuple(value.shape[1:]) for site, value in posterior.items()}
     layout = getattr(posterior, "layout", None)
     if layout is not None:

@@ -60,7 +60,7 @@ def distill(
     WGAN-GP; the paper takes 100,000 steps.
 
     A fifth of each chain is held out, five draws of every 25. The state of the generator with the smallest distance to
-    these is returned.
+    these is returned. Chains that diverged are left out; ``metadata["missing_chains"]`` has their numbers.
 
     :param source: an ``MCMC`` after ``run``; or draws by site, ``(S, ...)``, with ``group_by_chain`` ``(C, S, ...)``.
     :param callable model: the Pyro model; by default that of the ``MCMC``'s kernel.
@@ -136,6 +136,7 @@ def _fit_and_train(
     metadata = {
         "num_chains": num_chains,
         "num_draws": num_draws,
+        **({"missing_chains": list(source.missing_chains)} if source.missing_chains else {}),
         "held_out": HELD_OUT if len(held_out_index) < num_draws else None,
         "space": "weights" if task.functions is None else "functions",
         "num_steps": prepared.schedule.num_steps,

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_apd.chains.stores.base import DrawStore
 from pyro_apd.data.sources import shown_arguments
 from pyro_apd.models.layout import Layout
+from pyro_apd.predictive.chain_draws import chain_remarks
 from pyro_apd.predictive.draws import ChainsLike, all_finite, kernel_of, not_finite_error, read_chains, run_arguments
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
@@ -38,6 +39,7 @@ class Source:
     :ivar args: arguments that the model can be called with, or None where they are not known.
     :ivar kwargs: keyword arguments likewise.
     :ivar bool has_all_data: whether the arguments hold all data, rather than some that a loader or a file gave.
+    :ivar list missing_chains: numbers of the chains of the run that have no draws here: they diverged, or stopped.
     """
 
     theta_CSD: Tensor
@@ -46,6 +48,7 @@ class Source:
     args: tuple[Any, ...] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     has_all_data: bool = True
+    missing_chains: Sequence[int] = ()
 
 
 def read_source(
@@ -78,7 +81,10 @@ def read_source(
         theta_CSD = store.unconstrained()
         _check_count(*theta_CSD.shape[:2])
         _check_finite(store, theta_CSD)
-        return Source(theta_CSD, store.layout, model, args, kwargs, has_all_data)
+        missing = list(getattr(source, "missing_chains", ()))
+        for remark in chain_remarks(missing, getattr(source, "diverged_chains", ())):
+            logger.warning("%s", remark)
+        return Source(theta_CSD, store.layout, model, args, kwargs, has_all_data, missing)
     chains = read_chains(source, "source", group_by_chain=group_by_chain)
     _check_floating(chains.values)
     _check_count(chains.num_chains, chains.num_draws)

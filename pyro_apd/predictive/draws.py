@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from pyro_apd.predictive.chain_draws import ChainDraws
 from pyro_apd.runtime.checks import integer
 from pyro_apd.runtime.global_state import seeded
 
@@ -87,54 +87,6 @@ class DrawSource:
 Draws = Mapping[str, Tensor] | DrawSource
 
 
-@dataclass(frozen=True)
-class ChainDraws:
-    """All draws of one or more chains.
-
-    :ivar dict values: constrained values ``(C, S, ...)`` by site.
-    :ivar str name: the kernel's name, such as ``SGLD``; for legends.
-    """
-
-    values: Values
-    name: str = "chain"
-
-    @property
-    def num_chains(self) -> int:
-        """Chains, ``C``."""
-        return next(iter(self.values.values())).shape[0]
-
-    @property
-    def num_draws(self) -> int:
-        """Draws per chain, ``S``."""
-        return next(iter(self.values.values())).shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the draws are."""
-        return next(iter(self.values.values())).device
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all draws as tensors."""
-        return sum(value.numel() * value.element_size() for value in self.values.values())
-
-    @property
-    def bytes_per_draw(self) -> int:
-        """Size of one network."""
-        return self.num_bytes // (self.num_chains * self.num_draws)
-
-    def pooled(self, steps_M: Sequence[int]) -> Values:
-        """Draws at the given steps of every chain, chain after chain, ``(C M, ...)`` by site."""
-        index = torch.as_tensor(steps_M, dtype=torch.long)
-        return {name: value[:, index.to(value.device)].flatten(0, 1) for name, value in self.values.items()}
-
-    def at(self, chains_M: Sequence[int], steps_M: Sequence[int]) -> Values:
-        """Draws at pairs of chain and step, ``(M, ...)`` by site."""
-        chains = torch.as_tensor(chains_M, device=self.device)
-        steps = torch.as_tensor(steps_M, device=self.device)
-        return {name: value[chains, steps] for name, value in self.values.items()}
-
-
 def draws_between(draws: Draws, start: int, stop: int) -> Values:
     """Draws ``start`` to ``stop`` as tensors by site."""
     if isinstance(draws, DrawSource):
@@ -186,13 +138,21 @@ def read_chains(
         name = getattr(source, "chain_name", None) or type(kernel_of(source) or source).__name__
     _check_sites(values, argument, num_dims=2)
     _check_finite(values, argument)
-    return ChainDraws({site: value.detach() for site, value in values.items()}, name)
+    return ChainDraws({site: value.detach() for site, value in values.items()}, name, *_incomplete_chains(source))
+
+
+def _incomplete_chains(source: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Numbers of the chains that are missing, and of those that diverged, where a run or its store says so."""
+    missing = getattr(source, "missing_chains", ())
+    return tuple(missing), tuple(getattr(source, "diverged_chains", ()))
 
 
 def read_draws(
     posterior: PosteriorLike, num_samples: int | None = None, argument: str = "posterior", *, seed: int | None = None
 ) -> Values:
-    """Draws ``(S, ...)`` by site, checked: ``num_samples`` of a sampler, or of a dict the first ``num_samples``.
+    """Draws ``(S, ...)`` by site, checked: ``num_samples`` of a sampler, or as many of a dict, evenly spaced.
+
+    Chains follow each other in a dict, so that its first draws would be those of the first chain.
 
     :param int num_samples: draws wanted; None for all of a dict or of chains, and a sampler's own number.
     :param str argument: the user's name for ``posterior``, for errors.
@@ -201,7 +161,7 @@ def read_draws(
     :raises ValueError: as :func:`read_chains`.
     """
     values = (
-        {site: value[:num_samples] for site, value in _checked(posterior, argument).items()}
+        _spaced(posterior, num_samples, argument)
         if isinstance(posterior, Mapping)
         else _sampled(posterior, num_samples, argument, seed, _device_of(posterior))
     )
@@ -300,9 +260,12 @@ def not_finite_error(site: str, argument: str, count: int) -> ValueError:
     )
 
 
-def _checked(values: Mapping[str, Tensor], argument: str) -> Mapping[str, Tensor]:
-    check_draws(values, argument)
-    return values
+def _spaced(values: Mapping[str, Tensor], num_samples: int | None, argument: str) -> Values:
+    total = check_draws(values, argument)
+    if num_samples is None or num_samples >= total:
+        return dict(values)
+    index = torch.tensor(evenly_spaced(total, num_samples))
+    return {site: value[index.to(value.device)] for site, value in values.items()}
 
 
 def _sampled(

@@ -99,7 +99,7 @@ def test_the_listener_hears_of_every_draw():
 
 # In 3 + 5 draws of 2 steps: the last good step is 11, in the 6th draw; draws 0 and 1 of those kept are good.
 @pytest.mark.parametrize("width", [None, 2])
-def test_a_diverged_chain_is_frozen_and_the_others_go_on(width):
+def test_a_diverged_chain_ends_and_the_others_go_on(width):
     plan = Plan(num_samples=5, warmup_steps=3, num_chains=2)
     good = Walk(thinning=2)
     bad = Walk(thinning=2, diverges_after={1: 11})
@@ -110,21 +110,18 @@ def test_a_diverged_chain_is_frozen_and_the_others_go_on(width):
         _, progress = draw(bad, plan, width, first, store=store)
     assert torch.equal(store.theta_CSD[0], expected.theta_CSD[0])
     assert torch.equal(store.theta_CSD[1, :2], expected.theta_CSD[1, :2])
-    assert bool(torch.isfinite(store.theta_CSD).all())
-    assert store.counts == [5, 5]
+    assert store.counts == [5, 2]
     (note,) = progress.divergences
     assert (note["chain"], note["first_draw"]) == (1, 2)
-    assert torch.equal(store.theta_CSD[1, 2], expected.theta_CSD[1, 1])
-    assert len(store.theta_CSD[1, 3:].unique(dim=0)) <= 2
 
 
 @pytest.mark.parametrize("width", [None, 2])
-def test_divergence_in_warmup_leaves_the_last_good_state(width):
+def test_divergence_in_warmup_leaves_no_draws(width):
     plan = Plan(3, 5, 2)
     store = MemoryStore(LAYOUT, 2, 3, torch.empty(0))
     _, progress = draw(Walk(diverges_after={0: 1}), plan, width, store=store)
     assert progress.divergences[0]["first_draw"] == 0
-    assert torch.equal(store.theta_CSD[0], torch.full((3, LAYOUT.size), -7.0))
+    assert store.counts[0] == 0
 
 
 def test_draws_since_the_last_look_are_given_up():

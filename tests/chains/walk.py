@@ -73,10 +73,6 @@ class WalkChain:
     def observe(self):
         self.num_observed += 1
 
-    @property
-    def checkpoint(self):
-        return torch.full_like(self.theta, -7.0)
-
     def fixed_point_values(self):
         return {"prior": None, "likelihood": None}
 

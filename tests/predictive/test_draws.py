@@ -123,9 +123,11 @@ def test_a_sampler_of_ones_own_needs_a_number_only():
         read_chains(OnDemand())
 
 
-def test_the_first_draws_of_a_dict():
-    assert read_draws(POOLED, 3)["b"].tolist() == [0, 1, 2]
-    assert len(read_draws(POOLED)["b"]) == 12
+def test_a_part_of_a_dict_is_spread_evenly_over_its_chains():
+    """Chains follow each other in a dict, so that its first draws are all of one chain."""
+    assert read_draws(POOLED, 3)["b"].tolist() == [2, 6, 10]
+    assert read_draws(POOLED, 4)["a"].tolist() == POOLED["a"][[1, 4, 7, 10]].tolist()
+    assert read_draws(POOLED, 99)["b"].tolist() == read_draws(POOLED)["b"].tolist() == list(range(12))
 
 
 READERS = [

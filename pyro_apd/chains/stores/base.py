@@ -40,6 +40,7 @@ class DrawStore(ABC):
         self.layout = layout
         self.num_chains = num_chains
         self.num_draws = num_draws
+        self._ended: set[int] = set()
 
     @property
     @abstractmethod
@@ -78,20 +79,23 @@ class DrawStore(ABC):
     def _filled(self, buffer: Tensor) -> Tensor:
         return buffer
 
-    def freeze(self, chain: int, start: int, stop: int) -> None:
-        """Repeats the draw before ``start`` of a chain up to ``stop``: the state in which it stopped.
+    def end(self, chain: int, count: int) -> None:
+        """Ends a chain that diverged: removes its draws from ``count`` on, and keeps none that are written later.
 
-        With ``start=0`` draw 0 itself is repeated; it must have been written.
+        Vectorised chains are written together, so that the state of a chain that stopped is written as well.
         """
-        source = max(start - 1, 0)
-        theta_CD = self.theta_CSD[chain, source].clone().unsqueeze(0)
-        statistics = {name: values[chain, source].clone() for name, values in self.statistics.items()}
-        for draw in range(start, stop):
-            self.write(chain, draw, theta_CD, statistics)
+        self.truncate(chain, count)
+        self._ended.add(chain)
 
     def complete_part(self) -> tuple[list[int], int]:
         """Chains and number of draws of the largest block without gaps: all draws of a complete run."""
         return largest_block(self.counts)
+
+    @property
+    def missing_chains(self) -> list[int]:
+        """Chains of which the complete part has no draws: they diverged, or were not finished."""
+        kept = self.complete_part()[0]
+        return [chain for chain in range(self.num_chains) if chain not in kept]
 
     def blocks(self, num_draws: int | None = None) -> list[tuple[int, int]]:
         """Spans of draws that are processed together; each takes at most some 16 MB per chain."""
@@ -208,7 +212,7 @@ class MemoryStore(DrawStore):
         self._theta_CSD[chain:stop, draw].copy_(theta_CD)
         for name in STATISTICS:
             self._statistics[name][chain:stop, draw] = statistics[name]
-        for c in range(chain, stop):
+        for c in set(range(chain, stop)) - self._ended:
             self._counts[c] = max(self._counts[c], draw + 1)
 
     def truncate(self, chain: int, count: int) -> None:

@@ -144,6 +144,8 @@ class DiskStore(DrawStore):
         statistics_CK = theta_CD.new_ones((len(theta_CD), 1 + len(STATISTICS)), dtype=self._statistics_dtype)
         for i, name in enumerate(STATISTICS):
             statistics_CK[:, 1 + i] = statistics[name]
+        for ended in self._ended.intersection(range(chain, chain + len(theta_CD))):
+            statistics_CK[ended - chain, 0] = 0
         if theta_CD.device.type == "cpu":
             self._put_draw(chain, draw, theta_CD, statistics_CK)
             return

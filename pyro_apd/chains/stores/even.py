@@ -32,7 +32,6 @@ class EvenStore(MemoryStore):
             raise ValueError(f"capacity={capacity} must be at least 2.")
         super().__init__(layout, num_chains, capacity, theta)
         self.stride = 1
-        self._ended: set[int] = set()
 
     def write(self, chain: int, draw: int, theta_CD: Tensor, statistics: Mapping[str, Any]) -> None:
         """Keeps a draw if its number is a multiple of the stride."""
@@ -50,11 +49,6 @@ class EvenStore(MemoryStore):
     def truncate(self, chain: int, count: int) -> None:
         """Removes the draws of a chain from ``count`` on, where all written draws are counted."""
         self._counts[chain] = min(self._counts[chain], -(-count // self.stride))
-
-    def freeze(self, chain: int, start: int, stop: int) -> None:
-        """Ends a chain that stopped at ``start``; its last state is not repeated."""
-        self.truncate(chain, start)
-        self._ended.add(chain)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers that :meth:`load_state_dict` takes."""

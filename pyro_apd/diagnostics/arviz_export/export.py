@@ -15,7 +15,8 @@ Groups that :func:`to_arviz` makes:
 * ``observed_data``: observed sites. ``prior``: draws of it, where ``prior`` says how many.
 
 Attributes of the whole are versions and settings as JSON; ``posterior`` says what made it, ``posterior_apd`` holds
-the generator's metadata.
+the generator's metadata. Where chains diverged, ``posterior`` holds the others, and its attributes ``missing_chains``
+and ``diverged_chains`` are lists of their numbers, as JSON.
 
 Generator draws are a group of their own and never a further chain of ``posterior``: the R-hat of the two together
 neither accepts a good generator nor finds a bad one.
@@ -42,7 +43,8 @@ from pyro_apd.diagnostics.arviz_export.predictions import ModelGroups, attempt
 from pyro_apd.diagnostics.arviz_export.variables import Selection, Variables, function_probe
 from pyro_apd.diagnostics.comparison.evaluation import Inputs, find_inputs, model_of
 from pyro_apd.diagnostics.draws import draw_shapes, kernel_settings
-from pyro_apd.predictive.draws import ChainDraws, ChainsLike, PosteriorLike, Values, read_chains, read_draws
+from pyro_apd.predictive.chain_draws import ChainDraws
+from pyro_apd.predictive.draws import ChainsLike, PosteriorLike, Values, read_chains, read_draws
 from pyro_apd.runtime.files import atomic_write
 
 _LOG = logging.getLogger("pyro_apd")
@@ -144,6 +146,8 @@ def chain_diagnostics(mcmc: object) -> list[Mapping[str, Any]]:
 def sample_stats(mcmc: object, chain: ChainDraws) -> dict[str, np.ndarray]:
     """``diverging`` and all per-draw statistics that every chain's kernel recorded, each ``(C, S)``."""
     records = chain_diagnostics(mcmc)
+    numbers = getattr(mcmc, "chains", range(len(records)))
+    records = [record for number, record in zip(numbers, records, strict=False) if number not in chain.missing]
     if len(records) != chain.num_chains:
         return {}
     stats: dict[str, np.ndarray] = {}
@@ -154,8 +158,10 @@ def sample_stats(mcmc: object, chain: ChainDraws) -> dict[str, np.ndarray]:
         stats["diverging"] = diverging
     for name in records[0]:
         values = [record.get(name) for record in records]
-        if all(isinstance(value, Tensor) and value.shape == (chain.num_draws,) for value in values):
-            stats[name] = np.stack([value.detach().cpu().numpy() for value in values])  # type: ignore[union-attr]
+        if all(isinstance(value, Tensor) and value.dim() == 1 and len(value) >= chain.num_draws for value in values):
+            # A chain may be longer than the others, where one of them diverged.
+            rows = [value[: chain.num_draws].detach().cpu().numpy() for value in values]  # type: ignore[index]
+            stats[name] = np.stack(rows)
     return stats
 
 
@@ -267,9 +273,12 @@ def _of_model(
 def _attributes(mcmc: object, chain: ChainDraws | None, posterior: object) -> dict[str, dict[str, Any]]:
     settings = json.dumps(kernel_settings(mcmc), sort_keys=True)
     generator = {"source": "generator", "metadata": _metadata(posterior)}
+    of_chain = generator if chain is None else {"source": chain.name, "kernel_settings": settings}
+    if chain is not None and chain.missing + chain.diverged:
+        of_chain |= {"missing_chains": json.dumps(chain.missing), "diverged_chains": json.dumps(chain.diverged)}
     return {
         "/": {"versions": json.dumps(versions(), sort_keys=True), "kernel_settings": settings},
-        "posterior": {"source": chain.name, "kernel_settings": settings} if chain is not None else generator,
+        "posterior": of_chain,
         "posterior_apd": generator,
     }
 

@@ -44,7 +44,13 @@ class StoredRun:
         self.chain_name = str(source or "chain")
         #: Settings of the kernel and the driver, as far as the file has them.
         self.settings: dict[str, Any] = json.loads(idata["posterior"].attrs.get("kernel_settings", "{}"))
+        #: Numbers of the chains of the run that are not in the file, and of those that diverged.
+        self.missing_chains: list[int] = json.loads(idata["posterior"].attrs.get("missing_chains", "[]"))
+        self.diverged_chains: list[int] = json.loads(idata["posterior"].attrs.get("diverged_chains", "[]"))
         self.num_chains, self.num_samples = next(iter(self._samples.values())).shape[:2]
+        whole = range(self.num_chains + len(self.missing_chains))
+        #: Numbers of the chains that are in the file.
+        self.chains = [chain for chain in whole if chain not in self.missing_chains]
         stats = compat.arrays(idata, "sample_stats")
         self._diagnostics: list[dict[str, Any]] = [
             {

@@ -16,7 +16,8 @@ from pyro_apd.diagnostics.comparison.metric_rows import metric_rows
 from pyro_apd.diagnostics.comparison.split import Split, split_draws
 from pyro_apd.diagnostics.comparison.verdict import Row, overall
 from pyro_apd.diagnostics.draws import draw_shapes, posterior_bytes
-from pyro_apd.predictive.draws import ChainDraws, ChainsLike, PosteriorLike, read_chains
+from pyro_apd.predictive.chain_draws import ChainDraws
+from pyro_apd.predictive.draws import ChainsLike, PosteriorLike, read_chains
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def compare(
     independent. Function space and memorised draws decide the verdict; weights are unidentified.
 
     The chain's column is of the draws that :func:`pyro_apd.distill` held out, where there are as many as asked for.
+    Chains that diverged are left out, and ``notes`` says which.
 
     :param mcmc: a :class:`pyro.infer.MCMC` after ``run``, or a dict of draws ``(S, ...)`` or ``(C, S, ...)``.
     :param posterior: a :class:`~pyro_apd.posterior.posterior.DistilledPosterior`, or a dict of draws ``(S, ...)``.
@@ -107,7 +109,7 @@ def _num_bytes(chain: ChainDraws, posterior: PosteriorLike, split: Split) -> dic
 
 
 def _notes(rows: Sequence[Row], chain: ChainDraws, mixing: float, split: Split) -> list[str]:
-    notes = []
+    notes = chain.remarks()
     if chain.num_chains == 1:
         notes.append("One chain: modes that it never visited are missing in the generator too, and no metric shows it.")
     if mixing == mixing:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_apd.diagnostics.draws import flat
-from pyro_apd.predictive.draws import ChainDraws
+from pyro_apd.predictive.chain_draws import ChainDraws
 
 # A draw nearer to another than this share of the usual distance between neighbours counts as a copy. In eight
 # dimensions, one independent draw in 6,000 is so near.

@@ -33,7 +33,7 @@ from pyro_apd.diagnostics.comparison.standard_errors import (
     standard_errors,
 )
 from pyro_apd.diagnostics.comparison.verdict import POORLY_MIXED_SHARE, Row, judge, lookup
-from pyro_apd.predictive.draws import ChainDraws
+from pyro_apd.predictive.chain_draws import ChainDraws
 
 #: Values by metric, by set, and resolutions by metric.
 _Metrics = tuple[dict[str, dict[str, float]], dict[str, float]]

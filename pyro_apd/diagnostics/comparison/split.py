@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pyro_apd.diagnostics.draws import posterior_bytes
-from pyro_apd.predictive.draws import ChainDraws, PosteriorLike, Values, check_draws, evenly_spaced, read_draws
+from pyro_apd.predictive.chain_draws import ChainDraws
+from pyro_apd.predictive.draws import PosteriorLike, Values, check_draws, evenly_spaced, read_draws
 
 
 @dataclass(frozen=True)

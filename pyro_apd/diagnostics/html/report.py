@@ -24,7 +24,8 @@ from pyro_apd.diagnostics.formatting import format_bytes, format_number
 from pyro_apd.diagnostics.html import pictures
 from pyro_apd.diagnostics.mixing.function_space import FunctionProbe
 from pyro_apd.diagnostics.mixing.health import Health, chain_health, layer_health
-from pyro_apd.predictive.draws import ChainDraws, ChainsLike, PosteriorLike, evenly_spaced, read_chains, read_draws
+from pyro_apd.predictive.chain_draws import ChainDraws
+from pyro_apd.predictive.draws import ChainsLike, PosteriorLike, evenly_spaced, read_chains, read_draws
 from pyro_apd.runtime.files import atomic_write
 from pyro_apd.runtime.global_state import seeded
 
@@ -117,6 +118,7 @@ def _of_run(
         "layers": layer_health(chain),
         "num_chains": chain.num_chains,
         "num_draws": chain.num_draws,
+        "remarks": chain.remarks(),
         "divergences": int(stats["diverging"].sum()) if "diverging" in stats else None,
         "traces": pictures.of_chain(stats, chain.name),
         "settings": kernel_settings(mcmc),

@@ -16,7 +16,8 @@ from torch import Tensor
 from pyro_apd.diagnostics.comparison.evaluation import Inputs
 from pyro_apd.diagnostics.mixing.convergence import statistics
 from pyro_apd.diagnostics.mixing.function_space import FunctionProbe
-from pyro_apd.predictive.draws import ChainDraws, evenly_spaced
+from pyro_apd.predictive.chain_draws import ChainDraws
+from pyro_apd.predictive.draws import evenly_spaced
 
 _MAX_DRAWS = 1000
 _NUM_INPUTS, _NUM_WEIGHTS = 6, 4

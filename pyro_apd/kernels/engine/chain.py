@@ -131,11 +131,6 @@ class Chain:
             piece.copy_(new)
 
     @property
-    def checkpoint(self) -> Tensor:
-        """The last state whose potential was checked, which a chain that diverges is put back to; as :attr:`theta`."""
-        return self._watch.checkpoint
-
-    @property
     def divergences(self) -> list[DivergenceError]:
         """Errors of the chains that diverged, with the index among the chains here as ``chain``."""
         return self._watch.divergences

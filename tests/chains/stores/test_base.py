@@ -134,13 +134,16 @@ def test_chains_that_do_not_lie_in_a_row(make):
     torch.testing.assert_close(store.samples()["scale"], LAYOUT.constrain(expected_theta(chains=(0, 2)))["scale"])
 
 
-def test_a_frozen_chain_repeats_its_last_draw(make):
-    store = fill(make(), 4)
-    store.freeze(1, 2, 5)
-    assert store.counts == [4, 5]
-    assert torch.equal(store.theta_CSD[1], torch.stack([draw_of(1, s) for s in (0, 1, 1, 1, 1)]))
-    assert store.statistics["potential"][1].tolist() == [10, 11, 11, 11, 11]
-    assert torch.equal(store.theta_CSD[0, 3], draw_of(0, 3))
+def test_a_chain_that_ended_gets_no_more_draws(make):
+    store = fill(make(num_chains=3), 4, chains=(0, 1, 2))
+    store.end(1, 2)
+    theta_CD = torch.stack([draw_of(chain, 4) for chain in range(3)])
+    store.write(0, 4, theta_CD, {"potential": 0.0, "grad_norm": 0.0, "step_size": 0.5})
+    assert store.counts == [5, 2, 5]
+    assert store.missing_chains == [1]
+    assert store.samples()["w"].shape[:2] == (2, 5)
+    store.end(0, 0)
+    assert (store.counts, store.missing_chains) == ([0, 2, 5], [0, 1])
 
 
 def test_draws_can_be_taken_back(make):

@@ -108,7 +108,7 @@ def test_a_chain_that_ended_keeps_what_it_had_and_gets_no_more(capacity, end, mo
     store = make(2, capacity)
     for draw in range(end + 3):
         write(store, 0, draw, width=2)
-    store.freeze(1, end, end + 3)  # the last three were no draws of the posterior
+    store.end(1, end)  # the last three were no draws of the posterior
     for draw in range(end + 3, end + 3 + more):
         write(store, 0, draw, width=2)
     assert kept(store, 0) == list(range(0, end + 3 + more, store.stride))
@@ -119,7 +119,7 @@ def test_the_largest_block_leaves_out_a_chain_that_ended_early():
     store = make(2, 8)
     for draw in range(8):
         write(store, 0, draw, width=2)
-    store.freeze(1, 2, 8)
+    store.end(1, 2)
     assert store.complete_part() == ([0], 8)
     assert store.unconstrained().shape == (1, 8, 3)
 
@@ -130,7 +130,7 @@ def test_state_round_trip_goes_on_as_if_nothing_had_been():
         write(whole, 0, draw, width=2)
         write(first if draw < 25 else second, 0, draw, width=2)
         for store in (whole, first) if draw == 20 else ():
-            store.freeze(1, 15, 21)
+            store.end(1, 15)
         if draw == 24:
             state = {name: value.clone() if isinstance(value, torch.Tensor) else value
                      for name, value in first.state_dict().items()}  # fmt: skip

@@ -387,7 +387,7 @@ def test_the_chain_column_is_of_draws_that_were_held_out():
     from types import SimpleNamespace
 
     from pyro_apd.diagnostics.comparison.split import held_out_steps, split_draws
-    from pyro_apd.predictive.draws import ChainDraws
+    from pyro_apd.predictive.chain_draws import ChainDraws
 
     values = torch.arange(200.0).reshape(2, 100, 1)
     chain = ChainDraws({"w": values})
