@@ -21,6 +21,7 @@ from pyro_apd.errors import ModelError
 from pyro_apd.predictive.draws import Draws, Values, check_chunk_size, check_draws, draws_between
 from pyro_apd.predictive.messengers import Reached, Substitute, choose_site, is_choosing_rows, plain
 from pyro_apd.predictive.row_blocks import RowCut, plan_cut
+from pyro_apd.predictive.site_names import check_sites
 from pyro_apd.predictive.vmap_draws import (
     DrawFunction,
     Footprint,
@@ -90,11 +91,18 @@ class ObservedSite:
     ) -> None:
         check_draws(draws)
         self.model = model
-        example = {name: value[0].detach() for name, value in draws_between(draws, 0, 1).items()}
+        first = {name: value.detach() for name, value in draws_between(draws, 0, 1).items()}
+        example = {name: value[0] for name, value in first.items()}
         with preserved_param_store(), torch.no_grad(), poutine.block():
             known = set(pyro.get_param_store().keys())
             with Footprint() as self._footprint, explaining_errors(args, kwargs, lambda: example):
-                trace = poutine.trace(Substitute(example)(model)).get_trace(*args, **kwargs)
+                tracer = poutine.trace(Substitute(example)(model))
+                try:
+                    trace = tracer.get_trace(*args, **kwargs)
+                except (RuntimeError, ValueError):
+                    _explain_draws(tracer.msngr.trace.nodes, first)
+                    raise
+            check_sites(trace.nodes, first, "draws")
             # Parameters that the model has just made, which it cannot make again under vmap.
             self._params = {name: trace.nodes[name]["value"] for name in trace.param_nodes if name not in known}
             self.name = choose_site(trace, example, site)
@@ -302,6 +310,17 @@ class ObservedSite:
                 )
             rows.append(_Rows(name, node["fn"].size, self._dims[name], blocks))
         return tuple(rows)
+
+
+def _explain_draws(nodes: Mapping[str, Any], first: Values) -> None:
+    """Raises the cause where a model fails because of the draws.
+
+    :raises ValueError: if their sites, shapes or dtypes are not the model's.
+    """
+    check_sites(nodes, first, "draws")
+    dtypes = {name: str(value.dtype) for name, value in first.items()}
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(f"The model fails with draws of several dtypes: {dtypes}. Give all of them the model's dtype.")
 
 
 def _blocks(size: int, shown: int, device: torch.device) -> Tensor:

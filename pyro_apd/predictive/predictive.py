@@ -37,6 +37,7 @@ from pyro_apd.predictive.draws import (
 )
 from pyro_apd.predictive.observed_site import ObservedSite
 from pyro_apd.predictive.reductions import reduce_outputs, reduction_names
+from pyro_apd.predictive.site_names import check_sites
 from pyro_apd.predictive.vmap_draws import (
     Footprint,
     map_draws,
@@ -105,12 +106,17 @@ class Predictive(pyro.infer.Predictive):
 
         :param args: arguments of the model (and guide).
         :param kwargs: keyword arguments of the model (and guide).
-        :raises ValueError: if ``_RETURN`` is asked for and the model does not return a tensor.
+        :raises ValueError: if ``_RETURN`` is asked for and the model does not return a tensor, or draws are of sites
+            that the model does not have while some of its own have none.
         """
         with preserved_param_store(), torch.no_grad():
             if self.reduce is not None:
                 return self._reduced(args, kwargs)
             if self.parallel or am_i_wrapped():
+                if self.posterior_samples:
+                    with poutine.block(), torch.random.fork_rng(devices=[]):
+                        nodes = _prototype(self.model, args, kwargs)[0].nodes
+                    check_sites(nodes, self.posterior_samples, "posterior_samples")
                 return {name: value.detach() for name, value in super().forward(*args, **kwargs).items()}
             if self.guide is None:
                 return self._predict(self.posterior_samples, self.return_sites, args, kwargs)
@@ -152,6 +158,8 @@ class Predictive(pyro.infer.Predictive):
         self, draws: Draws, return_sites: Collection[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Values:
         trace, footprint = _prototype(self.model, args, kwargs)
+        if not isinstance(draws, DrawSource):
+            check_sites(trace.nodes, draws, "posterior_samples" if self.guide is None else "guide")
         shapes = {name: (self.num_samples, *shape) for name, shape in _shapes(trace, draws, return_sites).items()}
         at_hand = {} if isinstance(draws, DrawSource) else draws
         computed = self._evaluate(
