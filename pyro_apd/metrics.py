@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_apd.runtime.checks import integer
+from pyro_apd.runtime.tensor_checks import checked_labels, checked_probabilities, is_dense, shape_of
+
 __all__ = [
     "RankedScores",
     "accuracy",
@@ -25,9 +28,9 @@ def accuracy(probs_NK: Tensor, labels_N: Tensor) -> float:
 
     :param Tensor probs_NK: class probabilities, ``(N, K)``.
     :param Tensor labels_N: classes 0..K-1, ``(N,)``.
-    :raises ValueError: if shapes disagree, or a label is not one of the classes.
+    :raises ValueError: if probabilities are none, shapes disagree, or a label is not one of the classes.
     """
-    labels_N = _checked(probs_NK, labels_N)
+    probs_NK, labels_N = _checked(probs_NK, labels_N)
     return float((probs_NK.argmax(-1) == labels_N).double().mean())
 
 
@@ -36,9 +39,9 @@ def negative_log_likelihood(probs_NK: Tensor, labels_N: Tensor) -> float:
 
     :param Tensor probs_NK: class probabilities, ``(N, K)``.
     :param Tensor labels_N: classes 0..K-1, ``(N,)``.
-    :raises ValueError: if shapes disagree, or a label is not one of the classes.
+    :raises ValueError: if probabilities are none, shapes disagree, or a label is not one of the classes.
     """
-    labels_N = _checked(probs_NK, labels_N)
+    probs_NK, labels_N = _checked(probs_NK, labels_N)
     return float(-probs_NK.double().gather(-1, labels_N.unsqueeze(-1)).log().mean())
 
 
@@ -49,9 +52,9 @@ def brier_score(probs_NK: Tensor, labels_N: Tensor) -> float:
 
     :param Tensor probs_NK: class probabilities, ``(N, K)``.
     :param Tensor labels_N: classes 0..K-1, ``(N,)``.
-    :raises ValueError: if shapes disagree, or a label is not one of the classes.
+    :raises ValueError: if probabilities are none, shapes disagree, or a label is not one of the classes.
     """
-    labels_N = _checked(probs_NK, labels_N)
+    probs_NK, labels_N = _checked(probs_NK, labels_N)
     one_hot_NK = torch.nn.functional.one_hot(labels_N, probs_NK.shape[1])
     return float((probs_NK.double() - one_hot_NK).square().sum(-1).mean())
 
@@ -64,7 +67,8 @@ def expected_calibration_error(probs_NK: Tensor, labels_N: Tensor, num_bins: int
     :param Tensor probs_NK: class probabilities, ``(N, K)``.
     :param Tensor labels_N: classes 0..K-1, ``(N,)``.
     :param int num_bins: the paper's M.
-    :raises ValueError: if shapes disagree, a label is not one of the classes, or ``num_bins`` is below one.
+    :raises ValueError: if probabilities are none, shapes disagree, a label is not one of the classes, or ``num_bins``
+        is no positive integer.
     """
     count_B, confidence_B, accuracy_B = calibration_bins(probs_NK, labels_N, num_bins)
     return float((count_B * (confidence_B - accuracy_B).abs()).sum() / count_B.sum())
@@ -76,9 +80,8 @@ def calibration_bins(probs_NK: Tensor, labels_N: Tensor, num_bins: int = 15) -> 
     :returns: three tensors ``(num_bins,)``; empty bins hold zeros.
     :raises ValueError: as :func:`expected_calibration_error`.
     """
-    if num_bins < 1:
-        raise ValueError(f"num_bins must be at least 1; got {num_bins}.")
-    labels_N = _checked(probs_NK, labels_N)
+    num_bins = integer("num_bins", num_bins)
+    probs_NK, labels_N = _checked(probs_NK, labels_N)
     confidence_N, class_N = probs_NK.double().max(-1)
     # Confidences of exactly m/M belong to bin m, the one they close.
     bin_N = (confidence_N * num_bins).ceil().long().clamp(1, num_bins) - 1
@@ -169,6 +172,8 @@ def _counts_by_threshold(index_N: Tensor, num_thresholds: int, count_BN: Tensor 
 
 
 def _checked_scores(name: str, scores: Tensor) -> Tensor:
+    if not is_dense(scores) or scores.is_complex():
+        raise ValueError(f"{name} must be a tensor of real scores; got {shape_of(scores)}. Use torch.as_tensor(...).")
     value = scores.detach().flatten().double()
     num_nan = int(value.isnan().sum())
     if value.numel() == 0 or num_nan:
@@ -179,17 +184,12 @@ def _checked_scores(name: str, scores: Tensor) -> Tensor:
     return value
 
 
-def _checked(probs_NK: Tensor, labels_N: Tensor) -> Tensor:
-    """Labels as indices on the device of the probabilities."""
-    if probs_NK.dim() != 2 or tuple(labels_N.shape) != (probs_NK.shape[0],) or probs_NK.shape[0] == 0:
+def _checked(probs_NK: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities, and labels as indices on their device."""
+    probs_NK = checked_probabilities("probs_NK", probs_NK).detach()
+    if len(probs_NK) == 0:
         raise ValueError(
-            f"probs_NK must be (data, classes) and labels_N (data,), with at least one datum; got "
-            f"{tuple(probs_NK.shape)} and {tuple(labels_N.shape)}."
+            f"probs_NK must have shape (data, classes) with at least one datum; got {tuple(probs_NK.shape)}."
         )
-    labels = labels_N.to(probs_NK.device, torch.long)
-    if not bool(((labels >= 0) & (labels < probs_NK.shape[1]) & (labels == labels_N.to(labels.device))).all()):
-        raise ValueError(
-            f"labels_N must be whole numbers from 0 to {probs_NK.shape[1] - 1}; got values from "
-            f"{float(labels_N.min()):g} to {float(labels_N.max()):g}."
-        )
-    return labels
+    labels_N = checked_labels("labels_N", labels_N, len(probs_NK), probs_NK.shape[1])
+    return probs_NK, labels_N.to(probs_NK.device)

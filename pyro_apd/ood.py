@@ -24,6 +24,7 @@ from pyro_apd.predictive.reductions import reduce_outputs
 from pyro_apd.runtime.checks import integer, number
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
 from pyro_apd.runtime.seeds import derived_generator, seed_or_fresh
+from pyro_apd.runtime.tensor_checks import check_inputs
 
 __all__ = ["METRICS", "Detection", "Metric", "OutOfDistribution", "evaluate", "rank_metrics"]
 
@@ -245,6 +246,8 @@ def _scorer(
     chunk_size: int | None,
 ) -> Callable[[tuple[Any, ...]], dict[str, Tensor]]:
     """From arguments of the model to scores by name."""
+    if scores is not None and (not isinstance(scores, Collection) or not all(isinstance(s, str) for s in scores)):
+        raise ValueError(f"`scores` must be names of scores, or None for the usual ones; got {scores!r:.80}.")
     wanted = (scores,) if isinstance(scores, str) else None if scores is None else tuple(scores)
     if isinstance(posterior, DarkKnowledge):
         return lambda args: _student_scores(posterior, wanted, args)
@@ -294,6 +297,6 @@ def _arguments(data: Any, name: str) -> tuple[Any, ...]:
             f"`{name}` must be a tensor of inputs (N, ...) with at least one row, or the tuple of the model's "
             f"arguments without targets; got {what}."
         )
-    if any(bool(value.isnan().any()) for value in tensors if value.is_floating_point()):
-        raise ValueError(f"`{name}` holds NaN; remove or fix the rows concerned.")
+    for value in tensors:
+        check_inputs(f"`{name}`", value, is_real=False)
     return tuple(args)

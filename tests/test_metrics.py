@@ -81,10 +81,23 @@ def test_auroc_extremes():
 @pytest.mark.parametrize(
     ("probs", "labels", "message"),
     [
-        (PROBS, LABELS[:3], r"\(4, 2\) and \(3,\)"),
-        (PROBS[0], LABELS, r"\(2,\) and \(4,\)"),
+        (PROBS, LABELS[:3], r"labels_N must .*each of 4 data, \(4,\); got shape \(3,\)"),
+        (PROBS[0], LABELS, r"probs_NK must have shape \(data, classes\).* got \(2,\)"),
+        (PROBS.unsqueeze(0), LABELS, r"got \(1, 4, 2\). Average over draws"),
+        (PROBS * math.nan, LABELS, "probs_NK holds 8 NaN"),
+        (torch.where(PROBS > 0.85, math.nan, PROBS), LABELS, "probs_NK holds 1 NaN"),
+        (PROBS.log(), LABELS, r"probs_NK holds negative .* not logits or log-probabilities: use softmax"),
+        (3 * PROBS, LABELS, r"probs_NK must sum to one .* logits need softmax\(-1\)"),
+        (PROBS[:, :1], LABELS, r"single probability p of a binary label is \(1 - p, p\)"),
+        (PROBS.long(), LABELS, "floating-point tensor of class probabilities; got shape .* of torch.int64"),
+        (PROBS.numpy(), LABELS, r"got ndarray. Use torch.as_tensor"),
+        (PROBS.to_sparse(), LABELS, r"\(sparse\).*to_dense"),
+        (PROBS[:, :0], LABELS, "at least one class"),
+        (PROBS, LABELS.numpy(), "labels_N must be a tensor of classes.* got ndarray"),
+        (PROBS, LABELS * math.nan, "whole numbers from 0 to 1; got nan in row 0"),
+        (PROBS, LABELS.cfloat(), "complex"),
         (PROBS[:0], LABELS[:0], "at least one datum"),
-        (PROBS, LABELS + 1, "from 0 to 1; got values from 1 to 2"),
+        (PROBS, LABELS + 1, "from 0 to 1; got 2 in row 2, and values from 1 to 2"),
         (PROBS, LABELS - 1, "from -1 to 0"),
         (PROBS, LABELS + 0.5, "whole numbers"),
     ],
@@ -101,3 +114,23 @@ def test_other_errors():
         metrics.auroc(torch.empty(0), torch.ones(2))
     with pytest.raises(ValueError, match="scores_out"):
         metrics.auroc(torch.ones(2), torch.tensor([math.nan]))
+
+
+@pytest.mark.parametrize("scores", [[0.1, 0.2], np.zeros(3), None, torch.zeros(3).cfloat(), torch.eye(3).to_sparse()])
+def test_scores_that_are_none(scores):
+    with pytest.raises(ValueError, match="scores_in must be a tensor of real scores; got "):
+        metrics.auroc(scores, torch.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_probabilities_of_few_digits_are_accepted(dtype):
+    probs = torch.softmax(torch.randn(100, 7, generator=torch.Generator().manual_seed(0)), -1).to(dtype)
+    labels = torch.arange(100, dtype=torch.int32) % 7
+    assert metrics.accuracy(probs, labels) == metrics.accuracy(probs, labels.double())
+    assert math.isfinite(metrics.negative_log_likelihood(probs.requires_grad_(), labels))
+
+
+@pytest.mark.parametrize("num_bins", [0, -1, 2.5, True, "3"])
+def test_numbers_of_bins_that_are_none(num_bins):
+    with pytest.raises(ValueError, match="num_bins="):
+        metrics.expected_calibration_error(PROBS, LABELS, num_bins)

@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_apd import uncertainty
 from pyro_apd.runtime.checks import integer
 from pyro_apd.runtime.seeds import derived_generator, seed_or_fresh
+from pyro_apd.runtime.tensor_checks import checked_probabilities, is_dense
 
 
 def mean_sd(probs_SNK: Tensor) -> Tensor:
@@ -28,9 +29,7 @@ def mean_sd(probs_SNK: Tensor) -> Tensor:
     :param Tensor probs_SNK: class probabilities, ``(S, N, K)``.
     :returns: ``(N,)``, with 1/S in the variance; zero for a single draw.
     """
-    uncertainty.model_variance(probs_SNK)  # refuses what are no probabilities
-    if probs_SNK.dtype in (torch.float16, torch.bfloat16):
-        probs_SNK = probs_SNK.float()
+    probs_SNK = checked_probabilities("probs_SNK", probs_SNK)
     # From the first draw, so that equal draws have a deviation of exactly zero.
     return (probs_SNK - probs_SNK[0]).std(0, correction=0).mean(-1)
 
@@ -53,13 +52,15 @@ def select(acquisition: Acquisition, probs_SNK: Tensor, batch_size: int, *, seed
     """Positions of the data to have labelled next, ``(batch_size,)``, the most wanted first.
 
     :param acquisition: one of :data:`ACQUISITIONS`, or a function from ``probs_SNK`` to scores ``(N,)``.
-    :param Tensor probs_SNK: class probabilities of the unlabelled data, ``(S, N, K)``.
+    :param Tensor probs_SNK: class probabilities of the unlabelled data, ``(S, N, K)``; ``"random"`` looks at N only.
     :param int batch_size: how many; of fewer data, all.
     :param int seed: of the order among equal scores, of ``"random"``, and of what ``"batch_bald"`` samples.
     :raises ValueError: if the acquisition is not known, ``batch_size`` is not positive, probabilities are none, or a
         function's scores are not ``(N,)`` finite numbers.
     """
     check_acquisition(acquisition)
+    if acquisition != "random" or not is_dense(probs_SNK) or probs_SNK.dim() != 3:
+        probs_SNK = checked_probabilities("probs_SNK", probs_SNK)
     num_data = probs_SNK.shape[1]
     batch_size = min(integer("batch_size", batch_size), num_data)
     seed = seed_or_fresh(seed)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -28,6 +29,7 @@ from pyro_apd.runtime.checks import choice, integer, is_integer
 from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.hashing import fingerprint
 from pyro_apd.runtime.seeds import derived_generator, derived_seed, seed_or_fresh
+from pyro_apd.runtime.tensor_checks import check_inputs, checked_labels
 
 _RETRAINING = ("cold", "warm")
 
@@ -235,11 +237,13 @@ def _initial(initial: int | Sequence[int] | Tensor, y_pool: Tensor, seed: int) -
     if is_integer(initial):
         hint = "The upper limit is the size of the pool."
         return balanced(y_pool, integer("initial", initial, at_most=len(y_pool), hint=hint), seed=seed)
-    positions = [int(i) for i in initial]  # type: ignore[union-attr]
+    given = initial.tolist() if isinstance(initial, Tensor) else initial
+    positions = list(given) if isinstance(given, (Sequence, np.ndarray)) and not isinstance(given, str) else []
+    positions = [int(i) if is_integer(i) else -1 for i in positions]
     if not positions or len(set(positions)) < len(positions) or not all(0 <= i < len(y_pool) for i in positions):
         raise ValueError(
             f"`initial` must be a number, or distinct positions from 0 to {len(y_pool) - 1}, at least one; got "
-            f"{positions!r:.80}."
+            f"{initial!r:.80}."
         )
     return positions
 
@@ -256,13 +260,6 @@ def _name(value: Any) -> str:
 
 
 def _check_data(x_pool: Tensor, y_pool: Tensor, x_test: Tensor, y_test: Tensor) -> None:
-    for names, x, y in ((("x_pool", "y_pool"), x_pool, y_pool), (("x_test", "y_test"), x_test, y_test)):
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-            raise ValueError(
-                f"`{names[0]}` and `{names[1]}` must be tensors; got {type(x).__name__}, {type(y).__name__}."
-            )
-        if x.dim() == 0 or y.dim() != 1 or len(x) != len(y) or len(x) == 0:
-            raise ValueError(
-                f"`{names[0]}` must be (N, ...) and `{names[1]}` (N,), with the same N of at least 1; got "
-                f"{tuple(x.shape)} and {tuple(y.shape)}."
-            )
+    for suffix, x, y in (("pool", x_pool, y_pool), ("test", x_test, y_test)):
+        check_inputs(f"`x_{suffix}`", x, is_real=False)
+        checked_labels(f"`y_{suffix}`", y, len(x))

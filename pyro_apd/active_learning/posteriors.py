@@ -102,7 +102,10 @@ class Chain:
         if previous is None:
             return None
         if isinstance(previous, Mapping):
-            values = {n: v.unflatten(0, (self.num_chains, -1))[:, -1] for n, v in previous.items()}
+            # Of each chain the last; where chains diverged, and are missing, others stand in for them.
+            total = len(next(iter(previous.values())))
+            last = [(chain + 1) * total // self.num_chains - 1 for chain in range(self.num_chains)]
+            values = {name: value[last] for name, value in previous.items()}
         else:
             values = take_draws(previous, self.num_chains, seed, x.device, "previous")
         with preserved_param_store(), poutine.block(), torch.no_grad(), seeded(0):

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from pyro_apd.errors import ModelError
 from pyro_apd.predictive.draws import PosteriorLike, Values, take_draws
 from pyro_apd.predictive.predictive import FunctionView, outputs
-from pyro_apd.runtime.checks import choice, integer, number
+from pyro_apd.runtime.checks import choice, integer, is_number, number
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
 from pyro_apd.runtime.seeds import checked_seed
+from pyro_apd.runtime.tensor_checks import check_inputs, checked_labels
 
 METHODS = ("fgsm", "fgsm_minimal", "pgd")
 THROUGH = ("one", "mean", "expectation")
@@ -119,17 +120,21 @@ def attack(
     :param int seed: makes the attack reproducible; the global generators stay as they are.
     :param int batch_size: inputs attacked together.
     :raises ImportError: if foolbox is not installed.
-    :raises ValueError: if inputs are out of bounds, or sizes disagree.
+    :raises ValueError: if inputs are out of bounds, classes are none, or sizes disagree.
     :raises ModelError: if the model's observed site is no classification.
     """
     foolbox = _foolbox()
-    check_inputs(x, y, bounds, how.epsilon)
+    if not isinstance(how, Attack):
+        raise ValueError(f"`how` must be an Attack, such as Attack('pgd', epsilon=0.1); got {how!r:.80}.")
+    bounds = checked_bounds(bounds, how.epsilon)
+    x, y = checked_data(x, y, bounds)
     parts = []
     batch_size = integer("batch_size", batch_size)
     with seeded(checked_seed(seed), x.device), preserved_param_store():
         victim = _Victim(model, posterior, x[:1], how)
+        checked_labels("`y`", y, len(x), victim.num_classes)
         target = foolbox.PyTorchModel(victim, bounds=bounds, device=x.device)
-        for rows_x, rows_y in zip(x.detach().split(batch_size), y.split(batch_size), strict=True):
+        for rows_x, rows_y in zip(x.split(batch_size), y.split(batch_size), strict=True):
             run = _minimal if how.method == "fgsm_minimal" else _fixed
             parts.append(run(foolbox, target, rows_x, rows_y, how))
     x_attacked, found_N = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -148,9 +153,12 @@ class _Victim(nn.Module):
         self._posterior, self._is_fresh = posterior, how.through == "expectation"
         self._count, self._device = 1 if how.through == "one" else how.num_draws, example.device
         self._draws = self._drawn()
-        self._kind = outputs(model, self._draws, example).kind
-        if self._kind not in ("categorical", "bernoulli"):
-            raise ModelError(f"Attacks need a classification; the observed site of the model is {self._kind!r}.")
+        found = outputs(model, self._draws, example)
+        if found.probs_SNK is None:
+            raise not_classification(found.kind)
+        self._kind = found.kind
+        #: Classes, ``K``.
+        self.num_classes: int = found.probs_SNK.shape[-1]
         self._view = FunctionView(model, self._draws, example)
         self.eval()
 
@@ -196,29 +204,51 @@ def _minimal(foolbox: Any, target: Any, x: Tensor, y: Tensor, how: Attack) -> tu
     return x_attacked, found_N
 
 
-def check_inputs(x: Tensor, y: Tensor, bounds: Bounds, epsilon: float) -> None:
-    """:raises ValueError: if inputs are out of bounds, sizes disagree, or a change is larger than all there is."""
-    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or not bounds[0] < bounds[1]:
+def checked_bounds(bounds: Bounds, epsilon: float) -> Bounds:
+    """The bounds as a tuple.
+
+    :raises ValueError: if they are none, or a change of ``epsilon`` is larger than their range.
+    """
+    values = tuple(bounds) if isinstance(bounds, (tuple, list)) else ()
+    if (
+        len(values) != 2
+        or not all(is_number(value) and math.isfinite(value) for value in values)
+        or not (values[0] < values[1])
+    ):
         raise ValueError(
-            f"`bounds` must be (least, greatest) value of an input's entries, such as (-1, 1); got {bounds!r}."
+            f"`bounds` must be (least, greatest) value of an input's entries, such as (-1, 1); got {bounds!r:.80}."
         )
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or len(x) == 0:
-        what = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"`x` must be a floating-point tensor (N, ...), with N of at least 1; got {what}.")
-    if not isinstance(y, Tensor) or y.shape != (len(x),) or y.is_floating_point():
-        what = f"{tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"`y` must hold the class of each of {len(x)} inputs, as integers; got {what}.")
+    if epsilon > values[1] - values[0]:
+        raise ValueError(
+            f"`epsilon`={epsilon!r} is larger than the whole range of `bounds`={values!r}; it is in the units of the "
+            "inputs."
+        )
+    return values[0], values[1]
+
+
+def checked_data(x: Tensor, y: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
+    """Inputs, and their classes as ``int64``.
+
+    :raises ValueError: if inputs are none or out of bounds, classes are none, or sizes disagree.
+    """
+    check_inputs("`x`", x)
+    if x.dim() < 2:
+        raise ValueError(f"`x` must be a floating-point tensor (N, ...) of rows; got shape {tuple(x.shape)}.")
+    if isinstance(y, Tensor) and y.is_floating_point():
+        raise ValueError(f"`y` must hold the class of each of {len(x)} inputs, as integers; got {y.dtype}.")
+    y = checked_labels("`y`", y, len(x))
     least, greatest = map(float, x.detach().aminmax())
     if not (bounds[0] <= least and greatest <= bounds[1]):
         raise ValueError(
-            f"`x` has values from {least:g} to {greatest:g}, outside `bounds`={tuple(bounds)!r}. Give the bounds of "
+            f"`x` has values from {least:g} to {greatest:g}, outside `bounds`={bounds!r}. Give the bounds of "
             "the data as they are; epsilon is in the same units."
         )
-    if epsilon > bounds[1] - bounds[0]:
-        raise ValueError(
-            f"`epsilon`={epsilon!r} is larger than the whole range of `bounds`={tuple(bounds)!r}; it is in the "
-            "units of the inputs."
-        )
+    return x.detach(), y
+
+
+def not_classification(kind: str) -> ModelError:
+    """The error for a model whose observed site is none."""
+    return ModelError(f"Attacks need a classification; the observed site of the model is {kind!r}.")
 
 
 def _foolbox() -> Any:

@@ -18,12 +18,13 @@ from typing import Any
 from torch import Tensor
 
 from pyro_apd import metrics, uncertainty
-from pyro_apd.adversarial.attacks import Attack, Bounds, attack, check_inputs
+from pyro_apd.adversarial.attacks import Attack, Bounds, attack, checked_bounds, checked_data, not_classification
 from pyro_apd.predictive.draws import PosteriorLike, take_draws
 from pyro_apd.predictive.predictive import outputs
 from pyro_apd.runtime.checks import integer
 from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.seeds import derived_seed, seed_or_fresh
+from pyro_apd.runtime.tensor_checks import checked_labels
 
 #: Scores that an attacked input is to be told by, and their names in tables.
 SCORES = {
@@ -133,15 +134,15 @@ def evaluate(
     :param int seed: makes it reproducible; the global generators stay as they are.
     :param int batch_size: inputs attacked together.
     :raises ImportError: if foolbox is not installed.
-    :raises ValueError: if inputs are out of bounds, sizes disagree, or a score is not known.
+    :raises ValueError: if inputs are out of bounds, classes are none, sizes disagree, or a score is not known.
+    :raises ModelError: if the model's observed site is no classification.
     """
-    if not scores or not all(name in _KNOWN_SCORES for name in scores):
-        raise ValueError(f"`scores` must be names from {list(_KNOWN_SCORES)}, at least one; got {scores!r}.")
-    named = dict(attacks) if isinstance(attacks, Mapping) else {how.name: how for how in attacks}
-    if len(named) < len(attacks):
-        raise ValueError("Two of `attacks` have the same name; give a mapping from names of your own to attacks.")
-    for how in named.values():
-        check_inputs(x, y, bounds, how.epsilon)
+    is_listed = isinstance(scores, Sequence) and not isinstance(scores, str)
+    if not is_listed or not scores or not all(name in _KNOWN_SCORES for name in scores):
+        raise ValueError(f"`scores` must be a list of names from {list(_KNOWN_SCORES)}; got {scores!r:.80}.")
+    named = _named(attacks)
+    bounds = checked_bounds(bounds, max((how.epsilon for how in named.values()), default=0.0))
+    x, y = checked_data(x, y, bounds)
     num_draws = integer("num_draws", num_draws)
     seed = seed_or_fresh(seed)
     with seeded(seed, x.device):
@@ -166,14 +167,32 @@ def evaluate(
     return Evaluation(clean.accuracy, len(x), count, (bounds[0], bounds[1]), source is not None, tuple(rows))
 
 
+def _named(attacks: Sequence[Attack] | Mapping[str, Attack]) -> dict[str, Attack]:
+    values = (
+        attacks.values() if isinstance(attacks, Mapping) else attacks if isinstance(attacks, (list, tuple)) else None
+    )
+    if values is None or not all(isinstance(how, Attack) for how in values):
+        raise ValueError(
+            f"`attacks` must be a list of Attack, or a mapping of them by name; got {attacks!r:.80}. One is "
+            "[Attack('pgd', epsilon=0.1)]."
+        )
+    named = dict(attacks) if isinstance(attacks, Mapping) else {how.name: how for how in attacks}
+    if len(named) < len(attacks):
+        raise ValueError("Two of `attacks` have the same name; give a mapping from names of your own to attacks.")
+    return named
+
+
 class _Judged:
     """Whether each prediction is right, and how unsure it is."""
 
     def __init__(
         self, model: Callable[..., Any], draws: Mapping[str, Tensor], x: Tensor, y: Tensor, scores: Sequence[str]
     ) -> None:
-        probs_SNK = outputs(model, draws, x).probs_SNK
-        assert probs_SNK is not None  # the attack refused other models
+        found = outputs(model, draws, x)
+        probs_SNK = found.probs_SNK
+        if probs_SNK is None:
+            raise not_classification(found.kind)
+        checked_labels("`y`", y, len(x), probs_SNK.shape[-1])
         self.is_right_N = probs_SNK.mean(0).argmax(-1) == y
         self.accuracy = float(self.is_right_N.double().mean())
         # Confidence is high where a prediction is sure.

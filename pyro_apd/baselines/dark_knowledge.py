@@ -26,6 +26,7 @@ from pyro_apd.predictive.predictive import FunctionView, outputs
 from pyro_apd.runtime.checks import integer, number
 from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.seeds import checked_seed
+from pyro_apd.runtime.tensor_checks import check_inputs, shape_of
 
 # Draws of a generator are made again every so many steps.
 _RENEW = 50
@@ -93,13 +94,15 @@ def dark_knowledge(
     :param int seed: makes the result reproducible without touching the global generator.
     :param bool progress: whether to show a bar.
     :raises ValueError: if a number is out of range, draws are malformed, or the student's output has another shape.
+    :raises RuntimeError: if the student diverged.
     :raises ModelError: if the model does not have one observed site with a mean and variance.
     """
     num_steps = integer("num_steps", num_steps)
     batch_size = integer("batch_size", batch_size)
     draws_per_step = integer("draws_per_step", draws_per_step)
-    if not isinstance(x, Tensor) or x.dim() == 0 or len(x) == 0:
-        raise ValueError(f"`x` must be a tensor of inputs (N, ...), at least one; got {_what(x)}.")
+    check_inputs("`x`", x, is_real=False)
+    x = x.detach()
+    _check_student(student)
     learning_rate = number("learning_rate", learning_rate, at_least=0)
     weight_decay = number("weight_decay", weight_decay, at_least=0)
     input_noise = number("input_noise", input_noise, at_least=0)
@@ -111,11 +114,16 @@ def dark_knowledge(
         for inputs in _batches(x, num_steps, batch_size, input_noise, optimiser, progress):
             target = teacher(inputs)
             with torch.enable_grad():
-                loss = _loss(net(inputs), target, teacher.kind)
+                loss = _loss(_output(net, inputs), target, teacher.kind)
                 optimiser.zero_grad()
                 loss.backward()
             losses.append(loss.detach())
     values = torch.stack(losses).tolist()
+    if not all(map(math.isfinite, values)):
+        raise RuntimeError(
+            f"The student diverged: its loss is not finite from step {[math.isfinite(v) for v in values].index(False)} "
+            f"on. Give a smaller learning_rate than {learning_rate:g}."
+        )
     return DarkKnowledge(net.requires_grad_(False).eval(), teacher.kind, values)
 
 
@@ -187,6 +195,17 @@ def _loss(output: Tensor, target: Tensor, kind: str) -> Tensor:
     return 0.5 * (log_variance_B + squares_B * (-log_variance_B).exp() + math.log(2 * math.pi)).mean()
 
 
+def _output(net: nn.Module, inputs: Tensor) -> Tensor:
+    try:
+        output: Tensor = net(inputs)
+    except RuntimeError as error:
+        raise ValueError(
+            f"`student` fails on rows of `x` of {shape_of(inputs)} ({str(error).splitlines()[0]:.200}); give one that "
+            "takes such inputs."
+        ) from error
+    return output
+
+
 def _check_output(output: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(output.shape) != shape:
         raise ValueError(
@@ -195,5 +214,9 @@ def _check_output(output: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _what(value: object) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+def _check_student(student: nn.Module) -> None:
+    if not isinstance(student, nn.Module) or not any(value.requires_grad for value in student.parameters()):
+        raise ValueError(f"`student` must be a torch.nn.Module with parameters to train; got {type(student).__name__}.")
+    for name, value in student.named_parameters():
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"`student` has NaN or infinity in its parameter '{name}'; make it anew.")

@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_apd.predictive.chain_draws import ChainDraws
 from pyro_apd.runtime.checks import integer
 from pyro_apd.runtime.global_state import seeded
+from pyro_apd.runtime.tensor_checks import is_dense, shape_of
 
 #: Values by site.
 Values = dict[str, Tensor]
@@ -181,16 +182,19 @@ def take_draws(
     :param int seed: makes the choice reproducible; None uses torch's global generator.
     :param device: the device whose global generator a sampler uses.
     :raises TypeError: if ``posterior`` is of a kind that holds no draws.
-    :raises ValueError: if there are no draws, or sites disagree about their number.
+    :raises ValueError: if there are no draws, they are not finite, or sites disagree about their number.
     """
     if not isinstance(posterior, Mapping):
-        return _sampled(posterior, count, argument, seed, device)
-    total = check_draws(posterior, argument)
-    if total <= count:
-        return dict(posterior)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(total, generator=generator)[:count].sort().values
-    return {site: value[chosen.to(value.device)] for site, value in posterior.items()}
+        values = _sampled(posterior, count, argument, seed, device)
+    else:
+        total = check_draws(posterior, argument)
+        values = {site: value.detach() for site, value in posterior.items()}
+        if total > count:
+            generator = None if seed is None else torch.Generator().manual_seed(seed)
+            chosen = torch.randperm(total, generator=generator)[:count].sort().values
+            values = {site: value[chosen.to(value.device)] for site, value in values.items()}
+    _check_finite(values, argument)
+    return values
 
 
 def spread_draws(posterior: PosteriorLike, num_samples: int, argument: str = "posterior", *, seed: int | None) -> Draws:
@@ -319,13 +323,10 @@ def _check_sites(draws: object, argument: str, num_dims: int) -> tuple[int, ...]
             f"`{argument}` must be a dict of tensors {form} by site name with at least one site; got {draws!r:.80}."
         )
     for site, value in draws.items():
-        if not isinstance(value, Tensor) or value.dim() < num_dims:
-            what = (
-                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            )
+        if not is_dense(value) or value.dim() < num_dims:
             raise ValueError(
-                f"`{argument}['{site}']` must be a tensor with {leading}, {form}; got {what}. "
-                "Use torch.as_tensor(...), and unsqueeze(0) where it is one draw."
+                f"`{argument}['{site}']` must be a tensor with {leading}, {form}; got {shape_of(value)}. "
+                "Use torch.as_tensor(...), to_dense() of a sparse tensor, and unsqueeze(0) where it is one draw."
             )
     sizes = {site: tuple(value.shape[:num_dims]) for site, value in draws.items()}
     if len(set(sizes.values())) > 1:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from pyro_apd.runtime.tensor_checks import checked_probabilities, is_dense, shape_of
 from pyro_apd.uncertainty.accumulators import OF_MOMENTS, OF_PROBABILITIES, MomentReduction, ProbabilityReduction
 
 
@@ -189,6 +190,8 @@ def _result(reduction: ProbabilityReduction | MomentReduction | None) -> dict[st
 
 
 def _checked_names(names: Collection[str] | str | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    if names is not None and not isinstance(names, Collection):
+        raise ValueError(f"`names` must name some of {', '.join(known)}; got {names!r}.")
     chosen = known if names is None else (names,) if isinstance(names, str) else tuple(names)
     surplus = [name for name in chosen if name not in known]
     if surplus or not chosen:
@@ -207,11 +210,10 @@ def _checked_like(shape: tuple[int, ...], before: tuple[int, ...], name: str) ->
 def _checked_moments(**moments: Tensor) -> list[Tensor]:
     """Each as a tensor ``(S, N)`` in single precision at least."""
     for name, value in moments.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() != 2 or not len(value):
-            what = f"{value.dtype}, {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        if not is_dense(value) or not value.is_floating_point() or value.dim() != 2 or not len(value):
             raise ValueError(
-                f"{name} must be a floating-point tensor of shape (draws, data) with at least one draw; got {what}. "
-                "For a single draw pass it with unsqueeze(0)."
+                f"{name} must be a floating-point tensor of shape (draws, data) with at least one draw; got "
+                f"{shape_of(value)}. For a single draw pass it with unsqueeze(0)."
             )
     shapes = {name: tuple(value.shape) for name, value in moments.items()}
     if len(set(shapes.values())) > 1:
@@ -244,37 +246,4 @@ def _centred(value_S: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _checked(probs_SNK: Tensor) -> Tensor:
-    if not isinstance(probs_SNK, Tensor) or not probs_SNK.is_floating_point():
-        kind = probs_SNK.dtype if isinstance(probs_SNK, Tensor) else type(probs_SNK).__name__
-        raise ValueError(f"probs_SNK must be a floating-point tensor of class probabilities; got {kind}.")
-    if probs_SNK.dim() != 3 or probs_SNK.shape[0] < 1 or probs_SNK.shape[2] < 1:
-        raise ValueError(
-            f"probs_SNK must have shape (draws, data, classes) with at least one draw and one class; got "
-            f"{tuple(probs_SNK.shape)}. For a single draw pass probs.unsqueeze(0)."
-        )
-    if probs_SNK.dtype in (torch.float16, torch.bfloat16):
-        tolerance, probs_SNK = torch.finfo(probs_SNK.dtype).eps ** 0.5, probs_SNK.float()
-    else:
-        tolerance = max(1e-5, torch.finfo(probs_SNK.dtype).eps ** 0.5)
-    total_SN = probs_SNK.sum(-1)
-    # One read from the device where all is well; NaN fails both comparisons.
-    if not bool((probs_SNK >= 0).all() & ((total_SN - 1).abs() <= tolerance).all()):
-        _explain(probs_SNK, total_SN)
-    return probs_SNK
-
-
-def _explain(probs_SNK: Tensor, total_SN: Tensor) -> None:
-    if probs_SNK.isnan().any():
-        raise ValueError(
-            f"probs_SNK holds {int(probs_SNK.isnan().sum())} NaN; look at the draws or inputs they are of."
-        )
-    if (probs_SNK < 0).any():
-        raise ValueError(
-            f"probs_SNK holds negative entries, the least {float(probs_SNK.min()):.4g}; probabilities are wanted, not "
-            f"logits or log-probabilities: use softmax(-1) or exp()."
-        )
-    worst = total_SN.flatten()[(total_SN - 1).abs().argmax()]
-    raise ValueError(
-        f"probs_SNK must sum to one over the last dimension; a sum of {float(worst):.6g} was found. Classes belong in "
-        f"the last dimension, and a single probability p of a binary label as (1 - p, p)."
-    )
+    return checked_probabilities("probs_SNK", probs_SNK)

@@ -194,8 +194,8 @@ def test_a_classifier_that_is_no_bnn_and_a_chain():
         ({"initial": [0, 0, 1]}, "distinct positions from 0 to 39"),
         ({"initial": [0, 40]}, "distinct positions from 0 to 39"),
         ({"initial": 0}, "initial=0 must be an integer from 1 to 40"),
-        ({"pool": (torch.zeros(5, 4), torch.zeros(4))}, r"`x_pool` must be .* got \(5, 4\) and \(4,\)"),
-        ({"pool": ([0.0], torch.zeros(4))}, "`x_pool` and `y_pool` must be tensors; got list"),
+        ({"pool": (torch.zeros(5, 4), torch.zeros(4))}, r"`y_pool` must be .* each of 5 data, \(5,\); got shape \(4,\)"),
+        ({"pool": ([0.0], torch.zeros(4))}, "`x_pool` must be a tensor of inputs .*; got list"),
     ],
 )
 def test_what_is_refused(change, message):

@@ -112,7 +112,7 @@ def test_a_seed_determines_the_figures():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match=r"`scores` must be names from .* got \['bald'\]"):
+    with pytest.raises(ValueError, match=r"`scores` must be a list of names from .* got \['bald'\]"):
         evaluate(LINEAR, spread(), X, Y, [SMALL], bounds=(-1, 1), scores=["bald"])
     with pytest.raises(ValueError, match="Two of `attacks` have the same name"):
         evaluate(LINEAR, spread(), X, Y, [SMALL, SMALL], bounds=(-1, 1))

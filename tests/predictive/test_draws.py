@@ -152,7 +152,7 @@ def test_what_holds_no_draws_is_refused_by_every_reader(read):
         ({"a": torch.zeros(3), "b": torch.zeros(4)}, r"different numbers of draws.*'a': 3, 'b': 4"),
         ({"a": torch.zeros(0, 2)}, "zero draws"),
         ({"a": torch.tensor(1.0)}, r"\['a'\]` must be a tensor with the draws.*shape \(\)"),
-        ({"a": [1.0, 2.0]}, "got a list"),
+        ({"a": [1.0, 2.0]}, "got list"),
     ):
         with pytest.raises(ValueError, match=message):
             read(source)
