@@ -198,6 +198,14 @@ def test_a_regression_is_scored_by_its_variances():
         ({"out_data": {}}, ValueError, r"holds no sets"),
         ({"posterior": 3}, TypeError, r"MCMC after run\(\).*int"),
         ({"out_data": torch.full((3, 4), float("nan"))}, ValueError, r"out_data\['out'\]. holds NaN"),
+        (
+            {"out_data": torch.full((3, 4), float("inf"))},
+            ValueError,
+            r"out_data\['out'\]. holds NaN or infinity in 3 of 3",
+        ),
+        ({"in_data": torch.eye(4).log()}, ValueError, r"`in_data` holds NaN or infinity in 4 of 4 rows"),
+        ({"in_data": torch.eye(4).to_sparse()}, ValueError, r"`in_data` must .*sparse"),
+        ({"scores": 3}, ValueError, r"`scores` must be names"),
     ],
 )
 def test_what_is_refused(settings, error, message):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_apd.models.layout import Layout
 from pyro_apd.predictive.draws import PosteriorLike, check_draws, kernel_of, read_draws
 
 
@@ -23,7 +24,7 @@ def draw_shapes(posterior: PosteriorLike | None) -> dict[str, tuple[int, ...]] |
         check_draws(posterior, "posterior")
         return {site: tuple(value.shape[1:]) for site, value in posterior.items()}
     layout = getattr(posterior, "layout", None)
-    if layout is not None:
+    if isinstance(layout, Layout):
         return {site.name: tuple(site.shape) for site in layout}
     return {site: tuple(value.shape[1:]) for site, value in read_draws(posterior, 1, seed=0).items()}
 

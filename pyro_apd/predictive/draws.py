@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_apd.predictive.chain_draws import ChainDraws
-from pyro_apd.runtime.checks import integer
+from pyro_apd.runtime.checks import flag, integer
 from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.tensor_checks import is_dense, shape_of
 
@@ -120,6 +120,8 @@ def read_chains(
         the number of chains or draws.
     """
     name = "chain"
+    if group_by_chain is not None:
+        flag("group_by_chain", group_by_chain)
     values: Mapping[str, Tensor]
     if isinstance(source, Mapping):
         values = source
@@ -323,11 +325,13 @@ def _check_sites(draws: object, argument: str, num_dims: int) -> tuple[int, ...]
             f"`{argument}` must be a dict of tensors {form} by site name with at least one site; got {draws!r:.80}."
         )
     for site, value in draws.items():
-        if not is_dense(value) or value.dim() < num_dims:
+        if not is_dense(value) or value.dim() < num_dims or value.is_complex():
             raise ValueError(
                 f"`{argument}['{site}']` must be a tensor with {leading}, {form}; got {shape_of(value)}. "
                 "Use torch.as_tensor(...), to_dense() of a sparse tensor, and unsqueeze(0) where it is one draw."
             )
+    if not any(value.shape[num_dims:].numel() for value in draws.values()):
+        raise ValueError(f"`{argument}` holds no numbers: each of its sites {sorted(draws)} has size 0.")
     sizes = {site: tuple(value.shape[:num_dims]) for site, value in draws.items()}
     if len(set(sizes.values())) > 1:
         what = "draws along their first dimension" if num_dims == 1 else "chains and draws"

@@ -319,8 +319,8 @@ def _explain_draws(nodes: Mapping[str, Any], first: Values) -> None:
     """
     check_sites(nodes, first, "draws")
     dtypes = {name: str(value.dtype) for name, value in first.items()}
-    if len(set(dtypes.values())) > 1:
-        raise ValueError(f"The model fails with draws of several dtypes: {dtypes}. Give all of them the model's dtype.")
+    if len(set(dtypes.values())) > 1 or not any(value.is_floating_point() for value in first.values()):
+        raise ValueError(f"The model fails with draws of these dtypes: {dtypes}. Give all of them the model's dtype.")
 
 
 def _blocks(size: int, shown: int, device: torch.device) -> Tensor:

@@ -153,3 +153,12 @@ def test_what_is_refused():
         batch_bald(probs, 9)
     with pytest.raises(ValueError, match="max_configurations"):
         batch_bald(probs, 2, max_configurations=0)
+    for name in ACQUISITIONS:
+        for wrong in (probs.tolist(), None, probs[0], probs.to_sparse()):
+            with pytest.raises(ValueError, match="probs_SNK must "):
+                select(name, wrong, 1)
+    for name in (*SCORES, "batch_bald"):
+        with pytest.raises(ValueError, match=r"probs_SNK holds .* NaN"):
+            select(name, probs * torch.nan, 1)
+    with pytest.raises(ValueError, match="probs_SNK must sum to one"):
+        select(lambda p: p[0, :, 0], 2 * probs, 1)

@@ -193,8 +193,16 @@ def test_a_classifier_that_is_no_bnn_and_a_chain():
         ({"acquisition": "entropy"}, "`acquisition` must be one of"),
         ({"initial": [0, 0, 1]}, "distinct positions from 0 to 39"),
         ({"initial": [0, 40]}, "distinct positions from 0 to 39"),
+        ({"initial": 2.5}, "`initial` must be a number, or distinct positions .* got 2.5"),
+        ({"initial": "ab"}, "`initial` must be a number, or distinct positions .* got 'ab'"),
+        ({"initial": [1.5, 2]}, r"`initial` must be a number, or distinct positions .* got \[1.5, 2\]"),
+        ({"pool": (torch.full((40, 4), torch.nan), torch.zeros(40))}, "`x_pool` holds NaN or infinity in 40 of 40"),
+        ({"pool": (torch.zeros(40, 4), torch.full((40,), -1))}, "`y_pool` must be whole numbers .* got -1 in row 0"),
         ({"initial": 0}, "initial=0 must be an integer from 1 to 40"),
-        ({"pool": (torch.zeros(5, 4), torch.zeros(4))}, r"`y_pool` must be .* each of 5 data, \(5,\); got shape \(4,\)"),
+        (
+            {"pool": (torch.zeros(5, 4), torch.zeros(4))},
+            r"`y_pool` must be .* each of 5 data, \(5,\); got shape \(4,\)",
+        ),
         ({"pool": ([0.0], torch.zeros(4))}, "`x_pool` must be a tensor of inputs .*; got list"),
     ],
 )

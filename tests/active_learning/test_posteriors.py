@@ -43,6 +43,15 @@ def test_a_warm_chain_starts_where_the_last_ended(num_chains):
         assert_close(draws[name], value.unflatten(0, (num_chains, 4))[:, -1])
 
 
+def test_a_warm_chain_starts_also_where_a_chain_diverged_before():
+    """Its draws are missing then, and the number of draws need not be a multiple of the number of chains."""
+    still = Chain(1e-12, num_samples=1, warmup_steps=0, thinning=1, num_chains=3, temperature=0.0)
+    previous = {name: value[:8] for name, value in Chain(0.01, 4, 4, num_chains=2)(Classifier(), X, Y, 0).items()}
+    draws = still(Classifier(), X, Y, 1, previous)
+    for name, value in previous.items():
+        assert_close(draws[name], value[[1, 4, 7]])
+
+
 @pytest.mark.filterwarnings("ignore::pyro_apd.DistillationWarning")
 def test_a_distilled_posterior_and_a_chain_from_its_draws():
     chain = Chain(0.01, num_samples=30, warmup_steps=5)

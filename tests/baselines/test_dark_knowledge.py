@@ -128,3 +128,23 @@ def test_what_is_refused():
 
     with pytest.raises(ModelError, match="one number for each of the 100 rows"):
         dark_knowledge({"w": torch.randn(3, 4)}, together, student(2), X)
+
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="`x` holds NaN or infinity in 200 of 200 rows"):
+            dark_knowledge(draws(), model, net, X * value)
+    broken = student(3)
+    broken[0].weight.data.fill_(float("nan"))
+    for wrong, message in [
+        (broken, "`student` has NaN or infinity in its parameter"),
+        (nn.Identity(), "`student` must be a torch.nn.Module with parameters to train; got Identity"),
+        (lambda x: x, "got function"),
+        (nn.Linear(7, 3), r"`student` fails on rows of `x` of shape \(100, 4\)"),
+        (student(3).double(), "`student` fails on rows of `x`"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            dark_knowledge(draws(), model, wrong, X, progress=False)
+
+
+def test_a_student_that_diverges_is_not_given_back():
+    with pytest.raises(RuntimeError, match=r"diverged: its loss is not finite from step \d+ on.* than 1e\+38"):
+        dark_knowledge(draws(), Classifier(), student(3), X, num_steps=20, learning_rate=1e38, seed=0, progress=False)

@@ -494,7 +494,7 @@ def test_model_is_as_before_after_a_call():
         ({"posterior_samples": {"a": torch.ones(2), "b": torch.ones(3)}}, r"different numbers.*'a': 2, 'b': 3"),
         ({"posterior_samples": {"a": torch.ones(0, 2)}}, "zero draws"),
         ({"posterior_samples": {"a": torch.tensor(1.0)}}, r"\['a'\].*first dimension.*shape \(\)"),
-        ({"posterior_samples": {"a": [1.0]}}, "a list"),
+        ({"posterior_samples": {"a": [1.0]}}, "got list"),
         ({"posterior_samples": [torch.ones(1)]}, "dict of tensors"),
         ({"num_samples": 0}, "at least 1; got 0"),
         ({"num_samples": -3}, "at least 1; got -3"),

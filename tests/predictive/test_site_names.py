@@ -111,5 +111,5 @@ def test_draws_of_several_dtypes_are_named():
         with pyro.plate("data", len(x)):
             pyro.sample("obs", dist.Normal(torch.addmv(b.expand(len(x)), x, w), 1.0))
 
-    with pytest.raises(ValueError, match=r"draws of several dtypes: .*'b': 'torch.int64'"):
+    with pytest.raises(ValueError, match=r"draws of these dtypes: .*'b': 'torch.int64'"):
         outputs(linear, {"w": torch.zeros(S, 3), "b": torch.zeros(S, 1, dtype=torch.long)}, X)

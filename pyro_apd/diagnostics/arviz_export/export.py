@@ -45,7 +45,9 @@ from pyro_apd.diagnostics.comparison.evaluation import Inputs, find_inputs, mode
 from pyro_apd.diagnostics.draws import draw_shapes, kernel_settings
 from pyro_apd.predictive.chain_draws import ChainDraws
 from pyro_apd.predictive.draws import ChainsLike, PosteriorLike, Values, read_chains, read_draws
+from pyro_apd.runtime.checks import integer
 from pyro_apd.runtime.files import atomic_write
+from pyro_apd.runtime.seeds import checked_seed
 
 _LOG = logging.getLogger("pyro_apd")
 
@@ -100,8 +102,9 @@ def to_arviz(
     """
     if mcmc is None and posterior is None:
         raise ValueError("to_arviz needs `mcmc`, `posterior` or both; got neither.")
-    if prior < 0:
-        raise ValueError(f"`prior` must be 0 (none) or how many draws are wanted; got {prior}.")
+    prior = integer("prior", prior, at_least=0, hint="0 for none, or how many draws are wanted.")
+    num_samples = None if num_samples is None else integer("num_samples", num_samples)
+    seed = checked_seed(seed)
     chain = None if mcmc is None else read_chains(mcmc, shapes=draw_shapes(posterior), group_by_chain=group_by_chain)
     sets, model = _sets(chain, posterior, num_samples, seed), model_of(mcmc, model)
     inputs = find_inputs(mcmc, model, x, y, None)[0]

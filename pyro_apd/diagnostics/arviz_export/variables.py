@@ -19,6 +19,7 @@ from pyro_apd.diagnostics.comparison.evaluation import Inputs
 from pyro_apd.diagnostics.draws import flat
 from pyro_apd.diagnostics.mixing.function_space import FunctionProbe
 from pyro_apd.predictive.draws import Values, evenly_spaced
+from pyro_apd.runtime.checks import integer
 
 #: Variables that stand for weights; no site may be called so where they are asked for.
 PARAMETERS, PROJECTIONS, FUNCTIONS = "parameters", "projections", "functions"
@@ -34,14 +35,15 @@ class Selection:
     functions: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_parameters is not None and self.max_parameters < 1:
-            raise ValueError(
-                f"`max_parameters` must be at least 1; got {self.max_parameters}. To have no weights, pass "
-                "var_names=[] with projections= or functions=."
-            )
+        if self.max_parameters is not None:
+            hint = "To have no weights, pass var_names=[] with projections= or functions=."
+            integer("max_parameters", self.max_parameters, hint=hint)
         for name in ("projections", "functions"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be 0 (none) or how many are wanted; got {getattr(self, name)}.")
+            integer(name, getattr(self, name), at_least=0, hint="0 for none, or how many are wanted.")
+        names = self.var_names
+        is_listed = isinstance(names, Sequence) and not isinstance(names, str)
+        if names is not None and not (is_listed and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"`var_names` must be a list of names of sites, or None for all; got {names!r:.80}.")
 
 
 class Variables:
@@ -75,7 +77,8 @@ class Variables:
         if limit is not None and sum(_size(value) for value in kept.values()) > limit:
             found[PARAMETERS] = _some(kept, limit)
         else:
-            found = {name: _whole(name, value) for name, value in kept.items()}
+            shared = _layers_of_units(kept)
+            found = {name: _whole(name, value, shared) for name, value in kept.items()}
         chains, steps = next(iter(draws.values())).shape[:2]
         pooled = {name: value.flatten(0, 1) for name, value in draws.items()}
         if self._selection.projections:
@@ -115,14 +118,24 @@ def function_probe(
     return FunctionProbe(model, inputs, selection.functions)
 
 
-def _whole(name: str, value: Tensor) -> Variable:
-    """All entries of a site. Units of a layer are one dimension of all its sites."""
+def _layers_of_units(kept: Values) -> set[str]:
+    """Layers whose weights and biases have the same number of units; a transposed convolution is none."""
+    sizes: dict[str, set[int]] = {}
+    for name, value in kept.items():
+        layer, _, last = name.rpartition(".")
+        if layer and last in ("weight", "bias") and value.dim() > 2:
+            sizes.setdefault(layer, set()).add(value.shape[2])
+    return {layer for layer, found in sizes.items() if len(found) == 1}
+
+
+def _whole(name: str, value: Tensor, shared: set[str]) -> Variable:
+    """All entries of a site. Units of a layer are one dimension of all its sites, where ``shared`` has the layer."""
     layer, _, last = name.rpartition(".")
     sizes = value.shape[2:]
     dims = [f"{name}_dim_{i}" for i in range(len(sizes))]
-    if layer and last in ("weight", "bias") and sizes:
+    if layer in shared and last in ("weight", "bias") and sizes:
         dims[0] = f"{layer}_unit"
-        if len(sizes) > 1:
+        if len(sizes) > 1 and last == "weight":
             dims[1] = f"{layer}_input"
     return Variable(
         _array(value), tuple(dims), {dim: (dim, range(size)) for dim, size in zip(dims, sizes, strict=True)}

@@ -20,6 +20,7 @@ from pyro_apd.data.sources import shown_arguments
 from pyro_apd.diagnostics.draws import flat
 from pyro_apd.predictive import predictive
 from pyro_apd.predictive.draws import Values, kernel_of, run_arguments
+from pyro_apd.runtime.tensor_checks import is_dense, shape_of
 
 # Quantiles over weights of the ratio of standard deviations.
 _SD_QUANTILES = (5, 50, 95)
@@ -165,25 +166,36 @@ def find_inputs(
     :raises ValueError: if targets or sets come without inputs, or inputs without a model.
     """
 
-    def as_args(value: Any) -> tuple[Any, ...]:
-        return value if isinstance(value, tuple) else (value,)
+    def as_args(value: Any, argument: str = "x") -> tuple[Any, ...]:
+        args = value if isinstance(value, tuple) else (value,)
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if not tensors or any(not is_dense(tensor) or tensor.numel() == 0 for tensor in tensors):
+            raise ValueError(
+                f"`{argument}` must be a tensor of inputs with at least one row, or the tuple of the model's "
+                f"arguments; got {shape_of(value)}. Use torch.as_tensor(...) of an array."
+            )
+        return args
 
-    def without_targets(model: Callable[..., Any], value: Any) -> tuple[Any, ...]:
-        args = as_args(value)
+    def without_targets(model: Callable[..., Any], value: Any, argument: str) -> tuple[Any, ...]:
+        args = as_args(value, argument)
         try:
             inspect.signature(getattr(model, "forward", None) or model).bind(*args)
         except TypeError:
             return (*args, None)  # a model that requires targets is given None
         return args
 
+    if ood is not None and not isinstance(ood, Mapping):
+        raise ValueError(f"`ood` must be a dict of inputs by the name of their set; got {shape_of(ood)}.")
+    if y is not None and not is_dense(y):
+        raise ValueError(f"`y` must be a tensor of targets, one per datum; got {shape_of(y)}.")
     if x is None and (y is not None or ood):
         raise ValueError("`y` and `ood` need `x`, the inputs that they are compared on; got none.")
     if x is not None:
         if model is None:
             raise ValueError("`x` was given but no model: pass `model`, since a dict of draws knows none.")
         labelled = None if y is None else (*as_args(x), y)
-        sets = {name: without_targets(model, value) for name, value in (ood or {}).items()}
-        return Inputs(without_targets(model, x), {}, labelled, y, sets), []
+        sets = {name: without_targets(model, value, f"ood[{name!r}]") for name, value in (ood or {}).items()}
+        return Inputs(without_targets(model, x, "x"), {}, labelled, y, sets), []
     given = run_arguments(mcmc)
     num_data = getattr(kernel_of(mcmc), "num_data", None)
     if model is not None and given is not None and not is_loader(given[0], num_data):

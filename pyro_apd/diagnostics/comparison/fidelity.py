@@ -18,7 +18,9 @@ from pyro_apd.diagnostics.comparison.verdict import Row, overall
 from pyro_apd.diagnostics.draws import draw_shapes, posterior_bytes
 from pyro_apd.predictive.chain_draws import ChainDraws
 from pyro_apd.predictive.draws import ChainsLike, PosteriorLike, read_chains
+from pyro_apd.runtime.checks import integer
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
+from pyro_apd.runtime.seeds import checked_seed
 
 if TYPE_CHECKING:
     from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity
@@ -72,10 +74,8 @@ def compare(
     """
     from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity  # brings pandas, which takes a while
 
-    if num_samples < 8:
-        raise ValueError(
-            f"`num_samples` must be at least 8, since standard errors come from its halves; got {num_samples}."
-        )
+    num_samples = integer("num_samples", num_samples, at_least=8, hint="Standard errors come from its halves.")
+    seed = checked_seed(seed)
     chain = read_chains(mcmc, shapes=draw_shapes(posterior), group_by_chain=group_by_chain)
     model = model_of(mcmc, model)
     inputs, notes = find_inputs(mcmc, model, x, y, ood)

@@ -51,6 +51,13 @@ def split_draws(chain: ChainDraws, posterior: PosteriorLike, num_samples: int, s
             f"Sites of `posterior` {sorted(generated)} are not those of `mcmc` {sorted(chain.values)}; both must be of "
             "one model."
         )
+    shapes = {name: (tuple(v.shape[1:]), tuple(generated[name].shape[1:])) for name, v in reference.items()}
+    unlike = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
+    if unlike:
+        raise ValueError(
+            f"A draw has another shape in `mcmc` and in `posterior`: {dict(list(unlike.items())[:3])}. Both must be of "
+            "one model; of a dict by chain, (C, S, ...), say group_by_chain=True, and of one (S, ...) False."
+        )
     draws = {"chain": reference, "generator": {name: v.to(reference[name]) for name, v in generated.items()}}
     num_stored = min(posterior_bytes(posterior) // chain.bytes_per_draw, chain.num_chains * chain.num_draws)
     pool = [step for step in range(chain.num_draws) if step not in set(steps)]

@@ -137,7 +137,7 @@ def test_prior_on_request(case, mcmc):
     prior = to_arviz(mcmc, prior=50, seed=0)["prior"]
     assert prior["hidden.weight"].shape == (1, 50, 4, 2)
     assert prior["hidden.weight"].values.std() == pytest.approx(1.0, abs=0.2)
-    with pytest.raises(ValueError, match=r"`prior`.*got -1"):
+    with pytest.raises(ValueError, match=r"prior=-1 must be an integer >= 0"):
         to_arviz(mcmc, prior=-1)
 
 
@@ -155,7 +155,7 @@ def test_some_weights_instead_of_all(case, mcmc):
         assert some["site"].values[i] == site
         assert some["unit"].values[i] == int(index.rstrip("]").split(", ")[0])
     assert "hidden.weight" in to_arviz(mcmc, max_parameters=27)["posterior"].data_vars
-    with pytest.raises(ValueError, match=r"max_parameters.*got 0"):
+    with pytest.raises(ValueError, match=r"max_parameters=0 must be a positive integer"):
         to_arviz(mcmc, max_parameters=0)
 
 
@@ -179,7 +179,7 @@ def test_projections_and_functions_instead_of_weights(case):
     assert list(idata["posterior_apd"]["function"].values) == list(functions["function"].values)
     with pytest.raises(ValueError, match=r"`functions` asks.*no model"):
         to_arviz(case.chain(2, 6), functions=3)
-    with pytest.raises(ValueError, match=r"`projections` must be.*got -1"):
+    with pytest.raises(ValueError, match=r"projections=-1 must be an integer >= 0"):
         to_arviz(mcmc, projections=-1)
 
 
@@ -271,7 +271,7 @@ def test_diagnostics_fall_back_to_the_public_way(case):
         ({"a": torch.zeros(5), "b": torch.zeros(6)}, None, ValueError, "different numbers of draws"),
         (None, {"a": torch.zeros(5), "b": torch.zeros(6)}, ValueError, "different numbers of draws"),
         ({"a": torch.tensor([1.0, float("nan")])}, None, ValueError, "'a'.*NaN"),
-        ({"a": [1.0]}, None, ValueError, "got a list"),
+        ({"a": [1.0]}, None, ValueError, "got list"),
         (MCMC(NUTS(lambda: None), num_samples=2), None, ValueError, "call mcmc.run"),
     ],
 )
@@ -306,3 +306,32 @@ def test_importing_the_room_brings_neither_arviz_nor_matplotlib():
     code = "import sys, pyro_apd.diagnostics; print({'arviz', 'matplotlib', 'pandas', 'jinja2'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_samples": 0}, "num_samples=0 must be a positive integer"),
+        ({"num_samples": 2.5}, "num_samples=2.5"),
+        ({"prior": 2.5}, "prior=2.5"),
+        ({"functions": "a"}, "functions='a'"),
+        ({"projections": 1.5}, "projections=1.5"),
+        ({"max_parameters": True}, "max_parameters=True"),
+        ({"var_names": "a"}, "`var_names` must be a list of names"),
+        ({"var_names": 3}, "`var_names` must be a list of names"),
+        ({"seed": "a"}, "seed"),
+        ({"group_by_chain": 3}, "group_by_chain=3 must be True or False"),
+        ({"mcmc": {"a": torch.zeros(5).to_sparse()}}, "sparse"),
+        ({"mcmc": {"a": torch.zeros(5, 0)}}, "holds no numbers"),
+    ],
+)
+def test_settings_that_are_none(changes, message):
+    with pytest.raises(ValueError, match=message):
+        to_arviz(**{"mcmc": {"a": torch.zeros(5)}, "posterior": {"a": torch.zeros(5)}, **changes})
+
+
+def test_a_layer_whose_weights_and_biases_have_other_units_has_dimensions_of_its_own():
+    """As a transposed convolution has, whose weight begins with its inputs."""
+    idata = to_arviz({"net.weight": torch.zeros(5, 4, 3, 2), "net.bias": torch.zeros(5, 3)})
+    assert idata.posterior["net.weight"].dims[2:] == ("net.weight_dim_0", "net.weight_dim_1", "net.weight_dim_2")
+    assert idata.posterior["net.bias"].dims[2:] == ("net.bias_dim_0",)

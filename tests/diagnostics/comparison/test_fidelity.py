@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 
+import numpy as np
 import pandas
 import pyro
 import pyro.distributions as dist
@@ -367,7 +368,7 @@ def test_nuts_on_its_own_data(case):
 
 def test_errors_say_what_came(case):
     mcmc, posterior = case.StubMCMC(case.chain(), case.model), case.posterior()
-    with pytest.raises(ValueError, match=r"num_samples.*at least 8.*got 4"):
+    with pytest.raises(ValueError, match=r"num_samples=4 must be an integer >= 8"):
         compare(mcmc, posterior, x=case.x, num_samples=4)
     with pytest.raises(ValueError, match="At least 8 draws"):
         compare(case.chain(1, 5), posterior, group_by_chain=True)
@@ -381,6 +382,34 @@ def test_errors_say_what_came(case):
         compare(mcmc, {"other": torch.zeros(50, 2)})
     with pytest.raises(TypeError, match="int"):
         compare(3, posterior)
+    draws = {name: value.flatten(0, 1) for name, value in case.chain().items()}
+    for changes, message in [
+        ({"posterior": {"w": np.zeros(9)}}, r"`posterior\['w'\]` must be a tensor .* got ndarray"),
+        ({"posterior": {name: None for name in draws}}, "got NoneType"),
+        ({"posterior": torch.zeros(3)}, "Tensor"),
+        (
+            {"mcmc": {name: value[:, None] for name, value in draws.items()}, "group_by_chain": False},
+            "has another shape",
+        ),
+        ({"x": case.x.numpy()}, "`x` must be a tensor of inputs .* got ndarray"),
+        ({"x": case.x[:0]}, r"`x` must be a tensor of inputs .* got shape \(0, 2\)"),
+        ({"x": case.x, "y": case.y.tolist()}, "`y` must be a tensor of targets.*got list"),
+        ({"x": case.x, "ood": case.x}, "`ood` must be a dict of inputs"),
+        ({"x": case.x, "ood": {"far": None}}, r"`ood\['far'\]` must be a tensor"),
+        ({"seed": "a"}, "seed"),
+        ({"num_samples": 8.5}, "num_samples=8.5 must be an integer"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=message):
+            compare(**{"mcmc": draws, "posterior": draws, "model": case.model, **changes})
+
+
+def test_draws_of_a_dict_are_taken_of_all_chains():
+    """Chains follow each other in a dict, whose first draws are all of one chain; the order must not decide."""
+    values = torch.arange(40.0).reshape(4, 10, 1)
+    pooled = {"w": values.flatten(0, 1)}
+    split = split_draws(read_chains({"w": values}, group_by_chain=True), pooled, 8, None)
+    assert split.draws["generator"]["w"].flatten().tolist() == [2, 7, 12, 17, 22, 27, 32, 37]
+    assert split.draws["chain"]["w"].flatten().tolist() == split.draws["generator"]["w"].flatten().tolist()
 
 
 def test_the_chain_column_is_of_draws_that_were_held_out():
