@@ -25,7 +25,7 @@ from pyro_apd.errors import ModelError
 from pyro_apd.predictive.draws import PosteriorLike, Values, take_draws
 from pyro_apd.predictive.predictive import FunctionView, outputs
 from pyro_apd.runtime.checks import choice, integer, is_number, number
-from pyro_apd.runtime.global_state import preserved_param_store, seeded
+from pyro_apd.runtime.global_state import gradients, preserved_param_store, seeded
 from pyro_apd.runtime.seeds import checked_seed
 from pyro_apd.runtime.tensor_checks import check_inputs, checked_labels
 
@@ -130,7 +130,7 @@ def attack(
     x, y = checked_data(x, y, bounds)
     parts = []
     batch_size = integer("batch_size", batch_size)
-    with seeded(checked_seed(seed), x.device), preserved_param_store():
+    with gradients("attack"), seeded(checked_seed(seed), x.device), preserved_param_store():
         victim = _Victim(model, posterior, x[:1], how)
         checked_labels("`y`", y, len(x), victim.num_classes)
         target = foolbox.PyTorchModel(victim, bounds=bounds, device=x.device)

@@ -24,7 +24,7 @@ from pyro_apd.errors import ModelError
 from pyro_apd.predictive.draws import PosteriorLike, StreamSampler, Values, check_draws, read_draws
 from pyro_apd.predictive.predictive import FunctionView, outputs
 from pyro_apd.runtime.checks import integer, number
-from pyro_apd.runtime.global_state import seeded
+from pyro_apd.runtime.global_state import gradients, seeded
 from pyro_apd.runtime.seeds import checked_seed
 from pyro_apd.runtime.tensor_checks import check_inputs, shape_of
 
@@ -106,17 +106,16 @@ def dark_knowledge(
     learning_rate = number("learning_rate", learning_rate, at_least=0)
     weight_decay = number("weight_decay", weight_decay, at_least=0)
     input_noise = number("input_noise", input_noise, at_least=0)
-    with seeded(checked_seed(seed), x.device):
+    with gradients("dark_knowledge"), seeded(checked_seed(seed), x.device):
         teacher = _Teacher(source, model, x[: min(batch_size, len(x))], draws_per_step)
         net = copy.deepcopy(student).to(x.device).train()
         optimiser = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=weight_decay)
         losses = []
         for inputs in _batches(x, num_steps, batch_size, input_noise, optimiser, progress):
             target = teacher(inputs)
-            with torch.enable_grad():
-                loss = _loss(_output(net, inputs), target, teacher.kind)
-                optimiser.zero_grad()
-                loss.backward()
+            loss = _loss(_output(net, inputs), target, teacher.kind)
+            optimiser.zero_grad()
+            loss.backward()
             losses.append(loss.detach())
     values = torch.stack(losses).tolist()
     if not all(map(math.isfinite, values)):

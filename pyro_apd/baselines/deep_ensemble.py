@@ -17,8 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from pyro_apd.baselines.descent import Descent, Start, check_counts, descend
+from pyro_apd.runtime.global_state import gradients
 
 
+@gradients("deep_ensemble")
 def deep_ensemble(
     model: Callable[..., Any],
     *args: Any,

@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from pyro_apd.baselines.descent import Descent, Start, check_counts, descend
+from pyro_apd.runtime.global_state import gradients
 
 
+@gradients("map_estimate")
 def map_estimate(
     model: Callable[..., Any],
     *args: Any,

@@ -31,10 +31,11 @@ from pyro_apd.models.structure import examine
 from pyro_apd.models.tracing import run_model
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.runtime.checks import number
-from pyro_apd.runtime.global_state import preserved_param_store, seeded
+from pyro_apd.runtime.global_state import gradients, preserved_param_store, seeded
 from pyro_apd.runtime.seeds import derived_generator, derived_seed, seed_or_fresh
 
 
+@gradients("mc_dropout")
 def mc_dropout(
     model: Callable[..., Any],
     *args: Any,

@@ -22,8 +22,10 @@ from torch import Tensor
 from pyro_apd.baselines.descent import Descent, Start, check_counts, descend
 from pyro_apd.generators import LowRankGenerator
 from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.runtime.global_state import gradients
 
 
+@gradients("swag")
 def swag(
     model: Callable[..., Any],
     *args: Any,

@@ -37,7 +37,7 @@ from pyro_apd.chains.stores.base import DrawStore, MemoryStore
 from pyro_apd.chains.stores.disk import open_store
 from pyro_apd.errors import DivergenceError
 from pyro_apd.runtime.checks import integer
-from pyro_apd.runtime.global_state import new_params_removed, validation
+from pyro_apd.runtime.global_state import gradients, new_params_removed, validation
 from pyro_apd.runtime.ranks import join_process_group
 from pyro_apd.runtime.threads import LongTask, one_thread
 
@@ -240,7 +240,7 @@ class MCMC(pyro.infer.MCMC):
             with one_thread():
                 super().run(*args, **kwargs)
             return
-        with LongTask(poutine.block, self._validation), new_params_removed(), ExitStack() as stack:
+        with gradients("MCMC.run"), LongTask(poutine.block, self._validation), new_params_removed(), ExitStack() as stack:
             self._args, self._kwargs = args, kwargs
             self._samples, self.store, self.diverged = None, None, []
             self.chains = range(self.num_chains)

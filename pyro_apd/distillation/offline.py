@@ -19,7 +19,7 @@ from pyro_apd.distillation.source import HELD_OUT, Source, read_source, split_he
 from pyro_apd.distillation.training import Training, train
 from pyro_apd.models.bnn import BNN
 from pyro_apd.posterior.posterior import DistilledPosterior
-from pyro_apd.runtime.global_state import seeded
+from pyro_apd.runtime.global_state import gradients, seeded
 from pyro_apd.runtime.hashing import fingerprint
 from pyro_apd.runtime.ranks import Ranks
 from pyro_apd.runtime.seeds import derived_seed, seed_or_fresh
@@ -107,7 +107,7 @@ def distill_draws(
     :param Ranks ranks: processes that train together, with the same draws and seed; each gets the same posterior.
     """
     seed = seed_or_fresh(options.seed)
-    with seeded(derived_seed(seed, "distillation"), source.theta_CSD.device):
+    with gradients("distill"), seeded(derived_seed(seed, "distillation"), source.theta_CSD.device):
         posterior, training = _fit_and_train(source, options, probe_inputs, progress, ranks or Ranks())
     posterior.metadata["seed"] = seed
     # The posterior in memory has the precision of its file, and draws the same.

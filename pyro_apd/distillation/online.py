@@ -38,7 +38,7 @@ from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.predictive.draws import all_finite
 from pyro_apd.runtime import checks
-from pyro_apd.runtime.global_state import new_params_removed, seeded, validation
+from pyro_apd.runtime.global_state import gradients, new_params_removed, seeded, validation
 from pyro_apd.runtime.ranks import Ranks, join_process_group
 from pyro_apd.runtime.seeds import derived_seed, fresh_seed
 from pyro_apd.runtime.threads import LongTask
@@ -153,7 +153,8 @@ def distill_online(
     args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
 
     # As in a run of the driver, since checks of distributions would be repeated in every step.
-    with LongTask(poutine.block, partial(validation, False)), new_params_removed(), ExitStack() as stack:
+    task = LongTask(poutine.block, partial(validation, False))
+    with gradients("distill_online"), task, new_params_removed(), ExitStack() as stack:
         distiller = _Rounds(kernel, args, dict(model_kwargs or {}), options, probe_inputs, on_round, progress, ranks)
         run = _OnlineRun(distiller, settings, stack, lengths.capacity, lengths.schedule, restart)
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,27 @@ def seeded(seed: int | None, device: torch.device | str = "cpu") -> AbstractCont
     :param device: whose generator is seeded beside that of the CPU.
     """
     return nullcontext() if seed is None else RandomStream(seed, device)
+
+
+@contextmanager
+def gradients(what: str) -> Iterator[None]:
+    """Context in which gradients are computed, and in the dtypes that tensors have, whatever the caller's context is.
+
+    ``torch.no_grad()`` and ``torch.autocast()`` around make no difference.
+
+    :param str what: what needs the gradients, for the error.
+    :raises ValueError: in ``torch.inference_mode()``, whose tensors can have no gradients.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{what} computes gradients, which torch.inference_mode() rules out; call it outside, or under "
+            "torch.no_grad() instead."
+        )
+    with torch.enable_grad(), ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def other_random_states() -> tuple[Any, ...]:
