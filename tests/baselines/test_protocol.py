@@ -50,3 +50,9 @@ def test_both_predictives_take_it(name):
     draws = posterior if isinstance(posterior, Mapping) else posterior.get_samples(4, seed=0)
     assert {site: tuple(value.shape[1:]) for site, value in draws.items()} == SITES
     assert all(value.isfinite().all() for value in draws.values())
+
+
+@pytest.mark.parametrize("name", ["map_estimate", "deep_ensemble", "mc_dropout", "swag"])
+def test_inference_mode_is_refused(name):
+    with torch.inference_mode(), pytest.raises(ValueError, match=rf"{name} computes gradients"):
+        BASELINES[name](Classifier())

@@ -164,6 +164,27 @@ def test_an_entry_that_never_moved_stays():
     assert torch.equal(drawn[:, 1], torch.full((20,), 7.0))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pyro_apd.DistillationWarning")
+@pytest.mark.parametrize("generator", ["coordinates", "paper"])
+def test_no_grad_and_autocast_around_make_no_difference(generator):
+    def distilled():
+        return distill(chains(), generator=generator, num_steps=2, group_by_chain=True, seed=0, progress=False)
+
+    expected = distilled()
+    for context in (torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with context:
+            found = distilled()
+        assert same(found.get_samples(3, seed=0), expected.get_samples(3, seed=0))
+        assert found.metadata["metrics"] == expected.metadata["metrics"]
+
+
+def test_inference_mode_is_refused():
+    draws = chains()
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"distill computes gradients.*inference_mode\(\)"):
+        distill(draws, num_steps=1, group_by_chain=True, progress=False)
+
+
 def test_weight_space_says_so(caplog):
     with caplog.at_level("INFO", "pyro_apd"):
         posterior = distill({"w": torch.randn(40, 5)}, num_steps=5, seed=0, progress=False)

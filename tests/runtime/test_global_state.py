@@ -5,7 +5,7 @@ import pyro
 import pytest
 import torch
 
-from pyro_apd.runtime.global_state import preserved_param_store, seeded
+from pyro_apd.runtime.global_state import gradients, preserved_param_store, seeded
 
 
 def test_new_parameters_go_and_old_ones_stay():
@@ -32,3 +32,35 @@ def test_no_seed_leaves_everything_as_it_is():
     with seeded(None):
         torch.rand(2)
     assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_gradients_are_computed_in_any_context_but_one():
+    def state():
+        return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+
+    @gradients("f")
+    def slope(x):
+        x = x.clone().requires_grad_()
+        assert state() == (True, False)
+        (torch.mm(x, x)).sum().backward()
+        return x.grad
+
+    x = torch.randn(3, 3)
+    expected = slope(x)
+    for context in (torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with context:
+            before = state()
+            found = slope(x)
+            assert state() == before
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"^f computes gradients.*inference_mode.*no_grad"):
+        slope(x)
+
+
+def test_the_context_is_restored_after_an_error():
+    with torch.no_grad(), torch.autocast("cpu"):
+        with pytest.raises(KeyError), gradients("f"):
+            raise KeyError
+        assert not torch.is_grad_enabled()
+        assert torch.is_autocast_enabled("cpu")
