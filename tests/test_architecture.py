@@ -19,8 +19,7 @@ PACKAGE = Path(pyro_apd.__file__).parent
 # From the lowest level up. A module imports from lower levels and from its own room. A new room is placed here first.
 LEVELS = [
     {"_version", "errors", "datasets", "runtime"},
-    {"metrics", "uncertainty"},
-    {"data", "generators"},
+    {"data", "generators", "metrics", "uncertainty"},
     {"models"},
     {"predictive"},
     {"kernels", "posterior"},

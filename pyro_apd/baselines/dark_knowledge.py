@@ -218,4 +218,4 @@ def _check_student(student: nn.Module) -> None:
         raise ValueError(f"`student` must be a torch.nn.Module with parameters to train; got {type(student).__name__}.")
     for name, value in student.named_parameters():
         if not bool(value.isfinite().all()):
-            raise ValueError(f"`student` has NaN or infinity in its parameter '{name}'; make it anew.")
+            raise ValueError(f"`student` has NaN or infinity in its parameter '{name}'; make another.")

@@ -111,7 +111,7 @@ def spoiled(value):
         (spoiled(torch.nan), "site 'w' hold 1 NaN"),
         (spoiled(torch.inf), "site 'w' hold 1 NaN"),
         ({"w": torch.ones(20, 2, dtype=torch.int64)}, "site 'w' are torch.int64"),
-        ({"w": [1.0, 2.0]}, r"'w'\]` must be a tensor.*got a list"),
+        ({"w": [1.0, 2.0]}, r"'w'\]` must be a tensor.*got list"),
         ({"w": torch.tensor(1.0)}, r"'w'\]` must be a tensor"),
         (FakeMCMC(None), "no draws yet"),
     ],

@@ -520,7 +520,7 @@ def test_impossible_observations(x):
         ({}, "at least one site"),
         ({"w": torch.ones(2, D), "sd": torch.ones(3)}, "different numbers.*'w': 2, 'sd': 3"),
         ({"w": torch.ones(0, D), "sd": torch.ones(0)}, "zero draws"),
-        ({"w": 1.0}, r"\['w'\].*a float"),
+        ({"w": 1.0}, r"\['w'\].*got float"),
     ],
 )
 def test_bad_draws(x, function, bad, match):

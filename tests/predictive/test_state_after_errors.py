@@ -3,6 +3,8 @@
 
 """A model that fails leaves no handler on Pyro's stack, and modules in the mode that they were in."""
 
+import contextlib
+
 import pyro
 import pytest
 import torch
@@ -57,9 +59,7 @@ def test_a_failing_model_leaves_everything_as_it_was(call, is_training, at, erro
         return modes, validates, torch.is_grad_enabled(), sorted(pyro.get_param_store().keys())
 
     before = state()
-    try:
+    with contextlib.suppress(RuntimeError, ZeroDivisionError, KeyboardInterrupt, ValueError):
         CALLS[call](model)
-    except (RuntimeError, ZeroDivisionError, KeyboardInterrupt, ValueError):
-        pass
     assert runtime._PYRO_STACK == []
     assert state() == before
