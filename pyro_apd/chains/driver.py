@@ -240,7 +240,8 @@ class MCMC(pyro.infer.MCMC):
             with one_thread():
                 super().run(*args, **kwargs)
             return
-        with gradients("MCMC.run"), LongTask(poutine.block, self._validation), new_params_removed(), ExitStack() as stack:
+        task = LongTask(poutine.block, self._validation)
+        with gradients("MCMC.run"), task, new_params_removed(), ExitStack() as stack:
             self._args, self._kwargs = args, kwargs
             self._samples, self.store, self.diverged = None, None, []
             self.chains = range(self.num_chains)
