@@ -10,6 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
+# Longer messages are shortened, since what they quote may come from a hostile file.
+_MAX_MESSAGE = 900
+
+
+def shortened(message: str) -> str:
+    """A message without its middle, where it is long, and on one line for characters that cannot be printed."""
+    text = message
+    if len(text) > _MAX_MESSAGE:
+        text = f"{text[: _MAX_MESSAGE * 2 // 3]} [...] {text[-_MAX_MESSAGE // 3 :]}"
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
 
 class ModelError(ValueError):
     """The model has no potential that can be sampled as requested."""
@@ -20,7 +31,10 @@ class DataError(ValueError):
 
 
 class ArtifactError(ValueError):
-    """A file is no distilled posterior that this version can read."""
+    """A file is no distilled posterior that this version can read, or a posterior is not of the model given."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
 
 
 class DivergenceError(ArithmeticError):

@@ -18,7 +18,8 @@ PACKAGE = Path(pyro_apd.__file__).parent
 
 # From the lowest level up. A module imports from lower levels and from its own room. A new room is placed here first.
 LEVELS = [
-    {"_version", "errors", "datasets", "runtime"},
+    {"errors"},
+    {"_version", "datasets", "runtime"},
     {"data", "generators", "metrics", "uncertainty"},
     {"models"},
     {"predictive"},

@@ -39,6 +39,7 @@ def low_rank(
     draws = read_source(source, model, data, group_by_chain)
     posterior = DistilledPosterior(draws.layout, fit_low_rank(draws.theta_CSD.flatten(0, 1), rank))
     posterior.metadata = {"method": "low rank plus diagonal"}
+    posterior.frozen = draws.frozen_tensors()
     return posterior
 
 

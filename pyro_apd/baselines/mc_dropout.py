@@ -25,6 +25,7 @@ from pyro_apd.data.index_stream import Generators
 from pyro_apd.data.minibatch import Call, RowSubsample
 from pyro_apd.errors import ModelError
 from pyro_apd.generators.dropout import DropoutGenerator
+from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
 from pyro_apd.models.potential import Potential
 from pyro_apd.models.structure import examine
@@ -81,6 +82,7 @@ def mc_dropout(
     generator = masking.generator(theta_D)
     posterior = DistilledPosterior(start.potential.layout, generator)
     posterior.metadata = {"method": "MC-dropout", "rate": rate, "seed": seed}
+    posterior.frozen = FrozenTensors.of_run(model, posterior.layout.names, args, kwargs)
     return posterior
 
 

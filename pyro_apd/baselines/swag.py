@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_apd.baselines.descent import Descent, Start, check_counts, descend
 from pyro_apd.generators import LowRankGenerator
+from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.runtime.global_state import gradients
 
@@ -69,6 +70,7 @@ def swag(
                 moments.add(theta_D)
     posterior = DistilledPosterior(start.potential.layout, moments.generator())
     posterior.metadata = {"method": "SWAG", "seed": seed, "num_iterates": num_iterates}
+    posterior.frozen = FrozenTensors.of_run(model, posterior.layout.names, args, kwargs)
     return posterior
 
 

@@ -35,6 +35,7 @@ from pyro_apd.chains.stores.disk import DiskStore, open_store
 from pyro_apd.chains.workers import Job, run_workers
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.kernels.engine.temperature import Temperature
+from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
 from pyro_apd.runtime.file_lock import locked
 from pyro_apd.runtime.files import with_message
@@ -239,7 +240,7 @@ class Run:
             return self.store
         self._notes = {"run": self._name(), **self._circumstances()}
         try:
-            store = self._create(path, kept, dtype, {"run": self._notes["run"]})
+            store = self._create(path, kept, dtype, {"run": self._notes["run"], **self._frozen_tensors(chain.layout)})
         except OSError as error:
             if error.errno is None:  # the store's own message
                 raise
@@ -268,6 +269,12 @@ class Run:
                 f"The checkpoint '{self._path}' is of a run on '{device}', and this run is on '{self._device.type}', "
                 f"where other random numbers are drawn. Move model and data to '{device}', or give another checkpoint=."
             )
+
+    def _frozen_tensors(self, layout: Layout) -> dict[str, Any]:
+        """Digests of what the model reads beside its latents, by which the draws are recognised as those of a model."""
+        num_data = getattr(self.kernel, "num_data", None)
+        frozen = FrozenTensors.of_run(self.kernel.model, layout.names, self.args, self.kwargs, num_data)
+        return {} if frozen is None else {"frozen": frozen.to_json()}
 
     def _resume(self, saved: Checkpoint, kept: Layout) -> DrawStore:
         assert self._path is not None

@@ -152,6 +152,7 @@ def _note_data_and_network(posterior: DistilledPosterior, source: Source) -> Non
     data = [value for value in source.args or () if isinstance(value, Tensor)]
     if data and source.has_all_data:
         posterior.metadata["data"] = fingerprint(*data)
+    posterior.frozen = source.frozen_tensors()
     if isinstance(source.model, BNN):
         posterior.bind(source.model)
 

@@ -15,7 +15,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_apd.chains.stores.base import DrawStore
+from pyro_apd.chains.stores.disk import DiskStore
 from pyro_apd.data.sources import shown_arguments
+from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
 from pyro_apd.predictive.chain_draws import chain_remarks
 from pyro_apd.predictive.draws import ChainsLike, all_finite, kernel_of, not_finite_error, read_chains, run_arguments
@@ -50,6 +52,10 @@ class Source:
     has_all_data: bool = True
     missing_chains: Sequence[int] = ()
 
+    def frozen_tensors(self) -> FrozenTensors | None:
+        """Frozen parameters and buffers of the model; None where they are not known."""
+        return None if self.model is None else FrozenTensors.of(self.model, self.layout.names, self.args, self.kwargs)
+
 
 def read_source(
     source: ChainsLike,
@@ -63,6 +69,7 @@ def read_source(
 
     :raises TypeError: if ``source`` is none of them, or ``data`` is not a tuple.
     :raises ValueError: if draws are missing, malformed, not finite, or not of the model's sites.
+    :raises ArtifactError: if they are in files, and the model that was sampled had other frozen weights.
     """
     if data is not None and not isinstance(data, (tuple, list)):
         raise TypeError(
@@ -84,7 +91,9 @@ def read_source(
         missing = list(getattr(source, "missing_chains", ()))
         for remark in chain_remarks(missing, getattr(source, "diverged_chains", ())):
             logger.warning("%s", remark)
-        return Source(theta_CSD, store.layout, model, args, kwargs, has_all_data, missing)
+        found = Source(theta_CSD, store.layout, model, args, kwargs, has_all_data, missing)
+        _check_frozen(store, found)
+        return found
     chains = read_chains(source, "source", group_by_chain=group_by_chain)
     _check_floating(chains.values)
     _check_count(chains.num_chains, chains.num_draws)
@@ -131,6 +140,14 @@ def _check_finite(store: DrawStore, theta_CSD: Tensor) -> None:
         if not all_finite(value):
             count = sum(int((~row.isfinite()).sum()) for row in value.flatten(0, 1))
             raise not_finite_error(name, "source", count)
+
+
+def _check_frozen(store: DrawStore, source: Source) -> None:
+    """A store in files knows the frozen tensors of the model that was sampled."""
+    noted = store.info.get("frozen") if isinstance(store, DiskStore) else None
+    present = None if noted is None else source.frozen_tensors()
+    if present is not None and source.model is not None:
+        FrozenTensors.from_json(noted).check(source.model, present.values)
 
 
 def _check_interior(layout: Layout, theta_CSD: Tensor) -> None:

@@ -47,7 +47,7 @@ def build_generator(config: Mapping[str, Any]) -> Generator:
     kind = settings.pop("kind", None)
     known = {**GENERATORS, **BASELINES}
     if not isinstance(kind, str) or kind not in known:
-        raise ValueError(f"Unknown generator {kind!r}; known are {sorted(known)}.")
+        raise ValueError(f"Unknown generator {kind!r:.80}; known are {sorted(known)}.")
     # Files name this setting differently, and some have one that is no longer in use.
     if "bend" in settings:
         settings["mlp_width"] = settings.pop("bend")
@@ -56,4 +56,6 @@ def build_generator(config: Mapping[str, Any]) -> Generator:
     try:
         return known[kind](**settings)
     except TypeError as error:
-        raise ValueError(f"Settings {sorted(settings)} are not those of a '{kind}' generator: {error}.") from error
+        raise ValueError(
+            f"Settings {sorted(settings)!s:.200} are not those of a '{kind}' generator: {error}."
+        ) from error

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_apd.runtime import checks
+
+#: Standard normal latents are smaller: one in 10^15 is larger.
+LARGEST_LATENT = 8.0
 
 
 class Generator(nn.Module, ABC):
@@ -41,11 +45,39 @@ class Generator(nn.Module, ABC):
         """
         return torch.randn(count, self.latent_size, dtype=like.dtype, device=like.device)
 
+    @torch.no_grad()
+    def bound(self) -> float:
+        """A number that no entry of a draw exceeds for latents up to :data:`LARGEST_LATENT`, by far not the smallest
+        one. It shows that no draw is infinite.
+
+        Here it is estimated from few draws.
+        """
+        like = next(iter(self.state_dict().values()), torch.zeros(())).new_ones(())
+        latent_SL = torch.stack([(value * like).expand(self.latent_size) for value in (0.0, LARGEST_LATENT)])
+        return peak(self(latent_SL))
+
 
 def check_sizes(**sizes: int) -> None:
     """Raises ValueError unless all are positive integers."""
     for name, size in sizes.items():
         checks.integer(f"Generator setting {name}", size)
+
+
+def check_in_order(spans: Sequence[tuple[slice, Sequence[int]]], what: str) -> None:
+    """Raises ValueError unless spans of a draw are in order and do not overlap; each comes with how to name it."""
+    for (one, name), (other, other_name) in pairwise(spans):
+        if other.start < one.stop:
+            raise ValueError(f"{what} {name} and {other_name} must be in order, and must not overlap.")
+
+
+def peak(values: Tensor) -> float:
+    """The largest absolute value."""
+    return float(values.abs().amax()) if values.numel() else 0.0
+
+
+def linear_bound(linear: nn.Linear, inputs: float) -> float:
+    """A number that no output of a layer exceeds for inputs up to ``inputs``."""
+    return linear.in_features * peak(linear.weight) * inputs + peak(linear.bias)
 
 
 def is_entry(entry: Sequence[int], smallest: Sequence[int]) -> bool:

@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_apd.generators import precision
-from pyro_apd.generators.base import Generator, check_sizes
+from pyro_apd.generators.base import Generator, check_sizes, peak
 from pyro_apd.generators.draw_blocks import DrawBlocks, draws_per_block
 from pyro_apd.generators.network import GaussianFit, MixtureGenerator
 from pyro_apd.generators.residual import Block, MatrixNoise
 
 # Columns of a chunk, at most: decoded, a chunk fits into the caches of a CPU.
 _CHUNK = 16384
+# More chunks than these, on average so long, would make drawing slow. Sites of a few numbers have a chunk each.
+_MAX_CHUNKS, _MIN_MEAN_CHUNK = 16384, 1024
 # Draws to whose residuals noise is fitted: enough for this many rows per column, within these bounds.
 _ROWS_PER_COLUMN, _MIN_RESIDUALS, _MAX_RESIDUALS = 16, 16, 64
 # Latent entries from which all noise of a draw is made.
@@ -64,12 +66,16 @@ class ChunkedGenerator(MixtureGenerator):
         mlp_width: int = 0,
     ) -> None:
         super().__init__(output_size, rank, num_modes, num_scales, mlp_width)
+        if len(chunks) > _MAX_CHUNKS + output_size // _MIN_MEAN_CHUNK:
+            raise ValueError(
+                f"Generator setting chunks has {len(chunks):,} entries, too many for {output_size:,} numbers."
+            )
         for length in chunks:
             check_sizes(chunk=length)
         if sum(chunks) != output_size:
             raise ValueError(f"Generator setting chunks adds up to {sum(chunks)}, not to output_size={output_size}.")
         self._chunks = _spans(chunks)
-        blocks = [Block.checked(entry, output_size) for entry in noise]
+        blocks = Block.all_checked(noise, output_size)
         edges = {span.start for span in self._chunks} | {output_size}
         for block in blocks:
             if not {block.span.start, block.span.stop} <= edges:
@@ -152,6 +158,9 @@ class ChunkedGenerator(MixtureGenerator):
         coordinates_SR: Tensor = product_SR @ torch.linalg.pinv(gram_RR, hermitian=True)
         return coordinates_SR.to(theta_SD)
 
+    def _basis_peak(self) -> float:
+        return _INT8_PEAK * peak(self.get_buffer(_SCALE))
+
     def _num_residuals(self, block: Block) -> int:
         """See :class:`MixtureGenerator`; with many rows, few draws suffice to estimate the scales of columns."""
         return min(_MAX_RESIDUALS, max(_MIN_RESIDUALS, _ROWS_PER_COLUMN * block.columns // block.rows))
@@ -192,6 +201,7 @@ class CoordinatesAlone(Generator):
         return self.generator.latents(count, like)
 
 
+_INT8_PEAK = 128.0
 _SCALE = "basis" + precision.SCALE_SUFFIX
 
 

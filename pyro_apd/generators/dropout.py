@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_apd.generators.base import Generator, check_sizes, is_entry
+from pyro_apd.generators.base import Generator, check_in_order, check_sizes, is_entry, peak
 from pyro_apd.runtime import checks
 
 
@@ -39,7 +38,7 @@ class DroppedInputs:
         :raises ValueError: if these are not integers that fit into a draw of ``output_size`` numbers.
         """
         if not is_entry(entry, smallest=(0, 1, 1, 1)):
-            raise ValueError(f"A layer with dropped inputs must be (start, rows, units, repeats); got {entry!r}.")
+            raise ValueError(f"A layer with dropped inputs must be (start, rows, units, repeats); got {entry!r:.80}.")
         layer = cls(*entry)
         if layer.span.stop > output_size:
             raise ValueError(f"Layer {entry!r} reaches beyond the {output_size} numbers of a draw.")
@@ -76,9 +75,7 @@ class DropoutGenerator(Generator):
         if not self.layers:
             raise ValueError("Generator setting layers=[] must name at least one layer.")
         # In order and without overlap, so that a file cannot ask for more latent numbers than it has weights.
-        for one, other in pairwise(self.layers):
-            if other.start < one.span.stop:
-                raise ValueError(f"Layers {one.entry} and {other.entry} must be in order, and must not overlap.")
+        check_in_order([(layer.span, layer.entry) for layer in self.layers], "Layers")
         self.output_size = output_size
         self.rate = rate
         self.latent_size = sum(layer.units for layer in self.layers)
@@ -104,6 +101,10 @@ class DropoutGenerator(Generator):
             block = theta_SD[:, layer.span].unflatten(-1, (layer.rows, layer.units, layer.repeats))
             theta_SD[:, layer.span] = (block * factor_SU[:, None, :, None]).flatten(1)
         return theta_SD
+
+    def bound(self) -> float:
+        """See :class:`Generator`."""
+        return peak(self.weights) / (1 - self.rate)
 
 
 def _normal_quantile(probability: float) -> float:

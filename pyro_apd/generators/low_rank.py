@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_apd.generators.base import Generator, check_sizes
+from pyro_apd.generators.base import LARGEST_LATENT, Generator, check_sizes, peak
 
 
 class LowRankGenerator(Generator):
@@ -52,3 +52,8 @@ class LowRankGenerator(Generator):
         first_SK, second_SD = latent_SL.split([self.rank, self.output_size], dim=-1)
         theta_SD: Tensor = torch.addmm(self.location, first_SK, self.deviations) + self.scale * second_SD
         return theta_SD
+
+    def bound(self) -> float:
+        """See :class:`Generator`."""
+        deviation = self.rank * peak(self.deviations) + peak(self.scale)
+        return peak(self.location) + LARGEST_LATENT * deviation

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_apd.generators.base import Generator, check_sizes
+from pyro_apd.generators.base import LARGEST_LATENT, Generator, check_sizes, linear_bound, peak
 from pyro_apd.generators.coordinates import PrincipalCoordinates, principal_coordinates
 from pyro_apd.generators.draw_blocks import DrawBlocks, draws_per_block
 from pyro_apd.generators.residual import Block, MatrixNoise
@@ -48,6 +48,7 @@ class MixtureGenerator(Generator):
         # Files name its tensors after this attribute.
         self.bend = _perceptron(rank, mlp_width) if mlp_width else None
         self.noise = nn.ModuleList()
+        self._unit_D: Tensor | None = None
 
     @property
     def _mixture_config(self) -> dict[str, Any]:
@@ -89,6 +90,23 @@ class MixtureGenerator(Generator):
         if self.bend is not None:
             coordinates_SR = coordinates_SR + self.bend(coordinates_SR)
         return coordinates_SR
+
+    def bound(self) -> float:
+        """See :class:`Generator`."""
+        coordinate = peak(self.mode_location) + LARGEST_LATENT * self.rank * peak(self.mode_scale)
+        if self.bend is not None:
+            correction = coordinate
+            for layer in self.bend:
+                if isinstance(layer, nn.Linear):
+                    correction = linear_bound(layer, correction)
+            coordinate += correction
+        unit = 1.0 if self._unit_D is None else peak(self._unit_D)
+        noise = max((module.bound() for module in self._noise_modules()), default=0.0)
+        return unit * (peak(self.location) + self.rank * coordinate * self._basis_peak()) + noise
+
+    @abstractmethod
+    def _basis_peak(self) -> float:
+        """The largest absolute value in the basis."""
 
     @abstractmethod
     def expanded(self, coordinates_SR: Tensor, span: slice) -> Tensor:
@@ -153,11 +171,10 @@ class CoordinateGenerator(MixtureGenerator):
         mlp_width: int = 0,
     ) -> None:
         super().__init__(output_size, rank, num_modes, num_scales, mlp_width)
-        blocks = [Block.checked(entry, output_size) for entry in noise]
+        blocks = Block.all_checked(noise, output_size)
         self.basis = nn.Parameter(torch.zeros(rank, output_size))
         self.noise.extend(MatrixNoise(block) for block in blocks)
         self.latent_size = 1 + rank + sum(block.latent_size for block in blocks)
-        self._unit_D: Tensor | None = None
 
     @classmethod
     def fit(
@@ -205,6 +222,9 @@ class CoordinateGenerator(MixtureGenerator):
         """See :class:`MixtureGenerator`."""
         part_SW = torch.addmm(self.location[span], coordinates_SR, self.basis[:, span])
         return part_SW if self._unit_D is None else part_SW * self._unit_D[span]
+
+    def _basis_peak(self) -> float:
+        return peak(self.basis)
 
     def forward(self, latent_SL: Tensor) -> Tensor:
         """See :class:`Generator`."""

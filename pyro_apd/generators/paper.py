@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyro_apd.generators.base import Generator, check_sizes
+from pyro_apd.generators.base import LARGEST_LATENT, Generator, check_sizes, linear_bound
 
 
 class PaperGenerator(Generator):
@@ -45,6 +45,14 @@ class PaperGenerator(Generator):
         """See :class:`Generator`."""
         theta_SD: Tensor = self.layers(latent_SL)
         return theta_SD
+
+    def bound(self) -> float:
+        """See :class:`Generator`."""
+        largest = LARGEST_LATENT
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                largest = linear_bound(layer, largest)
+        return largest
 
 
 def he_perceptron(sizes: list[int]) -> nn.Sequential:

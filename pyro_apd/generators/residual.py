@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyro_apd.generators.base import is_entry
+from pyro_apd.generators.base import LARGEST_LATENT, check_in_order, is_entry, peak
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,24 @@ class Block:
         :raises ValueError: if these are not integers that fit into a draw of ``output_size`` numbers.
         """
         if not is_entry(entry, smallest=(0, 1, 1, 1)) or entry[3] > entry[2]:
-            raise ValueError(f"A block of noise must be (start, rows, columns, rank), rank <= columns; got {entry!r}.")
+            raise ValueError(
+                f"A block of noise must be (start, rows, columns, rank), rank <= columns; got {entry!r:.80}."
+            )
         block = cls(*entry)
         if block.span.stop > output_size:
             raise ValueError(f"Block {entry!r} of noise reaches beyond the {output_size} numbers of a draw.")
         return block
+
+    @classmethod
+    def all_checked(cls, entries: Sequence[Sequence[int]], output_size: int) -> list[Block]:
+        """All blocks of a generator.
+
+        :raises ValueError: as :meth:`checked`, or if they are not in order, or overlap: a file could then ask for more
+            latent numbers than it has weights.
+        """
+        blocks = [cls.checked(entry, output_size) for entry in entries]
+        check_in_order([(block.span, block.entry) for block in blocks], "Blocks")
+        return blocks
 
     @property
     def entry(self) -> tuple[int, int, int, int]:
@@ -85,6 +98,13 @@ class MatrixNoise(nn.Module):
         noise_SOI = (latent_SOI - (along_SOK * self.damping) @ self.directions) * columns_I
         noise_SB: Tensor = (noise_SOI * self.row_scale.unsqueeze(-1)).flatten(-2)
         return noise_SB
+
+    def bound(self) -> float:
+        """See :meth:`~pyro_apd.generators.base.Generator.bound`."""
+        along = self.block.columns * peak(self.directions)
+        column = peak(self.column_scale) * (1.0 if self._unit is None else float(self._unit))
+        within = 1 + self.block.rank * along * peak(self.damping) * peak(self.directions)
+        return LARGEST_LATENT * within * column * peak(self.row_scale)
 
     @torch.no_grad()
     def fit(self, residuals: Callable[[], Iterable[Tensor]]) -> None:

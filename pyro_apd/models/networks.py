@@ -14,7 +14,9 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_apd.errors import ArtifactError
 from pyro_apd.models.bnn import BNN
+from pyro_apd.models.frozen import FrozenTensors, fixed_tensors, put_values
 from pyro_apd.models.layout import Layout
 from pyro_apd.runtime.threads import one_thread
 
@@ -46,6 +48,41 @@ def plain_network(architecture: nn.Module, layout: Layout, values: Mapping[str, 
         delattr(module, leaf)  # a buffer in a BNN
         module.register_parameter(leaf, made[site])
     return net.eval()
+
+
+def network_tensors(net: nn.Module, layout: Layout) -> dict[str, Tensor]:
+    """Parameters and buffers of a network that no draw replaces, by their names in the model that was sampled.
+
+    :raises ValueError: as :func:`plain_network`.
+    """
+    if isinstance(net, BNN):
+        return fixed_tensors(net)
+    _check_plain(net, layout)
+    prefix = _common_prefix(net, layout)
+    return {prefix + name: tensor for name, tensor in fixed_tensors(net).items()}
+
+
+def with_frozen(architecture: nn.Module, layout: Layout, frozen: FrozenTensors | None) -> nn.Module:
+    """The network itself, if its frozen tensors are those of the posterior; a copy with the posterior's, if it has
+    them.
+
+    :raises ArtifactError: if they differ, and the posterior has digests only.
+    :raises ValueError: as :func:`plain_network`.
+    """
+    if frozen is None:
+        return architecture
+    found = network_tensors(architecture, layout)
+    # A plain network need not be the whole model: only what is inside of it is compared.
+    expected = frozen.within(_common_prefix(architecture, layout))
+    try:
+        expected.check_tensors({name: found[name] for name in expected.read if name in found})
+    except ArtifactError:
+        values = expected.intact_values()
+        if not values:
+            raise
+        architecture = copy.deepcopy(architecture)
+        put_values(network_tensors(architecture, layout), values)
+    return architecture
 
 
 class Ensemble(nn.Module):
@@ -130,11 +167,7 @@ def _sites_of(architecture: nn.Module, layout: Layout) -> tuple[nn.Module, dict[
             net = copy.deepcopy(architecture.net)
         sites = dict(architecture.parameter_sites)
     else:
-        if not isinstance(architecture, nn.Module) or any(isinstance(m, PyroModule) for m in architecture.modules()):
-            raise ValueError(
-                f"net must be a pyro_apd.BNN, or a torch.nn.Module without PyroModules whose parameters have the names "
-                f"of the sites {list(layout.names)}; got {type(architecture).__name__}."
-            )
+        _check_plain(architecture, layout)
         net = copy.deepcopy(architecture)
         first: dict[int, str] = {}
         named = [(n, p) for n, p in net.named_parameters(remove_duplicate=False) if p.requires_grad]
@@ -150,6 +183,21 @@ def _sites_of(architecture: nn.Module, layout: Layout) -> tuple[nn.Module, dict[
                 f"is {has}. The posterior draws {layout!r}."
             )
     return net, sites
+
+
+def _check_plain(net: nn.Module, layout: Layout) -> None:
+    if not isinstance(net, nn.Module) or any(isinstance(module, PyroModule) for module in net.modules()):
+        raise ValueError(
+            f"net must be a pyro_apd.BNN, or a torch.nn.Module without PyroModules whose parameters have the names of "
+            f"the sites {list(layout.names)}; got {type(net).__name__}."
+        )
+
+
+def _common_prefix(net: nn.Module, layout: Layout) -> str:
+    """The prefix of names of the model within a network: of a BNN, which is the whole model, none."""
+    if isinstance(net, BNN):
+        return ""
+    return _prefix({name for name, parameter in net.named_parameters() if parameter.requires_grad}, layout)
 
 
 def _buffer_shapes(net: nn.Module) -> dict[str, torch.Size]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from pyro_apd._version import __version__
 from pyro_apd.errors import ArtifactError
 from pyro_apd.generators import precision
+from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
 from pyro_apd.runtime import tensor_file
 from pyro_apd.runtime.checks import is_integer
@@ -29,6 +30,7 @@ from pyro_apd.runtime.tensor_file import Entry, FileKind, Header
 
 __all__ = [
     "FORMAT_VERSION",
+    "FROZEN_PREFIX",
     "KIND",
     "MAX_NUM_SAMPLES",
     "METADATA_KEY",
@@ -51,10 +53,19 @@ KIND = FileKind(
     "what DistilledPosterior.save wrote",
     "Save the posterior again, or download the file again.",
     ArtifactError,
+    header_allowance=2**20,
 )
+#: Before the name of a frozen tensor of the model, in the table of tensors.
+FROZEN_PREFIX = "frozen#"
 
-#: Largest default number of draws that a file may state, so that drawing by default from a file does not fill memory.
+#: Largest default number of draws that a file may state.
 MAX_NUM_SAMPLES = 1_000_000
+# So that drawing by default from a file does not fill memory: bytes of these draws, by byte of the file's tensors, and
+# for any file. A hundred draws take up to 400 times the bytes of one network in a byte per weight.
+_DRAWN_PER_BYTE, _DRAWN_ALWAYS = 1000, 256 * 2**20
+# Tensors that each block of noise of a generator has in the file.
+_TENSORS_PER_BLOCK = 4
+_COMPUTE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # Errors of building something from a description that makes no sense.
 _NONSENSE = (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError, OverflowError, RecursionError)
@@ -76,6 +87,8 @@ class Artifact:
     :ivar dict versions: of the software that wrote the file.
     :ivar str dtype: precision in which the file keeps the tensors, one of :data:`pyro_apd.generators.precision.DTYPES`.
     :ivar int format: version of the file that was read; files are written with :data:`FORMAT_VERSION`.
+    :ivar compute_dtype: dtype in which the generator computes, that of the model; None in files that do not say it.
+    :ivar frozen: frozen tensors of the model; None where they are not known.
     """
 
     layout: Layout
@@ -87,6 +100,8 @@ class Artifact:
     versions: dict[str, str] = field(default_factory=dict)
     dtype: str = "float32"
     format: int = FORMAT_VERSION
+    compute_dtype: str | None = None
+    frozen: FrozenTensors | None = None
 
 
 def to_bytes(artifact: Artifact) -> bytes:
@@ -94,22 +109,33 @@ def to_bytes(artifact: Artifact) -> bytes:
 
     :raises ValueError: if metadata do not fit into JSON, or ``num_samples`` is out of range.
     """
-    return tensor_file.to_bytes(KIND, *_contents(artifact))
+    return tensor_file.to_bytes(KIND, *_contents(artifact, {}))
 
 
-def write(artifact: Artifact, path: str | os.PathLike[str]) -> None:
+def write(artifact: Artifact, path: str | os.PathLike[str], frozen_values: Mapping[str, Tensor] | None = None) -> None:
     """Writes the file, atomically: a failure or interruption leaves an existing file unchanged.
 
-    :raises ValueError: as :func:`to_bytes`.
+    :param frozen_values: frozen tensors of the model whose numbers are to be in the file, by name.
+    :raises ValueError: as :func:`to_bytes`, or if a frozen tensor has a dtype that files do not hold.
     :raises OSError: if the file cannot be written.
     """
-    tensor_file.write(KIND, *_contents(artifact), path)
+    try:
+        tensor_file.write(KIND, *_contents(artifact, frozen_values or {}), path)
+    except TypeError as error:
+        raise ValueError(f"The posterior cannot be saved: {error}") from error
 
 
-def _contents(artifact: Artifact) -> tuple[dict[str, Tensor], str]:
+def _contents(artifact: Artifact, frozen_values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Tensors and description as the file keeps them."""
     if not 1 <= artifact.num_samples <= MAX_NUM_SAMPLES:
         raise ValueError(f"num_samples={artifact.num_samples} must be from 1 to {MAX_NUM_SAMPLES:,} to be saved.")
+    if not all(isinstance(values, (list, tuple)) for values in artifact.training_log.values()):
+        raise ValueError("training_log must be lists of numbers by name.")
+    tensors = precision.encode(artifact.tensors, artifact.dtype)
+    problem = _endless_draws(artifact.layout, artifact.num_samples, _num_bytes(tensors))
+    if problem:
+        raise ValueError(f"{problem} Set posterior.num_samples lower, and ask get_samples() for more where needed.")
+    tensors |= {FROZEN_PREFIX + name: value for name, value in frozen_values.items()}
     description = {
         "format": FORMAT_VERSION,
         "versions": artifact.versions or _versions(),
@@ -120,11 +146,31 @@ def _contents(artifact: Artifact) -> tuple[dict[str, Tensor], str]:
         "metadata": artifact.metadata,
         "training_log": artifact.training_log,
     }
+    if artifact.compute_dtype is not None:
+        description["compute_dtype"] = artifact.compute_dtype
+    if artifact.frozen is not None:
+        description["frozen"] = artifact.frozen.to_json()
     try:
         text = json.dumps(description, sort_keys=True, allow_nan=True)
     except TypeError as error:
         raise ValueError(f"metadata must be what JSON holds (numbers, strings, lists, dicts): {error}.") from error
-    return precision.encode(artifact.tensors, artifact.dtype), text
+    return tensors, text
+
+
+def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors.values())
+
+
+def _endless_draws(layout: Layout, num_samples: int, num_bytes: int) -> str | None:
+    """What is wrong if draws by default would take far more memory than a file with so many bytes of tensors."""
+    drawn = 4 * num_samples * sum(math.prod(site.shape) for site in layout)
+    accepted = max(_DRAWN_ALWAYS, _DRAWN_PER_BYTE * num_bytes)
+    if drawn <= accepted:
+        return None
+    return (
+        f"num_samples is {num_samples:,}: draws by default would take {drawn / 1e6:,.0f} MB, and {accepted / 1e6:,.0f} "
+        f"MB are accepted for {num_bytes:,} bytes of tensors."
+    )
 
 
 def read(path: str | os.PathLike[str], expect: Expect | None = None) -> Artifact:
@@ -137,17 +183,23 @@ def read(path: str | os.PathLike[str], expect: Expect | None = None) -> Artifact
     path = Path(path)
     header = tensor_file.read_header(KIND, path)
     description = _checked_description(header, path)
-    table = _decoded_table(header.table, description["dtype"], path)
+    own, frozen = _without_frozen(header.table, description["frozen"], path)
+    table = _decoded_table(own, description["dtype"], path)
     if expect is not None:
+        _check_blocks(description["generator"], table, path)
         try:
             expected = expect(description["generator"])
         except _NONSENSE as error:
             raise ArtifactError(f"{path} describes a generator that cannot be built: {error}") from error
         _check_table(table, expected, path)
     tensors = tensor_file.read_tensors(KIND, path, header)
+    values = {name.removeprefix(FROZEN_PREFIX): tensors.pop(name) for name in frozen}
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ArtifactError(f"{path}: tensor '{name}' holds NaN or infinite values.")
+    if values:
+        description["frozen"] = replace(description["frozen"], values=values)
+        _check_frozen(description["frozen"], path)
     return Artifact(tensors=precision.decode(tensors, description["dtype"]), **description)
 
 
@@ -168,6 +220,35 @@ def read_table(path: str | os.PathLike[str]) -> dict[str, Entry]:
     :raises FileNotFoundError: if there is none.
     """
     return tensor_file.read_header(KIND, Path(path)).table
+
+
+def _without_frozen(
+    table: Mapping[str, Entry], frozen: FrozenTensors | None, path: Path
+) -> tuple[dict[str, Entry], list[str]]:
+    """The generator's part of the table, and the names in it of frozen tensors."""
+    names = [name for name in table if name.startswith(FROZEN_PREFIX)]
+    stated = set() if frozen is None else {FROZEN_PREFIX + name for name in frozen.read}
+    if names and set(names) != stated:
+        raise ArtifactError(
+            f"{path} does not fit its own description: it holds {len(names)} frozen tensors, such as {names[0]!r:.80}, "
+            f"and describes {len(stated)}."
+        )
+    return {name: entry for name, entry in table.items() if not name.startswith(FROZEN_PREFIX)}, names
+
+
+def _check_frozen(frozen: FrozenTensors, path: Path) -> None:
+    if not frozen.intact_values():
+        raise ArtifactError(f"{path} is damaged: frozen tensors do not have the digests that it states. {KIND.remedy}")
+
+
+def _check_blocks(config: Mapping[str, Any], table: Mapping[str, Entry], path: Path) -> None:
+    """A block of a generator takes longer to build than to write into a hostile file."""
+    noise = config.get("noise", ())
+    if isinstance(noise, list) and len(noise) * _TENSORS_PER_BLOCK > len(table):
+        raise ArtifactError(
+            f"{path} describes a generator with {len(noise):,} blocks of noise, and has {len(table):,} tensors, of "
+            f"which each block takes {_TENSORS_PER_BLOCK}."
+        )
 
 
 def _decoded_table(table: Mapping[str, Entry], dtype: str, path: Path) -> dict[str, Entry]:
@@ -236,10 +317,31 @@ def _checked_description(header: Header, path: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{path} is damaged: its dtype {description['dtype']!r} is none of {', '.join(precision.DTYPES)}."
         )
-    if not is_integer(description["num_samples"]) or not 1 <= description["num_samples"] <= MAX_NUM_SAMPLES:
-        raise ArtifactError(f"{path} is damaged: num_samples is {description['num_samples']!r:.40}.")
+    _check_notes(description, path)
     layout = _checked_layout(description["layout"], header.file_size, path)
-    return {**{name: description[name] for name in kinds}, "layout": layout, "format": version}
+    num_samples = description["num_samples"]
+    if not is_integer(num_samples) or not 1 <= num_samples <= MAX_NUM_SAMPLES:
+        raise ArtifactError(f"{path} is damaged: num_samples is {num_samples!r:.40}.")
+    problem = _endless_draws(layout, num_samples, header.file_size - header.data_start)
+    if problem:
+        raise ArtifactError(f"{path} is damaged: {problem}")
+    compute_dtype = description.get("compute_dtype")
+    if compute_dtype not in (None, *_COMPUTE_DTYPES):
+        raise ArtifactError(f"{path} is damaged: its compute_dtype is {compute_dtype!r:.40}.")
+    try:
+        frozen = FrozenTensors.from_json(description["frozen"]) if "frozen" in description else None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from error
+    checked = {name: description[name] for name in kinds}
+    return {**checked, "layout": layout, "format": version, "compute_dtype": compute_dtype, "frozen": frozen}
+
+
+def _check_notes(description: Mapping[str, Any], path: Path) -> None:
+    """Versions and training log are for people and plots, which expect them in their form."""
+    if not all(isinstance(value, str) for value in description["versions"].values()):
+        raise ArtifactError(f"{path} is damaged: 'versions' in its description are not texts.")
+    if not all(isinstance(values, list) for values in description["training_log"].values()):
+        raise ArtifactError(f"{path} is damaged: 'training_log' in its description is not a table of lists.")
 
 
 def _checked_layout(sites: list[Any], file_size: int, path: Path) -> Layout:

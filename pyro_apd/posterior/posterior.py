@@ -15,37 +15,18 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_apd.errors import ArtifactError
-from pyro_apd.generators import Generator, build_generator, precision
+from pyro_apd.generators import Generator, precision
+from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.handlers import part_of_model
 from pyro_apd.models.layout import Layout
-from pyro_apd.models.networks import Ensemble, plain_network
-from pyro_apd.posterior import artifact, estimates
-from pyro_apd.posterior.compatibility import check_layout
+from pyro_apd.models.networks import Ensemble, plain_network, with_frozen
+from pyro_apd.posterior import artifact, building, compatibility, estimates
 from pyro_apd.posterior.estimates import Estimates
+from pyro_apd.posterior.latent_noise import NO_DENSITY, NOISE_SITE, LatentNoise
 from pyro_apd.predictive.draws import DrawSource
 from pyro_apd.runtime import checks
 from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.seeds import checked_seed
-
-#: Name of the auxiliary sample site of the latent of a draw, when the posterior runs as a guide. Without this site,
-#: Pyro's vectorised Predictive would see S times the same draw.
-NOISE_SITE = "_apd_noise"
-
-_NO_DENSITY = (
-    "A distilled posterior has no log_prob: its density is implicit. Use its draws (get_samples, Predictive); SVI, "
-    "WeighedPredictive and importance sampling need a guide with a density, such as an AutoNormal."
-)
-
-
-class _LatentNoise(dist.Normal):
-    """Standard normal latents without a density, since theirs is not the density of the draw.
-
-    Inference that asks for one raises here, instead of returning weights that mean nothing.
-    """
-
-    def log_prob(self, value: Tensor) -> NoReturn:
-        raise NotImplementedError(_NO_DENSITY)
 
 
 class DistilledPosterior(nn.Module):
@@ -63,6 +44,7 @@ class DistilledPosterior(nn.Module):
     :param dict metadata: seed, metrics, notes: anything that JSON holds. It is saved in the file.
     :param dict training_log: lists of numbers by name, one number per evaluation.
     :param str storage_dtype: precision of the file, see :attr:`storage_dtype`.
+    :param frozen: digests of frozen parameters and buffers of the model; None if they are not known.
     :raises ValueError: if generator and layout disagree in size, or ``storage_dtype`` is not known.
     """
 
@@ -75,6 +57,7 @@ class DistilledPosterior(nn.Module):
         metadata: dict[str, Any] | None = None,
         training_log: dict[str, list[float]] | None = None,
         storage_dtype: str = "float32",
+        frozen: FrozenTensors | None = None,
     ) -> None:
         super().__init__()
         if generator.output_size != layout.size:
@@ -89,6 +72,8 @@ class DistilledPosterior(nn.Module):
         self.training_log = {} if training_log is None else training_log
         self._storage_dtype = precision.check_dtype(storage_dtype, "storage_dtype")
         self._architecture: tuple[nn.Module, ...] = ()
+        #: Frozen parameters and buffers of the model; None where they are not known, and are not checked.
+        self.frozen = frozen
 
     @property
     def storage_dtype(self) -> str:
@@ -176,7 +161,8 @@ class DistilledPosterior(nn.Module):
         :raises ValueError: if ``num_samples`` is not positive.
         """
         latent_SL = self._latents(self._number(num_samples), seed)
-        return DrawSource(lambda latent: self.sample(latent=latent), latent_SL, self.layout.names)
+        check = None if self.frozen is None else self.frozen.check
+        return DrawSource(lambda latent: self.sample(latent=latent), latent_SL, self.layout.names, check)
 
     def quantiles(
         self, quantiles: float | Sequence[float] | Tensor, num_samples: int = 1000, *, seed: int | None = None
@@ -214,8 +200,10 @@ class DistilledPosterior(nn.Module):
             names, with or without a prefix such as ``net.``.
         :returns: this posterior.
         :raises ValueError: if ``net`` has parameters that are no sites, or of other shapes.
+        :raises ArtifactError: if its frozen weights are not those of the model that was sampled, and the posterior does
+            not hold them.
         """
-        plain_network(net, self.layout, self._draw_of_zeros())
+        plain_network(with_frozen(net, self.layout, self.frozen), self.layout, self._draw_of_zeros())
         self._architecture = (net,)  # in a tuple, so that it does not become a submodule
         return self
 
@@ -225,6 +213,7 @@ class DistilledPosterior(nn.Module):
         :param dict sample: one draw by site, as of :meth:`sample`; None draws one.
         :param net: the architecture, as in :meth:`bind`; needed unless it was called.
         :raises ValueError: if there is no architecture, or it does not fit the draw.
+        :raises ArtifactError: as :meth:`bind`.
         """
         sample = self.sample() if sample is None else sample
         unlike = {
@@ -253,6 +242,7 @@ class DistilledPosterior(nn.Module):
         :param int seed: makes the draws reproducible without touching the global generator.
         :raises ValueError: if there is no architecture, it does not fit, ``link`` is not known or missing, or
             ``num_samples`` is not positive.
+        :raises ArtifactError: as :meth:`bind`.
         """
         architecture = self._architecture_or(net)
         draws = self.get_samples(num_samples, seed=seed)
@@ -265,7 +255,7 @@ class DistilledPosterior(nn.Module):
         :raises ModelError: if this is called in Pyro's handlers while another thread runs a model.
         """
         like = self._like()
-        noise = _LatentNoise(torch.zeros_like(like), torch.ones_like(like)).expand([self.latent_size]).to_event(1)
+        noise = LatentNoise(torch.zeros_like(like), torch.ones_like(like)).expand([self.latent_size]).to_event(1)
         latent = pyro.sample(NOISE_SITE, noise, infer={"is_auxiliary": True})
         values = self.sample(latent=latent)
         return {
@@ -278,22 +268,44 @@ class DistilledPosterior(nn.Module):
 
         :raises NotImplementedError: always.
         """
-        raise NotImplementedError(_NO_DENSITY)
+        raise NotImplementedError(NO_DENSITY)
 
     @property
     def num_bytes(self) -> int:
         """Size of the file that :meth:`save` writes at :attr:`storage_dtype`, in bytes."""
         return len(artifact.to_bytes(self._artifact()))
 
-    def save(self, path: str | os.PathLike[str], dtype: str | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], dtype: str | None = None, *, frozen: bool = False) -> None:
         """Writes one safetensors file with everything that drawing needs, atomically.
 
+        Predictions also need the model's frozen parameters and buffers, where it has some. The file always holds a
+        digest of them, so that another model is refused, and with ``frozen`` their numbers, so that they are restored.
+
         :param path: file to write; an existing file is replaced.
-        :param str dtype: precision of the numbers in the file, by default :attr:`storage_dtype`.
-        :raises ValueError: if ``dtype`` is not known, or metadata are not what JSON holds.
+        :param str dtype: precision of the generator's numbers in the file, by default :attr:`storage_dtype`.
+        :param bool frozen: also write the frozen parameters and buffers, exactly; see :meth:`load_frozen`.
+        :raises ValueError: if ``dtype`` is not known, metadata are not what JSON holds, :attr:`num_samples` draws would
+            take far more memory than the file, or frozen tensors are not at hand.
         :raises OSError: if the file cannot be written; an existing file is then unchanged.
         """
-        artifact.write(self._artifact(dtype), path)
+        values = compatibility.frozen_values(self.frozen) if checks.flag("frozen", frozen) else {}
+        artifact.write(self._artifact(dtype), path, values)
+
+    def load_frozen(self, model: Callable[..., Any]) -> None:
+        """Copies frozen parameters and buffers of the file into ``model``, in place; latents stay as they are.
+
+        :meth:`network` and :meth:`ensemble` do it by themselves, in their copy of the network.
+
+        :param model: the Pyro model, or a network as in :meth:`bind`.
+        :raises ArtifactError: if they are not in the file (see :meth:`save`), or the model has no such tensors.
+
+        Example::
+
+            posterior = DistilledPosterior.load("posterior.safetensors")   # saved with frozen=True
+            bnn = BNN(make_network())
+            posterior.load_frozen(bnn)
+        """
+        compatibility.restore(self.frozen, self.layout, model)
 
     def rounded(self, dtype: str | None = None) -> DistilledPosterior:
         """The posterior that :meth:`save` and :meth:`load` would return at that precision, without a file.
@@ -304,7 +316,8 @@ class DistilledPosterior(nn.Module):
         """
         contents = self._artifact(dtype)
         tensors = precision.decode(precision.encode(contents.tensors, contents.dtype), contents.dtype)
-        rounded = self._from_artifact(replace(contents, tensors=tensors)).to(self.device)
+        contents = replace(contents, tensors=tensors)
+        rounded = self._from_artifact(contents, building.build(contents)).to(self.device)
         rounded._architecture = self._architecture
         return rounded
 
@@ -312,52 +325,40 @@ class DistilledPosterior(nn.Module):
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> DistilledPosterior:
         """Reads what :meth:`save` wrote, at any precision. Nothing in the file is executed.
 
-        The generator of a file at reduced precision is in ``float32``, and its precision is :attr:`storage_dtype`:
-        saved again, the file has the same bytes.
+        The generator computes in the dtype that it had, also where the file is at reduced precision, and that precision
+        is :attr:`storage_dtype`: saved again, the file has the same bytes.
 
-        :raises ArtifactError: if the file is truncated, damaged, of another kind, or of another format version.
+        :raises ArtifactError: if the file is truncated, damaged, of another kind, or of another format version, or if
+            its draws would not be finite.
         :raises FileNotFoundError: if there is none.
         """
 
-        def expected(config: dict[str, Any]) -> dict[str, Tensor]:
-            with torch.device("meta"):
-                return dict(build_generator(config).state_dict())
-
-        contents = artifact.read(path, expected)
-        try:
-            posterior = cls._from_artifact(contents)
-            sizes = {name: tuple(value.shape) for name, value in posterior._draw_of_zeros().items()}
-            if sizes != {site.name: site.shape for site in contents.layout}:
-                raise ValueError(f"its draws have shapes {sizes}.")
-        except (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError, OverflowError) as error:
-            raise ArtifactError(f"{path} describes a posterior that cannot be built: {error}") from error
-        return posterior.to(device)
+        contents, generator = building.load(path)
+        return cls._from_artifact(contents, generator).to(device)
 
     @classmethod
-    def _from_artifact(cls, contents: artifact.Artifact) -> DistilledPosterior:
-        # On the meta device, without memory of its own, since it takes the tensors of the file.
-        with torch.device("meta"):
-            generator = build_generator(contents.generator)
-        tensors = {name: value.detach() for name, value in contents.tensors.items()}
-        generator.load_state_dict(tensors, assign=True)
+    def _from_artifact(cls, contents: artifact.Artifact, generator: Generator) -> DistilledPosterior:
         return cls(
             contents.layout,
-            generator.requires_grad_(False).eval(),
+            generator,
             num_samples=contents.num_samples,
             metadata=contents.metadata,
             training_log=contents.training_log,
             storage_dtype=contents.dtype,
+            frozen=contents.frozen,
         )
 
     def _draw_of_zeros(self) -> dict[str, Tensor]:
         return self.sample(latent=self._like().expand(self.latent_size))
 
     def check_model(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Checks that ``model``, called with these arguments, has the latent sites that are drawn here.
+        """Checks that ``model``, called with these arguments, has the latent sites that are drawn here, and the frozen
+        parameters and buffers of the model that was sampled, where these are known.
 
-        :raises ArtifactError: if a site is missing in the model, or has another shape or support there.
+        :raises ArtifactError: if a site is missing in the model, or has another shape or support there; or if frozen
+            weights differ, which the message names.
         """
-        check_layout(self.layout, model, args, kwargs)
+        compatibility.check_model(self.layout, self.frozen, model, args, kwargs)
 
     def extra_repr(self) -> str:
         """Sites and sizes, for ``print``."""
@@ -372,6 +373,8 @@ class DistilledPosterior(nn.Module):
             metadata=self.metadata,
             training_log=self.training_log,
             dtype=self.storage_dtype if dtype is None else precision.check_dtype(dtype),
+            compute_dtype=str(self.dtype).removeprefix("torch."),
+            frozen=self.frozen,
         )
 
     def _latents(self, num_samples: int, seed: int | None) -> Tensor:
@@ -385,7 +388,7 @@ class DistilledPosterior(nn.Module):
                 "A posterior draws weights and does not know their network. Pass net=, the pyro_apd.BNN or a "
                 "torch.nn.Module of its architecture, or call posterior.bind(net) once."
             )
-        return self._architecture[0] if net is None else net
+        return with_frozen(self._architecture[0] if net is None else net, self.layout, self.frozen)
 
     def _number(self, num_samples: int | None, least: int = 1) -> int:
         return checks.integer("num_samples", self.num_samples if num_samples is None else num_samples, at_least=least)

@@ -54,6 +54,7 @@ class StreamSampler(Protocol):
         """The same draws, each made when it is used."""
 
 
+ModelCheck = Callable[[Callable[..., Any], Mapping[str, Tensor]], None] | None
 #: What a user may give as a posterior.
 PosteriorLike = Mapping[str, Tensor] | Sampler
 #: What a user may give as chains.
@@ -66,12 +67,16 @@ class DrawSource:
     :param make: from latents ``(n, L)`` to values ``(n, ...)`` by site.
     :param Tensor latent_SL: latents of all draws.
     :param names: the sites.
+    :param check: raises if the draws are not of a model; called with it, and the parameters and buffers that it read.
     """
 
-    def __init__(self, make: Callable[[Tensor], Values], latent_SL: Tensor, names: Sequence[str]) -> None:
+    def __init__(
+        self, make: Callable[[Tensor], Values], latent_SL: Tensor, names: Sequence[str], check: ModelCheck = None
+    ) -> None:
         self._make = make
         self._latent_SL = latent_SL
         self.names = tuple(names)
+        self.check = check
 
     def __len__(self) -> int:
         return len(self._latent_SL)

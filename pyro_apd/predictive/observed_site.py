@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pyro_apd.data.arguments import explaining_errors
 from pyro_apd.errors import ModelError
-from pyro_apd.predictive.draws import Draws, Values, check_chunk_size, check_draws, draws_between
+from pyro_apd.models.frozen import reading
+from pyro_apd.predictive.draws import Draws, DrawSource, Values, check_chunk_size, check_draws, draws_between
 from pyro_apd.predictive.messengers import Reached, Substitute, choose_site, is_choosing_rows, plain
 from pyro_apd.predictive.row_blocks import RowCut, plan_cut
 from pyro_apd.predictive.site_names import check_sites
@@ -95,7 +96,8 @@ class ObservedSite:
         example = {name: value[0] for name, value in first.items()}
         with preserved_param_store(), torch.no_grad(), poutine.block():
             known = set(pyro.get_param_store().keys())
-            with Footprint() as self._footprint, explaining_errors(args, kwargs, lambda: example):
+            explained = explaining_errors(args, kwargs, lambda: example)
+            with Footprint() as self._footprint, explained, reading(model) as read:
                 tracer = poutine.trace(Substitute(example)(model))
                 try:
                     trace = tracer.get_trace(*args, **kwargs)
@@ -103,6 +105,8 @@ class ObservedSite:
                     _explain_draws(tracer.msngr.trace.nodes, first)
                     raise
             check_sites(trace.nodes, first, "draws")
+            if isinstance(draws, DrawSource) and draws.check is not None:
+                draws.check(model, read)
             # Parameters that the model has just made, which it cannot make again under vmap.
             self._params = {name: trace.nodes[name]["value"] for name in trace.param_nodes if name not in known}
             self.name = choose_site(trace, example, site)

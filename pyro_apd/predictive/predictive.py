@@ -24,6 +24,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
 from pyro_apd.data.arguments import drawn_latents, explaining_errors
+from pyro_apd.models.frozen import reading
 from pyro_apd.models.layout import Layout, is_subsample
 from pyro_apd.predictive import likelihoods
 from pyro_apd.predictive.draws import (
@@ -133,17 +134,24 @@ class Predictive(pyro.infer.Predictive):
         """Values of the guide's sites, shaped as the guide has them: without singleton dimensions for plates."""
         layout = getattr(self.guide, "layout", None)
         if isinstance(layout, Layout) and hasattr(self.guide, "get_samples"):
-            self._check_sites(layout, args, kwargs)
+            read = self._check_sites(layout, args, kwargs)
             if isinstance(self.guide, StreamSampler):
-                return self.guide.stream(self.num_samples)
+                draws = self.guide.stream(self.num_samples)
+                if draws.check is not None:
+                    draws.check(self.model, read)
+                return draws
             return take_draws(self.guide, self.num_samples, argument="guide")
         trace, footprint = _prototype(self.guide, args, kwargs)
         names = [*trace.stochastic_nodes, *trace.observation_nodes]
         return self._evaluate(self.guide, {}, names, footprint, args, kwargs)
 
-    def _check_sites(self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A posterior of another model would be ignored site by site, and the prior predicted instead."""
-        nodes = _prototype(self.model, args, kwargs)[0].nodes
+    def _check_sites(self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """A posterior of another model would be ignored site by site, and the prior predicted instead.
+
+        :returns: parameters and buffers that the model read.
+        """
+        with reading(self.model) as read:
+            nodes = _prototype(self.model, args, kwargs)[0].nodes
         theirs = {site.name: tuple(nodes[site.name]["value"].shape) for site in layout if site.name in nodes}
         unlike = {
             site.name: (site.shape, theirs.get(site.name)) for site in layout if theirs.get(site.name) != site.shape
@@ -153,6 +161,7 @@ class Predictive(pyro.infer.Predictive):
                 f"`guide` is a posterior of another model: its sites and shapes, and what the model has there, are "
                 f"{unlike}. Use it with the model it was distilled from."
             )
+        return read
 
     def _predict(
         self, draws: Draws, return_sites: Collection[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]

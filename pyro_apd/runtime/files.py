@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -72,6 +73,19 @@ def with_message(error: OSError, message: str) -> OSError:
     """An error of the same type with another message."""
     # With an error number Python chooses the type, such as PermissionError.
     return type(error)(message) if error.errno is None else OSError(error.errno, message)
+
+
+def check_regular(path: Path) -> os.stat_result:
+    """The status of a file. Reading a pipe, a device or a folder would wait, or fail, in another way each.
+
+    :raises FileNotFoundError: if there is none.
+    :raises ValueError: if it is no regular file.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise ValueError(f"{path} is {kind}, not a file.")
+    return status
 
 
 def remove_leftovers(path: Path) -> None:

@@ -23,12 +23,13 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pyro_apd.runtime.files import atomic_write
+from pyro_apd.errors import shortened
+from pyro_apd.runtime.files import atomic_write, check_regular
 
 #: Name of the tensor of 32 bytes that holds the digest.
 DIGEST_NAME = "pyro_apd#sha256"
 
-# No longer header is read or written, so that a hostile file cannot fill the memory.
+# No longer header is read or written, so that a hostile file can neither fill the memory nor take minutes.
 _MAX_HEADER = 16 * 2**20
 _MAX_DIMS = 16
 _DTYPES = {
@@ -57,6 +58,7 @@ class FileKind:
     :ivar str accepted: which files are of this kind, such as ``"what DistilledPosterior.save wrote"``.
     :ivar str remedy: what to do about a damaged file, a sentence.
     :ivar type error: raised for a file that cannot be read.
+    :ivar int header_allowance: bytes of a header that any file may have; one byte more for eight bytes of tensors.
     """
 
     key: str
@@ -64,6 +66,15 @@ class FileKind:
     accepted: str
     remedy: str = "Write it again, or download it again."
     error: type[Exception] = TensorFileError
+    header_allowance: int = _MAX_HEADER
+
+    def failure(self, message: str) -> Exception:
+        """The error with that message, shortened."""
+        return self.error(shortened(message))
+
+    def max_header(self, num_bytes: int) -> int:
+        """Length of the longest header, in bytes, beside tensors of ``num_bytes``."""
+        return min(_MAX_HEADER, self.header_allowance + num_bytes // 8)
 
 
 @dataclass(frozen=True)
@@ -147,13 +158,22 @@ def read_header(kind: FileKind, path: Path) -> Header:
     :raises FileNotFoundError: if there is none.
     :raises Exception: ``kind.error`` if the file is truncated, damaged or of another kind.
     """
-    size = path.stat().st_size
+    try:
+        size = check_regular(path).st_size
+    except ValueError as error:
+        raise kind.failure(f"{error} Accepted is {kind.accepted}.") from error
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if length < 2 or length > min(size - 8, _MAX_HEADER):
-            raise kind.error(
+        if length < 2 or length > size - 8:
+            raise kind.failure(
                 f"{path} is not a safetensors file, or is truncated: it has {size} bytes, its header claims {length}."
+            )
+        longest = kind.max_header(size - 8 - length)
+        if length > longest:
+            raise kind.failure(
+                f"{path} is damaged, or was made to be slow to read: its header has {length:,} bytes, and beside "
+                f"{size - 8 - length:,} bytes of tensors at most {longest:,} are accepted."
             )
         return _parse(kind, file.read(length), 8 + length, size, path)
 
@@ -164,22 +184,22 @@ def read_tensors(kind: FileKind, path: Path, header: Header) -> dict[str, Tensor
     :raises Exception: ``kind.error`` if the file changed since ``header`` was read, or is damaged.
     """
     if header.digest is None:
-        raise kind.error(f"{path} is damaged: it lacks a digest. {kind.remedy}")
+        raise kind.failure(f"{path} is damaged: it lacks a digest. {kind.remedy}")
     with path.open("rb") as file:
         contents = file.read(header.file_size + 1)
     if len(contents) != header.file_size:
-        raise kind.error(f"{path} changed while it was read. Load it again.")
+        raise kind.failure(f"{path} changed while it was read. Load it again.")
     data = memoryview(contents)[header.data_start :]
     if bytes(data[header.digest.start : header.digest.stop]) != digest_of(header, data):
-        raise kind.error(f"{path} is damaged: its contents do not have the SHA-256 that it states. {kind.remedy}")
+        raise kind.failure(f"{path} is damaged: its contents do not have the SHA-256 that it states. {kind.remedy}")
     try:
         tensors: dict[str, Tensor] = load(contents)
     except Exception as error:  # whatever safetensors finds wrong
-        raise kind.error(f"{path} is damaged: {error}. {kind.remedy}") from error
+        raise kind.failure(f"{path} is damaged: {error}. {kind.remedy}") from error
     del tensors[DIGEST_NAME]
     for name, entry in header.table.items():
         if name not in tensors or tensors[name].shape != entry.shape or tensors[name].dtype != entry.dtype:
-            raise kind.error(f"{path} changed while it was read. Load it again.")
+            raise kind.failure(f"{path} changed while it was read. Load it again.")
     return tensors
 
 
@@ -206,10 +226,11 @@ def _parts(kind: FileKind, tensors: Mapping[str, Tensor], text: str) -> tuple[me
     ready = {name: value.detach().cpu().contiguous() for name, value in sorted(tensors.items())}
     contents = memoryview(save({**ready, DIGEST_NAME: torch.zeros(32, dtype=torch.uint8)}, {kind.key: text}))
     (length,) = struct.unpack("<Q", contents[:8])
-    if length > _MAX_HEADER:
+    longest = kind.max_header(len(contents) - 8 - length)
+    if length > longest:
         raise ValueError(
-            f"The description of a {kind.name} takes {length:,} bytes, and {_MAX_HEADER:,} are accepted: metadata and "
-            "notes are too long."
+            f"The description of a {kind.name} takes {length:,} bytes, and {longest:,} are accepted: metadata and "
+            "notes are too long. Keep them in a file of their own."
         )
     header = _parse(kind, bytes(contents[8 : 8 + length]), 8 + length, len(contents), Path("the new file"))
     assert header.digest is not None
@@ -221,13 +242,13 @@ def _parse(kind: FileKind, text: bytes, data_start: int, file_size: int, path: P
     try:
         header = parse_json(text)
     except (ValueError, RecursionError) as error:
-        raise kind.error(f"{path} is damaged: its header is not JSON ({error}).") from error
+        raise kind.failure(f"{path} is damaged: its header is not JSON ({error}).") from error
     if not isinstance(header, dict):
-        raise kind.error(f"{path} is damaged: its header is a {type(header).__name__}, not a table of tensors.")
+        raise kind.failure(f"{path} is damaged: its header is a {type(header).__name__}, not a table of tensors.")
     metadata = header.pop("__metadata__", None)
     ours = metadata.get(kind.key) if isinstance(metadata, dict) else None
     if not isinstance(ours, str):
-        raise kind.error(f"{path} is a safetensors file, but no {kind.name}. Accepted is {kind.accepted}.")
+        raise kind.failure(f"{path} is a safetensors file, but no {kind.name}. Accepted is {kind.accepted}.")
     table: dict[str, Entry] = {}
     position = 0
     available = file_size - data_start
@@ -238,15 +259,15 @@ def _parse(kind: FileKind, text: bytes, data_start: int, file_size: int, path: P
     except kind.error:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise kind.error(f"{path} is damaged: its table of tensors is malformed ({error!r}).") from error
+        raise kind.failure(f"{path} is damaged: its table of tensors is malformed ({error!r}).") from error
     if position != available:
-        raise kind.error(
+        raise kind.failure(
             f"{path} is truncated or damaged: its tensors take {position} bytes, and {available} are there. "
             f"{kind.remedy}"
         )
     digest = table.pop(DIGEST_NAME, None)
     if digest is not None and (digest.code, digest.shape) != ("U8", (32,)):
-        raise kind.error(f"{path} is damaged: its digest is {digest.code} of shape {digest.shape}.")
+        raise kind.failure(f"{path} is damaged: its digest is {digest.code} of shape {digest.shape}.")
     return Header(ours, table, digest, data_start, file_size)
 
 
@@ -259,7 +280,7 @@ def _entry(kind: FileKind, path: Path, name: str, entry: Mapping[str, Any], posi
     for n in shape:
         count *= n
     if start != position or stop - start != count:
-        raise kind.error(f"{path} is damaged: tensor '{name}' does not fill the bytes that it claims.")
+        raise kind.failure(f"{path} is damaged: tensor '{name}' does not fill the bytes that it claims.")
     return Entry(code, shape, start, stop)
 
 

@@ -15,7 +15,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO, WeighedPredictive
 from torch import nn
 from torch.distributions import constraints
 
-import pyro_apd.posterior.posterior
+import pyro_apd.posterior.building
 from pyro_apd.errors import ArtifactError
 from pyro_apd.generators import ChunkedGenerator, CoordinateGenerator, Generator, PaperGenerator, build_generator
 from pyro_apd.generators.residual import Block
@@ -51,7 +51,7 @@ def _affine_generators(monkeypatch):
             raise ValueError(f"unknown generator {config.get('kind')!r}")
         return Affine(config["size"])
 
-    monkeypatch.setattr(pyro_apd.posterior.posterior, "build_generator", build)
+    monkeypatch.setattr(pyro_apd.posterior.building, "build_generator", build)
 
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))

@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import mmap
 import os
 import shutil
 import sys
+import tokenize
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,10 @@ import torch
 from torch import Tensor
 
 from pyro_apd.chains.stores.base import STATISTICS, DrawStore, as_bytes
+from pyro_apd.errors import shortened
 from pyro_apd.models.layout import Layout
-from pyro_apd.runtime.files import atomic_write, remove_leftovers, with_message
+from pyro_apd.runtime import checks
+from pyro_apd.runtime.files import atomic_write, check_regular, remove_leftovers, with_message
 
 logger = logging.getLogger("pyro_apd")
 
@@ -41,6 +45,8 @@ FORMAT_VERSION = 1
 _KIND = "pyro_apd draws"
 _FILES = ("draws.json", "theta.npy", "statistics.npy", "constrained.npy")
 _DTYPES = {torch.float32: "<f4", torch.float64: "<f8", torch.float16: "<f2", torch.bfloat16: "<i2"}
+# A longer draws.json is not read, so that a hostile one cannot fill the memory.
+_MAX_DESCRIPTION = 4 * 2**20
 # Draws on an accelerator are copied to the host in groups of this size, since each copy waits for the device.
 _PENDING = 32
 
@@ -118,7 +124,7 @@ class DiskStore(DrawStore):
         # Read from the file: another process may be writing, and a private mapping need not show that.
         path = self._readable("statistics.npy")
         shape, dtype, offset = _npy_header(path)
-        numbers = np.fromfile(path, dtype, int(np.prod(shape)), offset=offset)
+        numbers = np.fromfile(path, dtype, math.prod(shape), offset=offset)
         kept_CS = torch.from_numpy(numbers.reshape(shape)[:, :, 0] == 1)
         return [self.num_draws if bool(row.all()) else int(row.int().argmin()) for row in kept_CS]
 
@@ -253,14 +259,7 @@ def open_store(path: str | os.PathLike[str]) -> DiskStore:
     :raises ValueError: if it is damaged, or of a newer format.
     """
     path = Path(path).absolute()
-    try:
-        description = json.loads((path / "draws.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(
-            f"'{path}' holds no store of draws: it has no 'draws.json'. Give the store_path of a run with store='disk'."
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"The store at '{path}' is damaged: draws.json is not JSON ({error}).") from error
+    description = _read_description(path)
     _check_description(path, description)
     store = DiskStore(path, description)
     chains, draws, size = description["shape"]
@@ -270,17 +269,37 @@ def open_store(path: str | os.PathLike[str]) -> DiskStore:
     }
     for name, (shape, dtype) in expected.items():
         found_shape, found_dtype, offset = _npy_header(path / name)
-        needed = offset + int(np.prod(shape)) * np.dtype(dtype).itemsize
+        needed = offset + math.prod(shape) * np.dtype(dtype).itemsize
         if found_shape != shape or np.dtype(found_dtype) != np.dtype(dtype) or (path / name).stat().st_size < needed:
-            raise ValueError(
-                f"The store at '{path}' is damaged: {name} is {found_dtype} of shape {found_shape}, "
-                f"{(path / name).stat().st_size} bytes, and draws.json asks for {dtype} of shape {shape}, {needed}."
+            raise _damaged(
+                path,
+                f"{name} is {found_dtype} of shape {found_shape}, {(path / name).stat().st_size} bytes, and draws.json "
+                f"asks for {dtype} of shape {shape}, {needed}",
             )
     return store
 
 
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(shortened(f"The store at '{path}' is damaged: {what}."))
+
+
+def _read_description(path: Path) -> Any:
+    file = path / "draws.json"
+    try:
+        size = check_regular(file).st_size
+        if size > _MAX_DESCRIPTION:
+            raise ValueError(f"it has {size:,} bytes, and at most {_MAX_DESCRIPTION:,} are read")
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"'{path}' holds no store of draws: it has no 'draws.json'. Give the store_path of a run with store='disk'."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"draws.json cannot be read: {error}") from error
+
+
 def _check_space(path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    needed = int(np.prod(shape)) * dtype.itemsize
+    needed = math.prod(shape) * dtype.itemsize
     free = shutil.disk_usage(path).free
     if needed > free:
         raise OSError(
@@ -294,20 +313,21 @@ def _check_description(path: Path, description: Any) -> None:
     if not isinstance(description, dict) or description.get("kind") != _KIND:
         raise ValueError(f"'{path}/draws.json' does not describe a store of draws.")
     version = description.get("format")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not checks.is_integer(version) or version > FORMAT_VERSION:
         raise ValueError(
-            f"The store at '{path}' has format {version!r}; this pyro_apd reads up to {FORMAT_VERSION}. Update it: "
+            f"The store at '{path}' has format {version!r:.40}; this pyro_apd reads up to {FORMAT_VERSION}. Update it: "
             "pip install -U pyro-apd."
         )
     try:
         layout = Layout.from_json(description["layout"])
         chains, draws, size = description["shape"]
-        sound = size == layout.size and all(isinstance(n, int) and n >= 0 for n in (chains, draws))
+        sound = size == layout.size and all(checks.is_integer(n) and 0 <= n < 2**48 for n in (chains, draws, size))
         sound = sound and getattr(torch, description["dtype"]) in _DTYPES
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"The store at '{path}' is damaged: draws.json is malformed ({error!r}).") from error
+        sound = sound and isinstance(description.get("info", {}), dict)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise _damaged(path, f"draws.json is malformed ({error!r})") from error
     if not sound:
-        raise ValueError(f"The store at '{path}' is damaged: its layout, shape and dtype do not go together.")
+        raise _damaged(path, "layout, shape, dtype and info in draws.json do not go together")
 
 
 def _by_shape(pending: list[tuple[int, int, Tensor, Tensor]]) -> dict[Any, list[tuple[int, int, Tensor, Tensor]]]:
@@ -329,7 +349,7 @@ def _make_npy(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     with path.open("xb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(number), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        file.truncate(file.tell() + int(np.prod(shape)) * number.itemsize)
+        file.truncate(file.tell() + math.prod(shape) * number.itemsize)
 
 
 def _npy_header(path: Path) -> tuple[tuple[int, ...], str, int]:
@@ -338,6 +358,7 @@ def _npy_header(path: Path) -> tuple[tuple[int, ...], str, int]:
     :raises ValueError: if the file is missing, or is no array of NumPy in C order.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
             if version != (1, 0):
@@ -346,14 +367,15 @@ def _npy_header(path: Path) -> tuple[tuple[int, ...], str, int]:
             if is_fortran and len(shape) > 1:
                 raise ValueError("Fortran order")
             return tuple(shape), dtype.str, file.tell()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The store at '{path.parent}' is damaged: {path.name} cannot be read ({error}).") from error
+    # NumPy's reader of headers raises errors of Python's tokenizer and parser, too.
+    except (OSError, ValueError, SyntaxError, tokenize.TokenError, RecursionError, TypeError, MemoryError) as error:
+        raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from error
 
 
 def _map_npy(path: Path) -> Tensor:
     """The numbers of a file as a tensor that reads them on access."""
     shape, dtype, offset = _npy_header(path)
-    if int(np.prod(shape)) == 0:
+    if math.prod(shape) == 0:
         return torch.from_numpy(np.empty(shape, dtype))
     with path.open("rb") as file:
         if sys.platform == "linux":
@@ -363,4 +385,4 @@ def _map_npy(path: Path) -> Tensor:
             mapping = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         else:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return torch.from_numpy(np.frombuffer(mapping, dtype, int(np.prod(shape)), offset).reshape(shape))
+    return torch.from_numpy(np.frombuffer(mapping, dtype, math.prod(shape), offset).reshape(shape))

@@ -1,0 +1,322 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Frozen tensors of a model: parameters and buffers that predictions depend on and that no draw replaces.
+
+A posterior holds draws of the latents only. Beside another backbone, or other constants of a normalisation, the same
+draws are other functions. A digest of what a model reads detects this.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from pyro_apd.data.sources import shown_arguments
+from pyro_apd.errors import ArtifactError
+from pyro_apd.models.bnn import BNN
+from pyro_apd.runtime.global_state import preserved_param_store
+from pyro_apd.runtime.trees import tree_leaves
+
+logger = logging.getLogger("pyro_apd")
+
+# Operations that take shape and dtype of a tensor, and not its values.
+_LIKE = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"}
+_LIKE |= {"new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"}
+# Names of frozen tensors that a message lists.
+_NUM_NAMED = 4
+# Hexadecimal digits of a digest.
+_DIGITS = 32
+
+
+@dataclass(frozen=True)
+class FrozenTensors:
+    """The frozen tensors of the model that a posterior is of.
+
+    :ivar dict read: digests, by name, of tensors that the model reads. They cover dtype, shape and numbers, and are the
+        same on every device.
+    :ivar dict unread: the same of those that it did not read, but may read without targets.
+    :ivar dict values: tensors that were read, by name; empty where they are not known.
+    """
+
+    read: dict[str, str]
+    unread: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        model: Callable[..., Any],
+        sites: Collection[str],
+        args: tuple[Any, ...] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> FrozenTensors | None:
+        """Those of a model, which is run once; None if it cannot be.
+
+        :param sites: the latents.
+        :param args: arguments of the model; without them only a :class:`~pyro_apd.BNN` is known.
+        """
+        found = named_tensors(model)
+        if not found:
+            return cls({})
+        if args is None:
+            return cls._read_only(fixed_tensors(model)) if isinstance(model, BNN) else None
+        fork = torch.random.fork_rng(devices=[])
+        try:
+            with reading(model) as read, poutine.block(), preserved_param_store(), torch.no_grad(), fork:
+                model(*args, **(kwargs or {}))
+        except Exception as error:
+            logger.debug("Frozen tensors of the model are not known: %s.", error)
+            return None
+        others = {
+            name: tensor
+            for name, tensor in found.items()
+            if name not in read and not tensor.requires_grad and not _is_placeholder(name, sites)
+        }
+        return replace(cls._read_only(read), unread={name: digest(tensor) for name, tensor in others.items()})
+
+    @classmethod
+    def of_run(
+        cls,
+        model: Callable[..., Any],
+        sites: Collection[str],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        num_data: int | None = None,
+    ) -> FrozenTensors | None:
+        """The same from arguments of a run, which may be a loader: then the model is given its first batch."""
+        if not named_tensors(model):
+            return cls({})
+        with torch.random.fork_rng(devices=[]):
+            shown, shown_kwargs, _ = shown_arguments(args, kwargs, num_data)
+        return cls.of(model, sites, shown, shown_kwargs)
+
+    @classmethod
+    def _read_only(cls, tensors: Mapping[str, Tensor]) -> FrozenTensors:
+        values = {name: tensor.detach() for name, tensor in tensors.items()}
+        return cls({name: digest(value) for name, value in values.items()}, values=values)
+
+    def check(self, model: Callable[..., Any], read: Mapping[str, Tensor]) -> None:
+        """Compares with another model.
+
+        :param read: what the model reads, see :func:`reading`.
+        :raises ArtifactError: if a tensor that either model reads differs, or is missing in one of them.
+        """
+        self.check_tensors({**{n: t for n, t in named_tensors(model).items() if n in self.read}, **read})
+
+    def check_tensors(self, found: Mapping[str, Tensor]) -> None:
+        """Compares with tensors by name, all of which are read.
+
+        :raises ArtifactError: as :meth:`check`.
+        """
+        known = {**self.unread, **self.read}
+        wrong = [f"'{name}' is missing" for name in self.read if name not in found]
+        for name, tensor in found.items():
+            if name not in known:
+                wrong.append(f"'{name}', {_shown(tensor)}, was not there")
+            elif digest(tensor) != known[name]:
+                wrong.append(f"'{name}', {_shown(tensor)}, holds other numbers")
+        if wrong:
+            more = f" and {len(wrong) - _NUM_NAMED} more" if len(wrong) > _NUM_NAMED else ""
+            raise ArtifactError(
+                "The model has other frozen weights than the one that this posterior was sampled with, so that its "
+                f"draws would be other functions: {'; '.join(wrong[:_NUM_NAMED])}{more}. Give the model with the same "
+                "frozen parameters and buffers. Or save them with the posterior, save(path, frozen=True), and put them "
+                "into the model by posterior.load_frozen(model)."
+            )
+
+    def within(self, prefix: str) -> FrozenTensors:
+        """Those whose names begin with ``prefix``."""
+
+        def part(table: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in table.items() if name.startswith(prefix)}
+
+        return FrozenTensors(part(self.read), part(self.unread), part(self.values))
+
+    def intact_values(self) -> dict[str, Tensor]:
+        """The tensors that were read, by name; empty where they are not known, or have changed since."""
+        if not self.values or any(digest(value) != self.read[name] for name, value in self.values.items()):
+            return {}
+        return dict(self.values)
+
+    def to_json(self) -> dict[str, dict[str, str]]:
+        """The digests, in values that JSON holds."""
+        return {"read": dict(self.read), "unread": dict(self.unread)}
+
+    @classmethod
+    def from_json(cls, description: Any, values: Mapping[str, Tensor] | None = None) -> FrozenTensors:
+        """Inverse of :meth:`to_json`.
+
+        :raises ValueError: if it is malformed.
+        """
+        tables = [description.get(key) if isinstance(description, dict) else None for key in ("read", "unread")]
+        if not all(isinstance(table, dict) and all(isinstance(t, str) for t in table.values()) for table in tables):
+            raise ValueError("frozen tensors must be two tables of digests by name, 'read' and 'unread'.")
+        return cls(dict(description["read"]), dict(description["unread"]), dict(values or {}))
+
+
+def digest(tensor: Tensor) -> str:
+    """A digest of dtype, shape and numbers of a tensor: the same on every device."""
+    value = tensor.detach().cpu().contiguous()
+    found = hashlib.sha256(f"{value.dtype} {list(value.shape)}\n".encode())
+    if value.numel():
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:_DIGITS]
+
+
+def named_tensors(model: Callable[..., Any]) -> dict[str, Tensor]:
+    """All parameters and buffers of a model by name.
+
+    Of a function, those of the modules that it refers to: with their names in the module where it is one, and after the
+    name of the variable where there are several.
+    """
+    modules = _modules(model)
+    tensors = {}
+    for variable, module in modules.items():
+        prefix = f"{variable}." if len(modules) > 1 else ""
+        named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        tensors.update({prefix + name: value for name, value in named if not isinstance(value, UninitializedParameter)})
+    return tensors
+
+
+def fixed_tensors(net: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a network that no draw replaces, by name, in evaluation mode.
+
+    :param net: a :class:`~pyro_apd.BNN`, or a network whose latents are the parameters that require gradients.
+    """
+    if isinstance(net, BNN):
+        drawn = {f"net.{name}" for name in net.parameter_sites}
+    else:
+        drawn = {name for name, value in net.named_parameters(remove_duplicate=False) if value.requires_grad}
+    counted = "num_batches_tracked"  # of batch normalisation, which uses it in training mode only
+    return {n: t for n, t in named_tensors(net).items() if n not in drawn and n.rpartition(".")[2] != counted}
+
+
+@torch.no_grad()
+def put_values(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copies values into tensors of the same names, in place.
+
+    :raises ArtifactError: if one is missing, or has another shape or dtype; then none is changed.
+    """
+    for name, value in values.items():
+        there = tensors.get(name)
+        if there is None or there.shape != value.shape or there.dtype != value.dtype:
+            has = "does not have it" if there is None else f"has {_shown(there)} there"
+            raise ArtifactError(
+                f"The frozen weights '{name}', {_shown(value)}, do not fit: the model {has}. Give the model that the "
+                "posterior was sampled with."
+            )
+    for name, value in values.items():
+        tensors[name].copy_(value)
+
+
+@contextmanager
+def reading(model: Callable[..., Any]) -> Iterator[dict[str, Tensor]]:
+    """Parameters and buffers of a model, by name, whose values operations within this context use.
+
+    They are complete when the context ends. Where torch does not show its operations, they stay empty.
+    """
+    found = named_tensors(model)
+    read: dict[str, Tensor] = {}
+    recorder = _recorder() if found else None
+    with nullcontext() if recorder is None else recorder:
+        yield read
+    if recorder is not None:
+        read.update({name: tensor for name, tensor in found.items() if _key(tensor) in recorder.keys})
+
+
+def _recorder() -> Any:
+    """A dispatch mode that notes which tensors operations use; None if torch has no such modes where they are today,
+    which is not its public interface."""
+    try:
+        from torch.utils._python_dispatch import TorchDispatchMode
+    except ImportError:
+        return None
+
+    class Recorder(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self.keys: set[Any] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ not in _LIKE:
+                self.keys |= {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            return func(*args, **(kwargs or {}))
+
+    return Recorder()
+
+
+def _key(tensor: Tensor) -> Any:
+    """The same for all views of a tensor."""
+    try:
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+    except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
+        return id(tensor)
+
+
+def _modules(model: Callable[..., Any]) -> dict[str, nn.Module]:
+    """The modules that a model is, or refers to, by the name of the variable."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(name: str, value: Any, namespace: Mapping[str, Any] | None) -> None:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found.setdefault(name, value)
+            return
+        for inner_name, inner, scope in _references(value, namespace):
+            visit(inner_name, inner, scope)
+
+    visit("model", model, None)
+    return found
+
+
+def _references(value: Any, namespace: Mapping[str, Any] | None) -> Iterator[tuple[str, Any, Mapping[str, Any] | None]]:
+    """What a callable refers to: names, values, and the module of Python whose functions are looked into."""
+    if isinstance(value, functools.partial):
+        yield from ((f"argument{i}", item, namespace) for i, item in enumerate((value.func, *value.args)))
+        yield from ((name, item, namespace) for name, item in value.keywords.items())
+    elif isinstance(value, types.MethodType):
+        yield "self", value.__self__, namespace
+        yield "function", value.__func__, namespace
+    elif isinstance(value, types.FunctionType):
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            with_contents = _contents(cell)
+            yield from ((name, item, namespace) for item in with_contents)
+        # Of global variables modules, and functions beside the model's; libraries are not looked into.
+        if namespace is None or namespace is value.__globals__:
+            for name in value.__code__.co_names:
+                item = value.__globals__.get(name)
+                if isinstance(item, (nn.Module, types.FunctionType)):
+                    yield name, item, value.__globals__
+    elif callable(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
+        yield from ((name, item, namespace) for name, item in vars(value).items())
+
+
+def _contents(cell: Any) -> list[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # a variable that has no value yet
+        return []
+
+
+def _is_placeholder(name: str, sites: Collection[str]) -> bool:
+    """Whether a tensor that is not read stands for a latent: sites have its name, or that after a prefix."""
+    return any(site == name or site.endswith(f".{name}") for site in sites)
+
+
+def _shown(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
