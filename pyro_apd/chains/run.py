@@ -272,6 +272,8 @@ class Run:
 
     def _frozen_tensors(self, layout: Layout) -> dict[str, Any]:
         """Digests of what the model reads beside its latents, by which the draws are recognised as those of a model."""
+        if self.kernel.model is None:
+            return {}
         num_data = getattr(self.kernel, "num_data", None)
         frozen = FrozenTensors.of_run(self.kernel.model, layout.names, self.args, self.kwargs, num_data)
         return {} if frozen is None else {"frozen": frozen.to_json()}

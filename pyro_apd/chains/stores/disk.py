@@ -287,15 +287,18 @@ def _read_description(path: Path) -> Any:
     file = path / "draws.json"
     try:
         size = check_regular(file).st_size
-        if size > _MAX_DESCRIPTION:
-            raise ValueError(f"it has {size:,} bytes, and at most {_MAX_DESCRIPTION:,} are read")
-        return json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"'{path}' holds no store of draws: it has no 'draws.json'. Give the store_path of a run with store='disk'."
         ) from None
+    except ValueError as error:
+        raise _damaged(path, f"{error}") from error
+    if size > _MAX_DESCRIPTION:
+        raise _damaged(path, f"draws.json has {size:,} bytes, and at most {_MAX_DESCRIPTION:,} are read")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"draws.json cannot be read: {error}") from error
+        raise _damaged(path, f"draws.json is not JSON ({error})") from error
 
 
 def _check_space(path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -313,7 +316,7 @@ def _check_description(path: Path, description: Any) -> None:
     if not isinstance(description, dict) or description.get("kind") != _KIND:
         raise ValueError(f"'{path}/draws.json' does not describe a store of draws.")
     version = description.get("format")
-    if not checks.is_integer(version) or version > FORMAT_VERSION:
+    if not isinstance(version, int) or isinstance(version, bool) or version > FORMAT_VERSION:
         raise ValueError(
             f"The store at '{path}' has format {version!r:.40}; this pyro_apd reads up to {FORMAT_VERSION}. Update it: "
             "pip install -U pyro-apd."
