@@ -1,26 +1,34 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""10,000 damaged and malicious files: each loads correctly or raises ArtifactError. ``python -m
+"""20,000 damaged and malicious files: each loads correctly or raises ArtifactError. ``python -m
 benchmarks.fuzz_files``.
 
 Damage: bytes changed, files truncated or extended, tensors exchanged. It must be detected, or make no difference.
-Malicious changes: any value of header or description replaced, with a matching digest, as anyone who writes a file can
-compute. A file that loads must then draw what it describes, from a generator of at most four times the bytes of the
-file.
+Malicious changes have a matching digest, as anyone who writes a file can compute. Any value of header or description is
+replaced; lists and tables get up to 100,000 entries; numbers of tensors are scaled up to the largest that their dtype
+has; digests and values of frozen tensors are exchanged. A file that loads must then draw what it describes, finite
+numbers, from a generator of at most eight times the bytes of the file (numbers in one byte may be used in eight), and
+draws by default must not take more than a thousand bytes for each byte of the file, or 256 MiB. ``pyro-apd inspect``
+describes it or refuses it. Folders of stored draws are damaged likewise. No case may take more than 2 s of CPU time, or
+200 MB above what the process had at its start, or have a message of 1,000 characters.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import json
+import logging
 import random
 import struct
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +36,20 @@ import torch
 
 import pyro_apd as apd
 from benchmarks.common import write_json
+from pyro_apd.chains.stores.base import STATISTICS
+from pyro_apd.chains.stores.disk import DiskStore
+from pyro_apd.cli import inspect
+from pyro_apd.generators import ChunkedGenerator, CoordinateGenerator, DropoutGenerator, LowRankGenerator
+from pyro_apd.models.frozen import FrozenTensors, digest
+from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.artifact import KIND, METADATA_KEY
 from pyro_apd.runtime import tensor_file
 
 FILES = Path(__file__).parent.parent / "tests" / "files"
 SEEDS = ("posterior_v2_float16", "posterior_v2_float32", "posterior_v2_int8")
+MAX_SECONDS, MAX_BYTES, MAX_MESSAGE = 2.0, 200e6, 1000
+# Entries of lists that are made long.
+_LONG = (100, 3_000, 30_000, 100_000)
 HOSTILE: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 3, 10**6, 2**31, 2**63, 10**30, 1e308, float("nan"), "", "x", "real", "simplex",
     "coordinates", "paper", "F64", "I8", [], {}, [0], [1], [2**40], [2**32, 2**32], [-1], [[]], {"kind": "simplex"},
@@ -117,9 +134,103 @@ def hostile(contents: bytes, rng: random.Random) -> bytes:
     return sealed(header, description, data)
 
 
+def entry_like(value: Any, i: int) -> Any:
+    """One of many entries for a list or table that has ``value``."""
+    if isinstance(value, list) and len(value) == 4 and all(isinstance(number, int) for number in value):
+        return [i, 1, 1, 1]
+    if isinstance(value, dict) and "name" in value:
+        return {**value, "name": f"site {i}"}
+    return value
+
+
+def long_lists(contents: bytes, rng: random.Random) -> bytes:
+    """A list or table of the description with very many entries."""
+    header, description, data = split(contents)
+    found = [(o, k) for o, k in [(description, key) for key in description] + places(description) if o[k]]
+    owner, key = rng.choice([place for place in found if isinstance(place[0][place[1]], (list, dict))])
+    value, count = owner[key], rng.choice(_LONG)
+    if isinstance(value, list):
+        example = rng.choice(value)
+        owner[key] = [entry_like(example, i) for i in range(count)] if rng.random() < 0.7 else [example] * count
+    else:
+        example = rng.choice(list(value.values()))
+        owner[key] = {**value, **{f"{rng.choice(list(value))}{i}": example for i in range(count)}}
+    return sealed(header, description, data)
+
+
+def overlapping(contents: bytes, rng: random.Random) -> bytes:
+    """Blocks or layers of a generator repeated, moved or enlarged, and more draws by default."""
+    header, description, data = split(contents)
+    for name in ("noise", "layers", "chunks"):
+        blocks = description["generator"].get(name)
+        if isinstance(blocks, list) and blocks and rng.random() < 0.9:
+            block = copy.deepcopy(rng.choice(blocks))
+            if isinstance(block, list):
+                block[rng.randrange(len(block))] += rng.choice([-1, 1, 10, 10**6, 2**40])
+            blocks.insert(rng.randrange(len(blocks) + 1), block)
+    if rng.random() < 0.5:
+        description["num_samples"] = 10 ** rng.randint(2, 7)
+    return sealed(header, description, data)
+
+
+def extreme(contents: bytes, rng: random.Random) -> bytes:
+    """A tensor scaled, so that its numbers come near to the largest of their dtype, or are NaN."""
+    header, description, data = split(contents)
+    changed = bytearray(data)
+    tensors = [entry for name, entry in header.items() if name not in ("__metadata__", tensor_file.DIGEST_NAME)]
+    for entry in rng.sample(tensors, rng.randint(1, len(tensors))):
+        dtype = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(
+            entry["dtype"]
+        )
+        start, stop = entry["data_offsets"]
+        if dtype is None or start == stop:
+            continue
+        values = torch.frombuffer(bytearray(changed[start:stop]), dtype=dtype).clone()
+        top = torch.finfo(dtype).max
+        values *= rng.choice([10.0, 1e10, top**0.25, top**0.5, top**0.9])
+        if rng.random() < 0.5:
+            values[rng.randrange(len(values))] = rng.choice([top, -top, top / 2, float("nan"), float("inf")])
+        changed[start:stop] = values.view(torch.uint8).numpy().tobytes()
+    return sealed(header, description, bytes(changed))
+
+
 MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
-    "bytes": flipped, "length": resized, "tensors swapped": swapped, "hostile header": hostile
+    "bytes": flipped, "length": resized, "tensors swapped": swapped, "hostile header": hostile,
+    "long lists": long_lists, "overlapping blocks": overlapping, "extreme numbers": extreme,
 }  # fmt: skip
+DAMAGE = ("bytes", "length", "tensors swapped")
+
+
+def examples(folder: Path) -> list[bytes]:
+    """Valid files: those of earlier versions, and one of each generator, one of them with frozen tensors."""
+    frozen = {"backbone.weight": torch.linspace(-1, 1, 12).reshape(3, 4), "backbone.calls": torch.tensor(3)}
+    layout = Layout({"w": (20, 16), "scale": ()}, {"scale": torch.distributions.constraints.positive})
+    noise, size = [(0, 10, 16, 2), (160, 10, 16, 1)], layout.size
+    generators = [
+        CoordinateGenerator(size, 3, 2, noise, mlp_width=4),
+        ChunkedGenerator(size, 3, [160, 160, 1], 2, noise),
+        DropoutGenerator(size, [(0, 10, 16, 1), (160, 10, 16, 1)]),
+        LowRankGenerator(size, 2),
+        CoordinateGenerator(size, 2).double(),
+    ]
+    contents = [(FILES / f"{name}.safetensors").read_bytes() for name in SEEDS]
+    values = torch.Generator().manual_seed(0)
+    for i, generator in enumerate(generators):
+        for tensor in generator.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(0.3 * torch.randn(tensor.shape, generator=values))
+        known = FrozenTensors({n: digest(t) for n, t in frozen.items()}, values=frozen) if i in (0, 3) else None
+        posterior = apd.DistilledPosterior(layout, generator, metadata={"notes": ["a", {"b": 1}]}, frozen=known)
+        posterior.training_log = {"loss": [1.0, 0.5]}
+        posterior.save(folder / "example", dtype=("float32", "int8", "float16")[i % 3], frozen=known is not None)
+        contents.append((folder / "example").read_bytes())
+    return contents
+
+
+def check_message(error: Exception) -> None:
+    """Whether a user can read it."""
+    length = len(str(error))
+    assert length < MAX_MESSAGE, f"a message of {length} characters"
 
 
 def outcome(kind: str, contents: bytes, original: bytes, path: Path) -> str:
@@ -130,43 +241,127 @@ def outcome(kind: str, contents: bytes, original: bytes, path: Path) -> str:
     path.write_bytes(contents)
     try:
         posterior = apd.DistilledPosterior.load(path)
-    except apd.ArtifactError:
+    except apd.ArtifactError as error:
+        check_message(error)
+        with contextlib.suppress(apd.ArtifactError):
+            inspect.as_json(path)
         return "refused"
+    assert len(inspect.describe(path)) < 100 * len(contents)
+    inspect.as_json(path)
     held = sum(p.numel() * p.element_size() for p in posterior.generator.state_dict().values())
-    assert held <= 4 * len(contents), "the generator is larger than the file justifies"
+    assert held <= 8 * len(contents), "the generator is larger than the file justifies"
     draws = posterior.get_samples(2, seed=0)
     assert {n: tuple(v.shape[1:]) for n, v in draws.items()} == {s.name: s.shape for s in posterior.layout}
-    if kind != "hostile header":
+    assert all(bool(value.isfinite().all()) for value in draws.values()), "draws are not finite"
+    by_default = posterior.num_samples * sum(4 * value[0].numel() for value in draws.values())
+    assert by_default <= max(256 * 2**20, 1000 * len(contents)), "draws by default fill the memory"
+    if kind in DAMAGE:
         path.write_bytes(original)
         for name, value in apd.DistilledPosterior.load(path).get_samples(2, seed=0).items():
             assert torch.equal(value, draws[name]), "damage was not found"
     return "loaded"
 
 
-def fuzz(num_cases: int, seed: int, folder: Path) -> dict[str, int]:
-    """Counts of outcomes by kind of case."""
+def store_outcome(rng: random.Random, folder: Path) -> str:
+    """A damaged folder of stored draws: ``refused`` by ValueError or OSError, or ``loaded``."""
+    path = folder / "store"
+    layout = Layout({"w": (3,), "scale": ()}, {"scale": torch.distributions.constraints.positive})
+    store = DiskStore.create(path, layout, 2, 5, torch.float32)
+    for draw in range(5):
+        store.write(0, draw, torch.full((2, 4), float(draw)), dict.fromkeys(STATISTICS, 0.0))
+    store.close()
+    file = path / rng.choice(["draws.json", "theta.npy", "statistics.npy"])
+    contents = bytearray(file.read_bytes())
+    if file.suffix == ".json" and rng.random() < 0.7:
+        description = json.loads(contents)
+        owner, key = rng.choice(places(description))
+        owner[key] = copy.deepcopy(rng.choice(HOSTILE))
+        contents = bytearray(json.dumps(description).encode())
+    elif rng.random() < 0.3:
+        contents = bytearray(rng.choice([b"[" * 10**6, b"", contents[: rng.randrange(len(contents))]]))
+    else:
+        for _ in range(rng.randint(1, 4)):
+            contents[rng.randrange(min(len(contents), 128))] = rng.choice(b"(){}[]',:\\\n\0 0a")
+    file.write_bytes(contents)
+    try:
+        found = apd.open_store(path)
+    except (ValueError, OSError) as error:
+        check_message(error)
+        return "refused"
+    values = found.samples()
+    assert all(len(value) <= 2 for value in values.values())
+    return "loaded"
+
+
+def memory() -> int:
+    """Largest memory of this process, in bytes, since the last :func:`forget_peak`."""
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    """Lets :func:`memory` start anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+@dataclass
+class Costs:
+    """What the most expensive case took.
+
+    :ivar int start: bytes that the process had before the first case.
+    """
+
+    start: int
+    seconds: float = 0.0
+    num_bytes: int = 0
+
+    @contextmanager
+    def of_case(self) -> Iterator[None]:
+        """Measures a case, and fails where it takes too much."""
+        if sys.platform == "linux":
+            forget_peak()
+        began = time.process_time()
+        yield
+        self.seconds = max(self.seconds, time.process_time() - began)
+        self.num_bytes = max(self.num_bytes, memory() - self.start if sys.platform == "linux" else 0)
+        assert self.seconds < MAX_SECONDS, f"a case took {self.seconds:.1f} s"
+        assert self.num_bytes < MAX_BYTES, f"a case took {self.num_bytes / 1e6:.0f} MB"
+
+
+def fuzz(num_cases: int, seed: int, folder: Path) -> tuple[dict[str, int], Costs]:
+    """Counts of outcomes by kind of case, and the largest costs."""
     rng, counts = random.Random(seed), collections.Counter()  # type: ignore[var-annotated]
-    originals = [(FILES / f"{name}.safetensors").read_bytes() for name in SEEDS]
+    originals = examples(folder)
+    costs = Costs(memory() if sys.platform == "linux" else 0)
     for case in range(num_cases):
-        original, (kind, mutate) = originals[case % len(originals)], rng.choice(list(MUTATIONS.items()))
-        contents = mutate(original, rng)
+        original, kind = originals[case % len(originals)], rng.choice([*MUTATIONS, "stored draws"])
         try:
-            counts[f"{kind}: {outcome(kind, contents, original, folder / 'case')}"] += 1
-        except Exception:
+            if kind == "stored draws":
+                with costs.of_case():
+                    found = store_outcome(rng, folder)
+            else:
+                contents = MUTATIONS[kind](original, rng)
+                with costs.of_case():
+                    found = outcome(kind, contents, original, folder / "case")
+            counts[f"{kind}: {found}"] += 1
+        except BaseException:
             print(f"case {case}, seed {seed}, {kind}", file=sys.stderr)
             raise
-    return dict(sorted(counts.items()))
+    return dict(sorted(counts.items())), costs
 
 
 def main() -> None:
-    """10,000 cases."""
+    """20,000 cases."""
     torch.set_num_threads(1)
+    logging.getLogger("pyro_apd").setLevel(logging.ERROR)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        counts = fuzz(10_000, 0, Path(folder))
+        counts, costs = fuzz(20_000, 0, Path(folder))
     print("\n".join(f"{name:28} {count:6,}" for name, count in counts.items()))
-    print(f"{time.perf_counter() - start:.0f} s")
-    write_json("fuzz_files", counts)
+    print(
+        f"{time.perf_counter() - start:.0f} s; at most {costs.seconds:.2f} s and {costs.num_bytes / 1e6:.0f} MB a case"
+    )
+    largest = {"largest seconds": round(costs.seconds, 2), "largest MB": round(costs.num_bytes / 1e6)}
+    write_json("fuzz_files", {**counts, **largest})
 
 
 if __name__ == "__main__":

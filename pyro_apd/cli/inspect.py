@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pyro_apd.posterior import artifact
+from pyro_apd.posterior.artifact import Artifact
 from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.runtime.tensor_file import Entry
 
-# Longer values are shortened.
-_WIDTH = 100
+# Longer values are shortened, and of more frozen tensors the first are named.
+_WIDTH, _NUM_NAMES = 100, 8
 
 
 def describe(path: str | os.PathLike[str]) -> str:
@@ -28,6 +30,10 @@ def describe(path: str | os.PathLike[str]) -> str:
     """
     contents, table = artifact.read_description(path), artifact.read_table(path)
     DistilledPosterior.load(path)
+    return "\n".join(_lines(path, contents, table))
+
+
+def _lines(path: str | os.PathLike[str], contents: Artifact, table: dict[str, Entry]) -> list[str]:
     versions = ", ".join(f"{_printable(name)} {_printable(value)}" for name, value in contents.versions.items())
     lines = [
         f"{path}: distilled posterior, format {contents.format}, {Path(path).stat().st_size:,} bytes, {contents.dtype}",
@@ -46,7 +52,18 @@ def describe(path: str | os.PathLike[str]) -> str:
     lines += [f"metadata    {'' if contents.metadata else 'none'}".rstrip(), *_tree(contents.metadata)]
     logs = ", ".join(f"{_printable(name)} ({len(values):,} numbers)" for name, values in contents.training_log.items())
     lines.append(f"training    {logs or 'no log'}")
-    return "\n".join(lines)
+    lines.append(f"frozen      {_frozen(contents, table)}")
+    return lines
+
+
+def _frozen(contents: Artifact, table: dict[str, Entry]) -> str:
+    """What the file says about frozen parameters and buffers of the model."""
+    if contents.frozen is None:
+        return "not known, and not checked"
+    names = ", ".join(_printable(name) for name in list(contents.frozen.read)[:_NUM_NAMES]) or "none"
+    more = ", ..." if len(contents.frozen.read) > _NUM_NAMES else ""
+    is_whole = any(name.startswith(artifact.FROZEN_PREFIX) for name in table)
+    return f"{names}{more}; {'numbers' if is_whole else 'digests only'}" if contents.frozen.read else names
 
 
 def as_json(path: str | os.PathLike[str]) -> str:
@@ -65,6 +82,8 @@ def as_json(path: str | os.PathLike[str]) -> str:
         "num_samples": contents.num_samples,
         "metadata": contents.metadata,
         "training_log": {name: len(values) for name, values in contents.training_log.items()},
+        "compute_dtype": contents.compute_dtype,
+        "frozen": None if contents.frozen is None else contents.frozen.to_json(),
     }
     return json.dumps(description, indent=1)
 

@@ -32,6 +32,13 @@ def capture(function: Function, *examples: Any) -> Function:
     with pyro.validation_enabled(False), torch.no_grad():
         graph = make_fx(function)(*examples)
     graph.graph.eliminate_dead_code()
+    # Parameters of modules that the function refers to would make autograd record every call. As views they follow
+    # changes of the parameters.
+    for name in {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}:
+        constant = getattr(graph, name, None)
+        if isinstance(constant, Tensor) and constant.requires_grad:
+            delattr(graph, name)
+            graph.register_buffer(name, constant.detach())
     graph.recompile()
     return cast(Function, graph)
 

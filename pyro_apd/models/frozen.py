@@ -13,6 +13,7 @@ import functools
 import hashlib
 import logging
 import types
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,9 @@ _LIKE |= {"new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"}
 _NUM_NAMED = 4
 # Hexadecimal digits of a digest.
 _DIGITS = 32
+# Digests of tensors of so many bytes are remembered; so many numbers of them are compared each time.
+_LARGE, _NUM_COMPARED = 2**20, 1024
+_KNOWN: dict[int, tuple[weakref.ref[Tensor], tuple[int, int, bytes], str]] = {}
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class FrozenTensors:
     @classmethod
     def _read_only(cls, tensors: Mapping[str, Tensor]) -> FrozenTensors:
         values = {name: tensor.detach() for name, tensor in tensors.items()}
-        return cls({name: digest(value) for name, value in values.items()}, values=values)
+        return cls({name: digest(tensor) for name, tensor in tensors.items()}, values=values)
 
     def check(self, model: Callable[..., Any], read: Mapping[str, Tensor]) -> None:
         """Compares with another model.
@@ -167,12 +171,40 @@ class FrozenTensors:
 
 
 def digest(tensor: Tensor) -> str:
-    """A digest of dtype, shape and numbers of a tensor: the same on every device."""
+    """A digest of dtype, shape and numbers of a tensor: the same on every device.
+
+    That of a large tensor is computed again only where the tensor was changed.
+    """
+    if tensor.numel() * tensor.element_size() < _LARGE:
+        return _digest(tensor)
+    state = _state(tensor)
+    known = _KNOWN.get(id(tensor))
+    if known is not None and known[0]() is tensor and known[1] == state:
+        return known[2]
+    text = _digest(tensor)
+    key = id(tensor)
+    _KNOWN[key] = (weakref.ref(tensor, lambda _: _KNOWN.pop(key, None)), state, text)
+    return text
+
+
+def _digest(tensor: Tensor) -> str:
     value = tensor.detach().cpu().contiguous()
     found = hashlib.sha256(f"{value.dtype} {list(value.shape)}\n".encode())
     if value.numel():
         found.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:_DIGITS]
+
+
+def _state(tensor: Tensor) -> tuple[int, int, bytes]:
+    """What changes with the numbers of a tensor: its address, torch's counter of changes in place, and some numbers,
+    since ``tensor.data`` is changed without being counted."""
+    try:
+        version = int(tensor._version)
+    except (AttributeError, RuntimeError):  # tensors of inference mode have no counter
+        version = -1
+    flat = tensor.detach().reshape(-1)
+    some = flat[:: max(1, len(flat) // _NUM_COMPARED)].cpu().contiguous()
+    return tensor.data_ptr(), version, some.view(torch.uint8).numpy().tobytes()
 
 
 def named_tensors(model: Callable[..., Any]) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ KIND = FileKind(
     "what DistilledPosterior.save wrote",
     "Save the posterior again, or download the file again.",
     ArtifactError,
-    header_allowance=2**20,
+    header_allowance=2**19,
 )
 #: Before the name of a frozen tensor of the model, in the table of tensors.
 FROZEN_PREFIX = "frozen#"
@@ -65,6 +65,8 @@ MAX_NUM_SAMPLES = 1_000_000
 _DRAWN_PER_BYTE, _DRAWN_ALWAYS = 1000, 256 * 2**20
 # Tensors that each block of noise of a generator has in the file.
 _TENSORS_PER_BLOCK = 4
+# Blocks or layers that a generator may have, by site and in any file.
+_PARTS_PER_SITE, _PARTS_ALWAYS = 4, 256
 _COMPUTE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # Errors of building something from a description that makes no sense.
@@ -186,7 +188,7 @@ def read(path: str | os.PathLike[str], expect: Expect | None = None) -> Artifact
     own, frozen = _without_frozen(header.table, description["frozen"], path)
     table = _decoded_table(own, description["dtype"], path)
     if expect is not None:
-        _check_blocks(description["generator"], table, path)
+        _check_blocks(description["generator"], len(table), len(description["layout"]), path)
         try:
             expected = expect(description["generator"])
         except _NONSENSE as error:
@@ -241,14 +243,16 @@ def _check_frozen(frozen: FrozenTensors, path: Path) -> None:
         raise ArtifactError(f"{path} is damaged: frozen tensors do not have the digests that it states. {KIND.remedy}")
 
 
-def _check_blocks(config: Mapping[str, Any], table: Mapping[str, Entry], path: Path) -> None:
-    """A block of a generator takes longer to build than to write into a hostile file."""
-    noise = config.get("noise", ())
-    if isinstance(noise, list) and len(noise) * _TENSORS_PER_BLOCK > len(table):
-        raise ArtifactError(
-            f"{path} describes a generator with {len(noise):,} blocks of noise, and has {len(table):,} tensors, of "
-            f"which each block takes {_TENSORS_PER_BLOCK}."
-        )
+def _check_blocks(config: Mapping[str, Any], num_tensors: int, num_sites: int, path: Path) -> None:
+    """Parts of a generator take longer to build than to write into a hostile file. They are of matrices of weights."""
+    for name, tensors_each in (("noise", _TENSORS_PER_BLOCK), ("layers", 0)):
+        parts = config.get(name)
+        count = len(parts) if isinstance(parts, list) else 0
+        if count > _PARTS_ALWAYS + _PARTS_PER_SITE * num_sites or count * tensors_each > num_tensors:
+            raise ArtifactError(
+                f"{path} describes a generator with {count:,} entries in '{name}', too many for {num_sites:,} sites "
+                f"and {num_tensors:,} tensors."
+            )
 
 
 def _decoded_table(table: Mapping[str, Entry], dtype: str, path: Path) -> dict[str, Entry]:
@@ -353,7 +357,8 @@ def _checked_layout(sites: list[Any], file_size: int, path: Path) -> Layout:
     # correlations at most four times), but simplexes of one class have any number of ones for none.
     constrained = sum(math.prod(site.shape) for site in layout)
     if constrained > 4 * layout.size + file_size:
-        raise ArtifactError(f"{path} describes sites of {constrained} numbers, far more than its generator determines.")
+        shown = min(constrained, 10**30)  # Python writes no integer of more than 4,300 digits
+        raise ArtifactError(f"{path} describes sites of {shown} numbers, far more than its generator determines.")
     return layout
 
 

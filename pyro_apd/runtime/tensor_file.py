@@ -58,7 +58,7 @@ class FileKind:
     :ivar str accepted: which files are of this kind, such as ``"what DistilledPosterior.save wrote"``.
     :ivar str remedy: what to do about a damaged file, a sentence.
     :ivar type error: raised for a file that cannot be read.
-    :ivar int header_allowance: bytes of a header that any file may have; one byte more for eight bytes of tensors.
+    :ivar int header_allowance: bytes of a header that any file may have, and one more for each 64 bytes of tensors.
     """
 
     key: str
@@ -74,7 +74,7 @@ class FileKind:
 
     def max_header(self, num_bytes: int) -> int:
         """Length of the longest header, in bytes, beside tensors of ``num_bytes``."""
-        return min(_MAX_HEADER, self.header_allowance + num_bytes // 8)
+        return min(_MAX_HEADER, self.header_allowance + num_bytes // 64)
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def _parts(kind: FileKind, tensors: Mapping[str, Tensor], text: str) -> tuple[me
     if length > longest:
         raise ValueError(
             f"The description of a {kind.name} takes {length:,} bytes, and {longest:,} are accepted: metadata and "
-            "notes are too long. Keep them in a file of their own."
+            "notes are too long, or there are very many sites. Keep notes in a file of their own."
         )
     header = _parse(kind, bytes(contents[8 : 8 + length]), 8 + length, len(contents), Path("the new file"))
     assert header.digest is not None
