@@ -72,7 +72,7 @@ def check_in_order(spans: Sequence[tuple[slice, Sequence[int]]], what: str) -> N
 
 def peak(values: Tensor) -> float:
     """The largest absolute value."""
-    return float(values.abs().amax()) if values.numel() else 0.0
+    return float(values.detach().abs().amax()) if values.numel() else 0.0
 
 
 def linear_bound(linear: nn.Linear, inputs: float) -> float:

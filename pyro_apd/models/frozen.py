@@ -281,6 +281,11 @@ def _recorder() -> Any:
             super().__init__()  # type: ignore[no-untyped-call]
             self.keys: set[Any] = set()
 
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            # Otherwise torch imports its compiler, which takes more than a second, at the first operation.
+            return False
+
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func.overloadpacket.__name__ not in _LIKE:
                 self.keys |= {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
@@ -322,12 +327,18 @@ def _references(value: Any, namespace: Mapping[str, Any] | None) -> Iterator[tup
         yield from ((f"argument{i}", item, namespace) for i, item in enumerate((value.func, *value.args)))
         yield from ((name, item, namespace) for name, item in value.keywords.items())
     elif isinstance(value, types.MethodType):
-        yield "self", value.__self__, namespace
+        owner = value.__self__
+        if isinstance(owner, nn.Module):
+            yield "self", owner, namespace
+        else:
+            yield from ((name, item, namespace) for name, item in getattr(owner, "__dict__", {}).items())
         yield "function", value.__func__, namespace
+    elif isinstance(value, (list, tuple, dict)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        yield from ((f"item {key}", item, namespace) for key, item in items if isinstance(item, nn.Module))
     elif isinstance(value, types.FunctionType):
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            with_contents = _contents(cell)
-            yield from ((name, item, namespace) for item in with_contents)
+            yield from ((name, item, namespace) for item in _contents(cell))
         # Of global variables modules, and functions beside the model's; libraries are not looked into.
         if namespace is None or namespace is value.__globals__:
             for name in value.__code__.co_names:

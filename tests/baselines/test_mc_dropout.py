@@ -71,6 +71,7 @@ def test_it_is_a_posterior_like_any_other(tmp_path):
     posterior = mc_dropout(model, X, Y, num_steps=5, seed=0, progress=False)
     posterior.save(tmp_path / "dropout.safetensors")
     loaded = apd.DistilledPosterior.load(tmp_path / "dropout.safetensors")
+    assert loaded.frozen.read == {}, "the model has no frozen weights, and the file says so"
     for name, value in posterior.get_samples(4, seed=1).items():
         assert torch.equal(value, loaded.get_samples(4, seed=1)[name])
     for predictive in (pyro.infer.Predictive, apd.Predictive):

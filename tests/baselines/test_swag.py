@@ -46,6 +46,7 @@ def test_a_gaussian_posterior():
     assert (draws.mean(0) - problem.mean).abs().max() < 0.05
     assert (draws.std(0) > 1e-3).all()
     assert posterior.generator.rank == 3
+    assert posterior.frozen.read == {}
     again = swag(problem.full, problem.x, problem.y, seed=0, **settings)
     assert torch.equal(posterior.get_samples(5, seed=0)["w"], again.get_samples(5, seed=0)["w"])
 

@@ -3,6 +3,8 @@
 
 """Reading draws, and refusing what no generator can be fitted to."""
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch.distributions import constraints
@@ -10,6 +12,8 @@ from torch.distributions import constraints
 from pyro_apd.chains.stores.base import STATISTICS
 from pyro_apd.chains.stores.disk import DiskStore, open_store
 from pyro_apd.distillation.source import read_source, split_held_out
+from pyro_apd.errors import ArtifactError
+from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
 from tests.support.models import Classifier, constrained
 
@@ -169,6 +173,30 @@ def test_draws_of_a_store_are_not_copied(tmp_path):
         assert source.layout["scale"].support is constraints.positive
         assert torch.equal(source.layout.constrain(source.theta_CSD)["scale"], store.samples()["scale"])
     assert source.args == (X,)
+
+
+class Frozen(torch.nn.Module):
+    """A backbone before the latents of :func:`stored`."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.register_buffer("factor", torch.full((3,), factor))
+
+    def forward(self, x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+        pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(w[0] @ self.factor, 1.0), obs=x)
+
+
+def test_draws_in_files_know_the_frozen_weights_of_their_model(tmp_path):
+    store, x = stored(tmp_path / "s"), torch.zeros(5)
+    known = FrozenTensors.of(Frozen(2.0), store.layout.names, (x,))
+    store.info["frozen"] = known.to_json()
+    assert read_source(store, Frozen(2.0), (x,)).frozen_tensors().read == known.read
+    with pytest.raises(ArtifactError, match=r"other frozen weights.*'factor'"):
+        read_source(store, Frozen(3.0), (x,))
+    assert read_source(store).frozen_tensors() is None
 
 
 def test_unfit_stores(tmp_path):

@@ -175,6 +175,7 @@ def test_the_config_rebuilds_it():
     ("settings", "message"),
     [
         ({"chunks": [6, 120]}, "adds up to 126"),
+        ({"chunks": [1] * 20_000}, "has 20,000 entries, too many for 136 numbers"),
         ({"chunks": [6, 0, 130]}, "must be a positive integer"),
         ({"chunks": [6, 130], "noise": [[6, 6, 20, 4]]}, "does not begin and end with chunks"),
     ],

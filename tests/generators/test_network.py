@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from pyro_apd.generators import GENERATORS, CoordinateGenerator, PaperGenerator, build_generator
+from pyro_apd.generators import GENERATORS, ChunkedGenerator, CoordinateGenerator, PaperGenerator, build_generator
 from pyro_apd.generators.residual import Block
 
 
@@ -238,3 +238,27 @@ def test_configs_that_describe_no_generator(config, message):
 
 def test_every_generator_is_documented():
     assert all(generator.__doc__ for generator in GENERATORS.values())
+
+
+def test_the_bound_of_draws_holds_before_units_are_folded_too():
+    generator = CoordinateGenerator.fit(1e3 * chains(), 3, 10, (Block(0, 2, 3, 1),))
+    latent_SL = 8 * torch.randn(500, generator.latent_size, dtype=torch.float64).clamp(-1, 1)
+    for _ in range(2):
+        with torch.no_grad():
+            assert float(generator(latent_SL).abs().max()) <= generator.bound()
+        generator.fold()
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        ([[0, 2, 3, 1], [5, 1, 1, 1]], "must not overlap"),
+        ([[3, 1, 1, 1], [0, 1, 1, 1]], "must be in order"),
+        ([[0, 1, 1, 1]] * 2, "must not overlap"),
+    ],
+)
+def test_blocks_of_noise_are_in_order(noise, message):
+    with pytest.raises(ValueError, match=message):
+        CoordinateGenerator(6, 2, 1, noise)
+    with pytest.raises(ValueError, match=message):
+        ChunkedGenerator(6, 2, [1] * 6, 1, noise)

@@ -117,6 +117,27 @@ def test_a_convolutional_network_is_captured_for_chains_together():
     assert chain.path == "captured"
 
 
+def test_autograd_records_nothing_of_modules_that_a_function_refers_to():
+    """Their parameters require gradients: the state of a chain, and each draw, would keep all steps before."""
+    backbone = nn.Linear(4, 3)
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(backbone(x) @ w, 1.0), obs=y)
+
+    potential, start = build_potential(model, (X, X[:, 0]), {}, batch_size=10)
+    theta, inputs = potential.layout.unconstrain(start), potential.source.draw()
+    gradient, energy = potential.gradient(theta, inputs)
+    assert potential.path == "captured"
+    assert not gradient.requires_grad
+    assert not energy.requires_grad
+    with torch.no_grad():
+        backbone.weight += 1.0
+    torch.testing.assert_close(potential.gradient(theta, inputs)[0], potential.traced_gradient(theta, inputs)[0])
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+
+
 def test_capture_can_be_switched_off():
     potential, start = build_potential(Classifier(), (X, LABELS), {}, capture=False)
     potential.gradient(potential.layout.unconstrain(start), ())

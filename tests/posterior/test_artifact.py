@@ -4,6 +4,7 @@
 import json
 import os
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch.distributions import constraints
 
 from pyro_apd.errors import ArtifactError
+from pyro_apd.models.frozen import FrozenTensors, digest
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior import artifact
 from pyro_apd.posterior.artifact import METADATA_KEY, Artifact
@@ -114,6 +116,9 @@ def test_other_files(tmp_path):
         artifact.read(tmp_path / "nowhere")
 
 
+WIDE = [{"name": "w", "shape": [10_000], "support": {"kind": "real"}}]
+
+
 def set_format(value):
     return lambda header, description: description.update(format=value)
 
@@ -141,6 +146,23 @@ CHANGES = {
     "dtype unknown": (lambda h, d: d.update(dtype="int4"), "dtype 'int4' is none of"),
     "no draws by default": (lambda h, d: d.update(num_samples=0), "num_samples is 0"),
     "endless draws by default": (lambda h, d: d.update(num_samples=10**12), "num_samples is 1000000000000"),
+    "more draws by default than memory": (lambda h, d: d.update(num_samples=10**6, layout=WIDE), "40,000 MB"),
+    "blocks without end": (lambda h, d: d["generator"].update(noise=[[0, 1, 1, 1]] * 2000), "2,000 entries in 'noise'"),
+    "layers without end": (lambda h, d: d["generator"].update(layers=[[0, 1, 1, 1]] * 999), "999 entries in 'layers'"),
+    "blocks without tensors": (lambda h, d: d["generator"].update(noise=[[0, 1, 1, 1]]), "1 entries .* 3 tensors"),
+    "a header as long as many files": (lambda h, d: d["metadata"].update(n="x" * 2**19), "made to be slow to read"),
+    "versions are numbers": (lambda h, d: d["versions"].update(torch=2), "'versions'"),
+    "training log is a number": (lambda h, d: d["training_log"].update(loss=3), "'training_log'"),
+    "unknown compute dtype": (lambda h, d: d.update(compute_dtype="int64"), "compute_dtype is 'int64'"),
+    "frozen is a list": (lambda h, d: d.update(frozen=[]), "two tables of digests"),
+    "frozen numbers that are not described": (
+        lambda h, d: h.update({"frozen#a": h.pop("a")}),
+        "holds 1 frozen tensors",
+    ),
+    "sites of more digits than Python writes": (
+        lambda h, d: d["layout"].append({"name": "m", "shape": [16] * 5000, "support": {"kind": "real"}}),
+        "far more than",
+    ),
     "true draws by default": (lambda h, d: d.update(num_samples=True), "num_samples is True"),
     "sites out of nothing": (
         lambda h, d: d["layout"].append({"name": "m", "shape": [10**9, 1], "support": {"kind": "simplex"}}),
@@ -160,6 +182,44 @@ def test_damaged_or_hostile_headers(path, name):
     change, message = CHANGES[name]
     with pytest.raises(ArtifactError, match=message):
         artifact.read(edited(path, change))
+
+
+def test_messages_are_short(path):
+    """Whatever they quote; a path may be long as well."""
+    expected = {"x" * 10**5: torch.zeros(1), **{f"tensor {i}": torch.zeros(1) for i in range(10**4)}}
+    with pytest.raises(ArtifactError, match=r"does not fit its own description.* \[\.\.\.\] ") as caught:
+        artifact.read(path, lambda config: expected)
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(ArtifactError, match=r"a\\u202eb\\x1b\[31m"):
+        raise ArtifactError("a\u202eb\x1b[31m")
+
+
+def test_frozen_numbers_are_exact_whatever_the_precision(tmp_path):
+    values = {"net.0.weight": torch.tensor([[1e300, 0.1]], dtype=torch.float64), "mask": torch.tensor([-torch.inf])}
+    values["count"] = torch.tensor(3)
+    contents = replace(example(), dtype="float16", frozen=FrozenTensors({n: digest(v) for n, v in values.items()}))
+    artifact.write(contents, tmp_path / "p", values)
+    again = artifact.read(tmp_path / "p")
+    assert again.tensors.keys() == example().tensors.keys()
+    assert {name: torch.equal(value, values[name]) for name, value in again.frozen.values.items()} == {
+        name: True for name in values
+    }
+    artifact.write(contents, tmp_path / "digests")
+    assert artifact.read(tmp_path / "digests").frozen == contents.frozen
+    other = {**values, "count": torch.tensor(4)}
+    artifact.write(contents, tmp_path / "p", other)
+    with pytest.raises(ArtifactError, match="frozen tensors do not have the digests"):
+        artifact.read(tmp_path / "p")
+    with pytest.raises(ValueError, match=r"cannot be saved: Tensor 'frozen#count' is torch\.complex64"):
+        artifact.write(contents, tmp_path / "p", {"count": torch.zeros(1, dtype=torch.complex64)})
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="training_log must be lists"):
+        artifact.write(replace(example(), training_log={"loss": 3.0}), tmp_path / "p")
+    with pytest.raises(ValueError, match=r"takes .* bytes, and 524,.* are accepted: metadata and notes are too long"):
+        artifact.write(replace(example(), metadata={"notes": "x" * 2**20}), tmp_path / "p")
+    assert not list(tmp_path.iterdir())
 
 
 def test_enormous_header_is_not_read(path):

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from pyro_apd.runtime.files import atomic_write, is_running, machine, remove_leftovers
+from pyro_apd.runtime.files import atomic_write, check_regular, is_running, machine, remove_leftovers
 
 
 @pytest.fixture
@@ -185,3 +185,15 @@ def test_which_processes_run(error, expected, monkeypatch):
     assert is_running(3) is expected
     monkeypatch.setattr(os, "name", "nt")
     assert is_running(3)
+
+
+def test_only_regular_files_can_be_read(path, tmp_path):
+    assert check_regular(path).st_size == len("before")
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink(path, tmp_path / "link")
+    check_regular(tmp_path / "link")
+    for what, kind in ((tmp_path, "a folder"), (tmp_path / "pipe", "a pipe or a device")):
+        with pytest.raises(ValueError, match=f"is {kind}, not a file"):
+            check_regular(what)
+    with pytest.raises(FileNotFoundError):
+        check_regular(tmp_path / "nowhere")

@@ -6,6 +6,7 @@
 import json
 import os
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,25 @@ def test_a_header_that_is_too_long_is_neither_read_nor_written(path, monkeypatch
     path.write_bytes(struct.pack("<Q", 2**60) + contents[8:])
     with pytest.raises(TensorFileError, match="header claims"):
         tensor_file.read(KIND, path)
+
+
+def test_longer_headers_take_more_tensors(tmp_path, path):
+    kind = replace(KIND, header_allowance=2000)
+    text = json.dumps("x" * 3000)
+    with pytest.raises(ValueError, match=r"and 2,0\d\d are accepted"):
+        tensor_file.to_bytes(kind, {}, text)
+    tensor_file.write(kind, {"a": torch.zeros(64, 640)}, text, tmp_path / "p")
+    assert tensor_file.read(kind, tmp_path / "p")[0] == text
+    tensor_file.write(KIND, {}, text, tmp_path / "p")
+    with pytest.raises(TensorFileError, match=r"has 3,.* bytes, and beside 32 bytes of tensors at most 2,000"):
+        tensor_file.read(kind, tmp_path / "p")
+
+
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(TensorFileError, match=r"is a (folder|pipe or a device), not a file.*what collect"):
+            tensor_file.read(KIND, path)
 
 
 def test_dtypes_that_files_do_not_hold_are_named():

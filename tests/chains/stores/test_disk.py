@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import resource
+import struct
 
 import numpy as np
 import pytest
@@ -145,9 +146,53 @@ def missing_array(path):
     (path / "statistics.npy").unlink()
 
 
+def set_description(**changes):
+    def damage(path):
+        description = json.loads((path / "draws.json").read_text())
+        (path / "draws.json").write_text(json.dumps(description | changes))
+
+    return damage
+
+
+def with_contents(name, contents):
+    return lambda path: (path / name).write_bytes(contents)
+
+
+def replaced(name, make):
+    def damage(path):
+        (path / name).unlink()
+        make(path / name)
+
+    return damage
+
+
+def with_header(text):
+    """NumPy's header, which it evaluates as Python."""
+    header = text.encode()
+    return with_contents("theta.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
+
+
+HUGE = [{"name": "w", "shape": [2**40], "support": {"kind": "real"}}]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (with_contents("draws.json", b"[" * 100_000), "draws.json is not JSON .*recursion"),
+        (with_contents("draws.json", b"\xff\xfe"), "draws.json is not JSON"),
+        (with_contents("draws.json", b" " * 5_000_000), "draws.json has 5,000,000 bytes"),
+        (replaced("draws.json", os.mkdir), "is a folder"),
+        (replaced("draws.json", os.mkfifo), "is a pipe"),
+        (replaced("theta.npy", os.mkdir), "theta.npy cannot be read .*folder"),
+        (replaced("statistics.npy", os.mkfifo), "statistics.npy cannot be read .*pipe"),
+        (with_header("{'descr': (\n"), "theta.npy cannot be read"),
+        (with_header("(" * 2000), "theta.npy cannot be read"),
+        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': ('a',)}"), "theta.npy cannot be read"),
+        (set_description(info=5), "do not go together"),
+        (set_description(shape=[2, True, 4]), "do not go together"),
+        (set_description(shape=[2**40, 2**40, 2**40], layout=HUGE), "theta.npy is <f4 of shape"),
+        (set_description(format=True), "format True"),
+        (set_description(layout=[{"name": "w" * 10**5, "shape": ["x"], "support": 0}]), "malformed"),
         (damage_json, "draws.json is not JSON"),
         (damage_kind, "does not describe a store"),
         (damage_shape, "do not go together"),
@@ -161,8 +206,9 @@ def missing_array(path):
 )
 def test_damaged_stores_are_refused(path, damage, message):
     damage(path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         open_store(path)
+    assert len(str(caught.value)) < 1000
 
 
 def test_no_store(tmp_path):
