@@ -261,16 +261,20 @@ def reading(model: Callable[..., Any]) -> Iterator[dict[str, Tensor]]:
     """
     found = named_tensors(model)
     read: dict[str, Tensor] = {}
-    recorder = _recorder() if found else None
+    mode = _recorder() if found else None
+    recorder = None if mode is None else mode()
     with nullcontext() if recorder is None else recorder:
         yield read
     if recorder is not None:
         read.update({name: tensor for name, tensor in found.items() if _key(tensor) in recorder.keys})
 
 
+@functools.cache
 def _recorder() -> Any:
-    """A dispatch mode that notes which tensors operations use; None if torch has no such modes where they are today,
-    which is not its public interface."""
+    """The class of a dispatch mode that notes which tensors operations use.
+
+    None if torch has no such modes where they are today, which is not its public interface.
+    """
     try:
         from torch.utils._python_dispatch import TorchDispatchMode
     except ImportError:
@@ -291,7 +295,7 @@ def _recorder() -> Any:
                 self.keys |= {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
             return func(*args, **(kwargs or {}))
 
-    return Recorder()
+    return Recorder
 
 
 def _key(tensor: Tensor) -> Any:
@@ -341,12 +345,20 @@ def _references(value: Any, namespace: Mapping[str, Any] | None) -> Iterator[tup
             yield from ((name, item, namespace) for item in _contents(cell))
         # Of global variables modules, and functions beside the model's; libraries are not looked into.
         if namespace is None or namespace is value.__globals__:
-            for name in value.__code__.co_names:
+            for name in _global_names(value.__code__):
                 item = value.__globals__.get(name)
                 if isinstance(item, (nn.Module, types.FunctionType)):
                     yield name, item, value.__globals__
     elif callable(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
         yield from ((name, item, namespace) for name, item in vars(value).items())
+
+
+def _global_names(code: types.CodeType) -> Iterator[str]:
+    """Names that a function uses, also within functions that it defines."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _global_names(constant)
 
 
 def _contents(cell: Any) -> list[Any]:

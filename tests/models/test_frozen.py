@@ -83,6 +83,17 @@ def of_list(layers):
     return lambda x, y=None: weighted(lambda x: layers[0](x), x, y)
 
 
+first, second = linear(1), linear(2)
+
+
+def of_a_global(x, y=None):
+    return weighted(lambda x: torch.vmap(lambda row: first(row))(x), x, y)
+
+
+def of_another_global(x, y=None):
+    return weighted(lambda x: torch.vmap(lambda row: second(row))(x), x, y)
+
+
 class Service:
     """A model as a method of an object."""
 
@@ -116,6 +127,7 @@ PAIRS = {
     "wrapped": (lambda: poutine.scale(Head(1), scale=2.0), lambda: poutine.scale(Head(2), scale=2.0), "backbone.bias"),
     "partial": (lambda: functools.partial(weighted, linear(1)), lambda: functools.partial(weighted, linear(2)), "bias"),
     "list": (lambda: of_list([linear(1)]), lambda: of_list([linear(2)]), "weight"),
+    "global": (lambda: of_a_global, lambda: of_another_global, "weight"),
     "method": (lambda: Service(linear(1)).model, lambda: Service(linear(2)).model, "weight"),
 }
 
@@ -197,7 +209,7 @@ def test_without_dispatch_modes_of_torch_nothing_is_read(monkeypatch):
 
 def test_torch_does_not_import_its_compiler_for_it():
     """Torch wraps the method in one that does, unless the class says otherwise, which is not its public interface."""
-    assert not hasattr(type(frozen._recorder()).__torch_dispatch__, "__wrapped__")
+    assert not hasattr(frozen._recorder().__torch_dispatch__, "__wrapped__")
 
 
 def test_a_digest_is_of_dtype_shape_and_numbers():
