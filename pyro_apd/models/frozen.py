@@ -24,6 +24,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from pyro_apd.data.loader import is_loader
 from pyro_apd.data.sources import shown_arguments
 from pyro_apd.errors import ArtifactError
 from pyro_apd.models.bnn import BNN
@@ -99,11 +100,10 @@ class FrozenTensors:
         kwargs: Mapping[str, Any],
         num_data: int | None = None,
     ) -> FrozenTensors | None:
-        """The same from arguments of a run, which may be a loader: then the model is given its first batch."""
-        if not named_tensors(model):
-            return cls({})
-        with torch.random.fork_rng(devices=[]):
-            shown, shown_kwargs, _ = shown_arguments(args, kwargs, num_data)
+        """The same from arguments of a run. No batch of a loader is taken: they are the run's."""
+        if is_loader(args, num_data):
+            return cls.of(model, sites)
+        shown, shown_kwargs, _ = shown_arguments(args, kwargs, num_data)
         return cls.of(model, sites, shown, shown_kwargs)
 
     @classmethod

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import pyro_apd
+from benchmarks.fuzz_files import sealed, split
 from pyro_apd.cli.demo import one_thread, require_device
 from pyro_apd.cli.main import main
+from pyro_apd.models.frozen import FrozenTensors, digest
 from pyro_apd.posterior.posterior import DistilledPosterior
 
 
@@ -115,8 +117,32 @@ def test_inspect_prints_what_a_file_holds(capsys):
         "layers.6.weight [521, 16] I8, 8,336 bytes",
         "notes: second format",
         "loss (2 numbers)",
+        "frozen      not known",
     ):
         assert part in text, part
+
+
+def test_inspect_names_frozen_weights(capsys, tmp_path):
+    posterior = DistilledPosterior.load(FILES / "posterior_v2_float32.safetensors")
+    values = {f"net.{i}.weight": torch.zeros(2) for i in range(10)}
+    for count, is_whole, expected in ((0, False, "none"), (2, False, "digests only"), (10, True, ", ...; numbers")):
+        some = dict(list(values.items())[:count])
+        posterior.frozen = FrozenTensors({name: digest(value) for name, value in some.items()}, values=some)
+        posterior.save(tmp_path / "p", frozen=is_whole)
+        assert main(["inspect", str(tmp_path / "p")]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("frozen")]
+        assert expected in line
+
+
+def test_inspect_of_what_is_no_text_is_a_message(capsys, tmp_path):
+    posterior = DistilledPosterior.load(FILES / "posterior_v2_float32.safetensors")
+    posterior.save(tmp_path / "p")
+    header, description, data = split((tmp_path / "p").read_bytes())
+    description["training_log"] = {"loss": 3}
+    (tmp_path / "p").write_bytes(sealed(header, description, data))
+    for arguments in (["inspect"], ["inspect", "--json"]):
+        assert main([*arguments, str(tmp_path / "p")]) == 2
+        assert "'training_log'" in capsys.readouterr().err
 
 
 def test_inspect_as_json(capsys):

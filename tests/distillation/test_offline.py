@@ -88,6 +88,7 @@ def test_a_posterior_knows_its_data_its_precision_and_its_network():
     posterior = distill(draws, model, data=(X, Y), num_steps=2, seed=0, progress=False, storage_dtype="float16")
     assert posterior.metadata["data"] == fingerprint(X, Y)
     assert (posterior.storage_dtype, posterior.network()(X).shape) == ("float16", (60, 3))
+    assert posterior.frozen.read == {}
     assert "data" not in distill(draws, num_steps=2, seed=0, progress=False).metadata
 
 

@@ -103,6 +103,7 @@ def test_rounds_are_logged_and_told_of():
     posterior = run(rounds=3, on_round=lambda p, n: told.append((p, n)))
     assert [n for _, n in told] == [10, 20, 40]
     assert all(isinstance(p, DistilledPosterior) for p, _ in told)
+    assert all(p.frozen.read == {} for p, _ in told)
     assert told[-1][0] is posterior
     metadata = posterior.metadata
     assert (metadata["online"], metadata["draws_seen"], metadata["seed"]) == (True, 40, 0)

@@ -207,6 +207,26 @@ def test_without_dispatch_modes_of_torch_nothing_is_read(monkeypatch):
     assert known(Head(1), X, Y).read == {}
 
 
+def test_no_batch_is_taken_from_the_loader_of_a_run():
+    """It would change which batches the run gets."""
+    taken = []
+
+    class Batches:
+        def __iter__(self):
+            taken.append(1)
+            return iter([(X, Y)])
+
+    assert FrozenTensors.of_run(Head(1), [], (Batches(),), {}, num_data=6) is None
+    assert set(FrozenTensors.of_run(BNN(last_layer(1), "gaussian"), [], (Batches(),), {}, num_data=6).read) == set(
+        fixed_tensors(BNN(last_layer(1)))
+    )
+    assert not taken
+    assert set(FrozenTensors.of_run(Head(1), ["head.weight", "head.bias"], (X, Y), {}).read) == {
+        "backbone.weight",
+        "backbone.bias",
+    }
+
+
 def test_torch_does_not_import_its_compiler_for_it():
     """Torch wraps the method in one that does, unless the class says otherwise, which is not its public interface."""
     assert not hasattr(frozen._recorder().__torch_dispatch__, "__wrapped__")
