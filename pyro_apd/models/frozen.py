@@ -28,7 +28,7 @@ from pyro_apd.data.loader import is_loader
 from pyro_apd.data.sources import shown_arguments
 from pyro_apd.errors import ArtifactError
 from pyro_apd.models.bnn import BNN
-from pyro_apd.runtime.global_state import preserved_param_store
+from pyro_apd.runtime.global_state import preserved_param_store, seeded
 from pyro_apd.runtime.trees import tree_leaves
 
 logger = logging.getLogger("pyro_apd")
@@ -77,9 +77,8 @@ class FrozenTensors:
             return cls({})
         if args is None:
             return cls._read_only(fixed_tensors(model)) if isinstance(model, BNN) else None
-        fork = torch.random.fork_rng(devices=[])
         try:
-            with reading(model) as read, poutine.block(), preserved_param_store(), torch.no_grad(), fork:
+            with preserved_param_store(), reading(model) as read, poutine.block(), torch.no_grad(), seeded(0):
                 model(*args, **(kwargs or {}))
         except Exception as error:
             logger.debug("Frozen tensors of the model are not known: %s.", error)

@@ -395,8 +395,5 @@ class DistilledPosterior(nn.Module):
 
     def _like(self) -> Tensor:
         """A scalar of the generator's floating dtype and device."""
-        for value in self.generator.state_dict().values():
-            if value.is_floating_point():
-                scalar: Tensor = value.new_zeros(())
-                return scalar
-        return torch.zeros(())
+        floating = (value for value in self.generator.state_dict().values() if value.is_floating_point())
+        return next((value.new_zeros(()) for value in floating), torch.zeros(()))

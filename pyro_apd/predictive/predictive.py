@@ -46,7 +46,7 @@ from pyro_apd.predictive.vmap_draws import (
     parameters_valid,
     sample_freshly,
 )
-from pyro_apd.runtime.global_state import preserved_param_store
+from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
 # A name that no site of a model has.
 _VALID = "_pyro_apd_parameters_valid"
@@ -115,7 +115,7 @@ class Predictive(pyro.infer.Predictive):
                 return self._reduced(args, kwargs)
             if self.parallel or am_i_wrapped():
                 if self.posterior_samples:
-                    with poutine.block(), torch.random.fork_rng(devices=[]):
+                    with poutine.block(), seeded(0):
                         nodes = _prototype(self.model, args, kwargs)[0].nodes
                     check_sites(nodes, self.posterior_samples, "posterior_samples")
                 return {name: value.detach() for name, value in super().forward(*args, **kwargs).items()}
@@ -153,9 +153,7 @@ class Predictive(pyro.infer.Predictive):
         with reading(self.model) as read:
             nodes = _prototype(self.model, args, kwargs)[0].nodes
         theirs = {site.name: tuple(nodes[site.name]["value"].shape) for site in layout if site.name in nodes}
-        unlike = {
-            site.name: (site.shape, theirs.get(site.name)) for site in layout if theirs.get(site.name) != site.shape
-        }
+        unlike = {s.name: (s.shape, theirs.get(s.name)) for s in layout if theirs.get(s.name) != s.shape}
         if unlike:
             raise ValueError(
                 f"`guide` is a posterior of another model: its sites and shapes, and what the model has there, are "
@@ -171,9 +169,8 @@ class Predictive(pyro.infer.Predictive):
             check_sites(trace.nodes, draws, "posterior_samples" if self.guide is None else "guide")
         shapes = {name: (self.num_samples, *shape) for name, shape in _shapes(trace, draws, return_sites).items()}
         at_hand = {} if isinstance(draws, DrawSource) else draws
-        computed = self._evaluate(
-            self.model, draws, [name for name in shapes if name not in at_hand], footprint, args, kwargs
-        )
+        wanted = [name for name in shapes if name not in at_hand]
+        computed = self._evaluate(self.model, draws, wanted, footprint, args, kwargs)
         # A latent given is returned as given; a copy, so that writing to a result leaves the posterior alone.
         return {
             name: computed[name].reshape(shape) if name in computed else at_hand[name].clone().reshape(shape)
