@@ -38,7 +38,8 @@ from torch.distributions import biject_to
 import pyro_apd as apd
 from benchmarks.common import markdown_table, write_json
 from benchmarks.model_fuzz_models import Model, data_source, draw, model_source, reference_source
-from pyro_apd.models.potential import Potential, build_potential
+from pyro_apd.models.building import build_potential
+from pyro_apd.models.potential import Potential
 
 REFUSALS = (apd.ModelError, apd.DataError, ValueError)
 TOLERANCE = 1e-4

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import operator
 import os
 import zipfile
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def digits(seed: int = 0, test_size: float | int = 0.2) -> Dataset:
             "Give a share in (0, 1) or a number of images."
         )
     x_train, x_test, y_train, y_test = train_test_split(
-        bundle.data, bundle.target, test_size=num_test, random_state=seed, stratify=bundle.target
+        bundle.data, bundle.target, test_size=num_test, random_state=operator.index(seed), stratify=bundle.target
     )
     # Pixels count from 0 to 16.
     return Dataset(
@@ -110,7 +111,7 @@ def noise(like: Tensor, seed: int = 0) -> Tensor:
     """
     if not like.is_floating_point() or like.numel() == 0:
         raise ValueError(f"`like` must hold inputs of a floating dtype; got shape {tuple(like.shape)}, {like.dtype}.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(operator.index(seed))
     unit = torch.rand(like.shape, generator=generator, dtype=like.dtype).to(like.device)
     low, high = like.aminmax()
     return low + (high - low) * unit

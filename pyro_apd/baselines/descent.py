@@ -22,7 +22,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_apd.errors import ModelError
-from pyro_apd.models.potential import Potential, build_potential
+from pyro_apd.models.building import build_potential
+from pyro_apd.models.potential import Potential
 from pyro_apd.predictive.predictive import log_likelihood
 from pyro_apd.runtime.checks import integer, number
 from pyro_apd.runtime.global_state import preserved_param_store, seeded

@@ -33,6 +33,7 @@ from pyro_apd.chains.settings import Settings, draws_path
 from pyro_apd.chains.stores.base import DrawStore, MemoryStore, kept_layout
 from pyro_apd.chains.stores.disk import DiskStore, open_store
 from pyro_apd.chains.workers import Job, run_workers
+from pyro_apd.data.loader import refuse_worker_processes
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.kernels.engine.temperature import Temperature
 from pyro_apd.models.frozen import FrozenTensors
@@ -88,6 +89,8 @@ class Run:
         :raises CheckpointError: if another run writes the same files.
         :raises OSError: if a folder for them cannot be made.
         """
+        if self._is_parallel:
+            refuse_worker_processes(self.args)
         for name, path in self._own_files().items():
             self._lock(name, path)
         saved = self._read()

@@ -130,12 +130,18 @@ def checked_initial_params(params: Mapping[str, Tensor] | None, num_chains: int)
     """
     if params is None:
         return None
+    if not isinstance(params, Mapping):
+        raise ValueError(
+            f"initial_params is a {type(params).__name__}; give a dict of unconstrained values by site, such as "
+            "{'w': torch.zeros(3)}."
+        )
+    values = {name: torch.as_tensor(value) for name, value in params.items()}
     if num_chains == 1:
-        return {name: torch.as_tensor(value).unsqueeze(0) for name, value in params.items()}
-    for name, value in params.items():
+        return {name: value.unsqueeze(0) for name, value in values.items()}
+    for name, value in values.items():
         if value.dim() == 0 or len(value) != num_chains:
             raise ValueError(
                 f"initial_params has '{name}' of shape {tuple(value.shape)}; with num_chains={num_chains} its leading "
                 f"dimension must be {num_chains}, a start for each chain."
             )
-    return dict(params)
+    return values

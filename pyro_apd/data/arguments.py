@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from pyro_apd.errors import DataError, ModelError
 from pyro_apd.runtime.trees import tree_flatten_with_path
 
-# Words in torch's error messages about incompatible dtypes.
-_ABOUT_TYPES = ("dtype", "scalar type", "same type")
+# Words in torch's error messages about incompatible dtypes, and about incompatible shapes.
+_ABOUT_TYPES = ("type",)
+_ABOUT_SHAPES = ("shape", "size", "dimension", "broadcast", "channels", "must be a Tensor", "instances of Number")
 
 
 def argument_name(path: Sequence[Any]) -> str:
@@ -45,6 +48,20 @@ def check_one_device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         )
 
 
+def not_finite(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DataError | None:
+    """The error that names the first argument with NaN or infinite entries; None where there is none."""
+    for name, value in named_tensors(args, kwargs).items():
+        # The extremes are NaN or infinite where any entry is, and take a fraction of the time that testing each takes.
+        if value.is_floating_point() and value.numel() and not bool(torch.isfinite(torch.stack(value.aminmax())).all()):
+            bad = int((~torch.isfinite(value)).sum())
+            return DataError(
+                f"Argument {name} of the model, shape {tuple(value.shape)}, holds {bad} NaN or infinite entries. "
+                "Remove or impute those rows before sampling. To leave missing targets out, use `with "
+                "pyro.poutine.mask(mask=~y.isnan()):` around the observed site, and obs=y.nan_to_num() in it."
+            )
+    return None
+
+
 def drawn_latents(trace: Any) -> dict[str, Tensor]:
     """The latents in a Pyro trace, also in the incomplete trace of a model that failed."""
     return {
@@ -62,15 +79,18 @@ def explaining_errors(
 
     :param args: the model's arguments, and ``kwargs`` its keyword arguments.
     :param latents: returns the values of the latents that were drawn before the failure, by site.
-    :raises DataError: in place of a RuntimeError, where dtype or device of an argument are not those of the latents.
+    :raises DataError: in place of a RuntimeError or ValueError, where dtype or device of an argument are not those of
+        the latents.
     :raises ModelError: in place of a TypeError, where the model does not take such arguments.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # recurrent layers raise a ValueError
+        if isinstance(error, (DataError, ModelError)):
+            raise
         reason = _mismatch(str(error), named_tensors(args, kwargs), latents())
         if reason:
-            raise DataError(f"The model fails on its arguments ({str(error).splitlines()[0]}): {reason}") from error
+            raise DataError(f"The model fails on its arguments ({_first_line(error)}): {reason}") from error
         raise
     except TypeError as error:
         if "argument" in str(error) and not latents():
@@ -80,6 +100,84 @@ def explaining_errors(
                 "must be a Pyro model with sample sites; apd.BNN(net) makes one of a plain torch.nn.Module."
             ) from error
         raise
+
+
+def explain_arguments(error: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises DataError that lists the arguments, where a model failed because of types or shapes."""
+    arrays = [
+        f"{name} is a {type(leaf).__name__}"
+        for name, leaf in [*((f"#{i}", arg) for i, arg in enumerate(args)), *((repr(k), v) for k, v in kwargs.items())]
+        if isinstance(leaf, (list, tuple, np.ndarray))
+    ]
+    if arrays and isinstance(error, (TypeError, AttributeError, ValueError)):
+        raise DataError(
+            f"The model fails on its arguments ({_first_line(error)}): {', '.join(arrays)}. Models compute with "
+            "tensors: use torch.as_tensor(...)."
+        ) from error
+    if isinstance(error, (RuntimeError, ValueError)) and any(
+        word in str(error) for word in (*_ABOUT_TYPES, *_ABOUT_SHAPES)
+    ):
+        given = [f"{name} {value.dtype} {tuple(value.shape)}" for name, value in named_tensors(args, kwargs).items()]
+        raise DataError(
+            f"The model fails on its arguments ({_first_line(error)}). It was called with {', '.join(given)}: check "
+            "the order of the arguments, as in mcmc.run(x, y), their shapes and dtypes."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:300]
+
+
+def check_kinds(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Checks that arguments are of a kind that can be given to a model.
+
+    :raises DataError: for data frames, sparse tensors, and where there are no rows.
+    """
+    for path, leaf in tree_flatten_with_path((args, dict(kwargs)))[0]:
+        name = argument_name(path)
+        if hasattr(leaf, "to_numpy") and not isinstance(leaf, Tensor):
+            raise DataError(
+                f"Argument {name} of the model is a {type(leaf).__name__}; models compute with tensors. Pass "
+                'torch.tensor(x.to_numpy(dtype="float32")), and class labels as .to_numpy(dtype="int64").'
+            )
+        if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
+            raise DataError(
+                f"Argument {name} of the model is sparse ({leaf.layout}), and rows of such tensors cannot be taken. "
+                "Pass x.to_dense()."
+            )
+    lengths = {name: len(leaf) for name, leaf in _with_rows(args, kwargs)}
+    if lengths and next(iter(lengths.values())) == 0:
+        raise DataError(f"Argument {next(iter(lengths))} of the model has no rows: there are no data to learn from.")
+
+
+def _with_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Tensors and arrays with rows, by name."""
+    for path, leaf in tree_flatten_with_path((args, dict(kwargs)))[0]:
+        if isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim > 0:
+            yield argument_name(path), leaf
+
+
+def with_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments, with lists of a number for each row as tensors.
+
+    A list of another length, such as one of layer sizes, is left as it is.
+    """
+    num_rows = next((len(leaf) for _, leaf in _with_rows(args, kwargs)), 0)
+
+    def converted(value: Any) -> Any:
+        if not isinstance(value, (list, tuple)) or len(value) != num_rows or num_rows < 2:
+            return value
+        if any(isinstance(entry, Tensor) for entry in value):
+            return value
+        try:
+            array = np.asarray(value)
+        except ValueError:  # rows of unequal length
+            return value
+        if array.dtype.kind not in "biuf":
+            return value
+        return torch.as_tensor(array, dtype=torch.get_default_dtype() if array.dtype.kind == "f" else None)
+
+    return tuple(map(converted, args)), {name: converted(value) for name, value in kwargs.items()}
 
 
 def _mismatch(message: str, tensors: Mapping[str, Tensor], latents: Mapping[str, Tensor]) -> str:

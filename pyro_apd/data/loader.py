@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
 
+from pyro_apd.data.epochs import check_rows_of_epoch, epoch_of
 from pyro_apd.data.index_stream import Generators
-from pyro_apd.data.minibatch import NUM_PROBED, Call, MinibatchSource, ProbeRows, RowSubsample, joined
+from pyro_apd.data.minibatch import NUM_PROBED, Call, ProbeRows, RowSubsample, joined
+from pyro_apd.data.outside_memory import OutsideMemory
 from pyro_apd.errors import DataError
 from pyro_apd.runtime.global_state import other_random_states
 from pyro_apd.runtime.prefetch import PrefetchQueue, Sender, Transfer, Worker
@@ -27,35 +29,28 @@ from pyro_apd.runtime.trees import tree_flatten, tree_unflatten
 _END: Any = object()
 
 
-class LoaderBatches(MinibatchSource):
+class LoaderBatches(OutsideMemory):
     """Batches from an iterable, such as a :class:`~torch.utils.data.DataLoader`, epoch after epoch.
 
     A tuple or list becomes positional arguments of the model, a dict keyword arguments, a tensor its only argument.
     Batches are sent to ``device``. A sized iterable that holds each datum once per epoch scales every batch by the
     number of batches, also a shorter last one: the mean over an epoch is then exact, and a last batch of one row is not
-    scaled by N. Other iterables scale by N over the rows of the batch.
+    scaled by N. Other iterables scale by N over the rows of the batch. At the end of an epoch its rows are counted.
 
     With ``prefetch``, a thread reads from the second batch of an epoch on. Code in that thread must not draw from the
     global generators of torch, NumPy and Python, which the caller uses, too. So the first batch of each epoch, where
     samplers are seeded, is read in the calling thread. All others are read there, too, if the second one is found to
     draw from them (random crops, for example).
 
-    :param int num_data: N.
-    :raises ValueError: if ``num_data`` is neither given nor known from ``loader.dataset``.
+    :param int num_data: N, where the loader does not show it; see :func:`~pyro_apd.data.epochs.epoch_of`.
+    :raises ValueError: if N is not known, is not ``num_data``, or rows do not come equally often.
     """
 
     def __init__(
         self, loader: Iterable[Any], kwargs: Mapping[str, Any], num_data: int | None, device: torch.device | None = None
     ) -> None:
-        if num_data is None:
-            try:
-                num_data = len(loader.dataset)  # type: ignore[attr-defined]
-            except (AttributeError, TypeError):
-                raise ValueError(
-                    "The number of data behind an iterable of batches is not known, so the likelihood of a batch "
-                    "cannot be scaled to the full data. Pass num_data=N to the kernel."
-                ) from None
-        self.num_data = num_data
+        self._epoch = epoch_of(loader, num_data)
+        self.num_data = self._epoch.num_data
         self.device = device
         self._loader, self._kwargs = loader, dict(kwargs)
         self._iterator: Iterator[Any] | None = None
@@ -65,21 +60,25 @@ class LoaderBatches(MinibatchSource):
         self._random_state: Tensor | None = None
         self._before_epoch: Tensor | None = None
         self._num_taken = 0
+        self._num_rows: int | None = 0  # of this epoch so far; None where its first batches were skipped
         self._by_chain: list[LoaderBatches] = []
         self._worker = Worker()  # shared by all copies: only one thread reads at a time
         self._queue: PrefetchQueue[Any] = PrefetchQueue(self._worker)
         self._sender = Sender(device)
         self._draws_nothing: bool | None = None
+        self._num_read = 0  # batches of this epoch, those that are read ahead included
 
     def start(self, generators: Generators) -> None:
         """Starts chains. The loader shuffles by a seed from each generator; the global generator is not used."""
         super().start(generators)
         self._worker.wait()
-        self._by_chain, self._iterator, self._num_taken = [], None, 0
+        self._by_chain, self._iterator, self._num_taken, self._num_rows = [], None, 0, 0
         self._queue, self._sender = PrefetchQueue(self._worker), Sender(self.device)
+        self._targets = self._targets.again(self._epoch.num_data)
         if not isinstance(generators, torch.Generator):
             self._by_chain = [copy.copy(self) for _ in generators]
             for source, generator in zip(self._by_chain, generators, strict=True):
+                source.watch = None  # they are watched together
                 source.start(generator)
             return
         seed = torch.randint(2**62, (), generator=generators, device=generators.device)
@@ -105,8 +104,9 @@ class LoaderBatches(MinibatchSource):
             self._random_state, self._iterator, self._num_taken = state["before_epoch"], None, 0
             for _ in range(int(state["num_taken"])):
                 self._next_batch()
+            self._num_rows = None
 
-    def draw(self) -> tuple[Tensor, ...]:
+    def _draw(self) -> tuple[Tensor, ...]:
         """The tensors of the next batch, flattened.
 
         :raises DataError: if the iterable is exhausted or a batch holds no tensors.
@@ -116,8 +116,11 @@ class LoaderBatches(MinibatchSource):
             batches = [source.draw() for source in self._by_chain]
             self._spec = self._by_chain[0]._spec
             self._full_rows = self._by_chain[0]._full_rows
-            return tuple(torch.stack(leaves) for leaves in zip(*batches, strict=True))
-        return self._received(*self._next_sent())
+            return _stacked(batches)
+        inputs = self._received(*self._next_sent())
+        if self._num_rows is not None:
+            self._num_rows += len(inputs[0])
+        return inputs
 
     def _next_sent(self) -> tuple[Transfer, Any]:
         if self.ahead and self._draws_nothing and self._iterator is not None:
@@ -128,7 +131,7 @@ class LoaderBatches(MinibatchSource):
                 self._num_taken += 1
                 return found  # type: ignore[no-any-return]
             self._queue.clear()
-            self._iterator = None
+            self._end_epoch()
         if self._num_taken != 1 or self._draws_nothing is not None:
             return self._sent(self._next_batch())
         before, others = self._random_state, other_random_states()
@@ -142,12 +145,14 @@ class LoaderBatches(MinibatchSource):
     def _read(self, iterator: Iterator[Any]) -> Any:
         """In the thread: the next batch, on its way to the device."""
         batch = next(iterator, _END)
+        self._num_read += 1
         return batch if batch is _END else self._sent(batch)
 
     def _sent(self, batch: Any) -> tuple[Transfer, Any]:
         if type(batch) in (tuple, list) and batch and all(type(leaf) is Tensor and leaf.dim() > 0 for leaf in batch):
             if len(batch) not in self._tuple_specs:  # flattening takes as long as reading a small batch
                 self._tuple_specs[len(batch)] = tree_flatten(self._as_call(batch))[1]
+            self._targets.look(batch, self._place)
             return self._sender.send(batch), self._tuple_specs[len(batch)]
         leaves, spec = tree_flatten(self._as_call(batch))
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
@@ -156,7 +161,11 @@ class LoaderBatches(MinibatchSource):
                 f"A batch must consist of tensors with rows; got {[type(leaf).__name__ for leaf in leaves]}. Pass "
                 "arguments that do not change as keywords of mcmc.run(...)."
             )
+        self._targets.look(tensors, self._place)
         return self._sender.send(tensors), spec
+
+    def _place(self, row: int) -> str:
+        return f"batch {self._num_read} of an epoch, row {row}"
 
     def _received(self, sent: Transfer, spec: Any) -> tuple[Tensor, ...]:
         self._spec = spec
@@ -203,15 +212,20 @@ class LoaderBatches(MinibatchSource):
 
     def scale(self, inputs: tuple[Tensor, ...]) -> float:
         """N/B, with the average B of an epoch where it is known."""
-        assert self.num_data is not None
         rows = inputs[0].shape[0]
+        if self._covers_once(rows):
+            return float(self._epoch.num_batches or len(self._loader))  # type: ignore[arg-type]
+        return self._epoch.num_data / rows
+
+    def _covers_once(self, rows: int = 0) -> bool:
+        """Whether an epoch holds each of the N rows once, as far as its number of batches shows it."""
+        if self._epoch.is_shown or getattr(self._loader, "drop_last", False):
+            return self._epoch.num_batches is not None
         try:
             num_batches = len(self._loader)  # type: ignore[arg-type]
         except TypeError:
-            return self.num_data / rows
-        covers_once = num_batches == -(-self.num_data // max(self._full_rows, rows))
-        covers_once = covers_once and not getattr(self._loader, "drop_last", False)
-        return float(num_batches) if covers_once else self.num_data / rows
+            return False
+        return num_batches == -(-self._epoch.num_data // max(self._full_rows, rows, 1))
 
     def _next_batch(self) -> Any:
         """The next batch, drawn with the source's own random numbers, where it was started."""
@@ -234,9 +248,10 @@ class LoaderBatches(MinibatchSource):
             try:
                 batch = next(self._iterator)
                 self._num_taken += 1
+                self._num_read = self._num_taken
                 return batch
             except StopIteration:
-                self._iterator = None
+                self._end_epoch()
         raise DataError(
             "The iterable of batches is exhausted. Pass one that can be iterated again, such as a DataLoader or a "
             "list, not an iterator or generator."
@@ -250,11 +265,38 @@ class LoaderBatches(MinibatchSource):
         generators = [getattr(part, "generator", None) for part in parts]
         return [generator for generator in generators if isinstance(generator, torch.Generator)]
 
+    def _end_epoch(self) -> None:
+        self._iterator = None
+        if self._num_rows:
+            check_rows_of_epoch(self._epoch, self._num_rows, self._covers_once())
+        self._num_rows = 0
+
     @staticmethod
     def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if isinstance(batch, Mapping):
             return (), dict(batch)
         return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
+def _stacked(batches: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Batches of C chains as one, with a leading dimension of C."""
+    shapes = {tuple(tuple(tensor.shape) for tensor in batch) for batch in batches}
+    if len(shapes) > 1:
+        raise DataError(
+            f"The batches of vectorised chains must have one shape; the loader gave {sorted(shapes)}. Give batches of "
+            "equal size, or use chain_method='sequential'."
+        )
+    return tuple(torch.stack(leaves) for leaves in zip(*batches, strict=True))
+
+
+def refuse_worker_processes(args: Sequence[Any]) -> None:
+    """Raises ValueError if the run's loader has worker processes: a chain's own process cannot start them."""
+    num_workers = getattr(args[0], "num_workers", 0) if len(args) == 1 else 0
+    if num_workers:
+        raise ValueError(
+            f"The DataLoader has num_workers={num_workers}, and chain_method='parallel' runs each chain in a process "
+            "that cannot start others. Use num_workers=0, or chain_method='vectorized', which reads in this process."
+        )
 
 
 def is_loader(args: Sequence[Any], num_data: int | None) -> bool:

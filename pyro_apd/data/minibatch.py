@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_apd.data.arguments import argument_name
 from pyro_apd.data.index_stream import (
     Generators,
     Indices,
@@ -32,8 +31,8 @@ from pyro_apd.data.index_stream import (
     index_stream,
     set_generator_states,
 )
-from pyro_apd.errors import DataError
-from pyro_apd.runtime.trees import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
+from pyro_apd.data.targets import Targets, check_all_rows
+from pyro_apd.runtime.trees import tree_flatten, tree_leaves, tree_unflatten
 
 #: Batches that a source outside memory reads beside the first one, for more rows to compare the model on.
 NUM_PROBED = 3
@@ -78,6 +77,7 @@ class MinibatchSource(ABC):
     :ivar int prefetch: how many times ``at_once`` batches a source outside memory reads ahead of their use.
     :ivar int at_once: batches that are used together, and read together.
     :ivar device: where batches are sent; None leaves them where they are.
+    :ivar int rows_in_memory: rows that :meth:`call_on` chooses from; 0 where there is no choice.
     """
 
     num_data: int | None = None
@@ -87,6 +87,8 @@ class MinibatchSource(ABC):
     prefetch: int = 0
     at_once: int = 1
     device: torch.device | None = None
+    rows_in_memory: int = 0
+    _leaves: Sequence[Any] = ()
 
     def start(self, generators: Generators) -> None:
         """Starts a chain, or C chains. All random numbers come from ``generators`` from here on.
@@ -131,6 +133,23 @@ class MinibatchSource(ABC):
 
     def close(self) -> None:  # noqa: B027 - a source in memory has no thread
         """Ends the source's thread, if it has one; no more batches are drawn."""
+
+    def row_numbers(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        """The numbers in the full data of the rows of a batch; None where they are not known."""
+        rows = inputs[0] if self.rows_in_memory and not self.plates else None
+        return torch.arange(self.num_data or 0) if self.is_full else rows
+
+    def call_on(self, rows: Tensor) -> Call:
+        """The call on chosen rows in memory; of a plate, as many as it draws."""
+        return self.bind((rows.to(self._device()),))
+
+    def check_targets(self, targets: Sequence[Targets], call: Call, inputs: tuple[Tensor, ...]) -> None:
+        """Checks all rows of arguments that are the values of an observed site, or has them checked as they come.
+
+        :param targets: with positions among the leaves of the arguments of ``call``, on the batch ``inputs``.
+        :raises DataError: if a value lies outside its support.
+        """
+        check_all_rows(targets, self._leaves)
 
     def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
         """Batches in which each datum occurs equally often, with weights that sum to 1.
@@ -201,11 +220,12 @@ class PlateSubsample(MinibatchSource):
         plates: Mapping[str, tuple[int, int]],
         replacement: bool = False,
     ) -> None:
-        self._args = tuple(args)
-        self._kwargs = dict(kwargs)
+        self._args, self._kwargs = tuple(args), dict(kwargs)
         self.plates = dict(plates)
         self.replacement = replacement
         self.num_data = max(size for size, _ in plates.values())
+        self.rows_in_memory = self.num_data if len(plates) == 1 else 0
+        self._leaves = tree_leaves((self._args, self._kwargs))
 
     def start(self, generators: Generators) -> None:
         """Starts chains with one stream of indices per plate."""
@@ -277,7 +297,7 @@ class RowSubsample(MinibatchSource):
                 "batch_size= slices the rows of tensors given to mcmc.run(...), but none of the arguments is a tensor "
                 "with rows. Pass the full data as tensors, or a DataLoader with num_data=."
             )
-        self.num_data = with_rows[0].shape[0] if num_data is None else num_data
+        self.num_data = self.rows_in_memory = with_rows[0].shape[0] if num_data is None else num_data
         self._leaves = leaves
         self._has_rows = [_has_rows(leaf) and leaf.shape[0] == self.num_data for leaf in leaves]
         if not any(self._has_rows):
@@ -351,14 +371,3 @@ def check_batch_size(batch_size: int, num_data: int) -> None:
 
 def _has_rows(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > 0
-
-
-def check_finite(call: Call) -> None:
-    """Raises :class:`~pyro_apd.errors.DataError` naming the first argument with NaN or infinite entries."""
-    for path, leaf in tree_flatten_with_path((call.args, call.kwargs))[0]:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-            bad = int((~torch.isfinite(leaf)).sum())
-            raise DataError(
-                f"Argument {argument_name(path)} of the model, shape {tuple(leaf.shape)}, holds {bad} NaN or infinite "
-                "entries. Remove or impute those rows before sampling."
-            )

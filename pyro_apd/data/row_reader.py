@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pyro_apd.data.arguments import argument_name
 from pyro_apd.data.index_stream import Generators, batches_per_epoch, index_stream
-from pyro_apd.data.minibatch import NUM_PROBED, Call, MinibatchSource, ProbeRows, check_batch_size, joined
+from pyro_apd.data.minibatch import NUM_PROBED, Call, ProbeRows, check_batch_size, joined
+from pyro_apd.data.outside_memory import OutsideMemory
 from pyro_apd.errors import DataError
 from pyro_apd.runtime.prefetch import PrefetchQueue, Sender, Transfer, Worker
 from pyro_apd.runtime.trees import tree_flatten_with_path, tree_leaves, tree_unflatten
@@ -40,7 +41,7 @@ def has_stored_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return any(is_stored(leaf) for leaf in tree_leaves((tuple(args), dict(kwargs))))
 
 
-class RowReader(MinibatchSource):
+class RowReader(OutsideMemory):
     """As :class:`~pyro_apd.data.minibatch.RowSubsample`, for arguments that need not be tensors in memory.
 
     The rows of a batch are read when it is due, or by a thread ``ahead`` batches earlier, and sent to ``device``. The
@@ -79,6 +80,7 @@ class RowReader(MinibatchSource):
         self._worker = Worker()  # shared by all copies: only one thread reads at a time
         self._queue: PrefetchQueue[Transfer] = PrefetchQueue(self._worker)
         self._sender = Sender(device)
+        self._last_rows: Tensor | None = None
 
     def start(self, generators: Generators) -> None:
         """Starts chains with a stream of row indices, which are drawn on the host."""
@@ -90,6 +92,7 @@ class RowReader(MinibatchSource):
         self._worker.wait()
         self._streams = [index_stream(self.num_data, self.batch_size, self._generators, self.replacement)]
         self._queue, self._sender = PrefetchQueue(self._worker), Sender(self.device)
+        self._targets = self._targets.again(self.num_data * len(listed))
 
     def close(self) -> None:
         """Ends the reading thread."""
@@ -107,7 +110,7 @@ class RowReader(MinibatchSource):
         for _ in range(int(state["num_since"])):
             next(self._streams[0])
 
-    def draw(self) -> tuple[Tensor, ...]:
+    def _draw(self) -> tuple[Tensor, ...]:
         """The rows of each argument that has them, ``(B, ...)``, or ``(C, B, ...)`` for C chains.
 
         :raises DataError: if an argument does not give a row for each index.
@@ -126,6 +129,10 @@ class RowReader(MinibatchSource):
         """A call on ``count`` evenly spaced rows."""
         assert self.num_data is not None
         return self.bind(self._read(torch.arange(count) * self.num_data // count).result())
+
+    def row_numbers(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        """Of the batch that was read last, unless a thread reads ahead."""
+        return None if self.ahead else self._last_rows
 
     def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
         """The rows in order; the last batch may be shorter."""
@@ -164,8 +171,9 @@ class RowReader(MinibatchSource):
         return self.num_data / inputs[0].shape[0]
 
     def _read(self, rows: Tensor) -> Transfer:
-        index = rows if rows.dim() == 1 else rows.reshape(-1)
+        index = self._last_rows = rows if rows.dim() == 1 else rows.reshape(-1)
         tensors = [_rows_of(self._leaves[i], index, self._names[i]) for i in self._rows_at]
+        self._targets.look(tensors, lambda row: f"row {int(index[row])}")
         if index is not rows:
             tensors = [tensor.reshape(*rows.shape, *tensor.shape[1:]) for tensor in tensors]
         return self._sender.send(tensors)

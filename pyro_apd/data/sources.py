@@ -13,9 +13,9 @@ import torch
 from pyro.poutine.messenger import unwrap
 from torch import Tensor
 
-from pyro_apd.data.arguments import check_one_device
+from pyro_apd.data.arguments import check_kinds, check_one_device, with_tensors
 from pyro_apd.data.loader import LoaderBatches, is_loader
-from pyro_apd.data.minibatch import Call, FullBatch, MinibatchSource, RowSubsample, check_finite
+from pyro_apd.data.minibatch import FullBatch, MinibatchSource, RowSubsample
 from pyro_apd.data.row_reader import RowReader, has_stored_rows
 from pyro_apd.runtime.trees import tree_leaves
 
@@ -47,22 +47,20 @@ def open_source(
     :param device: where batches from outside memory are sent; None leaves them where they are.
     :param generator: of the first batch.
     :returns: the source, started, and what its :meth:`~pyro_apd.data.minibatch.MinibatchSource.draw` gave first.
-    :raises DataError: if data are NaN or infinite, or lie on several devices.
+    :raises DataError: if data are of a kind that models do not take, hold no rows, or lie on several devices.
     :raises ValueError: if ``batch_size`` or ``num_data`` does not fit the data, or ``replacement`` the source.
     """
+    check_kinds(args, kwargs)
+    args, kwargs = with_tensors(args, kwargs)
     if is_loader(args, num_data):
         _check_loader_settings(batch_size, replacement)
         loader = LoaderBatches(args[0], kwargs, num_data, device)
-        inputs = _first_batch(loader, generator)
         check_one_device((), kwargs)
-        check_finite(loader.bind(inputs))
-        return loader, inputs
+        return loader, _first_batch(loader, generator)
     if batch_size is not None and has_stored_rows(args, kwargs):
         reader = RowReader(args, kwargs, batch_size, num_data, replacement, device)
         inputs = _first_batch(reader, generator)
-        call = reader.bind(inputs)
-        check_one_device(call.args, kwargs)
-        check_finite(call)
+        check_one_device(reader.bind(inputs).args, kwargs)
         return reader, inputs
     source: MinibatchSource
     if batch_size is not None:
@@ -70,7 +68,6 @@ def open_source(
     else:
         source = FullBatch(args, kwargs)
     check_one_device(args, kwargs)
-    check_finite(Call(args, dict(kwargs)))
     return source, _first_batch(source, generator)
 
 
@@ -119,10 +116,11 @@ def shown_arguments(
 
     :param num_data: the kernel's ``num_data``; where given, any iterable counts as a loader.
     """
+    args, kwargs = with_tensors(tuple(args), kwargs)
     if is_loader(args, num_data):
         if isinstance(args[0], Iterator):
             return tuple(args), dict(kwargs), False
-        loader = LoaderBatches(args[0], kwargs, num_data=0)
+        loader = LoaderBatches(args[0], kwargs, num_data)
         call = loader.bind(_first_batch(loader, torch.Generator().manual_seed(0)))
         return call.args, call.kwargs, False
     if not has_stored_rows(args, kwargs):

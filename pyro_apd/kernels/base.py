@@ -31,11 +31,12 @@ from pyro_apd.kernels.engine.control_variates import ControlVariates
 from pyro_apd.kernels.engine.data_parallel import DataParallelGradient
 from pyro_apd.kernels.engine.gradients import GradientEstimator, PlainGradient
 from pyro_apd.kernels.engine.schedules import Schedule, as_schedule
-from pyro_apd.kernels.engine.starts import checked_start
+from pyro_apd.kernels.engine.starts import checked_start, starting_at
 from pyro_apd.kernels.engine.step import SMALL, Step, StepSettings, steps_per_program
 from pyro_apd.kernels.engine.temperature import Temperature
+from pyro_apd.models.building import build_potential
 from pyro_apd.models.layout import Layout
-from pyro_apd.models.potential import Pieces, Potential, build_potential
+from pyro_apd.models.potential import Pieces, Potential
 from pyro_apd.runtime.checks import flag, integer, number
 from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.seeds import checked_seed, derived_seed, fresh_seed
@@ -63,7 +64,8 @@ class StochasticGradientKernel(MCMCKernel):
     :param float max_inflation: with ``step_size="auto"``, the share by which variances may come out too large.
     :param int warm_start: steps of Adam that optimise each chain before it warms up; None for none.
     :param int batch_size: rows per mini-batch, style (ii); None leaves mini-batches to the model or the arguments.
-    :param int num_data: N, where it is not the leading dimension of the first tensor, or a loader does not have it.
+    :param int num_data: N, where it is not the leading dimension of the first tensor, or a loader does not show it; see
+        :mod:`pyro_apd.data.epochs`.
     :param bool replacement: draw the rows of batches independently; by default they come in epochs, in which no row
         comes twice. For styles (i) and (ii): a loader has its own way of drawing.
     :param int prefetch: how far a thread reads ahead where batches come from a loader or from a file: so many batches,
@@ -124,12 +126,14 @@ class StochasticGradientKernel(MCMCKernel):
         self.prefetch = integer("prefetch", prefetch, at_least=0, hint="With 0, each batch is read when it is due.")
         self.thinning = integer("thinning", thinning)
         self.temperature = number("temperature", temperature, at_least=0, hint="1 is the posterior.")
+        if not callable(init_strategy):
+            raise ValueError(
+                f"init_strategy={init_strategy!r} must be a callable, such as pyro.infer.autoguide.init_to_median."
+            )
         self.init_strategy = init_strategy
         self.seed = checked_seed(seed)
         self.control_variates = flag("control_variates", control_variates)
-        if not (isinstance(compile, bool) or compile == "auto"):
-            raise ValueError(f"compile={compile!r} must be True, False or 'auto'.")
-        self.compile = compile
+        self.compile = compile if compile == "auto" else flag("compile", compile, hint="Or 'auto'.")
         self.capture = flag("capture", capture)
         self._initial_params: dict[str, Tensor] | None = None
         self._chain: Chain | None = None
@@ -149,7 +153,8 @@ class StochasticGradientKernel(MCMCKernel):
         """Prepares a chain on the arguments of a run. The driver calls this.
 
         :raises ModelError: if the model's scaling cannot be established; the message says how to fix the model.
-        :raises DataError: if the data are NaN, infinite, or outside the likelihood's support.
+        :raises DataError: if a row of the data is outside the likelihood's support, or has NaN or infinite entries that
+            the model does not mask.
         :raises ValueError: if ``batch_size`` does not fit the data, or ``initial_params`` does not fit the model.
         """
         self._warmup_steps, self._num_draws = warmup_steps, 0
@@ -182,7 +187,9 @@ class StochasticGradientKernel(MCMCKernel):
             chains = ChainSet(first=self._num_chains_begun)
         self._num_chains_begun += chains.size
         seeds = chains.seeds(run_seed)
-        potential, starts = self._open(args, kwargs, seeds)
+        potential, starts = self._open(
+            args, kwargs, seeds, starting_at(self.init_strategy, initial_params, chains.count)
+        )
         self.layout, self.transforms = potential.layout, potential.layout.transforms
         estimator = self._estimator(potential, chains)
         theta = starts[0] if chains.count is None else torch.stack(starts)
@@ -236,11 +243,11 @@ class StochasticGradientKernel(MCMCKernel):
         return {"path": chain.path, "temperatures": [asdict(t) for t in chain.temperatures(self.temperature)], **tuning}
 
     def _open(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], seeds: list[int]
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], seeds: list[int], strategy: Callable[..., Any]
     ) -> tuple[Potential, list[Tensor]]:
-        """The potential, and where each chain starts."""
+        """The potential, and where each chain starts by a ``strategy``."""
         assert self.model is not None
-        starting = InitMessenger(self.init_strategy)(self.model)
+        starting = InitMessenger(strategy)(self.model)
         starts: list[Tensor] = []
         for seed in seeds:
             with seeded(derived_seed(seed, "start")):

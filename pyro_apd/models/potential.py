@@ -22,21 +22,18 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_apd.data.minibatch import Call, FullBatch, MinibatchSource, PlateSubsample
-from pyro_apd.data.sources import check_full_batches, model_device, open_source
+from pyro_apd.data.arguments import not_finite
+from pyro_apd.data.minibatch import Call, FullBatch, MinibatchSource
 from pyro_apd.errors import DataError
 from pyro_apd.models.capture import GaussianPriors, UnvalidatedInstances, capture
-from pyro_apd.models.repeatability import refuse_writes, watched_modules
-from pyro_apd.models.shapes import refuse_outer_products
-from pyro_apd.models.structure import ModelStructure, examine, refuse_missing_sites
+from pyro_apd.models.observations import without_missing_targets
+from pyro_apd.models.structure import ModelStructure
+from pyro_apd.models.supports import check_batch
 from pyro_apd.models.tracing import (
     Site,
-    check_densities,
     check_latents,
     run_model,
-    subsampled_plates,
 )
-from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.threads import one_thread
 
 logger = logging.getLogger("pyro_apd")
@@ -74,8 +71,8 @@ class Potential:
         capture: bool = True,
         latents_only: bool = False,
     ) -> None:
-        self.model = model
         self.source = source
+        self.model = model
         self.layout = structure.layout
         self._structure = structure
         self._example = example
@@ -84,6 +81,15 @@ class Potential:
         self._graphs: dict[tuple[Any, ...], GradientFunction] = {}
         self._priors: GaussianPriors | None = None
         self.path = "traced"
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The model. With mini-batches it is without the latents that are targets for ``obs_mask=``."""
+        return self._model
+
+    @model.setter
+    def model(self, model: Callable[..., Any]) -> None:
+        self._model = model if self.source.is_full else without_missing_targets(model)
 
     def draw_start(self) -> dict[str, Tensor]:
         """Another draw of the latents from the prior, or by the model's ``init_strategy``; constrained."""
@@ -105,6 +111,23 @@ class Potential:
         source = FullBatch.calling(call)
         source.start(torch.Generator().manual_seed(0))
         return Potential(self.model, source, structure, call, capture=self._is_capturing, latents_only=True)
+
+    def check_batch(self, inputs: Inputs) -> None:
+        """Looks for the cause of a step that failed in its batch ``inputs``, of one chain.
+
+        :raises DataError: if the batch holds NaN or infinite entries, or values outside the likelihood's support.
+        """
+        call = self.source.bind(inputs)
+        missing = not_finite(call.args, call.kwargs)
+        if missing is not None and not self.is_finite_at_start(inputs):
+            raise missing
+        check_batch(self.model, self._call(inputs), self._structure.start)
+
+    def is_finite_at_start(self, inputs: Inputs) -> bool:
+        """Whether U and its gradient are finite at the start, on a batch ``inputs`` of one chain."""
+        theta = self.layout.unconstrain(self._structure.start)
+        gradient, energy = self.traced_gradient(theta, inputs)
+        return bool(torch.isfinite(gradient).all() & torch.isfinite(energy))
 
     @one_thread()
     def value(self, theta: Tensor, inputs: Inputs) -> Tensor:
@@ -278,61 +301,3 @@ class Potential:
                 raise RuntimeError(f"its graph gives another gradient than the model, relative error {error:.1e}")
             if not torch.allclose(energy, expected_energy, rtol=1e-3, equal_nan=True):
                 raise RuntimeError(f"its graph gives U = {float(energy):g}, the model {float(expected_energy):g}")
-
-
-@one_thread()
-def build_potential(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    *,
-    batch_size: int | None = None,
-    num_data: int | None = None,
-    replacement: bool = False,
-    generator: torch.Generator | None = None,
-    capture: bool = True,
-) -> tuple[Potential, dict[str, Tensor]]:
-    """The potential of ``model`` on the arguments of a run, in any of the three styles of mini-batches.
-
-    :param args: the model's arguments, or one iterable of batches.
-    :param kwargs: its keyword arguments.
-    :param int batch_size: rows per batch, for a model written for the full data.
-    :param int num_data: size of the full data, where ``args`` does not show it.
-    :param bool replacement: draw the rows of a batch independently, rather than in epochs.
-    :param generator: of the first batch; by default one with seed 0.
-    :param bool capture: whether to try the captured graph; otherwise the model is traced at every step.
-    :returns: the potential, and one draw of the latents from the prior (constrained), to start from.
-    :raises ModelError: if the scaling of a likelihood cannot be established; the message says how to fix the model.
-    :raises DataError: if data are NaN or infinite, or outside the likelihood's support.
-    :raises ValueError: if ``batch_size`` does not fit the data, or ``replacement`` the source of batches.
-    """
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    source, inputs = open_source(
-        args,
-        kwargs,
-        batch_size=batch_size,
-        num_data=num_data,
-        replacement=replacement,
-        device=model_device(model, kwargs),
-        generator=generator,
-    )
-    example = source.bind(inputs)
-    with pyro.validation_enabled(True):
-        with watched_modules() as effects:
-            trace = run_model(model, example)
-        refuse_writes(model, effects)
-        check_densities(trace)
-        refuse_missing_sites(trace, (args, dict(kwargs)))
-        refuse_outer_products(trace)
-    if source.is_full:
-        plates = subsampled_plates(trace)
-        if plates:
-            source = PlateSubsample(args, kwargs, plates, replacement)
-            source.start(generator)
-            inputs = source.draw()
-        else:
-            check_full_batches(source.num_data, replacement)
-    with seeded(0, model_device(model, kwargs) or "cpu"):  # models draw in it
-        structure = examine(model, source, inputs, trace)
-    source.start(generator)  # the batch that was examined belongs to no epoch
-    return Potential(model, source, structure, example, capture=capture), structure.start

@@ -56,6 +56,9 @@ def examine(
     """
     latents = {name: site for name, site in trace.iter_stochastic_nodes() if not is_subsample(site)}
     _refuse_discrete(latents)
+    empty = [name for name, site in latents.items() if site["value"].numel() == 0]
+    if empty:
+        raise ModelError(f"Latent sites {empty} have no entries: leave them out, or give their priors a shape.")
     if trace.param_nodes:
         warnings.warn(
             f"The model has parameters {sorted(trace.param_nodes)} that are not sampled: they stay at their present "

@@ -19,6 +19,7 @@ from pyro_apd.data.arguments import drawn_latents, explaining_errors
 from pyro_apd.data.minibatch import Call
 from pyro_apd.errors import DataError, ModelError
 from pyro_apd.models.layout import is_subsample
+from pyro_apd.models.observations import FloatLabels
 from pyro_apd.runtime.global_state import preserved_param_store
 from pyro_apd.runtime.trees import tree_leaves
 
@@ -36,16 +37,18 @@ def run_model(model: Callable[..., Any], call: Call, values: Mapping[str, Tensor
     """
     conditioned = poutine.condition(model, {**(values or {}), **call.indices})
     tracer = poutine.trace(conditioned)
-    with preserved_param_store(), poutine.block():
+    with preserved_param_store(), poutine.block(), FloatLabels():
         try:
             with explaining_errors(call.args, call.kwargs, lambda: drawn_latents(tracer.msngr.trace)):
                 return tracer.get_trace(*call.args, **call.kwargs)
         except NotImplementedError as error:
+            reason = (str(error).splitlines() or [""])[0]
             raise ModelError(
-                f"A site's prior cannot be drawn from ({error}), so the chain has no start. Give the kernel "
-                "init_strategy=pyro.infer.autoguide.init_to_value(values={...}) with a value for that site."
+                f"A site's prior cannot be drawn from ({reason}), so the chain has no start. Give the driver "
+                "initial_params=, or the kernel init_strategy=pyro.infer.autoguide.init_to_value(values={...}), with a "
+                "value for that site."
             ) from error
-        except DataError:
+        except (DataError, ModelError):
             raise
         except (RuntimeError, ValueError, IndexError) as error:
             with _keeping_first_error():
@@ -123,7 +126,7 @@ def _raise_explanation(error: Exception, trace: poutine.Trace, num_rows: Collect
                 f"and the model then failed: {str(error).splitlines()[0]}. Call the network (or read its weights) "
                 f"before `with pyro.plate('{plates[0].name}', ...)`, so that one draw serves all rows."
             ) from error
-    subsampling = [name for name, site in trace.nodes.items() if site["type"] == "sample" and is_subsample(site)]
+    subsampling = list(subsampled_plates(trace))
     if isinstance(error, IndexError) and subsampling:
         raise ModelError(
             f"Plate '{subsampling[0]}' draws indices beyond the rows that the model is given ({error}). It expects the "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_apd.errors import ModelError
+from pyro_apd.models.observations import scored
 from pyro_apd.predictive.messengers import plain
 from pyro_apd.predictive.observed_site import ObservedSite
 
@@ -69,7 +70,7 @@ def log_prob(site: Mapping[str, Any]) -> Tensor:
     :raises ModelError: if observations and distribution differ in shape.
     """
     fn, mask = site["fn"], site["mask"]
-    value = fn.log_prob(site["value"])
+    value = fn.log_prob(scored(fn, site["value"]))
     if value.shape != fn.batch_shape:
         raise ModelError(
             f"Site '{site['name']}' has observations of shape {tuple(site['value'].shape)}, but its distribution is "

@@ -76,14 +76,15 @@ def number(
     raise ValueError(_message(name, value, accepted.rstrip(), hint))
 
 
-def flag(name: str, value: Any) -> bool:
+def flag(name: str, value: Any, hint: str = "") -> bool:
     """``value`` as Python's ``bool``.
 
+    :param str hint: another sentence for the error.
     :raises ValueError: if it is neither True nor False.
     """
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    raise ValueError(_message(name, value, "True or False", ""))
+    raise ValueError(_message(name, value, "True or False", hint))
 
 
 def choice(name: str, value: Any, accepted: Collection[str], hint: str = "") -> str:

@@ -16,7 +16,7 @@ from benchmarks.posteriordb import compare, worst
 from benchmarks.posteriordb_models import POSTERIORS
 from benchmarks.tuning import TracedPotential, explore, plan
 from pyro_apd import SGLD
-from pyro_apd.models.potential import build_potential
+from pyro_apd.models.building import build_potential
 
 GENERATOR = torch.Generator().manual_seed(3)
 

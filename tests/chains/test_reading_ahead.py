@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_apd as apd
 from pyro_apd.chains.checkpoint import CheckpointError
 from pyro_apd.data import index_stream
-from pyro_apd.models.potential import build_potential
+from pyro_apd.models.building import build_potential
 from pyro_apd.runtime.prefetch import THREAD_NAME
 from tests.support.models import Classifier, Conjugate
 

@@ -57,3 +57,6 @@ def test_starts_have_a_leading_dimension_of_chains():
     assert checked_initial_params({"w": torch.zeros(3, 2)}, 3)["w"].shape == (3, 2)
     with pytest.raises(ValueError, match=r"'w' of shape \(2,\); with num_chains=3"):
         checked_initial_params({"w": torch.zeros(2)}, 3)
+    assert checked_initial_params({"w": np.zeros((3, 2))}, 3)["w"].shape == (3, 2)
+    with pytest.raises(ValueError, match="initial_params is a list; give a dict"):
+        checked_initial_params([torch.zeros(2)], 1)

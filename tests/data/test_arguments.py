@@ -3,6 +3,7 @@
 
 """What a new user meets first: each mistake is named, and the message says what to do."""
 
+import pandas
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -11,7 +12,15 @@ from pyro.infer import MCMC
 from torch import nn
 
 import pyro_apd as apd
-from pyro_apd.data.arguments import check_one_device, drawn_latents, explaining_errors, named_tensors
+from pyro_apd.data.arguments import (
+    check_kinds,
+    check_one_device,
+    drawn_latents,
+    explaining_errors,
+    named_tensors,
+    not_finite,
+    with_tensors,
+)
 from pyro_apd.errors import DataError, DivergenceError, ModelError
 from tests.support.models import Classifier
 
@@ -53,7 +62,7 @@ MISTAKES = {
     ),
     "step size too large": (lambda: run(regression, X, X[:, 0], step_size=1e3), DivergenceError, "try step_size="),
     "labels as floats": (lambda: run(apd.BNN(nn.Linear(4, 3)), X, Y.float()), DataError, r"y\.long\(\)"),
-    "labels from 1": (lambda: run(Classifier(), X, Y + 1), DataError, "from 0 to K-1"),
+    "labels from 1": (lambda: run(Classifier(), X, Y + 1), DataError, "row 5.* from 0 to 2.*y - 1"),
     "a column of labels": (lambda: run(Classifier(), X, Y[:, None]), DataError, r"y\.squeeze\(-1\)"),
     "a column of targets": (lambda: run(regression, X, X[:, :1]), DataError, r"y\.squeeze\(-1\)"),
     "a label too few": (lambda: run(Classifier(), X, Y[:-1]), DataError, "as many rows as inputs"),
@@ -105,13 +114,84 @@ def test_a_model_on_another_device_than_its_data():
 
 
 def test_other_failures_are_left_as_they_are():
-    with pytest.raises(RuntimeError, match="cannot be multiplied") as caught:
-        run(Classifier(), X[:, :2], Y)
-    assert not isinstance(caught.value, DataError)
     with pytest.raises(TypeError, match="unsupported"), explaining_errors((X,), {}, dict):
         object() + 1
     with pytest.raises(TypeError, match="argument"), explaining_errors((X,), {}, lambda: {"w": X}):
         raise TypeError("bad argument, of something that the model calls")
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.last = kind(4, 3, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.last(self.layer(x[:, None])[0][:, -1])
+
+
+class Convolution(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 1, 2), nn.Flatten(), nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("net", [Recurrent(nn.GRU), Recurrent(nn.LSTM), Convolution(), nn.Linear(4, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
+def test_data_of_another_dtype_are_named_whatever_the_layer(net, dtype):
+    with pytest.raises(DataError, match=rf"#0 is {dtype} and latent site .*\.to\(torch\.float32\)"):
+        run(apd.BNN(net), X.to(dtype), Y)
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "words"),
+    [
+        (regression, (X[:, 0], X), r"#0 torch\.float32 \(10,\), #1 torch\.float32 \(10, 4\): check the order"),
+        (apd.BNN(nn.Linear(4, 3)), (Y, X), r"#0 torch\.int64 \(10,\).*mcmc\.run\(x, y\)"),
+        (Classifier(), (X[:, :2], Y), r"cannot be multiplied.*#0 torch\.float32 \(10, 2\)"),
+        (
+            apd.BNN(nn.Sequential(nn.Embedding(5, 2), nn.Linear(2, 3))),
+            (X[:, 0].abs(), Y),
+            "Long, Int.*#0 torch.float32",
+        ),
+    ],
+)
+def test_arguments_of_the_wrong_order_or_shape_are_listed(model, args, words):
+    with pytest.raises(DataError, match=words):
+        run(model, *args)
+
+
+def test_arrays_where_a_model_takes_tensors_are_named():
+    with pytest.raises(DataError, match=r"#0 is a ndarray, #1 is a ndarray.*torch\.as_tensor"):
+        run(regression, X.numpy(), Y.numpy(), batch_size=None)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((pandas.DataFrame(X.numpy()), Y), r"#0 .*DataFrame.*torch\.tensor\(x\.to_numpy\(dtype=\"float32\"\)\)"),
+        ((X, pandas.Series(Y.numpy())), "#1 .*Series"),
+        ((X.to_sparse(), Y), r"#0 .*sparse.*x\.to_dense\(\)"),
+        ((X, {"rows": X.to_sparse()}), r"#1\['rows'\] .*sparse"),
+        ((X[:0], Y[:0]), "#0 .*no rows"),
+        ((X[:0].numpy(), Y[:0]), "#0 .*no rows"),
+    ],
+)
+def test_kinds_of_data_that_models_do_not_take(args, words):
+    with pytest.raises(DataError, match=words):
+        check_kinds(args, {})
+    with pytest.raises(DataError):
+        check_kinds((), {str(i): arg for i, arg in enumerate(args)})
+
+
+def test_lists_of_a_number_per_row_become_tensors():
+    sizes, ragged, words = [50, 50], [[1], [2, 3]] * 20, ["a"] * 40
+    given = (X, Y.tolist(), [0.5] * 40, ([True, False] * 20), [[1, 2]] * 40, sizes, ragged, words, [X[0]] * 40)
+    args, kwargs = with_tensors(given, {"y": tuple(Y.tolist())})
+    assert [arg.dtype for arg in args[1:5]] == [torch.int64, torch.float32, torch.bool, torch.int64]
+    assert torch.equal(args[1], Y)
+    assert args[4].shape == (40, 2)
+    assert torch.equal(kwargs["y"], Y)
+    assert all(one is other for one, other in zip(args[5:], given[5:], strict=True))
+    assert with_tensors(([1, 2], 3), {}) == (([1, 2], 3), {})
 
 
 def test_arguments_have_names():
@@ -124,3 +204,11 @@ def test_what_a_failed_model_drew():
     with pytest.raises(RuntimeError):
         tracer.get_trace(X[:, :1], Y)
     assert list(drawn_latents(tracer.msngr.trace)) in (["w"], ["data", "w"])
+
+
+def test_nan_is_named():
+    assert not_finite((X, Y), {"z": None, "empty": torch.empty(0)}) is None
+    error = not_finite((X, torch.tensor([1.0, float("nan"), float("inf")])), {})
+    assert isinstance(error, DataError)
+    assert "#1 of the model, shape (3,), holds 2 NaN or infinite" in str(error)
+    assert "'y'" in str(not_finite((X,), {"y": torch.tensor(float("nan"))}))

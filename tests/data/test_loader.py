@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from pyro_apd.data import loader as module
-from pyro_apd.data.loader import LoaderBatches, is_loader
+from pyro_apd.data.loader import LoaderBatches, is_loader, refuse_worker_processes
 from pyro_apd.errors import DataError
 from pyro_apd.runtime.prefetch import THREAD_NAME
 
@@ -64,10 +64,12 @@ def test_loader_scale_makes_the_mean_over_an_epoch_exact(batch_size):
     torch.testing.assert_close(estimate, X.sum(0))
 
 
-def test_loader_that_drops_rows_scales_by_rows():
-    loader = DataLoader(TensorDataset(X), batch_size=4, drop_last=True)
+@pytest.mark.parametrize(("shuffle", "scale"), [(True, 2.5), (False, 2.0)])
+def test_loader_that_drops_rows_scales_to_those_that_come(shuffle, scale):
+    """In a fixed order the last two of ten rows never come."""
+    loader = DataLoader(TensorDataset(X), batch_size=4, drop_last=True, shuffle=shuffle)
     source = started(LoaderBatches(loader, {}, None))
-    assert source.scale(source.draw()) == 2.5
+    assert source.scale(source.draw()) == scale
 
 
 @pytest.mark.parametrize("batch", [(X, Y), [X, Y], {"x": X, "y": Y}])
@@ -82,13 +84,20 @@ def test_batches_become_arguments_of_the_model(batch):
 
 def test_loader_errors():
     with pytest.raises(ValueError, match="num_data=N"):
-        LoaderBatches([X], {}, None)
+        LoaderBatches(iter([X]), {}, None)
     source = started(LoaderBatches(iter([(X,)]), {}, 10))
     source.draw()
     with pytest.raises(DataError, match="exhausted"):
         source.draw()
     with pytest.raises(DataError, match="must consist of tensors"):
         started(LoaderBatches([(X, "label")], {}, 10)).draw()
+
+
+def test_worker_processes_are_refused_where_chains_have_processes():
+    with pytest.raises(ValueError, match=r"num_workers=1.*num_workers=0"):
+        refuse_worker_processes((DataLoader(TensorDataset(X), num_workers=1),))
+    refuse_worker_processes((DataLoader(TensorDataset(X)),))
+    refuse_worker_processes((X, Y))
 
 
 def test_what_counts_as_a_loader():
@@ -135,7 +144,7 @@ LOADERS = {
 
 
 def opened(name, prefetch, num_chains=None):
-    source = LoaderBatches(LOADERS[name](), {}, 10)
+    source = LoaderBatches(LOADERS[name](), {}, 10 if name == "list" else None)
     source.prefetch, source.at_once = prefetch, 1 + prefetch // 2
     generators = [torch.Generator().manual_seed(i) for i in range(num_chains or 1)]
     source.start(generators if num_chains else generators[0])

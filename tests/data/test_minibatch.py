@@ -4,8 +4,7 @@
 import pytest
 import torch
 
-from pyro_apd.data.minibatch import Call, RowSubsample, check_finite
-from pyro_apd.errors import DataError
+from pyro_apd.data.minibatch import RowSubsample
 
 X, Y = torch.arange(20.0).reshape(10, 2), torch.arange(10)
 
@@ -35,11 +34,3 @@ def test_row_subsample_refuses_what_does_not_fit():
         RowSubsample((3,), {}, 2)
     with pytest.raises(ValueError, match="num_data=7"):
         RowSubsample((X, Y), {}, 2, num_data=7)
-
-
-def test_nan_is_named():
-    check_finite(Call((X, Y), {"z": None}))
-    with pytest.raises(DataError, match=r"#1 .* 2 NaN or infinite"):
-        check_finite(Call((X, torch.tensor([1.0, float("nan"), float("inf")])), {}))
-    with pytest.raises(DataError, match="'y'"):
-        check_finite(Call((X,), {"y": torch.tensor(float("nan"))}))

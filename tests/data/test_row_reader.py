@@ -13,7 +13,7 @@ from pyro_apd.chains.identity import arguments_digest
 from pyro_apd.data.minibatch import RowSubsample
 from pyro_apd.data.row_reader import RowReader, has_stored_rows, is_stored
 from pyro_apd.errors import DataError
-from pyro_apd.models.potential import build_potential
+from pyro_apd.models.building import build_potential
 from tests.support.models import Conjugate
 
 X, Y = torch.arange(60.0).reshape(20, 3), torch.arange(20)

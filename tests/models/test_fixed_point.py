@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from pyro_apd.models.bnn import BNN
+from pyro_apd.models.building import build_potential
 from pyro_apd.models.fixed_point import _fixed_point, fixed_point_values
 from pyro_apd.models.layout import Layout
-from pyro_apd.models.potential import build_potential
 from tests.support.models import Conjugate
 
 PROBLEM = Conjugate(num_data=40)

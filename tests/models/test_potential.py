@@ -14,8 +14,8 @@ from torch import nn
 from pyro_apd.kernels import SGLD
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.models.bnn import BNN
+from pyro_apd.models.building import build_potential
 from pyro_apd.models.capture import capture
-from pyro_apd.models.potential import build_potential
 from pyro_apd.runtime import threads
 from tests.support.models import Classifier, Conjugate, constrained
 

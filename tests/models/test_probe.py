@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.errors import ModelError
-from pyro_apd.models.potential import build_potential
+from pyro_apd.models.building import build_potential
 
 N, B = 24, 6
 _GENERATOR = torch.Generator().manual_seed(1)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.errors import DataError, ModelError
-from pyro_apd.models.potential import build_potential
+from pyro_apd.models.building import build_potential
 from tests.support.models import Conjugate
 
 N = 60

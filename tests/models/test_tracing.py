@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_apd.data.minibatch import Call
 from pyro_apd.errors import DataError, ModelError
-from pyro_apd.models.potential import build_potential
+from pyro_apd.models.building import build_potential
 from pyro_apd.models.tracing import check_densities, observed_sites, run_model, subsampled_plates
 from tests.support.models import Classifier
 

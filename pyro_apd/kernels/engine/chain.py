@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from pyro_apd.data.index_stream import Generators
-from pyro_apd.data.minibatch import check_finite
 from pyro_apd.errors import DivergenceError
 from pyro_apd.kernels.adaptation.dynamics import Dynamics
 from pyro_apd.kernels.adaptation.warmup import WarmUp
@@ -266,7 +265,7 @@ class Chain:
 
     def _error(self, chain: int) -> DivergenceError:
         is_single = self.num_chains is None
-        check_finite(self.potential.source.bind(of_chain(self._inputs, None if is_single else chain)))
+        self.potential.check_batch(of_chain(self._inputs, None if is_single else chain))
         report = DivergenceReport(
             self._sampler.name, self.layout, self.estimator.gradient, None if is_single else self.chains.first
         )

@@ -5,12 +5,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_apd.models.layout import Layout
+
+
+def starting_at(
+    strategy: Callable[[Any], Tensor], given: Mapping[str, Any] | None, num_chains: int | None
+) -> Callable[[Any], Tensor]:
+    """An ``init_strategy`` for sites that have no value to start from but the one ``given``, such as flat priors.
+
+    :param strategy: for other sites.
+    :param given: unconstrained values by site, as ``initial_params``; None for none.
+    :param num_chains: where values have a leading dimension of chains; None where they have none.
+    """
+    if not given:
+        return strategy
+
+    def start(site: Any) -> Tensor:
+        try:
+            return strategy(site)
+        except NotImplementedError:
+            if site["name"] not in given:
+                raise
+            value = torch.as_tensor(given[site["name"]])
+            value = value if num_chains is None else value[0]
+            constrained: Tensor = biject_to(site["fn"].support)(value)
+            return constrained
+
+    return start
 
 
 def checked_start(given: Mapping[str, Tensor], layout: Layout, like: Tensor) -> Tensor:

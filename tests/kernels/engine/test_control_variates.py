@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.kernels import SGLD
 from pyro_apd.kernels.engine.control_variates import ControlVariates
-from pyro_apd.models.potential import build_potential
+from pyro_apd.models.building import build_potential
 from tests.support.models import Conjugate
 
 PROBLEM = Conjugate(num_data=203)
@@ -77,7 +77,11 @@ def test_several_chains_have_centres_of_their_own():
     ("model", "args", "message"),
     [
         (PROBLEM.full, (PROBLEM.x, PROBLEM.y), "no mini-batches"),
-        (PROBLEM.full, (DataLoader(DATA, batch_size=50, drop_last=True),), "holds 200 rows, the data 203"),
+        (
+            PROBLEM.full,
+            (DataLoader(DATA, batch_size=50, shuffle=True, drop_last=True),),
+            "holds 200 rows, the data 203",
+        ),
     ],
 )
 def test_batches_that_do_not_cover_the_data(model, args, message):

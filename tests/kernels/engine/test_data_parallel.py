@@ -13,7 +13,7 @@ from pyro_apd.data.minibatch import FullBatch
 from pyro_apd.kernels import SGHMC, SGLD
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.kernels.engine.data_parallel import DataParallelGradient
-from pyro_apd.models.potential import build_potential
+from pyro_apd.models.building import build_potential
 from pyro_apd.runtime.ranks import Ranks, join_process_group
 from tests.support.models import Classifier, Conjugate, constrained
 from tests.support.processes import on_ranks

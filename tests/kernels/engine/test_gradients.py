@@ -11,7 +11,7 @@ from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.kernels.engine.control_variates import ControlVariates
 from pyro_apd.kernels.engine.data_parallel import DataParallelGradient
 from pyro_apd.kernels.engine.gradients import PlainGradient
-from pyro_apd.models.potential import build_potential
+from pyro_apd.models.building import build_potential
 from pyro_apd.runtime.ranks import Ranks
 from tests.support.models import Conjugate
 

@@ -1,0 +1,269 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The N of a loader is the number of rows that its epochs draw from; what does not show it must state it."""
+
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from pyro_apd.data.epochs import epoch_of
+from pyro_apd.data.loader import LoaderBatches
+from pyro_apd.errors import DataError
+
+X = torch.arange(40.0).reshape(20, 2)
+DATA = TensorDataset(X)
+HALF = list(range(0, 20, 2))
+
+
+def grouped(*sizes):
+    """A batch sampler of another type, with batches of these sizes."""
+
+    class Grouped:
+        def __len__(self):
+            return len(sizes)
+
+        def __iter__(self):
+            return iter(torch.randperm(20)[: sum(sizes)].split(list(sizes)))
+
+    return Grouped()
+
+
+class Shuffled:
+    """A sampler of another type that draws each row once."""
+
+    def __init__(self, repeats=0):
+        self.repeats = repeats
+
+    def __len__(self):
+        return 20
+
+    def __iter__(self):
+        rows = torch.randperm(20)
+        rows[: self.repeats] = 0
+        return iter(rows.tolist())
+
+
+def random_rows(**settings):
+    return DataLoader(DATA, 6, sampler=RandomSampler(DATA, **settings))
+
+
+# The loader, its N, the batches of an epoch that holds each row once, and the rows that an epoch must have.
+LOADERS = {
+    "in order": (DataLoader(DATA, 6), 20, 4, 20),
+    "in order, without the last": (DataLoader(DATA, 6, drop_last=True), 18, 3, 18),
+    "shuffled": (DataLoader(DATA, 6, shuffle=True), 20, 4, 20),
+    "shuffled, without the last": (DataLoader(DATA, 6, shuffle=True, drop_last=True), 20, None, 18),
+    "independent rows": (random_rows(replacement=True), 20, None, None),
+    "more independent rows": (random_rows(replacement=True, num_samples=50), 20, None, None),
+    "part of a permutation": (random_rows(num_samples=19), 20, None, None),
+    "two permutations": (random_rows(num_samples=40), 20, None, None),
+    "rows of another length": (DataLoader(DATA, 6, sampler=RandomSampler(range(8))), 8, 2, 8),
+    "first rows": (DataLoader(DATA, 6, sampler=SequentialSampler(range(8))), 8, 2, 8),
+    "subset": (DataLoader(DATA, 4, sampler=SubsetRandomSampler(HALF)), 10, 3, 10),
+    "subset, without the last": (
+        DataLoader(DATA, 4, sampler=SubsetRandomSampler(HALF), drop_last=True),
+        10,
+        None,
+        8,
+    ),
+    "list": (DataLoader(DATA, 4, sampler=HALF), 10, 3, 10),
+    "list, without the last": (DataLoader(DATA, 4, sampler=HALF, drop_last=True), 8, 2, 8),
+    "tensor": (DataLoader(DATA, 4, sampler=torch.arange(8)), 8, 2, 8),
+    "batches of a sampler": (
+        DataLoader(DATA, batch_sampler=BatchSampler(SubsetRandomSampler(HALF), 4, False)),
+        10,
+        3,
+        10,
+    ),
+    "indices of batches": (
+        DataLoader(DATA, batch_size=None, sampler=BatchSampler(RandomSampler(DATA), 6, False)),
+        20,
+        4,
+        20,
+    ),
+    "equal weights": (
+        DataLoader(DATA, 6, sampler=WeightedRandomSampler(torch.ones(20), 20)),
+        20,
+        None,
+        None,
+    ),
+    "a sampler of another type": (DataLoader(DATA, 6, sampler=Shuffled()), 20, 4, 20),
+    "a batch sampler of another type": (DataLoader(DATA, batch_sampler=grouped(3, 7, 9, 1)), 20, 4, 20),
+    "batches in a list": ([(X[:12],), (X[12:],)], 20, 2, 20),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_epochs_of_loaders(name):
+    loader, num_data, num_batches, num_rows = LOADERS[name]
+    before = torch.get_rng_state()
+    for stated in (None, num_data):
+        epoch = epoch_of(loader, stated)
+        assert (epoch.num_data, epoch.num_batches, epoch.num_rows) == (num_data, num_batches, num_rows)
+        assert epoch.is_shown
+    with pytest.raises(ValueError, match=f"num_data=21, but .* draw from {num_data} rows"):
+        epoch_of(loader, 21)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, num_batches, _) in LOADERS.items() if num_batches])
+def test_the_mean_over_an_epoch_is_the_sum_over_its_rows(name):
+    loader, num_data, num_batches, _ = LOADERS[name]
+    source = LoaderBatches(loader, {}, None)
+    source.start(torch.Generator().manual_seed(0))
+    batches = [source.draw()[0] for _ in range(2 * num_batches)]  # the second epoch begins: rows were counted
+    estimate = sum(source.scale((rows,)) * rows[:, 0].sum() for rows in batches[:num_batches]) / num_batches
+    rows = torch.cat(batches[:num_batches])
+    assert len(rows) == num_data
+    assert float(estimate) == pytest.approx(float(rows[:, 0].sum()))
+
+
+def test_rows_that_never_come_are_said(caplog):
+    epoch_of(LOADERS["shuffled, without the last"][0], None)
+    assert not caplog.records
+    epoch_of(LOADERS["in order, without the last"][0], None)
+    assert "draw from 18 of the 20 rows" in caplog.text
+
+
+class Stream(IterableDataset):
+    def __init__(self, size, count=20, items=X):
+        self.size, self.count, self.items = size, count, items
+
+    def __len__(self):
+        if self.size is None:
+            raise TypeError
+        return self.size
+
+    def __iter__(self):
+        return iter(self.items[: self.count])
+
+
+@pytest.mark.parametrize(
+    ("loader", "words"),
+    [
+        (DataLoader(DATA, 6, sampler=WeightedRandomSampler(torch.arange(20.0), 20)), r"poutine\.scale"),
+        (DataLoader(DATA, 6, sampler=[0, 1, 1, 2]), "hold row 1 2 times"),
+        (DataLoader(DATA, 6, sampler=SubsetRandomSampler([3, 3, 3])), "row 3 3 times.*Subset"),
+        (DataLoader(DATA, 6, sampler=Shuffled(repeats=2)), r"\(an epoch of Shuffled .* once\)\. Pass num_data=N"),
+        (DataLoader(DATA, 6, sampler=Shuffled(), drop_last=True), "Pass num_data=N"),
+        (DataLoader(DATA, batch_sampler=grouped(3, 7)), "epoch of Grouped"),
+        (DataLoader(TensorDataset(X.view(5, 4, 2)), batch_size=None), "batch_size=None: an item of the dataset"),
+        (DataLoader(Stream(None), 6), "iterable, without a length"),
+        (DataLoader(Stream(20), batch_size=None), "Pass num_data=N"),
+        ((X for _ in range(3)), "Pass num_data=N"),
+    ],
+)
+def test_what_does_not_show_its_rows_is_refused(loader, words):
+    with pytest.raises(ValueError, match=words):
+        epoch_of(loader, None)
+
+
+@pytest.mark.parametrize("loader", [[], DataLoader([], 2), DataLoader(TensorDataset(X[:0]), 2)])
+def test_loaders_without_rows_are_refused(loader):
+    with pytest.raises(ValueError, match="holds no rows"):
+        epoch_of(loader, None)
+
+
+def test_stated_numbers_count_where_a_loader_shows_none():
+    for loader in (DataLoader(DATA, 6, sampler=Shuffled(2)), DataLoader(Stream(None), 6), (X for _ in range(3))):
+        epoch = epoch_of(loader, 15)
+        assert (epoch.num_data, epoch.num_batches, epoch.num_rows, epoch.is_shown) == (15, None, None, False)
+    joined = DataLoader(TensorDataset(X.view(5, 4, 2)), 2, collate_fn=lambda items: torch.cat([x for (x,) in items]))
+    assert epoch_of(joined, 20).num_data == 20
+    subset = DataLoader(Subset(DATA, [1, 1, 2]), 2, shuffle=True)
+    assert epoch_of(subset, None).num_data == 3
+
+
+def drawn(loader, num_data=None, batches=5, prefetch=0):
+    source = LoaderBatches(loader, {}, num_data)
+    source.prefetch = prefetch
+    source.start(torch.Generator().manual_seed(0))
+    try:
+        for _ in range(batches):
+            source.draw()
+    finally:
+        source.close()
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(Stream(30), 5),
+        DataLoader(Stream(30), 5, drop_last=True),
+        DataLoader(Stream(15), 6, drop_last=True),
+        DataLoader(DATA, 10, collate_fn=lambda items: torch.stack([x for (x,) in items if x[0] > 10])),
+        DataLoader(TensorDataset(X.view(5, 4, 2)), 2, collate_fn=lambda items: torch.cat([x for (x,) in items])),
+    ],
+    ids=["more", "more, without the last", "fewer", "left out", "joined"],
+)
+@pytest.mark.filterwarnings("ignore:Length of IterableDataset")
+def test_an_epoch_that_holds_other_rows_than_it_says_is_refused(loader, prefetch):
+    with pytest.raises(DataError, match=r"rows, where .* num_data=N"):
+        drawn(loader, batches=6, prefetch=prefetch)
+
+
+def test_epochs_that_hold_what_they_say_go_on():
+    drawn(DataLoader(Stream(20), 6, drop_last=True), batches=8)
+    drawn(DataLoader(Stream(20), 6), batches=9)
+    drawn(DataLoader(Stream(30), 5), num_data=20, batches=9)
+    drawn([X[:12], X[12:]], batches=5)
+
+
+def test_part_of_an_epoch_after_a_resumption_is_not_counted():
+    loader = DataLoader(DATA, 6, shuffle=True)
+    source = LoaderBatches(loader, {}, None)
+    source.start(torch.Generator().manual_seed(0))
+    for _ in range(3):
+        source.draw()
+    state = source.state_dict()
+    source.load_state_dict(state)
+    for _ in range(6):
+        source.draw()
+    assert source._num_rows == 6  # of the third epoch
+
+
+def test_a_sized_iterable_is_not_taken_to_cover_what_it_does_not():
+    """Four batches of ten would be 40 rows, as stated; the last one has eight."""
+
+    class Batches:
+        def __len__(self):
+            return 4
+
+        def __iter__(self):
+            return iter([torch.ones(10, 1)] * 3 + [torch.ones(8, 1)])
+
+    with pytest.raises(DataError, match="held 38 rows, where 40"):
+        drawn(Batches(), num_data=40)
+
+
+def test_batches_that_are_part_of_the_data_are_scaled_by_their_rows():
+    class Batches:
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            return iter([torch.ones(10, 1)] * 3)
+
+    source = LoaderBatches(Batches(), {}, 100)
+    source.start(torch.Generator().manual_seed(0))
+    assert {source.scale(source.draw()) for _ in range(5)} == {10.0}
+
+
+def test_chains_with_batches_of_unequal_shapes_are_refused():
+    source = LoaderBatches(DataLoader(DATA, batch_sampler=grouped(3, 7, 9, 1)), {}, None)
+    source.start([torch.Generator().manual_seed(i) for i in range(2)])
+    source._by_chain[0].draw()
+    with pytest.raises(DataError, match=r"one shape.*sequential"):
+        source.draw()
