@@ -55,6 +55,9 @@ def _inside(site: Site) -> Tensor:
     support = support_of(fn)
     try:
         inside = torch.tensor(True) if support is None else support.check(value)
+        # A support may be of the entries of an event: those of pyro.factor, which has none, are in it.
+        for _ in range(inside.dim() - max(value.dim() - fn.event_dim, 0)):
+            inside = inside.all(-1)
     except (RuntimeError, ValueError, NotImplementedError):  # the density decides
         inside = torch.tensor(True)
     return _counted(site, inside)

@@ -166,6 +166,16 @@ def test_what_is_right_is_not_refused(name):
             opened(model, X, y, style)
 
 
+def test_a_masked_factor_is_not_refused():
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 0.1).to_event(1))
+        with pyro.plate("data", len(x)), poutine.mask(mask=y < 0.5):
+            pyro.factor("ll", -((x @ w - y.log().nan_to_num()) ** 2))
+
+    for style in ("rows", "stored", "loader", "full"):
+        opened(model, X, POSITIVE, style)
+
+
 def own_rows(target):
     """A model that subsamples itself."""
 
