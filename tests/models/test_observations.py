@@ -145,11 +145,16 @@ def test_obs_mask_leaves_targets_out(capture):
     torch.testing.assert_close(found, expected)
 
 
-def test_obs_mask_in_a_run():
-    kernel = apd.SGLD(with_obs_mask, 1e-4, batch_size=10, seed=0, capture=False, compile=False)
-    mcmc = apd.MCMC(kernel, 3, 2, num_chains=2, disable_progbar=True)
-    mcmc.run(X, TARGETS.nan_to_num(), IS_KNOWN)
-    assert list(mcmc.get_samples()) == ["w"]
+def test_a_run_with_obs_mask_is_one_with_a_mask():
+    def drawn(model, *args):
+        kernel = apd.SGLD(model, 1e-3, batch_size=10, seed=0, capture=False, compile=False)
+        mcmc = apd.MCMC(kernel, 3, 2, num_chains=2, initial_params={"w": torch.zeros(2, 3)}, disable_progbar=True)
+        mcmc.run(*args)
+        return mcmc.get_samples()
+
+    found, expected = drawn(with_obs_mask, X, TARGETS.nan_to_num(), IS_KNOWN), drawn(masked(True), X, TARGETS)
+    assert list(found) == ["w"]
+    torch.testing.assert_close(found["w"], expected["w"])
 
 
 def test_inputs_that_are_missing_are_latents_and_need_all_rows():
