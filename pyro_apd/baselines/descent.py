@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_apd.errors import ModelError
 from pyro_apd.models.building import build_potential
 from pyro_apd.models.potential import Potential
+from pyro_apd.models.tracing import StartMessenger
 from pyro_apd.predictive.predictive import log_likelihood
 from pyro_apd.runtime.checks import integer, number
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
@@ -96,7 +97,7 @@ class Start:
         """Each network has a start and mini-batches of its own. Arguments as of the baselines."""
         seed = seed_or_fresh(seed)
         count = num_networks or 1
-        starting = InitMessenger(init_strategy or init_to_layers)(model)
+        starting = StartMessenger(init_strategy or init_to_layers)(model)
         thetas: list[Tensor] = []
         with preserved_param_store():
             for i in range(count):

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
 from pyro_apd.models.potential import Potential
 from pyro_apd.models.structure import examine
-from pyro_apd.models.tracing import run_model
+from pyro_apd.models.tracing import StartMessenger, run_model
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.runtime.checks import number
 from pyro_apd.runtime.global_state import gradients, preserved_param_store, seeded
@@ -201,7 +200,7 @@ def _prepare(
     generator = derived_generator(seed, "batches", device=device)
     rows.start(generator)
     inputs = rows.draw()
-    starting = InitMessenger(init_strategy)(model)
+    starting = StartMessenger(init_strategy)(model)
     structure = examine(starting, rows, inputs, run_model(starting, rows.bind(inputs)))
     masking = _Masking(structure.layout, sites, rate)
     masked = _MaskedRows(masking, args, kwargs, size)

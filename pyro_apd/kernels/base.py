@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from pyro.infer.autoguide.initialization import init_to_sample
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
@@ -37,6 +37,7 @@ from pyro_apd.kernels.engine.temperature import Temperature
 from pyro_apd.models.building import build_potential
 from pyro_apd.models.layout import Layout
 from pyro_apd.models.potential import Pieces, Potential
+from pyro_apd.models.tracing import StartMessenger
 from pyro_apd.runtime.checks import flag, integer, number
 from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.seeds import checked_seed, derived_seed, fresh_seed
@@ -247,7 +248,7 @@ class StochasticGradientKernel(MCMCKernel):
     ) -> tuple[Potential, list[Tensor]]:
         """The potential, and where each chain starts by a ``strategy``."""
         assert self.model is not None
-        starting = InitMessenger(strategy)(self.model)
+        starting = StartMessenger(strategy)(self.model)
         starts: list[Tensor] = []
         for seed in seeds:
             with seeded(derived_seed(seed, "start")):

@@ -9,10 +9,12 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
 from pyro_apd.data.arguments import drawn_latents, explaining_errors
@@ -29,15 +31,37 @@ logger = logging.getLogger("pyro_apd")
 Site = Mapping[str, Any]
 
 
+# Sites whose values are given to the run of a model in this thread.
+_GIVEN: ContextVar[frozenset[str]] = ContextVar("_GIVEN", default=frozenset())
+
+
+@contextmanager
+def _given(values: Collection[str]) -> Iterator[None]:
+    token = _GIVEN.set(frozenset(values))
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
+class StartMessenger(InitMessenger):
+    """As Pyro's InitMessenger, by which a model starts where an ``init_strategy`` says, but in :func:`run_model` it
+    leaves sites alone whose values are given there: a strategy would draw random numbers for nothing."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] not in _GIVEN.get():
+            super()._pyro_sample(msg)
+
+
 def run_model(model: Callable[..., Any], call: Call, values: Mapping[str, Tensor] | None = None) -> poutine.Trace:
     """Traces ``model`` on ``call``, with the latents set to the constrained ``values`` where given.
 
     :raises ModelError: if a prior cannot be drawn from, or the model fails because of its plates.
     :raises DataError: if the model fails because of its data.
     """
-    conditioned = poutine.condition(model, {**(values or {}), **call.indices})
-    tracer = poutine.trace(conditioned)
-    with preserved_param_store(), poutine.block(), FloatLabels():
+    given = {**(values or {}), **call.indices}
+    tracer = poutine.trace(poutine.condition(model, given))
+    with preserved_param_store(), poutine.block(), FloatLabels(), _given(given):
         try:
             with explaining_errors(call.args, call.kwargs, lambda: drawn_latents(tracer.msngr.trace)):
                 return tracer.get_trace(*call.args, **call.kwargs)

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_apd.data.minibatch import Call
 from pyro_apd.errors import DataError, ModelError
 from pyro_apd.models.building import build_potential
-from pyro_apd.models.tracing import check_densities, observed_sites, run_model, subsampled_plates
+from pyro_apd.models.tracing import StartMessenger, check_densities, observed_sites, run_model, subsampled_plates
 from tests.support.models import Classifier
 
 N = 60
@@ -62,3 +62,21 @@ def test_a_prior_that_cannot_be_drawn_from_names_the_fix():
 
     with pytest.raises(ModelError, match="init_strategy="):
         build_potential(improper, (torch.zeros(3),), {})
+
+
+def test_a_strategy_draws_nothing_for_sites_that_are_given():
+    asked = []
+
+    def strategy(site):
+        asked.append(site["name"])
+        return torch.tensor(2.0)
+
+    def model():
+        return pyro.sample("a", dist.Normal(0.0, 1.0)) + pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    starting = StartMessenger(strategy)(model)
+    trace = run_model(starting, Call((), {}), {"a": torch.tensor(0.5)})
+    assert asked == ["b"]
+    assert float(trace.nodes["_RETURN"]["value"]) == 2.5
+    run_model(starting, Call((), {}))
+    assert asked == ["b", "a", "b"]
