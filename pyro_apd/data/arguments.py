@@ -17,7 +17,7 @@ from pyro_apd.errors import DataError, ModelError
 from pyro_apd.runtime.trees import tree_flatten_with_path
 
 # Words in torch's error messages about incompatible dtypes, and about incompatible shapes.
-_ABOUT_TYPES = ("type",)
+_ABOUT_TYPES = ("type", "bool tensors")
 _ABOUT_SHAPES = ("shape", "size", "dimension", "broadcast", "channels", "must be a Tensor", "instances of Number")
 
 
@@ -120,7 +120,8 @@ def explain_arguments(error: Exception, args: tuple[Any, ...], kwargs: Mapping[s
         given = [f"{name} {value.dtype} {tuple(value.shape)}" for name, value in named_tensors(args, kwargs).items()]
         raise DataError(
             f"The model fails on its arguments ({_first_line(error)}). It was called with {', '.join(given)}: check "
-            "the order of the arguments, as in mcmc.run(x, y), their shapes and dtypes."
+            "the order of the arguments, as in mcmc.run(x, y), their shapes and dtypes. Densities of torch take labels "
+            "0 and 1 as floating numbers, y.float()."
         ) from error
 
 

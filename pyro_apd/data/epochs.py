@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
 from torch.utils.data.sampler import (
@@ -27,6 +26,7 @@ from torch.utils.data.sampler import (
 
 from pyro_apd.data.index_stream import MAX_EPOCH_ROWS
 from pyro_apd.errors import DataError
+from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.trees import tree_leaves
 
 logger = logging.getLogger("pyro_apd")
@@ -261,13 +261,13 @@ def _holds_each_once(indices: np.ndarray, size: int) -> bool:
 @contextmanager
 def _preserved_random_states() -> Iterator[None]:
     """Context that leaves the global generators of torch, NumPy and Python as they were."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    states = np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
-        yield
+        with seeded(0):
+            yield
     finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        random.setstate(states[2])
+        np.random.set_state(states[0])  # noqa: NPY002
+        random.setstate(states[1])
 
 
 def check_rows_of_epoch(epoch: Epoch, num_rows: int, covers_once: bool) -> None:

@@ -182,12 +182,15 @@ class Probe:
         is_small = rows.num_rows * rows.row_size <= _MAX_FULL_NUMBERS
         return rows.has_all and (is_small or rows.num_rows <= _MAX_FULL_BATCHES * rows.batch_size)
 
-    def check_constant(self, name: str, what: str) -> None:
-        """Refuses a site that must not depend on the rows, but does."""
+    def check_constant(self, name: str, what: str, *, other_plates: bool = False) -> None:
+        """Refuses a site that must not depend on the rows, but does.
+
+        :param other_plates: whether it lies in another plate that subsamples, whose N/B it carries.
+        """
         full = self.full
         expected = self._num_data / self._rows.batch_size
         scale = self.runs[0].one.site(name).scale
-        if scale is not None and expected != 1 and abs(scale - expected) <= 1e-6 * expected:
+        if not other_plates and scale is not None and expected != 1 and abs(scale - expected) <= 1e-6 * expected:
             raise ModelError(
                 f"{what} '{name}' is scaled by {scale:g}, which is N/B. That belongs to the likelihood alone, and the "
                 "kernel scales it: take the site out of poutine.scale."

@@ -120,13 +120,15 @@ def check_repeatable(model: Callable[..., Any], call: Call, points: Sequence[Map
 
 
 def _check_latents_at(model: Callable[..., Any], call: Call, values: Mapping[str, Tensor]) -> None:
-    for scale in (1.0, 3.0):
-        given = {name: scale * value if values[name].numel() == 1 else value for name, value in values.items()}
+    for scale in (0.03, 1.0, 3.0):
+        scaled = {name: scale * value if value.numel() == 1 else value for name, value in values.items()}
+        given = {name: value.clone() for name, value in scaled.items()}
         try:
             trace = run_model(model, call, given)
         except Exception:  # values that no chain may ever have
             continue
         check_latents(trace, values)
+        _refuse_changed(given, scaled)
 
 
 def _changing_message(name: str) -> str:
@@ -139,13 +141,17 @@ def _changing_message(name: str) -> str:
 def _run(model: Callable[..., Any], call: Call, values: Mapping[str, Tensor]) -> ModelRun:
     given = {name: value.clone() for name, value in values.items()}
     run = terms_of(run_model(model, call, given), 0, given)
+    _refuse_changed(given, values)
+    return run
+
+
+def _refuse_changed(given: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, value in given.items():
         if not torch.equal(value, values[name]):
             raise ModelError(
                 f"The model writes to the value of latent site '{name}' in place, which is the state of the chain (an "
                 "embedding with max_norm does). Leave max_norm out, or work on a copy: value.clone()."
             )
-    return run
 
 
 def _differing_site(one: ModelRun, other: ModelRun) -> str | None:

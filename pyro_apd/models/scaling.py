@@ -76,7 +76,8 @@ def _check_plate(probe: Probe, rows: ProbeRows, plates: Mapping[str, tuple[int, 
             _check_plate_scale(probe, name, plates)
             probe.check_sum(name, _by_number(probe, name))
         else:
-            probe.check_constant(name, "Observed site")
+            others = not plates.keys().isdisjoint(probe.runs[0].one.site(name).plates)
+            probe.check_constant(name, "Observed site", other_plates=others)
     return changing
 
 

@@ -43,6 +43,7 @@ from pyro_apd.models.bad_rows import (
 )
 from pyro_apd.models.layout import Layout, is_subsample
 from pyro_apd.models.tracing import Site, observed_sites, run_model, subsampled_plates
+from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.trees import tree_flatten, tree_flatten_with_path, tree_unflatten
 
 logger = logging.getLogger("pyro_apd")
@@ -68,15 +69,18 @@ def first_run(
     :raises DataError: if a value has no finite density; it names row and value, where they are found.
     :raises ModelError: as :func:`~pyro_apd.models.tracing.run_model`.
     """
-    call, before = source.bind(inputs), torch.get_rng_state()
+    call, seed = source.bind(inputs), int(torch.randint(2**62, ()))
+    tensors = [leaf for leaf in tree_flatten((call.args, call.kwargs))[0] if isinstance(leaf, Tensor)]
+    device = tensors[0].device if tensors else torch.device("cpu")
     with pyro.validation_enabled(True):
         try:
-            return run(call)
+            with seeded(seed, device):
+                return run(call)
         except ModelError:
             raise
         except DataError:
-            torch.set_rng_state(before)  # for the same latents, and rows of the model's own plates
-            with _keeping_the_error():
+            # By the same seed for the same latents, and rows of the model's own plates.
+            with seeded(seed, device), _keeping_the_error():
                 return _masked_run(run, model, call, source.row_numbers(inputs))
             raise
         except (*_FAILURES, TypeError, AttributeError) as error:

@@ -40,5 +40,5 @@ def test_the_state_that_validates_best_is_returned():
 
 
 def test_models_without_latents():
-    with pytest.raises(ModelError, match="no latents"):
+    with pytest.raises(ModelError, match="no latent"):
         map_estimate(null, progress=False)

@@ -18,7 +18,7 @@ from pyro_apd.errors import DivergenceError, ModelError
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
 from tests.chains.test_driver import METHODS, forked, theta, wait_until
 from tests.support.exactness import assert_gaussian
-from tests.support.models import Classifier, Conjugate, constrained, null
+from tests.support.models import Classifier, Conjugate, constrained
 
 pytestmark = pytest.mark.slow
 
@@ -142,14 +142,6 @@ def test_constrained_latents_in_double_precision(method):
     assert bool((draws["scale"] > 0).all())
     torch.testing.assert_close(draws["mix"].sum(-1), torch.ones(2, 10, dtype=torch.float64))
     assert draws["corr"].shape == (2, 10, 2, 2)
-
-
-def test_no_latents(method):
-    hooked = []
-    mcmc = run(SGLD(null, 1e-3), num_chains=1, chain_method=method, hook_fn=lambda k, p, s, i: hooked.append(p))
-    assert mcmc.get_samples() == {}
-    assert hooked == [{}] * 13
-    assert run(SGLD(null, 1e-3), num_chains=2, chain_method=method).get_samples() == {}
 
 
 def test_networks_as_they_stand(kernel_class, method):

@@ -53,6 +53,12 @@ def forgot_to_take_rows(x, y=None):
         pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
 
 
+def factored(x, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.factor("fit", dist.Bernoulli(logits=x @ w).log_prob(y))
+
+
 MISTAKES = {
     "network inside the plate": (lambda: run(inside, X, Y), ModelError, "before"),
     "plate subsamples, rows not taken": (
@@ -65,6 +71,7 @@ MISTAKES = {
     "labels from 1": (lambda: run(Classifier(), X, Y + 1), DataError, "row 5.* from 0 to 2.*y - 1"),
     "a column of labels": (lambda: run(Classifier(), X, Y[:, None]), DataError, r"y\.squeeze\(-1\)"),
     "a column of targets": (lambda: run(regression, X, X[:, :1]), DataError, r"y\.squeeze\(-1\)"),
+    "labels as booleans in a factor": (lambda: run(factored, X, Y > 0), DataError, r"#1 torch\.bool.*y\.float\(\)"),
     "a label too few": (lambda: run(Classifier(), X, Y[:-1]), DataError, "as many rows as inputs"),
     "inputs in double precision": (lambda: run(Classifier(), X.double(), Y), DataError, r"x\.to\(torch\.float32\)"),
     "inputs as whole numbers": (lambda: run(Classifier(), X.long(), Y), DataError, r"x\.to\(torch\.float32\)"),

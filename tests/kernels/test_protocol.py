@@ -16,7 +16,7 @@ from pyro.infer import MCMC
 from pyro.infer.mcmc.api import StreamingMCMC
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_apd.errors import DataError, DivergenceError
+from pyro_apd.errors import DataError, DivergenceError, ModelError
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from tests.support.models import Classifier, Conjugate, constrained, null
@@ -182,11 +182,9 @@ def test_draws_are_of_the_models_support_dtype_and_shape(kernel_class):
     torch.testing.assert_close(draws["corr"].square().sum(-1), torch.ones(10, 2, dtype=torch.float64))
 
 
-def test_null_model(kernel_class):
-    hooked = []
-    mcmc = run(kernel_class(null, 1e-3), hook_fn=lambda kernel, params, stage, i: hooked.append(params))
-    assert mcmc.get_samples() == {}
-    assert hooked == [{}] * 13
+def test_a_model_without_latents_is_refused(kernel_class):
+    with pytest.raises(ModelError, match="no latent"):
+        run(kernel_class(null, 1e-3))
 
 
 def test_save_params_in_sorted_order(kernel_class):
