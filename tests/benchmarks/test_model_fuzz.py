@@ -18,7 +18,6 @@ from benchmarks.model_fuzz_models import FAULTS, LIKELIHOODS, NETWORKS, STYLES, 
 
 
 # Most of what is planted is not refused yet.
-@pytest.mark.xfail(strict=False)
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 100, 25))
 def test_each_model_is_right_or_refused(first):
