@@ -251,18 +251,19 @@ class StochasticGradientKernel(MCMCKernel):
         starting = StartMessenger(strategy)(self.model)
         starts: list[Tensor] = []
         for seed in seeds:
-            with seeded(derived_seed(seed, "start")):
-                if not starts:
-                    potential, start = build_potential(
-                        starting,
-                        args,
-                        kwargs,
-                        batch_size=self.batch_size,
-                        num_data=self.num_data,
-                        replacement=self.replacement,
-                        capture=self.capture,
-                    )
-                else:
+            if not starts:
+                potential, start = build_potential(
+                    starting,
+                    args,
+                    kwargs,
+                    batch_size=self.batch_size,
+                    num_data=self.num_data,
+                    replacement=self.replacement,
+                    capture=self.capture,
+                    seed=derived_seed(seed, "start"),
+                )
+            else:
+                with seeded(derived_seed(seed, "start")):
                     start = potential.draw_start()
             starts.append(potential.layout.unconstrain(start).detach())
         # The strategy was for the starts. From here on every latent is given, and the plain model is used.

@@ -22,7 +22,6 @@ from pyro_apd.models.shapes import refuse_outer_products
 from pyro_apd.models.structure import examine, refuse_missing_sites
 from pyro_apd.models.supports import checked_rows, first_run
 from pyro_apd.models.tracing import check_densities, run_model, subsampled_plates
-from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.threads import one_thread
 
 
@@ -37,6 +36,7 @@ def build_potential(
     replacement: bool = False,
     generator: torch.Generator | None = None,
     capture: bool = True,
+    seed: int | None = None,
 ) -> tuple[Potential, dict[str, Tensor]]:
     """The potential of ``model`` on the arguments of a run, in any of the three styles of mini-batches.
 
@@ -47,6 +47,7 @@ def build_potential(
     :param bool replacement: draw the rows of a batch independently, rather than in epochs.
     :param generator: of the first batch; by default one with seed 0.
     :param bool capture: whether to try the captured graph; otherwise the model is traced at every step.
+    :param int seed: of the draw of the latents; by default it comes from the global generator.
     :returns: the potential, and one draw of the latents from the prior (constrained), to start from.
     :raises ModelError: if the scaling of a likelihood cannot be established; the message says how to fix the model.
     :raises DataError: if a row of the data is outside the likelihood's support, or has NaN or infinite entries that the
@@ -68,13 +69,12 @@ def build_potential(
         model = without_missing_targets(model)
     missing = not_finite(args, kwargs) or not_finite(example.args, example.kwargs)
     try:
-        trace = first_run(model, source, inputs, lambda call: _first_trace(model, call))
+        trace = first_run(model, source, inputs, lambda call: _first_trace(model, call), seed)
         if source.is_full:
             source, inputs = _of_full_data(source, inputs, trace, replacement, generator)
         refuse_missing_sites(trace, (args, dict(kwargs)))
         refuse_outer_products(trace)
-        stream = seeded(0, model_device(model, kwargs) or "cpu")  # models draw from it
-        with stream, checked_rows(model, source, inputs, trace, runs_all=missing is not None):
+        with checked_rows(model, source, inputs, trace, runs_all=missing is not None):
             structure = examine(model, source, inputs, trace)
         potential = Potential(model, source, structure, example, capture=capture)
         if missing is not None:

@@ -16,14 +16,16 @@ from torch import Tensor
 from pyro_apd.data.minibatch import ProbeRows
 from pyro_apd.errors import ModelError
 from pyro_apd.models.row_terms import ModelRun, RowProbe, SiteTerms, differs, totals_differ
+from pyro_apd.runtime.global_state import seeded
 
 # All rows are run at once where they hold at most so many numbers, or make so many batches.
 _MAX_FULL_NUMBERS = 4_000_000
 _MAX_FULL_BATCHES = 8
 # All rows are compared with the batches that they make, where these are so few.
-_MAX_PARTS = 32
-# Pairs of batches of random rows, at the start and near it.
-_NUM_RANDOM = 3
+_MAX_PARTS = 12
+# Pairs of batches of random rows, by point; the first points are near the start, where more is compared.
+_NUM_RANDOM = (0, 2, 1, 1)
+_NUM_NEAR = 2
 
 #: Constrained values of the latents, by site.
 Values = Mapping[str, Tensor]
@@ -61,6 +63,11 @@ class Runs:
         """All runs there are."""
         return [run for runs in (*self.exchanges, self.one_more, *self.splits) for run in runs]
 
+    @property
+    def unlike(self) -> list[ModelRun]:
+        """Runs on other rows and on other numbers of rows."""
+        return [*self.exchanges[0][:2], *self.one_more[2:], *(split[0] for split in self.splits)]
+
 
 class Probe:
     """Finds how each site of a model depends on the rows of one :class:`~pyro_apd.data.minibatch.ProbeRows`.
@@ -76,6 +83,7 @@ class Probe:
         self._rows = rows
         self._points = points
         self._generator = torch.Generator().manual_seed(0)
+        self._made: dict[tuple[int, bytes], ModelRun] = {}
         # A plate that takes all its rows ignores their indices.
         most = num_data - 1 if rows.plate is not None else num_data
         is_most = rows.batch_size >= most and rows.batch_size > 1
@@ -92,7 +100,8 @@ class Probe:
 
     def _drawn(self, count: int) -> dict[str, torch.Size] | None:
         try:
-            trace = self._probe.trace(self._first(count))
+            with seeded(0):
+                trace = self._probe.trace(self._first(count))
         except Exception:
             if self._rows.plate is None:
                 raise
@@ -108,14 +117,29 @@ class Probe:
         rows = self._rows
         one, two = self._first(rows.batch_size), self._second(rows.batch_size)
         other = two if rows.num_rows >= 2 * rows.batch_size else one[torch.arange(len(one)) // 2]
-        is_near = any(values is point for point in self._points[:2])
-        num_random = 0 if rows.batch_size == 1 else _NUM_RANDOM if is_near else 1
-        exchanges = [(one, two)] + [self._random_pair() for _ in range(num_random)]
+        place = next(i for i, point in enumerate(self._points) if point is values)
+        pairs = [self._random_pair() for _ in range(_NUM_RANDOM[place] if rows.batch_size > 1 else 0)]
+        if place < _NUM_NEAR or not pairs:
+            pairs.insert(0, (one, two))
         return Runs(
-            tuple(self._exchanged(*pair, values) for pair in exchanges),
-            self._one_row_more(one, other, values),
-            tuple(filter(None, [*(self._split(*pair, values) for pair in exchanges[:2]), self._partition(values)])),
+            tuple(self._exchanged(*pair, values) for pair in pairs),
+            self._one_row_more(one, other, values) if place < _NUM_NEAR else (),
+            tuple(filter(None, [*(self._split(*pair, values) for pair in pairs), self._partition(values)])),
         )
+
+    def _run(self, rows: Tensor, values: Values) -> ModelRun:
+        """A run, made once."""
+        key = id(values), rows.numpy().tobytes()
+        if key not in self._made:
+            self._made[key] = self._probe.run(rows, values)
+        return self._made[key]
+
+    def _attempt(self, rows: Tensor, values: Values) -> ModelRun | None:
+        """The same; None where the model fails, on a number of rows that it never meets in a run."""
+        try:
+            return self._run(rows, values)
+        except Exception:  # a model may do anything with a number of rows that it was not written for
+            return None
 
     def _partition(self, values: Values) -> tuple[ModelRun, ...] | None:
         """Runs on all rows and on each batch of them; None where that is too much, or the model fails on one."""
@@ -123,7 +147,7 @@ class Probe:
         is_point = values is self._points[min(1, len(self._points) - 1)]
         if not is_point or not self._is_full_affordable or len(rows) > _MAX_PARTS * self._rows.batch_size:
             return None
-        runs = [self._probe.attempt(part, values) for part in (rows, *rows.split(self._rows.batch_size))]
+        runs = [self._attempt(part, values) for part in (rows, *rows.split(self._rows.batch_size))]
         found = tuple(run for run in runs if run is not None)
         return found if len(found) == len(runs) else None
 
@@ -134,7 +158,7 @@ class Probe:
         """
         count = min(self._num_more, len(one))
         few = one[:count], other[:count]
-        run = self._probe.run if self._rows.plate is None else self._probe.attempt
+        run = self._run if self._rows.plate is None else self._attempt
         extra = torch.tensor([self._rows.num_rows // 2])
         runs = [run(rows, values) for rows in (*few, *(torch.cat([rows, extra]) for rows in few))]
         found = tuple(run for run in runs if run is not None)
@@ -145,14 +169,14 @@ class Probe:
         half = len(one) // 2
         together = torch.cat([one, two]), one, two
         calls = together if half == 0 or 2 * len(one) < self._num_data else (one, one[:half], one[half:])
-        runs = tuple(run for run in (self._probe.attempt(rows, values) for rows in calls) if run is not None)
+        runs = tuple(run for run in (self._attempt(rows, values) for rows in calls) if run is not None)
         return runs if len(runs) == len(calls) else None
 
     def _exchanged(self, one: Tensor, two: Tensor, values: Values) -> tuple[ModelRun, ...]:
         """Runs on (a, c), (a', c'), (c', a) and (c, a')."""
         half = len(one) // 2
         crossed = torch.cat([two[half:], one[:half]]), torch.cat([one[half:], two[:half]])
-        return tuple(self._probe.run(rows, values) for rows in (one, two, *crossed))
+        return tuple(self._run(rows, values) for rows in (one, two, *crossed))
 
     def _first(self, count: int) -> Tensor:
         """``count`` rows at even distances from the first row on; repeated where there are fewer."""
@@ -174,7 +198,7 @@ class Probe:
 
     def full_run(self) -> ModelRun | None:
         """A run on all rows, where that is affordable."""
-        return self._probe.run(torch.arange(self._rows.num_rows), self._points[0]) if self._is_full_affordable else None
+        return self._run(torch.arange(self._rows.num_rows), self._points[0]) if self._is_full_affordable else None
 
     @property
     def _is_full_affordable(self) -> bool:
@@ -196,7 +220,7 @@ class Probe:
                 "kernel scales it: take the site out of poutine.scale."
             )
         for runs in self.runs:
-            self._check_equal(name, what, runs.all)
+            self._check_equal(name, what, runs.unlike)
         if full is not None:
             self._check_equal(name, what, [self.runs[0].one, full])
 

@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from pyro_apd.data.minibatch import Call
 from pyro_apd.errors import ModelError
-from pyro_apd.models.row_terms import ModelRun, differs, terms_of
+from pyro_apd.models.row_terms import ModelRun, differs
 from pyro_apd.models.tracing import check_latents, run_model
 from pyro_apd.runtime.global_state import other_random_states
 from pyro_apd.runtime.random_stream import RandomStream
@@ -140,7 +140,7 @@ def _changing_message(name: str) -> str:
 
 def _run(model: Callable[..., Any], call: Call, values: Mapping[str, Tensor]) -> ModelRun:
     given = {name: value.clone() for name, value in values.items()}
-    run = terms_of(run_model(model, call, given), 0, given)
+    run = ModelRun(run_model(model, call, given), 0, given)
     _refuse_changed(given, values)
     return run
 
@@ -156,11 +156,11 @@ def _refuse_changed(given: Mapping[str, Tensor], values: Mapping[str, Tensor]) -
 
 def _differing_site(one: ModelRun, other: ModelRun) -> str | None:
     """The first site that is in one run only, or has other terms."""
-    sites, others = ({**run.latents, **run.observed} for run in (one, other))
-    for name in {**sites, **others}:
-        if name not in sites or name not in others or sites[name].scale != others[name].scale:
+    names = {*one.latents, *one.observed}, {*other.latents, *other.observed}
+    for name in (*one.latents, *one.observed, *other.observed):
+        if name not in names[0] or name not in names[1] or one.site(name).scale != other.site(name).scale:
             return name
-        first, second = sites[name].terms, others[name].terms
+        first, second = one.site(name).terms, other.site(name).terms
         if first.shape != second.shape:
             return name
         # The order of sums on a GPU may change from run to run.
@@ -170,6 +170,8 @@ def _differing_site(one: ModelRun, other: ModelRun) -> str | None:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if torch.equal(one, other):
+        return True
     return torch.equal(one.nan_to_num(), other.nan_to_num()) and torch.equal(one.isnan(), other.isnan())
 
 

@@ -59,29 +59,39 @@ class SiteTerms:
         return len(self.terms) != len(other.terms) or differs(self.terms, other.terms)
 
 
-@dataclass(frozen=True)
 class ModelRun:
     """A run of a model on ``num_rows`` rows, with given values of the latents.
 
-    :ivar latents: what each latent site adds, and ``observed`` each observed site.
+    The terms of observed sites are computed at once, and may fail; those of latents when they are asked for.
+
+    :param trace: the run.
+    :param values: values of the latents.
+    :ivar latents: names of the latent sites, and ``observed`` of the observed ones.
+    :raises ModelError: if the run has other latents.
     """
 
-    num_rows: int
-    latents: Mapping[str, SiteTerms]
-    observed: Mapping[str, SiteTerms]
+    def __init__(self, trace: poutine.Trace, num_rows: int, values: Mapping[str, Tensor]) -> None:
+        check_latents(trace, values)
+        self.num_rows = num_rows
+        observed = {name: site for name, site in observed_sites(trace).items() if name not in values}
+        self.latents = tuple(values)
+        self.observed = tuple(observed)
+        self._nodes = {name: trace.nodes[name] for name in values}
+        self._terms = {name: site_terms(site) for name, site in observed.items()}
 
     def site(self, name: str) -> SiteTerms:
         """The terms of a site.
 
         :raises ModelError: if this run has no such site.
         """
-        site = self.latents.get(name) or self.observed.get(name)
-        if site is None:
+        if name in self._nodes:
+            self._terms[name] = site_terms(self._nodes.pop(name))
+        if name not in self._terms:
             raise ModelError(
                 f"Site '{name}' is in one run of the model and not in another, with the same values of the latents. "
                 "The sites of a model must not depend on the rows of a batch, their number or random numbers."
             )
-        return site
+        return self._terms[name]
 
 
 class RowProbe:
@@ -113,28 +123,7 @@ class RowProbe:
 
         :raises ModelError: if the model has other latents than ``values``.
         """
-        return terms_of(self.trace(rows, values), len(rows), values)
-
-    def attempt(self, rows: Tensor, values: Mapping[str, Tensor]) -> ModelRun | None:
-        """The same; None where the model fails, on a number of rows that it never meets in a run."""
-        try:
-            return self.run(rows, values)
-        except Exception:  # a model may do anything with a number of rows that it was not written for
-            return None
-
-
-def terms_of(trace: poutine.Trace, num_rows: int, values: Mapping[str, Tensor]) -> ModelRun:
-    """The terms of all sites of a run with the latents set to ``values``.
-
-    :raises ModelError: if the run has other latents.
-    """
-    check_latents(trace, values)
-    observed = {name: site for name, site in observed_sites(trace).items() if name not in values}
-    return ModelRun(
-        num_rows,
-        {name: site_terms(trace.nodes[name]) for name in values},
-        {name: site_terms(site) for name, site in observed.items()},
-    )
+        return ModelRun(self.trace(rows, values), len(rows), values)
 
 
 def site_terms(site: Site) -> SiteTerms:
@@ -173,9 +162,9 @@ def differs(one: Tensor, other: Tensor) -> bool:
 
     Those of one for each row are compared in sorted order; ``one`` and ``other`` have the same length.
     """
-    first, second = one.sort().values, other.sort().values
-    if first.numel() == 0:
+    if torch.equal(one, other):
         return False
+    first, second = one.sort().values, other.sort().values
     rtol = relative_rounding(one)
     finite = first[first.isfinite()]
     size = float(finite.square().mean().sqrt()) if finite.numel() else 0.0

@@ -61,26 +61,27 @@ def first_run(
     source: MinibatchSource,
     inputs: tuple[Tensor, ...],
     run: Callable[[Call], poutine.Trace],
+    seed: int | None = None,
 ) -> poutine.Trace:
     """A run of ``model`` on a first batch.
 
     :param source: of mini-batches, and ``inputs`` one of its batches.
     :param run: runs the model on a call, and checks that all densities are finite.
+    :param int seed: of what it draws; by default the global generator gives one.
     :raises DataError: if a value has no finite density; it names row and value, where they are found.
     :raises ModelError: as :func:`~pyro_apd.models.tracing.run_model`.
     """
-    call, seed = source.bind(inputs), int(torch.randint(2**62, ()))
-    tensors = [leaf for leaf in tree_flatten((call.args, call.kwargs))[0] if isinstance(leaf, Tensor)]
-    device = tensors[0].device if tensors else torch.device("cpu")
+    call = source.bind(inputs)
+    seed = int(torch.randint(2**62, ())) if seed is None else seed
     with pyro.validation_enabled(True):
         try:
-            with seeded(seed, device):
+            with seeded(seed):
                 return run(call)
         except ModelError:
             raise
         except DataError:
             # By the same seed for the same latents, and rows of the model's own plates.
-            with seeded(seed, device), _keeping_the_error():
+            with seeded(seed), _keeping_the_error():
                 return _masked_run(run, model, call, source.row_numbers(inputs))
             raise
         except (*_FAILURES, TypeError, AttributeError) as error:
