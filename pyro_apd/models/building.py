@@ -21,7 +21,7 @@ from pyro_apd.models.repeatability import refuse_writes, watched_modules
 from pyro_apd.models.shapes import refuse_outer_products
 from pyro_apd.models.structure import examine, refuse_missing_sites
 from pyro_apd.models.supports import checked_rows, first_run
-from pyro_apd.models.tracing import check_densities, run_model, subsampled_plates
+from pyro_apd.models.tracing import check_densities, run_from_prior, run_model, subsampled_plates
 from pyro_apd.runtime.threads import one_thread
 
 
@@ -69,7 +69,7 @@ def build_potential(
         model = without_missing_targets(model)
     missing = not_finite(args, kwargs) or not_finite(example.args, example.kwargs)
     try:
-        trace = first_run(model, source, inputs, lambda call: _first_trace(model, call), seed)
+        trace = first_run(model, source, inputs, lambda call: run_from_prior(model, call, _first_trace), seed)
         if source.is_full:
             source, inputs = _of_full_data(source, inputs, trace, replacement, generator)
         refuse_missing_sites(trace, (args, dict(kwargs)))

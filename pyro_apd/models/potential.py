@@ -32,6 +32,7 @@ from pyro_apd.models.supports import check_batch
 from pyro_apd.models.tracing import (
     Site,
     check_latents,
+    run_from_prior,
     run_model,
 )
 from pyro_apd.runtime.threads import one_thread
@@ -93,7 +94,7 @@ class Potential:
 
     def draw_start(self) -> dict[str, Tensor]:
         """Another draw of the latents from the prior, or by the model's ``init_strategy``; constrained."""
-        trace = run_model(self.model, self._example)
+        trace = run_from_prior(self.model, self._example)
         return {name: trace.nodes[name]["value"].detach() for name in self.layout.names}
 
     @property

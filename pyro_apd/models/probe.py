@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,8 @@ _MAX_PARTS = 12
 # Pairs of batches of random rows, by point; the first points are near the start, where more is compared.
 _NUM_RANDOM = (0, 2, 1, 1)
 _NUM_NEAR = 2
+
+logger = logging.getLogger("pyro_apd")
 
 #: Constrained values of the latents, by site.
 Values = Mapping[str, Tensor]
@@ -110,8 +113,14 @@ class Probe:
 
     @cached_property
     def runs(self) -> list[Runs]:
-        """Runs at each point."""
-        return [self._runs_at(values) for values in self._points]
+        """Runs at the start, and at each other point at which the model does not fail."""
+        found = [self._runs_at(self._points[0])]
+        for values in self._points[1:]:
+            try:
+                found.append(self._runs_at(values))
+            except Exception as error:  # values that no chain may ever have, such as probabilities that round to 1
+                logger.debug("The model is not compared at a point away from its start: %s.", error)
+        return found
 
     def _runs_at(self, values: Values) -> Runs:
         rows = self._rows

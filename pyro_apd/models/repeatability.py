@@ -26,9 +26,9 @@ from pyro_apd.models.tracing import check_latents, run_model
 from pyro_apd.runtime.global_state import other_random_states
 from pyro_apd.runtime.random_stream import RandomStream
 
-# Runs in which random numbers that were drawn must have had no effect: an event of probability 1/2 escapes all of them
-# in one of 4e9 models.
-_NUM_REPEATS = 32
+# Runs in which random numbers that were drawn must have had no effect. What they change in one run of 50 escapes all of
+# them in one of 400 models.
+_NUM_REPEATS = 300
 
 
 @dataclass
@@ -96,11 +96,13 @@ def refuse_writes(model: Callable[..., Any], effects: ModuleEffects) -> None:
 def check_repeatable(model: Callable[..., Any], call: Call, points: Sequence[Mapping[str, Tensor]]) -> None:
     """Runs the model twice with the same latents; both must give the same densities, to the last bit on a CPU.
 
-    :param points: constrained values of the latents: at the last of them densities are compared, and at all of them the
-        model must have the same latents.
+    :param points: constrained values of the latents, the start last: at the first of them densities are compared, and
+        at all of them the model must have the same latents.
     :raises ModelError: if densities differ, or the model changes the values, naming the module or site.
     """
-    values = points[-1]  # not the start, which a model that writes to its latents has changed already
+    # Not at the start, which a model that writes to its latents has changed already; but there if it fails elsewhere.
+    *others, start = points
+    values = next((point for point in others[:1] if _is_possible(model, call, point)), start)
     stream = RandomStream(0, next((value.device for value in values.values()), "cpu"))
 
     def random_state() -> Any:
@@ -115,8 +117,16 @@ def check_repeatable(model: Callable[..., Any], call: Call, points: Sequence[Map
             name = _differing_site(first, _run(model, call, values))
         if name is not None:
             raise ModelError(_drawing_message(model, effects.drawing, name) if has_drawn else _changing_message(name))
-    for point in points[:-1]:
+    for point in others:
         _check_latents_at(model, call, point)
+
+
+def _is_possible(model: Callable[..., Any], call: Call, values: Mapping[str, Tensor]) -> bool:
+    try:
+        run_model(model, call, {name: value.clone() for name, value in values.items()})
+    except Exception:  # values that no chain may ever have
+        return False
+    return True
 
 
 def _check_latents_at(model: Callable[..., Any], call: Call, values: Mapping[str, Tensor]) -> None:

@@ -71,7 +71,7 @@ def examine(
     call = source.bind(inputs)
     indices = {name: torch.arange(inputs[0].shape[0]) for name in pass_through}
     points = probe_points(layout, start)
-    check_repeatable(model, Call(call.args, call.kwargs, {**call.indices, **indices}), [*points[2:], points[1]])
+    check_repeatable(model, Call(call.args, call.kwargs, {**call.indices, **indices}), [*points[1:], points[0]])
     if source.is_full:
         return ModelStructure(layout, start)
     axes = source.probe_rows(inputs)

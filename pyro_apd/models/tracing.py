@@ -31,6 +31,8 @@ logger = logging.getLogger("pyro_apd")
 Site = Mapping[str, Any]
 
 
+# Draws from the prior that are tried as a start.
+_NUM_DRAWS = 10
 # Sites whose values are given to the run of a model in this thread.
 _GIVEN: ContextVar[frozenset[str]] = ContextVar("_GIVEN", default=frozenset())
 
@@ -78,6 +80,25 @@ def run_model(model: Callable[..., Any], call: Call, values: Mapping[str, Tensor
             with _keeping_first_error():
                 _raise_explanation(error, tracer.msngr.trace, _row_counts(call))
             raise
+
+
+def run_from_prior(
+    model: Callable[..., Any], call: Call, run: Callable[[Callable[..., Any], Call], poutine.Trace] = run_model
+) -> poutine.Trace:
+    """A run with drawn latents; drawn again, a few times, where they give a likelihood parameters that it cannot have.
+
+    A draw from a wide prior may be so far out that a probability rounds to 1.
+
+    :param run: runs the model on a call.
+    :raises DataError: as :func:`run_model`, if it fails each time.
+    """
+    for _ in range(_NUM_DRAWS - 1):
+        try:
+            return run(model, call)
+        except DataError as error:
+            if "to satisfy the constraint" not in str(error):
+                raise
+    return run(model, call)
 
 
 def subsampled_plates(trace: poutine.Trace) -> dict[str, tuple[int, int]]:

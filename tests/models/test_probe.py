@@ -11,8 +11,10 @@ from pyro import poutine
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_apd.errors import ModelError
+from pyro_apd.data.minibatch import RowSubsample
+from pyro_apd.errors import DataError, ModelError
 from pyro_apd.models.building import build_potential
+from pyro_apd.models.probe import Probe
 
 N, B = 24, 6
 _GENERATOR = torch.Generator().manual_seed(1)
@@ -336,3 +338,18 @@ def test_two_plates_that_subsample_are_probed_one_at_a_time():
     build_potential(model, (table,), {}, capture=False)
     with pytest.raises(ModelError, match="'obs' is not a sum over rows"):
         build_potential(model, (table,), {"fault": torch.tensor(1.0)}, capture=False)
+
+
+def test_a_point_at_which_the_model_fails_is_left_out():
+    def model(x, y):
+        w = weights()
+        with pyro.plate("data", len(x)):
+            scored(x @ w, y, 2.0 - w.abs().max())
+
+    source = RowSubsample((X, Y), {}, B)
+    source.start(torch.Generator().manual_seed(0))
+    (rows,) = source.probe_rows(source.draw())
+    probe = Probe(model, N, rows, [{"w": torch.ones(3)}, {"w": 3 * torch.ones(3)}])
+    assert len(probe.runs) == 1
+    with pytest.raises(DataError, match="to satisfy the constraint"):
+        _ = Probe(model, N, rows, [{"w": 3 * torch.ones(3)}]).runs

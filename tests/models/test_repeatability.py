@@ -47,14 +47,15 @@ class Net(PyroModule):
             pyro.sample("obs", dist.Normal(f, 1.0), obs=y)
 
 
-def sometimes(chance):
-    return lambda x: x + 1.0 if chance() < 0.5 else x
+def sometimes(chance, share=0.5):
+    return lambda x: x + 1.0 if chance() < share else x
 
 
 DRAWING = {
     "noise": lambda x: x + torch.randn_like(x),
     "dropout by function": nn.functional.dropout,
     "one coin": sometimes(lambda: torch.rand(())),
+    "a rare event": sometimes(lambda: torch.rand(()), 0.05),
     "one coin of Python": sometimes(random.random),
     "one coin of NumPy": sometimes(np.random.random),
     "a layer of new weights": lambda x: nn.Linear(3, 3)(x).detach(),

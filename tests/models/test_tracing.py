@@ -12,7 +12,14 @@ from torch import Tensor
 from pyro_apd.data.minibatch import Call
 from pyro_apd.errors import DataError, ModelError
 from pyro_apd.models.building import build_potential
-from pyro_apd.models.tracing import StartMessenger, check_densities, observed_sites, run_model, subsampled_plates
+from pyro_apd.models.tracing import (
+    StartMessenger,
+    check_densities,
+    observed_sites,
+    run_from_prior,
+    run_model,
+    subsampled_plates,
+)
 from tests.support.models import Classifier
 
 N = 60
@@ -80,3 +87,15 @@ def test_a_strategy_draws_nothing_for_sites_that_are_given():
     assert float(trace.nodes["_RETURN"]["value"]) == 2.5
     run_model(starting, Call((), {}))
     assert asked == ["b", "a", "b"]
+
+
+def test_a_draw_that_the_likelihood_cannot_take_is_drawn_again():
+    def model(y, least):
+        scale = pyro.sample("scale", dist.Normal(0.0, 1.0))
+        pyro.sample("obs", dist.Normal(0.0, scale - least), obs=y)
+
+    call = Call((torch.zeros(()), 0.5), {})
+    for _ in range(5):
+        assert float(run_from_prior(model, call).nodes["scale"]["value"]) > 0.5
+    with pytest.raises(DataError, match="to satisfy the constraint"):
+        run_from_prior(model, Call((torch.zeros(()), 50.0), {}))
