@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pyro_apd.data.minibatch import Call, ProbeRows
 from pyro_apd.errors import ModelError
-from pyro_apd.models.tracing import Site, check_latents, observed_sites, run_model, subsampled_plates
+from pyro_apd.models.tracing import Site, check_latents, observed_sites, run_from_prior, run_model, subsampled_plates
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,16 @@ class RowProbe:
         call = self.rows.call(rows)
         if self.rows.plate is not None:
             with resized_plate(self.rows.plate, len(rows)):
-                return run_model(self._model, call, values)
-        trace = run_model(self._model, call, values)
+                return self._run_model(call, values)
+        trace = self._run_model(call, values)
         plates = subsampled_plates(trace)
         if not plates:
             return trace
         indices = {name: torch.arange(count) for name, (_, count) in plates.items()}
-        return run_model(self._model, Call(call.args, call.kwargs, indices), values)
+        return self._run_model(Call(call.args, call.kwargs, indices), values)
+
+    def _run_model(self, call: Call, values: Mapping[str, Tensor] | None) -> poutine.Trace:
+        return run_from_prior(self._model, call) if values is None else run_model(self._model, call, values)
 
     def run(self, rows: Tensor, values: Mapping[str, Tensor]) -> ModelRun:
         """The same as terms by site.

@@ -22,7 +22,6 @@ from pyro_apd.data.minibatch import ProbeRows
 from pyro_apd.errors import ModelError
 from pyro_apd.models.probe import Probe, Values, latent_in_plate_message
 from pyro_apd.models.tracing import run_model, subsampled_plates
-from pyro_apd.runtime.global_state import seeded
 
 
 def check_plates(
@@ -128,8 +127,7 @@ def scaled_sites(
     """
     probe = Probe(model, num_data, rows, points)
     probe.check_latents_by_shape()
-    with seeded(0):
-        trace = run_model(model, rows.call(torch.arange(rows.batch_size)))
+    trace = run_model(model, rows.call(torch.arange(rows.batch_size)), points[0])
     _check_stated_sizes(trace, num_data, rows)
     for name in probe.runs[0].one.latents:
         probe.check_constant(name, "The prior of latent site")
