@@ -141,6 +141,11 @@ def check_kinds(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
                 f"Argument {name} of the model is a {type(leaf).__name__}; models compute with tensors. Pass "
                 'torch.tensor(x.to_numpy(dtype="float32")), and class labels as .to_numpy(dtype="int64").'
             )
+        if isinstance(leaf, np.ma.MaskedArray):
+            raise DataError(
+                f"Argument {name} of the model is a masked array, and its masked values would be read as data. Pass "
+                "x.filled(0.0), and the mask as another argument for pyro.poutine.mask."
+            )
         if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
             raise DataError(
                 f"Argument {name} of the model is sparse ({leaf.layout}), and rows of such tensors cannot be taken. "

@@ -15,6 +15,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pyro_apd.models.layout import Layout
 
@@ -26,11 +27,13 @@ def capture(function: Function, *examples: Any) -> Function:
 
     :param function: of tensors, and of tuples and dicts of tensors.
     :param examples: its arguments; the graph is for tensors of their shapes.
+    :raises RuntimeError: if the function's Python code depends on values of tensors.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with pyro.validation_enabled(False), torch.no_grad():
+    with pyro.validation_enabled(False), torch.no_grad(), _NoReadings():
         graph = make_fx(function)(*examples)
+    _refuse_shapes_from_values(graph)
     graph.graph.eliminate_dead_code()
     # Parameters of modules that the function refers to would make autograd record every call. As views they follow
     # changes of the parameters.
@@ -41,6 +44,46 @@ def capture(function: Function, *examples: Any) -> Function:
             graph.register_buffer(name, constant.detach())
     graph.recompile()
     return cast(Function, graph)
+
+
+# Functions that take a tensor for its shape, dtype and device alone.
+_BY_SHAPE = ("new_", "ones_like", "zeros_like", "full_like", "empty_like")
+
+
+class _NoReadings(TorchFunctionMode):
+    """Context in which Python code cannot read the values of tensors by ways that tracing does not notice."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.tolist, Tensor.__repr__):
+            raise RuntimeError("it reads values of tensors, by tolist() or as text")
+        return func(*args, **(kwargs or {}))
+
+
+def _refuse_shapes_from_values(graph: Any) -> None:
+    """Raises RuntimeError if a tensor's shape follows from values, such as ``x[mask]`` or ``unique()``.
+
+    Code may ask for that shape, as ``if x[mask].shape[0]:`` does, and the graph would keep the answer for one batch.
+    """
+    varying: set[Any] = set()  # nodes whose values follow those of the inputs
+    for node in graph.graph.nodes:
+        name = str(node.target).rpartition("::")[2].removeprefix("aten.")
+        inputs = [part for part in node.all_input_nodes if part in varying]
+        if node.op != "placeholder" and (not inputs or name.startswith(_BY_SHAPE)):
+            continue
+        varying.add(node)
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.dynamic_output_shape not in tags and torch.Tag.data_dependent_output not in tags:
+            continue
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet is torch.ops.aten.index and not any(_is_mask(part) and part in varying for part in node.args[1]):
+            continue  # rows by their numbers, or by a mask that is the same for all data
+        raise RuntimeError(f"the shape of a tensor depends on values ({node.target})")
+
+
+def _is_mask(node: Any) -> bool:
+    meta = getattr(node, "meta", {})
+    value = meta.get("val", meta.get("tensor_meta"))
+    return node is not None and getattr(value, "dtype", torch.bool) in (torch.bool, torch.uint8)
 
 
 @dataclass(frozen=True)

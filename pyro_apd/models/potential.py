@@ -32,6 +32,7 @@ from pyro_apd.models.supports import check_batch
 from pyro_apd.models.tracing import (
     Site,
     check_latents,
+    check_observed,
     run_from_prior,
     run_model,
 )
@@ -197,6 +198,8 @@ class Potential:
     ) -> Tensor:
         trace = run_model(model, self._call(inputs), self.layout.constrain_sites(unconstrained))
         check_latents(trace, self.layout.names)
+        if self._structure.observed is not None:
+            check_observed(trace, self.layout.names, self._structure.observed)
         scaled, latents = self._structure.scaled, frozenset(self.layout.names)
 
         def is_unscaled(name: str, site: Site) -> bool:

@@ -120,6 +120,11 @@ class Probe:
                 found.append(self._runs_at(values))
             except Exception as error:  # values that no chain may ever have, such as probabilities that round to 1
                 logger.debug("The model is not compared at a point away from its start: %s.", error)
+        known = set(found[0].one.observed)
+        for run in (run for runs in found for run in runs.all):
+            for name in known.symmetric_difference(run.observed):
+                run.site(name)
+                found[0].one.site(name)
         return found
 
     def _runs_at(self, values: Values) -> Runs:

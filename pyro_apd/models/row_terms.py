@@ -32,6 +32,7 @@ from torch import Tensor
 from pyro_apd.data.minibatch import Call, ProbeRows
 from pyro_apd.errors import ModelError
 from pyro_apd.models.tracing import Site, check_latents, observed_sites, run_from_prior, run_model, subsampled_plates
+from pyro_apd.runtime.trees import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,22 @@ class ModelRun:
 
     :param trace: the run.
     :param values: values of the latents.
+    :param dtype: of the terms, by default as they are.
     :ivar latents: names of the latent sites, and ``observed`` of the observed ones.
     :raises ModelError: if the run has other latents.
     """
 
-    def __init__(self, trace: poutine.Trace, num_rows: int, values: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, trace: poutine.Trace, num_rows: int, values: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> None:
         check_latents(trace, values)
         self.num_rows = num_rows
         observed = {name: site for name, site in observed_sites(trace).items() if name not in values}
         self.latents = tuple(values)
         self.observed = tuple(observed)
         self._nodes = {name: trace.nodes[name] for name in values}
-        self._terms = {name: site_terms(site) for name, site in observed.items()}
+        self._dtype = dtype
+        self._terms = {name: site_terms(site, dtype) for name, site in observed.items()}
 
     def site(self, name: str) -> SiteTerms:
         """The terms of a site.
@@ -85,7 +90,7 @@ class ModelRun:
         :raises ModelError: if this run has no such site.
         """
         if name in self._nodes:
-            self._terms[name] = site_terms(self._nodes.pop(name))
+            self._terms[name] = site_terms(self._nodes.pop(name), self._dtype)
         if name not in self._terms:
             raise ModelError(
                 f"Site '{name}' is in one run of the model and not in another, with the same values of the latents. "
@@ -126,11 +131,18 @@ class RowProbe:
 
         :raises ModelError: if the model has other latents than ``values``.
         """
-        return ModelRun(self.trace(rows, values), len(rows), values)
+        return ModelRun(self.trace(rows, values), len(rows), values, self._precision(values))
+
+    def _precision(self, values: Mapping[str, Tensor]) -> torch.dtype | None:
+        """The coarsest floating dtype that the model computes with: terms in another one are no more exact."""
+        call = self.rows.call(torch.zeros(1, dtype=torch.long))
+        tensors = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+        dtypes = {tensor.dtype for tensor in (*tensors, *values.values()) if tensor.is_floating_point()}
+        return min(dtypes, key=lambda dtype: -torch.finfo(dtype).eps, default=None)
 
 
-def site_terms(site: Site) -> SiteTerms:
-    """The terms of a site as Pyro scores it."""
+def site_terms(site: Site, dtype: torch.dtype | None = None) -> SiteTerms:
+    """The terms of a site as Pyro scores it, in ``dtype`` where given."""
     fn, value, scale, mask = site["fn"], site["value"], site["scale"], site["mask"]
     number = float(scale) if not isinstance(scale, Tensor) or scale.dim() == 0 else None
     if number is not None and (mask is None or isinstance(mask, bool)):
@@ -139,6 +151,7 @@ def site_terms(site: Site) -> SiteTerms:
             fn = fn.base_dist
     terms = torch.as_tensor(fn.log_prob(value, *site["args"], **site["kwargs"])).detach()
     terms = scale_and_mask(terms, 1.0 if number is not None else scale, mask)
+    terms = terms if dtype is None else terms.to(dtype)
     shape = torch.Size(site["fn"].batch_shape)  # of some distributions a plain tuple
     count = max(int(torch.as_tensor(value).numel()), shape.numel())
     plates = frozenset(frame.name for frame in site["cond_indep_stack"])
@@ -170,7 +183,7 @@ def differs(one: Tensor, other: Tensor) -> bool:
     first, second = one.sort().values, other.sort().values
     rtol = relative_rounding(one)
     finite = first[first.isfinite()]
-    size = float(finite.square().mean().sqrt()) if finite.numel() else 0.0
+    size = float(finite.double().square().mean().sqrt()) if finite.numel() else 0.0
     return not torch.allclose(first, second, rtol=rtol, atol=rtol * (size + 0.05), equal_nan=True)
 
 

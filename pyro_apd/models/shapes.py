@@ -53,6 +53,7 @@ def refuse_outer_product(name: str, site: Site) -> None:
     fn, value = site["fn"], torch.as_tensor(site["value"])
     batch_shape = torch.Size(fn.batch_shape)
     plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+    _refuse_outer_weights(name, site)
     if value.numel() == 0:
         _refuse_outer_factor(name, batch_shape, plates)
         return
@@ -70,6 +71,19 @@ def refuse_outer_product(name: str, site: Site) -> None:
     undeclared = [dim for dim in dims if dim not in plates]
     if repeated and undeclared:
         raise DataError(_message(name, value, batch_shape))
+
+
+def _refuse_outer_weights(name: str, site: Site) -> None:
+    """A scale or mask that has more dimensions than the terms repeats them."""
+    terms = torch.Size(torch.as_tensor(site["fn"].log_prob(site["value"])).shape)
+    for what in ("scale", "mask"):
+        weights = site[what]
+        if isinstance(weights, Tensor) and torch.broadcast_shapes(terms, weights.shape) != terms:
+            raise DataError(
+                f"Observed site '{name}' has terms of shape {tuple(terms)} and a {what} of shape "
+                f"{tuple(weights.shape)}, which repeats them: every datum would count with the {what} of every other. "
+                f"Give both one shape; for a column, {what}.squeeze(-1)."
+            )
 
 
 def _refuse_outer_factor(name: str, shape: torch.Size, plates: dict[int | None, int]) -> None:

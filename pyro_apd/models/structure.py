@@ -35,6 +35,7 @@ class ModelStructure:
     :ivar start: constrained values of the latents in the first run, drawn from the prior.
     :ivar scaled: observed sites of which a batch shows a part. True: their plate multiplies them by N/B already;
         False: the kernel has to.
+    :ivar observed: names of the observed sites that were examined; None where any may appear.
     :ivar pass_through: plates that state N themselves and are given batches of ready rows. Their indices have no
         effect.
     """
@@ -42,6 +43,7 @@ class ModelStructure:
     layout: Layout
     start: dict[str, Tensor]
     scaled: Mapping[str, bool] = field(default_factory=dict)
+    observed: frozenset[str] | None = None
     pass_through: frozenset[str] = frozenset()
 
 
@@ -72,16 +74,17 @@ def examine(
     indices = {name: torch.arange(inputs[0].shape[0]) for name in pass_through}
     points = probe_points(layout, start)
     check_repeatable(model, Call(call.args, call.kwargs, {**call.indices, **indices}), [*points[1:], points[0]])
+    observed = frozenset(observed_sites(trace))
     if source.is_full:
-        return ModelStructure(layout, start)
+        return ModelStructure(layout, start, observed=observed)
     axes = source.probe_rows(inputs)
     if source.plates:
         check_plates(model, source.plates, axes, points, trace)
-        return ModelStructure(layout, start)
+        return ModelStructure(layout, start, observed=observed)
     assert source.num_data is not None
     (rows,) = axes
     scaled = scaled_sites(model, source.num_data, rows, points)
-    return ModelStructure(layout, start, scaled, pass_through)
+    return ModelStructure(layout, start, scaled, observed, pass_through)
 
 
 def refuse_missing_sites(trace: poutine.Trace, arguments: Any) -> None:

@@ -128,6 +128,16 @@ def check_latents(trace: poutine.Trace, names: Collection[str]) -> None:
             raise ModelError(_other_latent_message(name, "is missing in a run of the model"))
 
 
+def check_observed(trace: poutine.Trace, latents: Collection[str], known: Collection[str]) -> None:
+    """Raises ModelError if a run has an observed site that is not ``known``: nobody has seen how it is scaled."""
+    for name in observed_sites(trace):
+        if name not in known and name not in latents:
+            raise ModelError(
+                f"Observed site '{name}' appears in some batches only, so that it is not known how to scale it by N/B. "
+                "Observe it in every run, with pyro.poutine.mask for the rows that it is not about."
+            )
+
+
 def _other_latent_message(name: str, what: str) -> str:
     return (
         f"Latent site '{name}' {what}: the sites depend on the values of other latents, on random numbers or on the "

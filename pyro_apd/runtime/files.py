@@ -49,6 +49,10 @@ def atomic_write(path: str | os.PathLike[str], previous: Path | None = None) -> 
         )
     if path.is_dir():
         raise IsADirectoryError(f"Cannot write '{path}': it is a folder. Give the path of a file.")
+    if path.exists() and not path.is_file():
+        raise OSError(f"Cannot write '{path}': it is a pipe or a device, which would be replaced. Give another path.")
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))  # the file is replaced, and the link stays
     remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     _ACTIVE.add(temporary.name)

@@ -3,6 +3,7 @@
 
 """What a new user meets first: each mistake is named, and the message says what to do."""
 
+import numpy as np
 import pandas
 import pyro
 import pyro.distributions as dist
@@ -174,6 +175,7 @@ def test_arrays_where_a_model_takes_tensors_are_named():
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        ((np.ma.masked_array(X.numpy(), mask=False), Y), r"#0 .*masked array.*x\.filled"),
         ((pandas.DataFrame(X.numpy()), Y), r"#0 .*DataFrame.*torch\.tensor\(x\.to_numpy\(dtype=\"float32\"\)\)"),
         ((X, pandas.Series(Y.numpy())), "#1 .*Series"),
         ((X.to_sparse(), Y), r"#0 .*sparse.*x\.to_dense\(\)"),

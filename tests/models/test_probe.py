@@ -353,3 +353,32 @@ def test_a_point_at_which_the_model_fails_is_left_out():
     assert len(probe.runs) == 1
     with pytest.raises(DataError, match="to satisfy the constraint"):
         _ = Probe(model, N, rows, [{"w": 3 * torch.ones(3)}]).runs
+
+
+def rarely_observed(x, y, v, plate):
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    w = weights()
+    rare = v > 1.4
+    with plate:
+        with poutine.mask(mask=~rare):
+            scored(x @ w, y)
+        if rare.any():
+            with poutine.mask(mask=rare):
+                pyro.sample("rare", dist.Normal(a, 1.0).expand([len(x)]), obs=y)
+
+
+def test_a_site_that_only_some_batches_observe_is_refused():
+    order = V.argsort()
+    with pytest.raises(ModelError, match="'rare'"):
+        build_potential(given_rows(rarely_observed), (X[order], Y[order], V[order]), {}, batch_size=B)
+
+
+def test_a_site_that_the_checks_have_not_met_ends_the_run():
+    seen = V.clamp(max=1.0)
+    data = (X.clone(), Y.clone(), seen)
+    potential, start = build_potential(given_rows(rarely_observed), data, {}, batch_size=B, capture=False)
+    theta = potential.layout.unconstrain(start)
+    potential.gradient(theta, potential.source.draw())
+    seen.fill_(1.5)  # as rows that come later
+    with pytest.raises(ModelError, match="'rare' appears in some batches only"):
+        potential.gradient(theta, potential.source.draw())

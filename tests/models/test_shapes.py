@@ -122,3 +122,16 @@ def test_shapes_that_mean_what_they_say_run(model):
     potential, start = build_potential(model, (X, COLUMN[:, 0]), {})
     trace = pyro.poutine.trace(pyro.poutine.condition(model, start)).get_trace(X, COLUMN[:, 0])
     torch.testing.assert_close(potential.value(potential.layout.unconstrain(start), ()), -trace.log_prob_sum())
+
+
+@pytest.mark.parametrize("handler", [pyro.poutine.scale, pyro.poutine.mask])
+def test_a_column_of_weights_is_refused(handler):
+    def model(x, y, v):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)), handler(**{handler.__name__: v}):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    v = torch.ones(N, dtype=torch.bool) if handler is pyro.poutine.mask else torch.rand(N)
+    build_potential(model, (X, COLUMN[:, 0], v), {})
+    with pytest.raises(DataError, match=rf"'obs'.*{handler.__name__} of shape.*squeeze\(-1\)"):
+        build_potential(model, (X, COLUMN[:, 0], v[:, None]), {})

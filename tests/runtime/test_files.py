@@ -197,3 +197,16 @@ def test_only_regular_files_can_be_read(path, tmp_path):
             check_regular(what)
     with pytest.raises(FileNotFoundError):
         check_regular(tmp_path / "nowhere")
+
+
+def test_pipes_are_not_replaced_and_links_are_followed(path, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="pipe or a device"):
+        write(pipe, "after")
+    assert not pipe.is_file()
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    write(link, "after")
+    assert link.is_symlink()
+    assert path.read_text() == "after"
