@@ -50,4 +50,4 @@ def _perturbed(result, seed):
     eps = torch.finfo(result.dtype).eps
     # Whole numbers, such as the sum of a one-hot vector, are exact on every processor.
     steps = steps * (result != result.round())
-    return result + result * (steps.to(result.dtype) * eps)
+    return torch.where(result.isfinite(), result + result * (steps.to(result.dtype) * eps), result)
