@@ -51,7 +51,11 @@ def _bad_rows(sites: Mapping[str, Site]) -> dict[str, Tensor]:
 
 def _inside(site: Site) -> Tensor:
     """Whether values are in the support, in the shape of the site's log-density; True where they are masked."""
-    fn, value = site["fn"], torch.as_tensor(site["value"])
+    fn, value, num_dims = site["fn"], torch.as_tensor(site["value"]), 0
+    # Entries of an event that .to_event() made are looked at one by one: a mask inside may leave some out.
+    while isinstance(fn, torch.distributions.Independent) and inner_mask(fn.base_dist) is not None:
+        num_dims += fn.reinterpreted_batch_ndims
+        fn = fn.base_dist
     support = support_of(fn)
     try:
         inside = torch.tensor(True) if support is None else support.check(value)
@@ -60,15 +64,23 @@ def _inside(site: Site) -> Tensor:
             inside = inside.all(-1)
     except (RuntimeError, ValueError, NotImplementedError):  # the density decides
         inside = torch.tensor(True)
-    return _counted(site, inside)
+    inside = _without(inner_mask(fn), inside)
+    for _ in range(num_dims if inside.dim() >= num_dims else 0):
+        inside = inside.all(-1)
+    return _without(site["mask"], inside)
 
 
 def _counted(site: Site, is_good: Tensor) -> Tensor:
     """``is_good``, and True where the site's log-density does not count."""
-    for mask in (site["mask"], inner_mask(site["fn"])):
-        if mask is not None:
-            is_good = is_good | ~torch.as_tensor(mask, device=is_good.device).bool()
-    return is_good
+    mask = inner_mask(site["fn"])
+    if isinstance(mask, Tensor) and mask.dim() > is_good.dim():
+        mask = None  # of entries of an event, whose density leaves them out itself
+    return _without(site["mask"], _without(mask, is_good))
+
+
+def _without(mask: Any, is_good: Tensor) -> Tensor:
+    """``is_good``, and True where ``mask`` is not set."""
+    return is_good if mask is None else is_good | ~torch.as_tensor(mask, device=is_good.device).bool()
 
 
 def _bad_row_message(name: str, sites: Mapping[str, Site], mask: Tensor, rows: Tensor | None) -> str:

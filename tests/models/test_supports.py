@@ -304,3 +304,20 @@ def test_a_density_that_overflows_far_out_only_is_not_refused():
     opened(model, changed(torch.zeros(N), 1.0, row=12), BINARY)  # which is not in the first batch
     with pytest.raises(DataError, match=rf"row {BAD} at the starting point"):
         opened(model, changed(torch.zeros(N), 1.0), BINARY)
+
+
+@pytest.mark.parametrize("padding", [0, -1])
+@pytest.mark.parametrize("batch_size", [4, None])
+def test_padded_sequences_whose_mask_lies_inside_an_event(padding, batch_size):
+    tokens = torch.randint(1, 5, (12, 4), generator=torch.Generator().manual_seed(0))
+    tokens[torch.arange(12) % 3 == 0, 2:] = padding
+
+    def model(tokens):
+        w = pyro.sample("w", dist.Normal(torch.zeros(5, 5), 1.0).to_event(2))
+        known = tokens > 0
+        logits = w[tokens.clamp(min=0)]
+        with pyro.plate("data", len(tokens)):
+            fn = dist.Categorical(logits=logits, validate_args=False).mask(known).to_event(1)
+            pyro.sample("obs", fn, obs=tokens.clamp(min=0) if padding else tokens)
+
+    build_potential(model, (tokens,), {}, batch_size=batch_size, capture=False)
