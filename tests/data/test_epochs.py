@@ -190,8 +190,7 @@ def drawn(loader, num_data=None, batches=5, prefetch=0):
     source.prefetch = prefetch
     source.start(torch.Generator().manual_seed(0))
     try:
-        for _ in range(batches):
-            source.draw()
+        return [len(source.draw()[0]) for _ in range(batches)]
     finally:
         source.close()
 
@@ -215,10 +214,10 @@ def test_an_epoch_that_holds_other_rows_than_it_says_is_refused(loader, prefetch
 
 
 def test_epochs_that_hold_what_they_say_go_on():
-    drawn(DataLoader(Stream(20), 6, drop_last=True), batches=8)
-    drawn(DataLoader(Stream(20), 6), batches=9)
-    drawn(DataLoader(Stream(30), 5), num_data=20, batches=9)
-    drawn([X[:12], X[12:]], batches=5)
+    assert drawn(DataLoader(Stream(20), 6, drop_last=True), batches=8) == [6] * 8
+    assert drawn(DataLoader(Stream(20), 6), batches=9) == [6, 6, 6, 2] * 2 + [6]
+    assert drawn(DataLoader(Stream(30), 5), num_data=20, batches=9) == [5] * 9
+    assert drawn([X[:12], X[12:]], batches=5) == [12, 8, 12, 8, 12]
 
 
 def test_part_of_an_epoch_after_a_resumption_is_not_counted():

@@ -96,7 +96,10 @@ def test_a_plate_of_the_model_may_have_missing_targets():
         with pyro.plate("data", len(x), subsample_size=10) as rows, poutine.mask(mask=~y[rows].isnan()):
             pyro.sample("obs", dist.Normal(x[rows] @ w, 1.0), obs=y[rows].nan_to_num())
 
-    build_potential(model, (X, TARGETS), {}, capture=False)
+    potential, _ = build_potential(model, (X, TARGETS), {}, capture=False)
+    theta = torch.linspace(-0.3, 0.4, 3)
+    found = sum(weight * potential.gradient(theta, inputs)[0] for inputs, weight in potential.source.cover())
+    torch.testing.assert_close(found, gradient(masked(True), X[IS_KNOWN], TARGETS[IS_KNOWN], None))
 
 
 def plain(x, y):

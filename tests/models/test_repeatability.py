@@ -77,7 +77,9 @@ def test_the_module_that_draws_is_named(layer):
 
 
 def test_numbers_that_have_no_effect_are_no_fault():
-    build_potential(regression(lambda x: x + 0.0 * torch.randn_like(x)), (X, Y), {})
+    potential, _ = build_potential(regression(lambda x: x + 0.0 * torch.randn_like(x)), (X, Y), {})
+    expected, _ = build_potential(regression(lambda x: x), (X, Y), {})
+    assert torch.equal(potential.value(torch.ones(3), ()), expected.value(torch.ones(3), ()))
 
 
 def test_a_model_that_counts_its_runs_is_refused():
@@ -101,7 +103,10 @@ def test_a_module_that_writes_to_itself_is_refused_and_restored(layer):
 
 
 def test_batch_statistics_without_writing_run_with_the_full_batch():
-    build_potential(Net(nn.BatchNorm1d(3, affine=False, track_running_stats=False)), (X, Y), {})
+    potential, _ = build_potential(Net(nn.BatchNorm1d(3, affine=False, track_running_stats=False)), (X, Y), {})
+    normalised = nn.functional.batch_norm(X, None, None, training=True)
+    expected, _ = build_potential(regression(lambda x: normalised), (X, Y), {})
+    torch.testing.assert_close(potential.value(torch.ones(3), ()), expected.value(torch.ones(3), ()))
 
 
 def test_a_frozen_embedding_with_max_norm_is_refused_and_restored():

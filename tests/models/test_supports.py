@@ -163,7 +163,13 @@ def test_what_is_right_is_not_refused(name):
     model, y = RIGHT[name]
     with pyro.validation_enabled(False):  # as in a run: Pyro's validation looks at masked values, too
         for style in ("rows", "stored", "loader", "full"):
-            opened(model, X, y, style)
+            assert_finite(opened(model, X, y, style))
+
+
+def assert_finite(potential):
+    """The next batch has a finite density and gradient."""
+    gradient, energy = potential.gradient(torch.full((potential.layout.size,), 0.1), potential.source.draw())
+    assert bool(torch.isfinite(gradient).all() & torch.isfinite(energy))
 
 
 def test_a_masked_factor_is_not_refused():
@@ -173,7 +179,7 @@ def test_a_masked_factor_is_not_refused():
             pyro.factor("ll", -((x @ w - y.log().nan_to_num()) ** 2))
 
     for style in ("rows", "stored", "loader", "full"):
-        opened(model, X, POSITIVE, style)
+        assert_finite(opened(model, X, POSITIVE, style))
 
 
 def own_rows(target):
@@ -320,4 +326,15 @@ def test_padded_sequences_whose_mask_lies_inside_an_event(padding, batch_size):
             fn = dist.Categorical(logits=logits, validate_args=False).mask(known).to_event(1)
             pyro.sample("obs", fn, obs=tokens.clamp(min=0) if padding else tokens)
 
-    build_potential(model, (tokens,), {}, batch_size=batch_size, capture=False)
+    potential, _ = build_potential(model, (tokens,), {}, batch_size=batch_size, capture=False)
+    theta = torch.linspace(-1, 1, 25)
+    full, _ = build_potential(model, (tokens,), {}, capture=False)
+    covering = [((), 1.0)] if batch_size is None else potential.source.cover()
+    found = sum(weight * potential.gradient(theta, inputs)[0] for inputs, weight in covering)
+    torch.testing.assert_close(found, full.gradient(theta, ())[0])
+    logits_NTK = theta.reshape(5, 5)[tokens.clamp(min=0)]
+    scores = -torch.nn.functional.cross_entropy(
+        logits_NTK.flatten(0, 1), tokens.clamp(min=0).flatten(), reduction="none"
+    )
+    prior = dist.Normal(0.0, 1.0).log_prob(theta).sum()
+    torch.testing.assert_close(full.value(theta, ()), -(scores[tokens.flatten() > 0].sum() + prior))

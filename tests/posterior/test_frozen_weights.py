@@ -152,9 +152,13 @@ def test_a_model_without_frozen_weights(tmp_path):
     bnn = BNN(nn.Linear(5, 3))
     layout = Layout({"net.weight": (3, 5), "net.bias": (3,)})
     frozen = FrozenTensors.of(bnn, layout.names, (X, Y))
+    assert frozen.read == {}
     posterior = DistilledPosterior(layout, LowRankGenerator(layout.size, 2), frozen=frozen)
     posterior.save(tmp_path / "p", frozen=True)
     loaded = DistilledPosterior.load(tmp_path / "p")
     loaded.check_model(BNN(nn.Linear(5, 3)), X, Y)
     loaded.network(net=nn.Linear(5, 3))
-    loaded.load_frozen(nn.Linear(5, 3))
+    other = nn.Linear(5, 3)
+    before = [parameter.clone() for parameter in other.parameters()]
+    loaded.load_frozen(other)
+    assert all(map(torch.equal, other.parameters(), before))
