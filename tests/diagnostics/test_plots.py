@@ -202,13 +202,19 @@ def test_densities_have_unit_area():
         plots.density(chain, generator, list("abcd"), Figure().subplots(1, 2))
 
 
+def test_the_legend_of_rank_bars_lies_within_the_figure():
+    ax = rendered(plots.rank_bars(torch.randn(4, 50), torch.randn(200), label="p(class 8) at input 269"))
+    box = ax.get_legend().get_window_extent()
+    assert box.x1 <= ax.figure.bbox.x1
+
+
 def test_rank_bars_are_flat_for_the_same_distribution_and_low_at_the_ends_for_a_narrow_one():
     g = torch.Generator().manual_seed(0)
     chain = torch.randn(4, 1000, generator=g)
     ax = rendered(plots.rank_bars(chain, chain.flatten()[::2], bins=8, label="w"))
     heights = [patch.get_height() for patch in ax.patches[:8]]
     np.testing.assert_allclose(heights, 1, atol=0.15)
-    assert set(labels(ax)) == {"generator", "SGLD, range of 4 chains", "uniform"}
+    assert set(labels(ax)) == {"generator", "SGLD, 4 chains", "uniform"}
     narrow = plots.rank_bars(chain, 0.5 * chain.flatten(), bins=8)
     heights = [patch.get_height() for patch in narrow.patches[:8]]
     assert max(heights[0], heights[-1]) < 0.3

@@ -165,7 +165,7 @@ def rank_bars(
     heights = np.stack([np.bincount(np.searchsorted(inner, chain), minlength=bins) for chain in chains])
     heights = heights * bins / chains.shape[1]
     low, high = ([*side, side[-1]] for side in (heights.min(0), heights.max(0)))
-    words = f"{names[0]}, range of {len(chains)} chains" if len(chains) > 1 else names[0]
+    words = f"{names[0]}, {len(chains)} chains" if len(chains) > 1 else names[0]
     face: dict[str, Any] = {"facecolor": to_rgba(colour(ax, "chain"), 0.22), "edgecolor": colour(ax, "chain")}
     ax.fill_between(edges, low, high, step="post", linewidth=1.2, label=words, **face)
     ax.axhline(1, color=colour(ax, "quiet"), linestyle="--", linewidth=1, label="uniform")
