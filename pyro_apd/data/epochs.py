@@ -5,28 +5,17 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
-from torch.utils.data.sampler import (
-    BatchSampler,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data.sampler import BatchSampler
 
-from pyro_apd.data.index_stream import MAX_EPOCH_ROWS
+from pyro_apd.data.samplers import SampledRows, counted_rows, rows_of_sampler
 from pyro_apd.errors import DataError
-from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.trees import tree_leaves
 
 logger = logging.getLogger("pyro_apd")
@@ -41,6 +30,8 @@ class Epoch:
     :ivar int num_rows: rows that an epoch must hold, or N is wrong; None where any number is right.
     :ivar int num_left_out: how many fewer it may hold.
     :ivar bool is_shown: whether the loader shows which rows it draws; of others only the number of batches is known.
+    :ivar int num_items: items of the dataset per epoch; an epoch of so many rows has one for each, and N is wrong. None
+        where that is right.
     """
 
     num_data: int
@@ -48,20 +39,7 @@ class Epoch:
     num_rows: int | None = None
     num_left_out: int = 0
     is_shown: bool = True
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The rows that a sampler draws from.
-
-    :ivar int num_data: how many there are.
-    :ivar bool once: whether an epoch holds each of them once.
-    :ivar reshuffled: whether each epoch has another order; None where that is not known.
-    """
-
-    num_data: int
-    once: bool
-    reshuffled: bool | None
+    num_items: int | None = None
 
 
 def epoch_of(loader: Iterable[Any], num_data: int | None) -> Epoch:
@@ -78,7 +56,9 @@ def epoch_of(loader: Iterable[Any], num_data: int | None) -> Epoch:
     if found is not None and found.num_data == 0:
         raise ValueError(f"The {type(loader).__name__} holds no rows: there are no data to learn from.")
     if found is not None and num_data != found.num_data and num_data is not None and _joins_rows(loader):
-        found = None  # an item of the dataset may be several rows
+        # An item of the dataset may be several rows, or none.
+        size = num_data if found.num_batches is not None else None
+        return Epoch(num_data, found.num_batches, size, is_shown=False, num_items=found.num_rows)
     if found is None:
         size = num_data if num_data is not None else _size_of_dataset(loader)
         if size is None:
@@ -101,7 +81,7 @@ def epoch_of(loader: Iterable[Any], num_data: int | None) -> Epoch:
 def _known(loader: Iterable[Any]) -> Epoch | None:
     """The epoch of a loader that shows its rows; None for others."""
     if isinstance(loader, (list, tuple)):
-        lengths = [_num_rows(batch) for batch in loader]
+        lengths = [num_rows(batch) for batch in loader]
         known = [length for length in lengths if length is not None]
         return Epoch(sum(known), len(known), sum(known)) if len(known) == len(lengths) else None
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -114,7 +94,8 @@ def _joins_rows(loader: Iterable[Any]) -> bool:
     return isinstance(loader, DataLoader) and loader.collate_fn not in (default_collate, default_convert)
 
 
-def _num_rows(batch: Any) -> int | None:
+def num_rows(batch: Any) -> int | None:
+    """Rows of a batch, by its first tensor; None where that is none, or has no rows."""
     leaf = next(iter(tree_leaves(batch)), None)
     return len(leaf) if isinstance(leaf, Tensor) and leaf.dim() > 0 else None
 
@@ -164,13 +145,11 @@ def _epoch_of_sampler(loader: DataLoader[Any], size: int) -> Epoch | None:
     if batches is None:
         return None
     if type(batches) is BatchSampler:
-        rows = _rows_of(batches.sampler, size)
+        rows = rows_of_sampler(batches.sampler, size)
         epoch = None if rows is None else _in_batches(rows, batches.batch_size, batches.drop_last)
     else:
-        listed = _listed_indices(batches, size)
-        epoch = None
-        if listed is not None and _holds_each_once(np.concatenate([np.empty(0, int), *listed]), size):
-            epoch = Epoch(size, len(listed), size)
+        rows = counted_rows(batches, size)
+        epoch = None if rows is None else Epoch(rows.num_data, rows.num_items if rows.once else None, rows.num_drawn)
     if epoch is not None and epoch.num_data < size:
         logger.warning(
             "Epochs of the DataLoader draw from %d of the %d rows of its dataset: N = %d.",
@@ -181,93 +160,21 @@ def _epoch_of_sampler(loader: DataLoader[Any], size: int) -> Epoch | None:
     return epoch
 
 
-def _in_batches(rows: _Rows, batch_size: int, drop_last: bool) -> Epoch | None:
-    """The epoch of a sampler whose indices are taken ``batch_size`` at a time; None where it is not known."""
-    size, rest = rows.num_data, rows.num_data % batch_size if drop_last else 0
-    if not rows.once:
-        return Epoch(size)
-    if rest == 0:
-        return Epoch(size, -(-size // batch_size), size)
-    if rows.reshuffled is None:
-        return None
-    if rows.reshuffled:  # each epoch leaves out other rows
-        return Epoch(size, None, size - rest)
-    return Epoch(size - rest, size // batch_size, size - rest)
+def _in_batches(rows: SampledRows, batch_size: int, drop_last: bool) -> Epoch:
+    """The epoch of a sampler whose indices are taken ``batch_size`` at a time.
 
-
-def _rows_of(sampler: Iterable[Any], size: int) -> _Rows | None:
-    """The rows that a sampler draws from, out of a dataset of ``size``; None where that is not known.
-
-    :raises ValueError: if it does not draw all of them equally often.
+    :raises ValueError: if there is no batch.
     """
-    if type(sampler) is SequentialSampler:
-        return _Rows(len(sampler.data_source), once=True, reshuffled=False)
-    if type(sampler) is RandomSampler:
-        count = len(sampler.data_source)
-        return _Rows(count, once=not sampler.replacement and sampler.num_samples == count, reshuffled=True)
-    if type(sampler) is SubsetRandomSampler:
-        return replace(_rows_of_list(sampler.indices), reshuffled=True)
-    if isinstance(sampler, WeightedRandomSampler):
-        return _rows_of_weights(sampler)
-    if isinstance(sampler, (list, tuple, range, np.ndarray, Tensor)):
-        return _rows_of_list(sampler)
-    listed = _listed_indices(sampler, size)
-    if listed is not None and _holds_each_once(np.concatenate([np.empty(0, int), *listed]), size):
-        return _Rows(size, once=True, reshuffled=None)
-    return None
-
-
-def _rows_of_weights(sampler: WeightedRandomSampler) -> _Rows:
-    weights, count = sampler.weights, len(sampler.weights)
-    if float(weights.min()) != float(weights.max()):
+    size, drawn = rows.num_data, rows.num_drawn
+    if drop_last and drawn is not None and 0 < drawn < batch_size:
         raise ValueError(
-            "The DataLoader has a WeightedRandomSampler, so that some rows come more often than others: the posterior "
-            "would be that of other data. Use RandomSampler(dataset, replacement=True); to weight the likelihood of "
-            "rows, give the model their weights and use pyro.poutine.scale(scale=weights) around its observed site."
+            f"The DataLoader has batch_size={batch_size} and drop_last=True, and its epochs draw {drawn} rows: no "
+            f"batch is complete. Use a batch_size of at most {drawn}, or leave drop_last out."
         )
-    return _Rows(count, once=not sampler.replacement and sampler.num_samples == count, reshuffled=True)
-
-
-def _rows_of_list(indices: Sequence[int] | np.ndarray | Tensor) -> _Rows:
-    array = np.asarray(indices).reshape(-1)
-    values, counts = np.unique(array, return_counts=True)
-    if len(values) < len(array):
-        worst = int(counts.argmax())
-        raise ValueError(
-            f"The sampler's indices hold row {int(values[worst])} {int(counts[worst])} times: it would count as so "
-            "many data. Leave out what is repeated; where repetition is meant, use a dataset that has it, "
-            "torch.utils.data.Subset(dataset, indices) with shuffle=True."
-        )
-    return _Rows(len(array), once=True, reshuffled=False)
-
-
-def _listed_indices(sampler: Iterable[Any], size: int) -> list[np.ndarray] | None:
-    """What one pass over a sampler of another type gives; None where it is too long, or gives no indices."""
-    if size > MAX_EPOCH_ROWS:
-        return None
-    with _preserved_random_states():
-        listed = list(itertools.islice(sampler, size + 1))
-    try:
-        arrays = [np.asarray(item, dtype=np.int64).reshape(-1) for item in listed]
-    except (TypeError, ValueError):
-        return None
-    return arrays if len(arrays) <= size else None
-
-
-def _holds_each_once(indices: np.ndarray, size: int) -> bool:
-    return len(indices) == size and bool((np.sort(indices) == np.arange(size)).all())
-
-
-@contextmanager
-def _preserved_random_states() -> Iterator[None]:
-    """Context that leaves the global generators of torch, NumPy and Python as they were."""
-    states = np.random.get_state(), random.getstate()  # noqa: NPY002
-    try:
-        with seeded(0):
-            yield
-    finally:
-        np.random.set_state(states[0])  # noqa: NPY002
-        random.setstate(states[1])
+    rest = drawn % batch_size if drop_last and drawn is not None else 0
+    if drawn is None or not rows.once or (rest and rows.reshuffled):  # each epoch has other rows
+        return Epoch(size, None, None if drawn is None else drawn - rest)
+    return Epoch(size - rest, -(-(size - rest) // batch_size), size - rest)
 
 
 def check_rows_of_epoch(epoch: Epoch, num_rows: int, covers_once: bool) -> None:
@@ -278,9 +185,58 @@ def check_rows_of_epoch(epoch: Epoch, num_rows: int, covers_once: bool) -> None:
     :raises DataError: if that is not the number that N stands for.
     """
     expected = epoch.num_data if covers_once else epoch.num_rows
+    is_by_item = epoch.num_items is not None and num_rows == epoch.num_items
+    if expected is None and is_by_item:
+        expected = epoch.num_data
     if expected is not None and not expected - epoch.num_left_out <= num_rows <= expected:
         raise DataError(
             f"An epoch of the iterable of batches held {num_rows} rows, where {expected} were expected of "
             f"N = {epoch.num_data}, to which the likelihood was scaled. Pass the number of rows that epochs draw from "
             "as num_data=N to the kernel; where it is that already, give batches that hold each row once per epoch."
         )
+
+
+class EpochRows:
+    """Counts the rows of batches, epoch by epoch, where N/B has to be the same for all batches.
+
+    :param int full_rows: rows of the largest batch that is known already.
+    :param int max_short: how many batches of an epoch may be shorter: the last one, of each worker process.
+    :ivar int full_rows: rows of the largest batch.
+    :ivar mean_rows: rows per batch in the first epoch; None before its end.
+    """
+
+    def __init__(self, epoch: Epoch, full_rows: int = 0, max_short: int = 1) -> None:
+        self.full_rows, self.mean_rows = full_rows, None  # type: int, float | None
+        self._epoch, self._max_short = epoch, max_short
+        self._num_rows = self._num_batches = self._num_short = 0
+
+    def restart(self) -> None:
+        """An epoch begins."""
+        self._num_rows = self._num_batches = self._num_short = 0
+
+    def add(self, rows: int) -> None:
+        """A batch of so many rows."""
+        self.full_rows = max(self.full_rows, rows)
+        self._num_rows += rows
+        self._num_batches += 1
+
+    def check_size(self, rows: int) -> None:
+        """Checks the size of a batch before it is added, where batches are scaled by N/B.
+
+        :raises DataError: if batches differ in size, apart from a shorter last one.
+        """
+        if self._num_short >= self._max_short or (self._num_batches and rows > self.full_rows):
+            raise DataError(
+                f"The batches of an iterable differ in size: {rows} rows after at most {self.full_rows}, with "
+                f"{self._num_short} shorter before. Scaled by N over its rows, a row of a small batch counts more than "
+                "one of a large batch. Give batches of one size, of which the last one of an epoch may be shorter; a "
+                "list of batches; or the DataLoader itself, not an iterator over several of its epochs."
+            )
+        self._num_short += rows < self.full_rows
+
+    def end(self, covers_once: bool) -> None:
+        """The epoch has ended; see :func:`check_rows_of_epoch`."""
+        if self._num_rows:
+            check_rows_of_epoch(self._epoch, self._num_rows, covers_once)
+            self.mean_rows = self.mean_rows or self._num_rows / self._num_batches
+        self.restart()

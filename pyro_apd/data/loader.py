@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
 
-from pyro_apd.data.epochs import check_rows_of_epoch, epoch_of
+from pyro_apd.data.epochs import EpochRows, epoch_of, num_rows
 from pyro_apd.data.index_stream import Generators
 from pyro_apd.data.minibatch import NUM_PROBED, Call, ProbeRows, RowSubsample, joined
 from pyro_apd.data.outside_memory import OutsideMemory
@@ -35,7 +35,8 @@ class LoaderBatches(OutsideMemory):
     A tuple or list becomes positional arguments of the model, a dict keyword arguments, a tensor its only argument.
     Batches are sent to ``device``. A sized iterable that holds each datum once per epoch scales every batch by the
     number of batches, also a shorter last one: the mean over an epoch is then exact, and a last batch of one row is not
-    scaled by N. Other iterables scale by N over the rows of the batch. At the end of an epoch its rows are counted.
+    scaled by N. Batches of other iterables have one size B, apart from a shorter last one, and scale by N/B; after the
+    first epoch B is its mean, which is exact, too. At the end of an epoch its rows are counted.
 
     With ``prefetch``, a thread reads from the second batch of an epoch on. Code in that thread must not draw from the
     global generators of torch, NumPy and Python, which the caller uses, too. So the first batch of each epoch, where
@@ -56,11 +57,12 @@ class LoaderBatches(OutsideMemory):
         self._iterator: Iterator[Any] | None = None
         self._spec: Any = None
         self._tuple_specs: dict[int, Any] = {}  # specs of batches that are tuples of tensors, by length
-        self._full_rows = 0
+        # Each worker process may end with a shorter batch.
+        self._max_short = max(1, getattr(loader, "num_workers", 0))
+        self._rows = EpochRows(self._epoch, 0, self._max_short)
         self._random_state: Tensor | None = None
         self._before_epoch: Tensor | None = None
         self._num_taken = 0
-        self._num_rows: int | None = 0  # of this epoch so far; None where its first batches were skipped
         self._by_chain: list[LoaderBatches] = []
         self._worker = Worker()  # shared by all copies: only one thread reads at a time
         self._queue: PrefetchQueue[Any] = PrefetchQueue(self._worker)
@@ -72,7 +74,8 @@ class LoaderBatches(OutsideMemory):
         """Starts chains. The loader shuffles by a seed from each generator; the global generator is not used."""
         super().start(generators)
         self._worker.wait()
-        self._by_chain, self._iterator, self._num_taken, self._num_rows = [], None, 0, 0
+        self._by_chain, self._iterator, self._num_taken = [], None, 0
+        self._rows = EpochRows(self._epoch, self._rows.full_rows, self._max_short)
         self._queue, self._sender = PrefetchQueue(self._worker), Sender(self.device)
         self._targets = self._targets.again(self._epoch.num_data)
         if not isinstance(generators, torch.Generator):
@@ -89,11 +92,11 @@ class LoaderBatches(OutsideMemory):
         self._worker.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The random state before this epoch, and the number of batches taken from it."""
+        """The random state before this epoch, the batches taken from it, and the rows per batch of the first one."""
         if self._by_chain:
             return {"by_chain": [source.state_dict() for source in self._by_chain]}
         before = self._random_state if self._iterator is None else self._before_epoch
-        return {"before_epoch": before, "num_taken": self._num_taken}
+        return {"before_epoch": before, "num_taken": self._num_taken, "mean_rows": self._rows.mean_rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restarts the epoch and skips the batches that were taken: as expensive as reading these again."""
@@ -102,9 +105,10 @@ class LoaderBatches(OutsideMemory):
         if not self._by_chain:
             self._queue.clear()
             self._random_state, self._iterator, self._num_taken = state["before_epoch"], None, 0
+            self._rows.restart()
+            self._rows.mean_rows = state.get("mean_rows")
             for _ in range(int(state["num_taken"])):
-                self._next_batch()
-            self._num_rows = None
+                self._rows.add(num_rows(self._next_batch()) or 0)
 
     def _draw(self) -> tuple[Tensor, ...]:
         """The tensors of the next batch, flattened.
@@ -115,11 +119,13 @@ class LoaderBatches(OutsideMemory):
         if self._by_chain:
             batches = [source.draw() for source in self._by_chain]
             self._spec = self._by_chain[0]._spec
-            self._full_rows = self._by_chain[0]._full_rows
+            self._rows = self._by_chain[0]._rows
             return _stacked(batches)
         inputs = self._received(*self._next_sent())
-        if self._num_rows is not None:
-            self._num_rows += len(inputs[0])
+        rows = len(inputs[0])
+        if not self._covers_once(rows):
+            self._rows.check_size(rows)
+        self._rows.add(rows)
         return inputs
 
     def _next_sent(self) -> tuple[Transfer, Any]:
@@ -169,7 +175,6 @@ class LoaderBatches(OutsideMemory):
 
     def _received(self, sent: Transfer, spec: Any) -> tuple[Tensor, ...]:
         self._spec = spec
-        self._full_rows = max(self._full_rows, sent.tensors[0].shape[0])
         return sent.result()
 
     def cover(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
@@ -186,6 +191,8 @@ class LoaderBatches(OutsideMemory):
                 f"An epoch of the iterable holds {rows} rows, the data {self.num_data}: batches must cover the data "
                 "once. Leave out drop_last=True and samplers that draw with replacement."
             )
+        for source in self._by_chain or [self]:
+            source._rows.mean_rows = rows / len(batches)
         for batch in batches:
             yield batch, 1 / self.scale(batch)
 
@@ -215,17 +222,21 @@ class LoaderBatches(OutsideMemory):
         rows = inputs[0].shape[0]
         if self._covers_once(rows):
             return float(self._epoch.num_batches or len(self._loader))  # type: ignore[arg-type]
-        return self._epoch.num_data / rows
+        if self._epoch.is_shown:  # the rows of a shorter last batch are as random as those of others
+            return self._epoch.num_data / rows
+        return self._epoch.num_data / (self._rows.mean_rows or max(self._rows.full_rows, rows))
 
     def _covers_once(self, rows: int = 0) -> bool:
         """Whether an epoch holds each of the N rows once, as far as its number of batches shows it."""
+        if self._epoch.num_batches is not None:
+            return True
         if self._epoch.is_shown or getattr(self._loader, "drop_last", False):
-            return self._epoch.num_batches is not None
+            return False
         try:
             num_batches = len(self._loader)  # type: ignore[arg-type]
         except TypeError:
             return False
-        return num_batches == -(-self._epoch.num_data // max(self._full_rows, rows, 1))
+        return num_batches == -(-self._epoch.num_data // max(self._rows.full_rows, rows, 1))
 
     def _next_batch(self) -> Any:
         """The next batch, drawn with the source's own random numbers, where it was started."""
@@ -267,9 +278,7 @@ class LoaderBatches(OutsideMemory):
 
     def _end_epoch(self) -> None:
         self._iterator = None
-        if self._num_rows:
-            check_rows_of_epoch(self._epoch, self._num_rows, self._covers_once())
-        self._num_rows = 0
+        self._rows.end(self._covers_once())
 
     @staticmethod
     def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
