@@ -55,7 +55,7 @@ def epoch_of(loader: Iterable[Any], num_data: int | None) -> Epoch:
     found = _known(loader)
     if found is not None and found.num_data == 0:
         raise ValueError(f"The {type(loader).__name__} holds no rows: there are no data to learn from.")
-    if found is not None and num_data != found.num_data and num_data is not None and _joins_rows(loader):
+    if found is not None and num_data != found.num_data and num_data is not None and joins_rows(loader):
         # An item of the dataset may be several rows, or none.
         size = num_data if found.num_batches is not None else None
         return Epoch(num_data, found.num_batches, size, is_shown=False, num_items=found.num_rows)
@@ -89,7 +89,7 @@ def _known(loader: Iterable[Any]) -> Epoch | None:
     return _epoch_of_sampler(loader, len(loader.dataset))  # type: ignore[arg-type]
 
 
-def _joins_rows(loader: Iterable[Any]) -> bool:
+def joins_rows(loader: Iterable[Any]) -> bool:
     """Whether a loader makes batches of its items in a way of its own."""
     return isinstance(loader, DataLoader) and loader.collate_fn not in (default_collate, default_convert)
 

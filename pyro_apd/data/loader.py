@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
 
+from pyro_apd.data.collation import items_by_company
 from pyro_apd.data.epochs import EpochRows, epoch_of, num_rows
 from pyro_apd.data.index_stream import Generators
 from pyro_apd.data.minibatch import NUM_PROBED, Call, ProbeRows, RowSubsample, joined
@@ -201,6 +202,9 @@ class LoaderBatches(OutsideMemory):
         args, kwargs = tree_unflatten(list(inputs), self._spec)
         return Call(args, {**self._kwargs, **kwargs})
 
+    def _bound(self, batch: Any) -> Call:
+        return self.bind(self._received(*self._sent(batch)))
+
     @property
     def epoch_length(self) -> None:
         """None: a loader may draw with replacement. Batches that count as independent lead to smaller steps."""
@@ -212,6 +216,11 @@ class LoaderBatches(OutsideMemory):
         batches = (
             [inputs] if isinstance(self._loader, Iterator) else [inputs, *(self.draw() for _ in range(NUM_PROBED))]
         )
+        shapes_differ = len({tuple(tensor.shape[1:] for tensor in batch) for batch in batches}) > 1
+        items = items_by_company(self._loader, len(batches), shapes_differ)
+        if items is not None:
+            batch_of = items.batch
+            return (ProbeRows(len(items.items), num_rows, lambda rows: self._bound(batch_of(rows))),)
         call = self.bind(joined(batches))
         pool = RowSubsample(call.args, call.kwargs, 1)
         assert pool.num_data is not None

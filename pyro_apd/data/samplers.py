@@ -98,7 +98,7 @@ def counted_rows(sampler: Iterable[Any], size: int) -> SampledRows | None:
     """
     if not 0 < size <= MAX_EPOCH_ROWS or isinstance(sampler, Iterator):
         return None
-    with _preserved_random_states():
+    with preserved_random_states():
         first = _epoch(sampler, size)
         if first is None or first.rows.size == 0:
             return None
@@ -163,7 +163,7 @@ def _have_same_rows(one: _Listed, other: _Listed) -> bool:
 
 
 @contextmanager
-def _preserved_random_states() -> Iterator[None]:
+def preserved_random_states() -> Iterator[None]:
     """Context that leaves the global generators of torch, NumPy and Python as they were."""
     states = np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
