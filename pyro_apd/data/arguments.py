@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import Dataset
 
 from pyro_apd.errors import DataError, ModelError
 from pyro_apd.runtime.trees import tree_flatten_with_path
@@ -103,17 +105,11 @@ def explaining_errors(
 
 
 def explain_arguments(error: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raises DataError that lists the arguments, where a model failed because of types or shapes."""
-    arrays = [
-        f"{name} is a {type(leaf).__name__}"
-        for name, leaf in [*((f"#{i}", arg) for i, arg in enumerate(args)), *((repr(k), v) for k, v in kwargs.items())]
-        if isinstance(leaf, (list, tuple, np.ndarray))
-    ]
-    if arrays and isinstance(error, (TypeError, AttributeError, ValueError)):
-        raise DataError(
-            f"The model fails on its arguments ({_first_line(error)}): {', '.join(arrays)}. Models compute with "
-            "tensors: use torch.as_tensor(...)."
-        ) from error
+    """Raises DataError that lists the arguments, where a model failed because of kinds, types or shapes."""
+    if isinstance(error, (TypeError, AttributeError, ValueError)):
+        kinds = _kinds(error, args, kwargs)
+        if kinds:
+            raise DataError(f"The model fails on its arguments ({_first_line(error)}): {kinds}") from error
     if isinstance(error, (RuntimeError, ValueError)) and any(
         word in str(error) for word in (*_ABOUT_TYPES, *_ABOUT_SHAPES)
     ):
@@ -125,6 +121,34 @@ def explain_arguments(error: Exception, args: tuple[Any, ...], kwargs: Mapping[s
         ) from error
 
 
+def _kinds(error: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Which arguments are no tensors, and what to pass; empty where all can be what a model computes with."""
+    named = [*((f"#{i}", arg) for i, arg in enumerate(args)), *((repr(name), arg) for name, arg in kwargs.items())]
+    if any(isinstance(arg, Dataset) for _, arg in named):
+        advice = "Pass torch.utils.data.DataLoader(dataset, batch_size=..., shuffle=True) as the only argument."
+    elif len(named) == len(args) == 1 and _is_list_of_batches(args[0]):
+        advice = "It looks like batches: give the kernel num_data=N, their number of rows, to take them one by one."
+    elif len(named) == len(args) == 1 and isinstance(args[0], Mapping) and not isinstance(error, ValueError):
+        advice = "Arguments by name are passed as mcmc.run(**data)."
+    elif named and all(isinstance(arg, (str, bytes)) for _, arg in named):
+        advice = "Files are not read: pass tensors, as in mcmc.run(x, y), or a DataLoader."
+    elif any(isinstance(arg, (list, tuple, np.ndarray)) for _, arg in named):
+        advice = "Models compute with tensors: use torch.as_tensor(...)."
+    else:
+        return ""
+    kinds = (Dataset, list, tuple, np.ndarray, Mapping, str, bytes)
+    found = [f"{name} is a {type(arg).__name__}" for name, arg in named if isinstance(arg, kinds)]
+    return f"{', '.join(found)[:300]}. {advice}"
+
+
+def _is_list_of_batches(value: Any) -> bool:
+    """Whether all items of a list are tuples, lists or dicts of tensors with rows."""
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(i, (list, tuple, dict)) for i in value):
+        return False
+    leaves = [leaf for path, leaf in tree_flatten_with_path(value)[0]]
+    return bool(leaves) and all(isinstance(leaf, Tensor) and leaf.dim() > 0 for leaf in leaves)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:300]
 
@@ -132,28 +156,88 @@ def _first_line(error: Exception) -> str:
 def check_kinds(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Checks that arguments are of a kind that can be given to a model.
 
-    :raises DataError: for data frames, sparse tensors, and where there are no rows.
+    :raises DataError: for data frames, sparse data, and where there are no rows.
     """
     for path, leaf in tree_flatten_with_path((args, dict(kwargs)))[0]:
-        name = argument_name(path)
-        if hasattr(leaf, "to_numpy") and not isinstance(leaf, Tensor):
-            raise DataError(
-                f"Argument {name} of the model is a {type(leaf).__name__}; models compute with tensors. Pass "
-                'torch.tensor(x.to_numpy(dtype="float32")), and class labels as .to_numpy(dtype="int64").'
-            )
-        if isinstance(leaf, np.ma.MaskedArray):
-            raise DataError(
-                f"Argument {name} of the model is a masked array, and its masked values would be read as data. Pass "
-                "x.filled(0.0), and the mask as another argument for pyro.poutine.mask."
-            )
-        if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
-            raise DataError(
-                f"Argument {name} of the model is sparse ({leaf.layout}), and rows of such tensors cannot be taken. "
-                "Pass x.to_dense()."
-            )
+        problem = _unfit_kind(leaf)
+        if problem:
+            raise DataError(f"Argument {argument_name(path)} of the model is {problem}")
     lengths = {name: len(leaf) for name, leaf in _with_rows(args, kwargs)}
     if lengths and next(iter(lengths.values())) == 0:
         raise DataError(f"Argument {next(iter(lengths))} of the model has no rows: there are no data to learn from.")
+
+
+def _unfit_kind(leaf: Any) -> str:
+    """What is wrong with the kind of an argument, and what to pass; empty where it can be used."""
+    kind = type(leaf).__name__
+    if isinstance(leaf, Tensor):
+        return unfit_layout(leaf)
+    if hasattr(leaf, "to_numpy"):
+        return (
+            f"a {kind}; models compute with tensors. Pass "
+            'torch.tensor(x.to_numpy(dtype="float32")), and class labels as .to_numpy(dtype="int64").'
+        )
+    if isinstance(leaf, np.ma.MaskedArray):
+        return (
+            "a masked array, and its masked values would be read as data. Pass x.filled(0.0), and the mask as another "
+            "argument for pyro.poutine.mask."
+        )
+    if hasattr(leaf, "nnz") and hasattr(leaf, "toarray"):
+        return f"sparse ({kind}), and models compute with dense tensors. Pass torch.from_numpy(x.toarray())."
+    return ""
+
+
+def unfit_layout(tensor: Tensor) -> str:
+    """What is wrong with the layout of a tensor, and what to pass; empty where its rows can be taken."""
+    if tensor.is_nested:
+        return "nested, and rows of such tensors cannot be taken. Pass x.to_padded_tensor(0.0), and a mask."
+    if tensor.layout != torch.strided:
+        return f"sparse ({tensor.layout}), and rows of such tensors cannot be taken. Pass x.to_dense()."
+    return ""
+
+
+def check_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Checks a batch of a loader, as the model's arguments.
+
+    :raises DataError: if it does not consist of tensors with rows.
+    """
+    packed = [value for value in (*args, *kwargs.values()) if isinstance(value, PackedSequence)]
+    if packed:
+        raise DataError(
+            "A batch holds a PackedSequence, whose rows cannot be taken. Give padded sequences and their lengths, and "
+            "let the model pack them, or mask."
+        )
+    leaves = tree_flatten_with_path((args, dict(kwargs)))[0]
+    for path, leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            problem = f"a {type(leaf).__name__}, and must be a tensor with rows."
+        else:
+            problem = unfit_layout(leaf) or ("a tensor without rows." if leaf.dim() == 0 else "")
+        if problem:
+            raise DataError(
+                f"A batch must consist of tensors with rows: entry {argument_name(path)} is {problem} Pass arguments "
+                "that do not change as keywords of mcmc.run(...)."
+            )
+    if not leaves:
+        raise DataError("A batch must consist of tensors with rows; got an empty one.")
+
+
+def check_rows_first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Checks that the tensors of a batch, as the model's arguments, have as many rows as each other.
+
+    :raises DataError: if they differ; of sequences whose first dimension is time it says so.
+    """
+    tensors = named_tensors(args, kwargs)
+    if len({len(tensor) for tensor in tensors.values()}) < 2:
+        return
+    counts = {len(tensor) for tensor in tensors.values()}
+    late = [name for name, t in tensors.items() if t.dim() > 1 and t.shape[1] in counts - {t.shape[0]}]
+    hint = f" Is dimension 1 of {late[0]} the rows? Then use batch_first=True, or x.transpose(0, 1)." if late else ""
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    raise DataError(
+        f"The tensors of a batch have different numbers of rows: {shapes[:300]}. Rows are the first dimension.{hint} "
+        "Pass arguments that do not change as keywords of mcmc.run(...)."
+    )
 
 
 def _with_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

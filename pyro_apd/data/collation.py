@@ -42,7 +42,7 @@ def items_by_company(loader: Iterable[Any], num_batches: int, shapes_differ: boo
     """The items of the first batches of a loader whose ``collate_fn`` makes something else of an item in other company.
 
     It may pad sequences to the longest of a batch, for example. The model is then to be compared on batches that are
-    collated anew, rather than on rows of batches.
+    collated again, rather than on rows of batches.
 
     :param bool shapes_differ: whether rows of some batches are known to have other shapes than those of others.
     :returns: None for other loaders, and where a batch of the same items is another each time.

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
 
+from pyro_apd.data.arguments import check_batch
 from pyro_apd.data.collation import items_by_company
 from pyro_apd.data.epochs import EpochRows, epoch_of, num_rows
 from pyro_apd.data.index_stream import Generators
@@ -156,18 +158,14 @@ class LoaderBatches(OutsideMemory):
         return batch if batch is _END else self._sent(batch)
 
     def _sent(self, batch: Any) -> tuple[Transfer, Any]:
-        if type(batch) in (tuple, list) and batch and all(type(leaf) is Tensor and leaf.dim() > 0 for leaf in batch):
+        if type(batch) in (tuple, list) and batch and all(_is_plain(leaf) for leaf in batch):
             if len(batch) not in self._tuple_specs:  # flattening takes as long as reading a small batch
                 self._tuple_specs[len(batch)] = tree_flatten(self._as_call(batch))[1]
             self._targets.look(batch, self._place)
             return self._sender.send(batch), self._tuple_specs[len(batch)]
-        leaves, spec = tree_flatten(self._as_call(batch))
-        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        if len(tensors) != len(leaves) or not tensors or tensors[0].dim() == 0:
-            raise DataError(
-                f"A batch must consist of tensors with rows; got {[type(leaf).__name__ for leaf in leaves]}. Pass "
-                "arguments that do not change as keywords of mcmc.run(...)."
-            )
+        call = self._as_call(batch)
+        check_batch(*call)
+        tensors, spec = tree_flatten(call)
         self._targets.look(tensors, self._place)
         return self._sender.send(tensors), spec
 
@@ -199,8 +197,13 @@ class LoaderBatches(OutsideMemory):
 
     def bind(self, inputs: tuple[Tensor, ...]) -> Call:
         """The batch as the model's arguments."""
+        call = self.bind_alone(inputs)
+        return Call(call.args, {**self._kwargs, **call.kwargs})
+
+    def bind_alone(self, inputs: tuple[Tensor, ...]) -> Call:
+        """The same without the arguments that do not change."""
         args, kwargs = tree_unflatten(list(inputs), self._spec)
-        return Call(args, {**self._kwargs, **kwargs})
+        return Call(args, kwargs)
 
     def _bound(self, batch: Any) -> Call:
         return self.bind(self._received(*self._sent(batch)))
@@ -293,7 +296,12 @@ class LoaderBatches(OutsideMemory):
     def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if isinstance(batch, Mapping):
             return (), dict(batch)
-        return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+        is_sequence = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
+        return (tuple(batch), {}) if is_sequence else ((batch,), {})
+
+
+def _is_plain(leaf: Any) -> bool:
+    return type(leaf) is Tensor and leaf.layout is torch.strided and not leaf.is_nested and leaf.dim() > 0
 
 
 def _stacked(batches: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

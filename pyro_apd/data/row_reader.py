@@ -204,7 +204,8 @@ def _as_tensor(rows: Any, num_rows: int, name: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"Argument {name} of the model gives rows that cannot be made a tensor ({type(rows).__name__}: {error}). "
-            "Indexed by an array of indices it must give an array of numbers, or a tensor."
+            "Indexed by an array of indices it must give an array of numbers, or a tensor; for items one by one use a "
+            "DataLoader."
         ) from error
     if tensor.dim() == 0 or len(tensor) != num_rows:
         raise DataError(

@@ -13,7 +13,7 @@ import torch
 from pyro.poutine.messenger import unwrap
 from torch import Tensor
 
-from pyro_apd.data.arguments import check_kinds, check_one_device, with_tensors
+from pyro_apd.data.arguments import check_kinds, check_one_device, check_rows_first, with_tensors
 from pyro_apd.data.loader import LoaderBatches, is_loader
 from pyro_apd.data.minibatch import FullBatch, MinibatchSource, RowSubsample
 from pyro_apd.data.row_reader import RowReader, has_stored_rows
@@ -56,7 +56,10 @@ def open_source(
         _check_loader_settings(batch_size, replacement)
         loader = LoaderBatches(args[0], kwargs, num_data, device)
         check_one_device((), kwargs)
-        return loader, _first_batch(loader, generator)
+        inputs = _first_batch(loader, generator)
+        call = loader.bind_alone(inputs)
+        check_rows_first(call.args, call.kwargs)
+        return loader, inputs
     if batch_size is not None and has_stored_rows(args, kwargs):
         reader = RowReader(args, kwargs, batch_size, num_data, replacement, device)
         inputs = _first_batch(reader, generator)
@@ -86,6 +89,33 @@ def _check_loader_settings(batch_size: int | None, replacement: bool) -> None:
         raise ValueError(
             "replacement=True is for batch_size= and plates; an iterable of batches draws by itself. Give the "
             "DataLoader sampler=RandomSampler(dataset, replacement=True)."
+        )
+
+
+def check_stated_number(
+    num_data: int, source: MinibatchSource, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Checks the ``num_data`` of a run whose likelihood it does not scale: that of plates, or of full batches.
+
+    :param source: the run's source, and ``args`` and ``kwargs`` the model's arguments.
+    :raises ValueError: if no plate that subsamples, or of full batches no argument, has so many rows.
+    """
+    if source.plates:
+        sizes = {name: size for name, (size, _) in source.plates.items()}
+        if num_data not in sizes.values():
+            raise ValueError(
+                f"num_data={num_data}, but the model scales its likelihood by its own plates, of sizes {sizes}. Leave "
+                "num_data out, or give the plate another size."
+            )
+        return
+    shapes = [
+        tuple(leaf.shape) for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.dim()
+    ]
+    if shapes and not any(num_data in shape for shape in shapes):
+        raise ValueError(
+            f"num_data={num_data}, but every step uses all data, and no argument has {num_data} rows; their shapes are "
+            f"{str(shapes)[:300]}. The likelihood is that of the rows which are given, and nothing scales it. Leave "
+            "num_data out; if the rows stand for more data, use pyro.poutine.scale(scale=...) around the observed site."
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_apd.data.arguments import named_tensors, not_finite
 from pyro_apd.data.minibatch import Call, MinibatchSource, PlateSubsample
-from pyro_apd.data.sources import check_full_batches, model_device, open_source
+from pyro_apd.data.sources import check_full_batches, check_stated_number, model_device, open_source
 from pyro_apd.models.observations import without_missing_targets
 from pyro_apd.models.potential import Inputs, Potential
 from pyro_apd.models.repeatability import refuse_writes, watched_modules
@@ -52,7 +52,7 @@ def build_potential(
     :raises ModelError: if the scaling of a likelihood cannot be established; the message says how to fix the model.
     :raises DataError: if a row of the data is outside the likelihood's support, or has NaN or infinite entries that the
         model does not mask.
-    :raises ValueError: if ``batch_size`` does not fit the data, or ``replacement`` the source of batches.
+    :raises ValueError: if ``batch_size`` or ``num_data`` does not fit the data, or ``replacement`` the source.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     source, inputs = open_source(
@@ -72,6 +72,8 @@ def build_potential(
         trace = first_run(model, source, inputs, lambda call: run_from_prior(model, call, _first_trace), seed)
         if source.is_full:
             source, inputs = _of_full_data(source, inputs, trace, replacement, generator)
+            if num_data is not None:
+                check_stated_number(num_data, source, args, kwargs)
         refuse_missing_sites(trace, (args, dict(kwargs)))
         refuse_outer_products(trace)
         with checked_rows(model, source, inputs, trace, runs_all=missing is not None):

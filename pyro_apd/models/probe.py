@@ -332,9 +332,10 @@ def latent_in_plate_message(name: str, plate: str) -> str:
 def _not_by_row_message(name: str, num_rows: int) -> str:
     return (
         f"Observed site '{name}' is not a sum over rows: in batches of {num_rows}, the log-likelihood of a row changes "
-        "with the other rows or their order (a statistic of the batch, a lagged value, a contrast, a Gaussian process, "
-        "BatchNorm in training mode). The mini-batches would have another posterior than the data. Compute such values "
-        "from all data before the run and pass them as arguments, one per row; or use the full batch."
+        "with the other rows or their order (a statistic of the batch, padding without a mask, a lagged value, a "
+        "contrast, a Gaussian process, BatchNorm in training mode). The mini-batches would have another posterior than "
+        "the data. Compute such values from all data before the run and pass them as arguments, one per row; or use "
+        "the full batch."
     )
 
 

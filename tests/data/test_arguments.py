@@ -8,9 +8,12 @@ import pandas
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.sparse
 import torch
 from pyro.infer import MCMC
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 import pyro_apd as apd
 from pyro_apd.data.arguments import (
@@ -23,6 +26,7 @@ from pyro_apd.data.arguments import (
     with_tensors,
 )
 from pyro_apd.errors import DataError, DivergenceError, ModelError
+from pyro_apd.models.building import build_potential
 from tests.support.models import Classifier
 
 X, Y = torch.randn(40, 4), torch.arange(40) % 3
@@ -221,3 +225,65 @@ def test_nan_is_named():
     assert isinstance(error, DataError)
     assert "#1 of the model, shape (3,), holds 2 NaN or infinite" in str(error)
     assert "'y'" in str(not_finite((X,), {"y": torch.tensor(float("nan"))}))
+
+
+class Items(Dataset):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        return X[i], Y[i]
+
+
+def refused(*args, model=None, **settings):
+    with pytest.raises((DataError, ValueError)) as error:
+        build_potential(model or Classifier(), args, {}, **settings)
+    assert len(str(error.value)) < 1000
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("data.csv", "#0 is a str. Files are not read"),
+        ([(X[:20], Y[:20]), (X[20:], Y[20:])], "#0 is a list. It looks like batches: give the kernel num_data=N"),
+        (Items(), "#0 is a Items. Pass torch.utils.data.DataLoader(dataset"),
+        ({"x": X, "y": Y}, "mcmc.run(**data)"),
+        (scipy.sparse.csr_matrix(X.numpy()), "#0 of the model is sparse (csr_matrix)"),
+    ],
+)
+def test_arguments_of_other_kinds_are_refused_by_name(argument, words):
+    assert words in refused(argument)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda x, y: (x, y, torch.tensor(1.0)), "entry #2 is a tensor without rows"),
+        (lambda x, y: (x.to_sparse(), y), "entry #0 is sparse (torch.sparse_coo)"),
+        (lambda x, y: {"x": x.to_sparse_csr(), "y": y}, "entry 'x' is sparse (torch.sparse_csr)"),
+        (lambda x, y: (torch.nested.nested_tensor(list(x), layout=torch.jagged), y), "entry #0 is nested"),
+        (lambda x, y: (pack_sequence(list(x)), y), "PackedSequence"),
+        (lambda x, y: pack_sequence(list(x)), "PackedSequence"),
+        (lambda x, y: (x.T, y), "Is dimension 1 of #0 the rows? Then use batch_first=True"),
+        (lambda x, y: (x, y, x[:3]), "different numbers of rows: #0 (10, 4), #1 (10,), #2 (3, 4)"),
+        (lambda x, y: (), "got an empty one"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_batches_that_are_no_rows_are_refused_by_entry(make, words):
+    assert words in refused(DataLoader(Items(), 10, collate_fn=lambda items: make(*default_collate(items))))
+
+
+def test_a_stated_number_must_have_an_effect():
+    assert "no argument has 80 rows; their shapes are [(40, 4), (40,)]" in refused(X, Y, num_data=80)
+    for settings in ({}, {"subsample_size": 5}):
+
+        def model(x, y, plate=settings):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            with pyro.plate("rows", 40, **plate) as rows:
+                pyro.sample("obs", dist.Normal(w * x[rows, 0], 1.0), obs=y[rows].float())
+
+        build_potential(model, (X, Y), {}, num_data=40)
+        words = "plates, of sizes {'rows': 40}" if settings else "no argument has 50 rows"
+        assert words in refused(X, Y, model=model, num_data=50)
