@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_apd.runtime import tensor_file
-from pyro_apd.runtime.files import remove_leftovers
+from pyro_apd.runtime.files import duplicate, remove_leftovers
 from pyro_apd.runtime.tensor_file import FileKind
 
 FORMAT_VERSION = 3
@@ -102,7 +102,8 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     If the newest is damaged, a warning names it, the one before it is used, and the damaged one is moved to
     ``PATH.damaged``, so that the next checkpoint does not replace the undamaged one.
 
-    :raises CheckpointError: if there are checkpoints, and none can be read, or something else than a file is there.
+    :raises CheckpointError: if there are checkpoints, and none can be read, or something else than a file is there; and
+        if there is only the one before, as where a user has removed the newest to start the run over.
     """
     remove_leftovers(path)
     failures = []
@@ -114,9 +115,16 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         except CheckpointError as error:
             failures.append(str(error))
             continue
+        if candidate != path and not failures:
+            raise CheckpointError(
+                f"There is no checkpoint '{path}', but there is the one before it, '{candidate.name}'. To resume from "
+                f"that one, rename it to '{path.name}'. To start the run over, move it away, too, or give another "
+                "checkpoint=."
+            )
         if failures:
             aside = _free_path(path)
             os.replace(path, aside)
+            duplicate(candidate, path)
             warnings.warn(
                 f"{failures[0]} Resuming from the one before it, '{candidate}'; the newest is now at '{aside}'.",
                 RuntimeWarning,

@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
 from pyro_apd.chains.checkpoint import CheckpointError
 from pyro_apd.chains.stores.base import as_bytes
 from pyro_apd.data.row_reader import is_stored
+from pyro_apd.data.samplers import preserved_random_states
 from pyro_apd.runtime.trees import tree_flatten_with_path, tree_leaves
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 _STORED_ROWS = 1000
 # Rows of other stored data, which may be expensive to read.
 _READ_ROWS = 50
+# Items of a dataset, which are read twice.
+_ITEMS = 500
 # Bytes that are copied from an accelerator, and summed, at a time.
 _BLOCK_BYTES = 2**24
 # Steps, evenly spaced over the run, at which step sizes are compared.
@@ -156,7 +159,8 @@ def arguments_digest(values: Any) -> str:
     * Of tensors and of arrays in memory, all contents; of arrays in files a thousand evenly spaced rows, and of other
       stored data fifty.
     * Of a :class:`~torch.utils.data.DataLoader` the settings that decide about batches, and its tensors where it is
-      over a :class:`~torch.utils.data.TensorDataset`, or over parts of some.
+      over a :class:`~torch.utils.data.TensorDataset`, or over parts of some; of other datasets all items up to 500, or
+      so many evenly spaced ones, unless they are others at each reading.
     * Of other values, such as functions, the type. What the model makes of them, and of the first batch of a loader, is
       in :func:`~pyro_apd.models.fixed_point.fixed_point_values`.
     """
@@ -306,8 +310,7 @@ def _add_loader(digest: Any, leaf: Any) -> None:
         known = (leaf.batch_size, leaf.drop_last, type(leaf.sampler).__name__, type(leaf.dataset).__name__)
         digest.update(repr(known).encode())
         digest.update(str(len(leaf.dataset) if hasattr(leaf.dataset, "__len__") else None).encode())
-        if isinstance(leaf.dataset, (TensorDataset, Subset, ConcatDataset)):
-            _add_loader(digest, leaf.dataset)
+        _add_dataset(digest, leaf.dataset)
     elif isinstance(leaf, TensorDataset):
         for tensor in leaf.tensors:
             _add_leaf(digest, tensor)
@@ -316,10 +319,33 @@ def _add_loader(digest: Any, leaf: Any) -> None:
         if isinstance(leaf, Subset):
             _add_array(digest, np.asarray(leaf.indices))
         for part in parts:
-            if isinstance(part, (TensorDataset, Subset, ConcatDataset)):
-                _add_loader(digest, part)
-            else:
-                digest.update(type(part).__qualname__.encode())
+            _add_dataset(digest, part)
+
+
+def _add_dataset(digest: Any, dataset: Any) -> None:
+    if isinstance(dataset, (TensorDataset, Subset, ConcatDataset)):
+        _add_loader(digest, dataset)
+        return
+    digest.update(type(dataset).__qualname__.encode())
+    readings = [_items_digest(dataset, seed) for seed in range(2)]
+    if readings[0] == readings[1]:
+        digest.update(readings[0])
+
+
+def _items_digest(dataset: Any, seed: int) -> bytes:
+    """Of evenly spaced items of a dataset; empty where they cannot be read by their indices."""
+    digest = hashlib.sha256()
+    if isinstance(dataset, IterableDataset):
+        return b""
+    with preserved_random_states(seed):
+        try:
+            rows = np.unique(np.linspace(0, max(len(dataset) - 1, 0), _ITEMS).astype(np.int64))
+            for row in rows.tolist():
+                for leaf in tree_leaves(dataset[row]):
+                    _add_leaf(digest, np.asarray(leaf) if hasattr(leaf, "__array_interface__") else leaf)
+        except Exception:  # keys that are no integers, or files that are missing
+            return b""
+    return digest.digest()
 
 
 def _read_rows(stored: Any) -> Iterator[Any]:

@@ -163,11 +163,13 @@ def _have_same_rows(one: _Listed, other: _Listed) -> bool:
 
 
 @contextmanager
-def preserved_random_states() -> Iterator[None]:
-    """Context that leaves the global generators of torch, NumPy and Python as they were."""
+def preserved_random_states(seed: int = 0) -> Iterator[None]:
+    """Context with ``seed`` for the generators of torch, NumPy and Python, which are as before at its end."""
     states = np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
-        with seeded(0):
+        with seeded(seed):
+            np.random.seed(seed)  # noqa: NPY002
+            random.seed(seed)
             yield
     finally:
         np.random.set_state(states[0])  # noqa: NPY002

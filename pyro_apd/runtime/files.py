@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -33,7 +34,8 @@ def atomic_write(path: str | os.PathLike[str], previous: Path | None = None) -> 
     next write to ``path`` removes.
 
     :param path: the file to write.
-    :param previous: where an existing file at ``path`` is moved to; by default it is replaced.
+    :param previous: where an existing file at ``path`` is kept; there is a file at ``path`` at every moment. By default
+        it is replaced.
     :raises FileNotFoundError: if the folder does not exist.
     :raises OSError: if the file cannot be written; the message says which file is unchanged.
 
@@ -54,13 +56,13 @@ def atomic_write(path: str | os.PathLike[str], previous: Path | None = None) -> 
     if path.is_symlink():
         path = Path(os.path.realpath(path))  # the file is replaced, and the link stays
     remove_leftovers(path)
-    temporary = path.with_name(f".{path.name}.{machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     _ACTIVE.add(temporary.name)
     try:
         yield temporary
         _sync(temporary)
         if previous is not None and path.exists():
-            os.replace(path, previous)
+            duplicate(path, previous)
         os.replace(temporary, path)
     except OSError as error:
         intact = [file for file in (path, previous) if file is not None and file.exists()]
@@ -71,6 +73,30 @@ def atomic_write(path: str | os.PathLike[str], previous: Path | None = None) -> 
             temporary.unlink()
         _ACTIVE.discard(temporary.name)
     _sync_folder(path.parent)
+
+
+def duplicate(source: Path, target: Path) -> None:
+    """Makes ``target`` a file with the contents of ``source``, and replaces one that is there, at one moment.
+
+    :raises OSError: if that is not possible; ``target`` is as it was.
+    """
+    remove_leftovers(target)
+    temporary = _temporary(target)
+    _ACTIVE.add(temporary.name)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(source, temporary)
+            _sync(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)  # still there where both are one file
+        _ACTIVE.discard(temporary.name)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def with_message(error: OSError, message: str) -> OSError:

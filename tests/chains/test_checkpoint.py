@@ -127,9 +127,46 @@ def test_both_damaged(path):
     assert (path.read_bytes(), previous_path(path).stat().st_size) == (b"x" * 100, 50)
 
 
-def test_killed_between_the_two_renames(path):
+def test_killed_between_the_two_renames(path, monkeypatch):
+    """There is a checkpoint under its own name at every moment of a write."""
+    rename, found = os.replace, []
+
+    def watched(*names):
+        found.append(read_file(path).chains[0].num_done)
+        rename(*names)
+
+    monkeypatch.setattr("pyro_apd.runtime.files.os.replace", watched)
+    write_checkpoint(path, checkpoint_of(6))
+    assert found == [5, 5]
+    assert read_checkpoint(path).chains[0].num_done == 6
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_run_that_was_removed_is_not_resumed_from_the_one_before(path, has_links, monkeypatch):
+    if not has_links:
+
+        def no_link(*names):
+            raise OSError("no links here")
+
+        monkeypatch.setattr("pyro_apd.runtime.files.os.link", no_link)
+        write_checkpoint(path, checkpoint_of(5))
     path.unlink()
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint '.*run.ckpt'.*rename it to 'run.ckpt'.*move it away, too"
+    ):
+        read_checkpoint(path)
+    previous_path(path).rename(path)
+    assert read_checkpoint(path).chains[0].num_done == (4 if has_links else 5)
+
+
+def test_after_a_damaged_checkpoint_the_one_before_has_its_name(path):
+    """A run that is killed before its next checkpoint is resumed again."""
+    path.write_bytes(b"x" * 100)
+    with pytest.warns(RuntimeWarning, match="the newest is now at"):
+        read_checkpoint(path)
     assert read_checkpoint(path).chains[0].num_done == 4
+    write_checkpoint(path, checkpoint_of(6))
+    assert read_checkpoint(previous_path(path)).chains[0].num_done == 4
 
 
 def test_newer_format(path, monkeypatch):

@@ -332,6 +332,19 @@ def test_digests_see_into_loaders(dataset):
     assert arguments_digest(Subset(both, [1, 2])) != arguments_digest(Subset(both, [1, 3]))
 
 
+@pytest.mark.parametrize("parts", [lambda d: d, lambda d: Subset(d, range(50)), lambda d: ConcatDataset([d, d])])
+def test_digests_see_all_items_of_a_dataset(parts):
+    def of(x, noise=0.0):
+        return arguments_digest(DataLoader(parts(Items(x, noise)), batch_size=4))
+
+    changed = X.clone()
+    changed[7] += 1e-3  # in no batch that is looked at otherwise
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    assert of(X) == of(X.clone()) != of(changed)
+    assert of(X, noise=0.1) == of(changed, noise=0.1)  # others at each reading
+    assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
+
+
 def test_loaders_that_are_made_again_are_the_same():
     def loader(x, noise=0.0, **settings):
         return DataLoader(Items(x, noise), batch_size=20, shuffle=True, **settings)

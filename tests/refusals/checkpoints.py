@@ -51,6 +51,19 @@ for size in (1e-5, 2e-5):
         why="Schedules are compared by the step sizes at 64 steps of the run.",
     ),
     Refusal(
+        title="The checkpoint before one that was removed",
+        example="""
+from pathlib import Path
+
+sample(apd.BNN(nn.Linear(3, 3)), x, labels, checkpoint="run.ckpt")
+Path("run.ckpt").unlink()
+sample(apd.BNN(nn.Linear(3, 3)), x, labels, checkpoint="run.ckpt")
+""",
+        error=CheckpointError,
+        mentions=("no checkpoint", "run.ckpt.previous'", "rename it to 'run.ckpt'", "move it away, too"),
+        why="Who removes a checkpoint wants the run to start over; who lost it wants to resume.",
+    ),
+    Refusal(
         title="A folder as a checkpoint",
         example="""
 sample(apd.BNN(nn.Linear(3, 3)), x, labels, checkpoint=".")

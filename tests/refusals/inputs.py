@@ -93,6 +93,113 @@ apd.MCMC(kernel, 4, 2, disable_progbar=True).run(loader)
         why="The loader leaves rows out, and is scaled to all of them. The rows of an epoch are counted.",
     ),
     Refusal(
+        title="A sampler of your own that weights its rows",
+        example=LOADER
+        + """\
+class Balanced(torch.utils.data.Sampler):
+    def __len__(self): return 40
+    def __iter__(self): return iter(torch.multinomial(1.0 + 3.0 * (labels == 0), 40, True).tolist())
+
+sample(apd.BNN(nn.Linear(3, 3)), DataLoader(TensorDataset(x, labels), 10, sampler=Balanced()), num_data=40)
+""",
+        error=ValueError,
+        mentions=("Balanced draws rows unequally often", "row 1,", "poutine.scale(scale=weights)"),
+        why="Batch samplers that balance classes do so, too. What a sampler draws is counted over some epochs.",
+    ),
+    Refusal(
+        title="Batches of unequal size",
+        example="""\
+def batches():
+    while True:
+        yield x[:2], labels[:2]
+        yield x[2:], labels[2:]
+
+sample(apd.BNN(nn.Linear(3, 3)), batches(), num_data=40)
+""",
+        error=DataError,
+        mentions=("differ in size: 38 rows after at most 38, with 1 shorter before", "list of batches"),
+        why="Scaled by N over its rows, each row of the small batch would count 19 times as much as one of the other.",
+        instead="""\
+batches = [(x[:2], labels[:2]), (x[2:], labels[2:])]
+sample(apd.BNN(nn.Linear(3, 3)), batches, num_data=40)
+""",
+    ),
+    Refusal(
+        title="Padding that is not masked",
+        example=LOADER
+        + """\
+def padded(items):
+    return nn.utils.rnn.pad_sequence([row for row, _ in items], batch_first=True), torch.stack([b for _, b in items])
+
+def model(x, y):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(w * x.mean(1), 1.0), obs=y)
+
+items = [(torch.ones(1 + i % 7), y[i]) for i in range(40)]
+sample(model, DataLoader(items, 10, collate_fn=padded))
+""",
+        error=ModelError,
+        mentions=("'obs' is not a sum over rows", "padding without a mask"),
+        why="The mean of a row changes with the longest row of its batch. The probe collates rows otherwise, too.",
+    ),
+    Refusal(
+        title="A batch size above the data, with drop_last",
+        example=LOADER
+        + """\
+sample(apd.BNN(nn.Linear(3, 3)), DataLoader(TensorDataset(x, labels), 64, shuffle=True, drop_last=True))
+""",
+        error=ValueError,
+        mentions=("batch_size=64 and drop_last=True", "40 rows", "at most 40"),
+        why="There would be no batch.",
+    ),
+    Refusal(
+        title="Batches of something else than rows",
+        example=LOADER
+        + """\
+packed = lambda items: (nn.utils.rnn.pack_sequence([a for a, _ in items]), torch.stack([b for _, b in items]))
+sample(apd.BNN(nn.Linear(3, 3)), DataLoader(TensorDataset(x, labels), 10, collate_fn=packed))
+""",
+        error=DataError,
+        mentions=("PackedSequence", "padded sequences and their lengths"),
+        why="Sparse and nested tensors, and tensors without a dimension, are refused, too.",
+    ),
+    Refusal(
+        title="Sequences with time first",
+        example=LOADER
+        + """\
+time_first = lambda items: (torch.stack([a for a, _ in items], 1), torch.stack([b for _, b in items]))
+sample(apd.BNN(nn.Linear(3, 3)), DataLoader(TensorDataset(x, labels), 10, collate_fn=time_first))
+""",
+        error=DataError,
+        mentions=("#0 (3, 10), #1 (10,)", "Rows are the first dimension", "x.transpose(0, 1)"),
+        why="A batch would have as many rows as steps of time.",
+    ),
+    Refusal(
+        title="A stated N without effect",
+        example="sample(apd.BNN(nn.Linear(3, 3)), x, labels, num_data=4000)",
+        error=ValueError,
+        mentions=("num_data=4000", "no argument has 4000 rows", "poutine.scale"),
+        why="Every step uses all rows that are given, and nothing scales their likelihood.",
+        instead="sample(apd.BNN(nn.Linear(3, 3)), x, labels)",
+    ),
+    Refusal(
+        title="Batches in a list, without their number of rows",
+        example="sample(apd.BNN(nn.Linear(3, 3)), [(x[:20], labels[:20]), (x[20:], labels[20:])])",
+        error=DataError,
+        mentions=("#0 is a list", "looks like batches", "num_data=N"),
+        why="A list may be an argument of the model.",
+        instead="sample(apd.BNN(nn.Linear(3, 3)), [(x[:20], labels[:20]), (x[20:], labels[20:])], num_data=40)",
+    ),
+    Refusal(
+        title="Datasets, and names of files",
+        example=LOADER + "sample(apd.BNN(nn.Linear(3, 3)), TensorDataset(x, labels))",
+        error=DataError,
+        mentions=("#0 is a TensorDataset", "DataLoader(dataset, batch_size=..., shuffle=True)"),
+        why="Models compute with tensors.",
+        instead=LOADER + "sample(apd.BNN(nn.Linear(3, 3)), DataLoader(TensorDataset(x, labels), 10, shuffle=True))",
+    ),
+    Refusal(
         title="A target outside the support, in any row",
         example="""\
 labels[37] = 9
