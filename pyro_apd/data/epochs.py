@@ -148,7 +148,7 @@ def _epoch_of_sampler(loader: DataLoader[Any], size: int) -> Epoch | None:
         rows = rows_of_sampler(batches.sampler, size)
         epoch = None if rows is None else _in_batches(rows, batches.batch_size, batches.drop_last)
     else:
-        rows = counted_rows(batches, size)
+        rows = counted_rows(batches, size, in_batches=True)
         epoch = None if rows is None else Epoch(rows.num_data, rows.num_items if rows.once else None, rows.num_drawn)
     if epoch is not None and epoch.num_data < size:
         logger.warning(

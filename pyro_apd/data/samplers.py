@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data.sampler import RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from pyro_apd.data.index_stream import MAX_EPOCH_ROWS
 from pyro_apd.runtime.global_state import seeded
 
-# Draws by which the rows of a sampler of another type are counted: in all, and for each row.
-_MIN_DRAWS, _DRAWS_PER_ROW = 10_000, 10
+# Draws by which the rows of a sampler of another type are counted: in all, and for each row, fewer of many rows.
+_MIN_DRAWS, _MAX_DRAWS = 10_000, 1_000_000
+_DRAWS_PER_ROW, _MIN_DRAWS_PER_ROW = 10, 3
 # Epochs in which a part of the rows must be the same part.
 _NUM_EPOCHS = 5
 _ADVICE = (
@@ -89,29 +91,30 @@ def _rows_of_list(indices: Sequence[int] | np.ndarray | Tensor) -> SampledRows:
     return _all_once(len(array))
 
 
-def counted_rows(sampler: Iterable[Any], size: int) -> SampledRows | None:
-    """The rows that a sampler of another type draws, of indices or lists of indices, as some epochs show it.
+def counted_rows(sampler: Iterable[Any], size: int, in_batches: bool = False) -> SampledRows | None:
+    """The rows that a sampler of another type draws, as some epochs show it.
 
     :param int size: rows of its dataset.
+    :param bool in_batches: whether it gives lists of indices.
     :returns: None where it cannot be found out: it is too long, can be iterated once only, or gives no indices.
     :raises ValueError: if it draws rows unequally often.
     """
     if not 0 < size <= MAX_EPOCH_ROWS or isinstance(sampler, Iterator):
         return None
     with preserved_random_states():
-        first = _epoch(sampler, size)
+        first = _epoch(sampler, size, in_batches)
         if first is None or first.rows.size == 0:
             return None
         counts = np.bincount(first.rows, minlength=size)
         if first.has_ended and counts.max() == 1:
             is_whole = len(first.rows) == size
-            others = [_epoch(sampler, size) for _ in range(1 if is_whole else _NUM_EPOCHS)]
+            others = [_epoch(sampler, size, in_batches) for _ in range(1 if is_whole else _NUM_EPOCHS)]
             if is_whole or all(other is not None and _have_same_rows(first, other) for other in others):
                 same = others[0] is not None and np.array_equal(first.rows, others[0].rows)
                 return SampledRows(len(first.rows), True, not same, len(first.rows), first.num_items)
         num_drawn: int | None = len(first.rows) if first.has_ended else None
-        while counts.sum() < max(_MIN_DRAWS, _DRAWS_PER_ROW * size):
-            other = _epoch(sampler, size)
+        while counts.sum() < max(_MIN_DRAWS, min(_DRAWS_PER_ROW * size, _MAX_DRAWS), _MIN_DRAWS_PER_ROW * size):
+            other = _epoch(sampler, size, in_batches)
             if other is None or other.rows.size == 0:
                 return None
             counts += np.bincount(other.rows, minlength=size)
@@ -146,16 +149,25 @@ class _Listed:
     has_ended: bool
 
 
-def _epoch(sampler: Iterable[Any], size: int) -> _Listed | None:
+def _epoch(sampler: Iterable[Any], size: int, in_batches: bool) -> _Listed | None:
     """One pass, up to ten times ``size`` items; None where these are no indices of the dataset."""
     limit = _DRAWS_PER_ROW * size
     listed = list(itertools.islice(sampler, limit + 1))
     try:
-        rows = np.concatenate([np.empty(0, np.int64), *(np.asarray(i, dtype=np.int64).reshape(-1) for i in listed)])
-    except (TypeError, ValueError):
+        rows = np.concatenate([_indices(batch) for batch in listed]) if in_batches and listed else _indices(listed)
+    except (TypeError, ValueError, RuntimeError):
         return None
-    is_index = bool(((rows >= 0) & (rows < size)).all())
+    if len(rows) == 0:
+        return _Listed(np.empty(0, np.int64), len(listed), True)
+    is_index = rows.ndim == 1 and rows.dtype.kind in "iu" and bool(((rows >= 0) & (rows < size)).all())
     return _Listed(rows, len(listed), len(listed) <= limit) if is_index else None
+
+
+def _indices(items: Sequence[Any] | Tensor) -> np.ndarray:
+    """A batch of indices as an array, in one step for indices of any type."""
+    if isinstance(items, (list, tuple)) and items and isinstance(items[0], Tensor):
+        items = torch.stack(list(items))
+    return np.asarray(items)
 
 
 def _have_same_rows(one: _Listed, other: _Listed) -> bool:

@@ -69,6 +69,13 @@ class Drawn:
         return iter(rows.tolist() if self.sizes is None else rows.split(self.sizes))
 
 
+class Pairs(Shuffled):
+    """A sampler whose items are no indices of rows."""
+
+    def __iter__(self):
+        return iter([(row, 0) for row in range(20)])
+
+
 ONE_MORE_OFTEN = torch.ones(20).index_fill(0, torch.tensor([7]), 1.5)
 BALANCED = torch.tensor([1.0] * 16 + [4.0] * 4)  # classes of 16 and 4 rows
 
@@ -235,7 +242,8 @@ def test_loaders_without_rows_are_refused(loader):
 
 def test_stated_numbers_count_where_a_loader_shows_none():
     once = DataLoader(DATA, 6, sampler=iter(range(20)))
-    for loader in (once, DataLoader(Stream(None), 6), (X for _ in range(3))):
+    pairs = DataLoader(DATA, 6, sampler=Pairs())
+    for loader in (once, pairs, DataLoader(Stream(None), 6), (X for _ in range(3))):
         epoch = epoch_of(loader, 15)
         assert (epoch.num_data, epoch.num_batches, epoch.num_rows, epoch.is_shown) == (15, None, None, False)
     joined = DataLoader(TensorDataset(X.view(5, 4, 2)), 2, collate_fn=lambda items: torch.cat([x for (x,) in items]))
