@@ -69,7 +69,8 @@ def refuse_outer_product(name: str, site: Site) -> None:
     dims = [dim for dim in range(-len(shape), 0) if shape[dim] > 1]
     repeated = [dim for dim in dims if padded[dim] == 1]
     undeclared = [dim for dim in dims if dim not in plates]
-    if repeated and undeclared:
+    is_event_of_rows = any(plates.get(dim) in event_shape for dim in repeated)  # targets (N,) as one event for each row
+    if repeated and (undeclared or is_event_of_rows):
         raise DataError(_message(name, value, batch_shape))
 
 
