@@ -96,7 +96,7 @@ def build_potential(
                         model, source, inputs, lambda call: run_from_prior(model, call, _first_trace), seed
                     )
         refuse_missing_sites(trace, (args, dict(kwargs)))
-        refuse_outer_products(trace)
+        refuse_outer_products(trace, (example.args, example.kwargs))
         _check_last_layer(model, example)
         # Pyro's validation refuses values outside a support that are masked, too; the rows are checked without it.
         with pyro.validation_enabled(False), checked_rows(model, source, inputs, trace, runs_all=missing is not None):

@@ -134,6 +134,15 @@ with pyro.plate("data", len(x), subsample_size=10) as rows:
         """,
         run="sample(model, x, y)",
     ),
+    _entry(
+        "A factor for each pair of rows",
+        'pyro.factor("fit", dist.Normal((x @ w)[:, None], 1.0).log_prob(y))',
+        ("'fit'", "(40, 40)", "squeeze(-1)", "terms.sum()"),
+        "Every target is scored by every mean. If pairs are meant, give their sum.",
+        'pyro.factor("fit", dist.Normal(x @ w, 1.0).log_prob(y).sum())',
+        run="sample(model, x, y)",
+        error=DataError,
+    ),
     Refusal(
         "Means in a column against targets in a row",
         """
