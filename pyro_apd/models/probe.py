@@ -127,6 +127,17 @@ class Probe:
         if self._rows.plate is None and count != self._rows.batch_size and type(error) in (RuntimeError, ValueError):
             raise ModelError(other_number_message(self._rows.batch_size, error)) from error
 
+    def check_independent(self, name: str) -> None:
+        """Refuses a site that depends on data which the rows at hand, a part of all, have in common."""
+        run = self.runs[-1].one
+        other = None if self._rows.has_all else self._probe.with_other_data(run)
+        if other is not None and name in other.observed and run.site(name).differs(other.site(name)):
+            raise ModelError(
+                f"Observed site '{name}' depends on data that are the same in the first batches, and does not follow "
+                "the number of rows, so that its log-likelihood cannot be scaled by N/B. Shuffle the data, and observe "
+                "one value for each row, in `with pyro.plate('data', len(x))`."
+            )
+
     def check_ranks(self) -> None:
         """See :func:`~pyro_apd.models.ranks.refuse_ranks`."""
         run = self.runs[-1].one

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import get_ident
 from typing import Any
 from unittest import mock
@@ -32,7 +32,7 @@ from torch import Tensor
 from pyro_apd.data.minibatch import Call, ProbeRows
 from pyro_apd.errors import ModelError
 from pyro_apd.models.tracing import Site, check_latents, observed_sites, run_from_prior, run_model, subsampled_plates
-from pyro_apd.runtime.trees import tree_leaves
+from pyro_apd.runtime.trees import tree_flatten, tree_leaves, tree_unflatten
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,23 @@ class RowProbe:
         :raises ModelError: if the model has other latents than ``values``.
         """
         return ModelRun(self.trace(rows, values), rows, values, self._precision(values))
+
+    def with_other_data(self, run: ModelRun) -> ModelRun | None:
+        """A run with all data changed; None where the model does not take them."""
+
+        def changed(leaf: Any) -> Any:
+            return leaf + 1 if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.dtype != torch.bool else leaf
+
+        def call(rows: Tensor) -> Call:
+            found = self.rows.call(rows)
+            leaves, spec = tree_flatten((found.args, found.kwargs))
+            args, kwargs = tree_unflatten([changed(leaf) for leaf in leaves], spec)
+            return Call(args, kwargs, found.indices)
+
+        try:
+            return RowProbe(self._model, replace(self.rows, call=call)).run(run.rows, run.values)
+        except Exception:  # data that the model never meets
+            return None
 
     def gradients(self, run: ModelRun, name: str) -> tuple[Tensor, ...]:
         """The gradient of what an observed site adds to the log joint density in a run, without a ``scale`` that is a

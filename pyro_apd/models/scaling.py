@@ -142,6 +142,7 @@ def scaled_sites(
             found[name] = _ScaleOf(probe, name, num_data, rows.batch_size).is_by_model()
         else:
             probe.check_constant(name, "Observed site")
+            probe.check_independent(name)
     return found
 
 

@@ -428,3 +428,17 @@ def test_labels_of_the_batch_show_in_batches_of_one_label():
     data = torch.randn(200, 3, generator=_GENERATOR), torch.randn(200, generator=_GENERATOR), groups
     with pytest.raises(ModelError, match="not a sum over rows"):
         build_potential(model, data, {}, batch_size=B)
+
+
+def test_a_factor_of_what_sorted_batches_have_in_common_is_refused():
+    def model(x, g, reads_data=True):
+        w = weights()
+        pyro.factor("fit", -((w.sum() - (g.float().mean() if reads_data else 1.0)) ** 2))
+        with pyro.plate("data", len(x)):
+            scored(x @ w, x[:, 0])
+
+    loader = DataLoader(TensorDataset(torch.randn(200, 3), torch.arange(200) // 50), batch_size=5)
+    with pytest.raises(ModelError, match="'fit' depends on data that are the same in the first batches"):
+        build_potential(model, (loader,), {})
+    potential, _ = build_potential(model, (loader,), {"reads_data": False})
+    assert potential._structure.scaled == {"obs": False}
