@@ -227,7 +227,8 @@ class LoaderBatches(OutsideMemory):
         call = self.bind(joined(batches))
         pool = RowSubsample(call.args, call.kwargs, 1)
         assert pool.num_data is not None
-        return (ProbeRows(pool.num_data, num_rows, lambda rows: pool.bind((rows,))),)
+        labels = pool.probe_rows(inputs)[0].labels
+        return (ProbeRows(pool.num_data, num_rows, lambda rows: pool.bind((rows,)), labels=labels),)
 
     def scale(self, inputs: tuple[Tensor, ...]) -> float:
         """N/B, with the average B of an epoch where it is known."""

@@ -57,6 +57,7 @@ class ProbeRows:
     :ivar bool has_all: whether a call on all data can be made.
     :ivar int row_size: numbers per row.
     :ivar str plate: the plate that chooses these rows inside the model; None where the model is given ready rows.
+    :ivar labels: arguments of one number for each row, which may be labels or groups.
     """
 
     num_rows: int
@@ -65,6 +66,7 @@ class ProbeRows:
     has_all: bool = False
     row_size: int = 1
     plate: str | None = None
+    labels: tuple[Tensor, ...] = ()
 
 
 class MinibatchSource(ABC):
@@ -270,7 +272,10 @@ class PlateSubsample(MinibatchSource):
         def calling(name: str) -> Callable[[Tensor], Call]:
             return lambda rows: Call(self._args, self._kwargs, {**indices, name: rows.to(indices[name].device)})
 
-        return tuple(ProbeRows(size, batch, calling(name), plate=name) for name, (size, batch) in self.plates.items())
+        return tuple(
+            ProbeRows(size, batch, calling(name), plate=name, labels=_labels(self._leaves, size))
+            for name, (size, batch) in self.plates.items()
+        )
 
 
 class RowSubsample(MinibatchSource):
@@ -344,7 +349,10 @@ class RowSubsample(MinibatchSource):
         assert self.num_data is not None
         leaves = [leaf for leaf, has_rows in zip(self._leaves, self._has_rows, strict=True) if has_rows]
         row_size = sum(leaf.numel() for leaf in leaves) // self.num_data
-        return (ProbeRows(self.num_data, self.batch_size, lambda rows: self.bind((rows,)), True, row_size),)
+        labels = _labels(leaves, self.num_data)
+        return (
+            ProbeRows(self.num_data, self.batch_size, lambda rows: self.bind((rows,)), True, row_size, labels=labels),
+        )
 
     def scale(self, inputs: tuple[Tensor, ...]) -> float:
         """N/B."""
@@ -367,6 +375,11 @@ def check_batch_size(batch_size: int, num_data: int) -> None:
             f"batch_size={batch_size} is more than the {num_data} rows of the data; pass at most {num_data}, or leave "
             "batch_size out to use all rows at every step."
         )
+
+
+def _labels(leaves: Sequence[Any], num_rows: int) -> tuple[Tensor, ...]:
+    """The tensors of one number for each of ``num_rows`` rows."""
+    return tuple(leaf.reshape(-1) for leaf in leaves if _has_rows(leaf) and len(leaf) == leaf.numel() == num_rows)
 
 
 def _has_rows(leaf: Any) -> bool:

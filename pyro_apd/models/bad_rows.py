@@ -152,6 +152,15 @@ def failure_message(where: str, error: Exception) -> str:
     )
 
 
+def table_message(error: Exception) -> str:
+    """The message about an index that a batch of rows is too short for."""
+    return (
+        f"The model fails on a batch of rows: IndexError: {str(error)[:300]}. With batch_size= every argument with as "
+        "many rows as the first one is reduced to the rows of the batch. A table that is indexed by group, and has as "
+        "many rows, is no such argument: give it to the model beforehand, functools.partial(model, table=table)."
+    )
+
+
 # -- distributions -----------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +182,16 @@ def likelihood_name(fn: Any) -> str:
     ):
         fn = fn.base_dist
     return type(fn).__name__
+
+
+def is_unvalidated(fn: Any) -> bool:
+    """Whether a distribution was made with ``validate_args=False``, in a run with Pyro's validation.
+
+    torch shows it in a private attribute. Where that is gone, all values are checked.
+    """
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return getattr(fn, "_validate_args", True) is False
 
 
 def inner_mask(fn: Any) -> Any:

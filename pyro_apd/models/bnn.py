@@ -25,6 +25,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from pyro_apd.errors import DataError, ModelError
 from pyro_apd.models.handlers import part_of_model
+from pyro_apd.models.last_layer import refuse_last_layer
 from pyro_apd.models.normalisation import BATCH_NORMS, with_group_norm
 from pyro_apd.models.priors import PriorSpec, map_tensors, noise_scale_prior, parameter_priors
 from pyro_apd.runtime import checks
@@ -89,6 +90,7 @@ class BNN(PyroModule):
         if subsample_size is not None:
             subsample_size = checks.integer("subsample_size", subsample_size, hint="None uses all rows.")
         self.subsample_size = subsample_size
+        refuse_last_layer(net, likelihood)
         net = _checked_copy(net, checks.choice("batch_norm", batch_norm, _BATCH_NORM))
         names = _names(net)
         priors = parameter_priors(net, names, prior_scale)

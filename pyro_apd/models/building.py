@@ -8,21 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import pyro
 import torch
-from pyro.poutine import Trace
+from pyro.poutine import Trace, runtime
+from pyro.poutine.messenger import unwrap
 from torch import Tensor
 
 from pyro_apd.data.arguments import named_tensors, not_finite
 from pyro_apd.data.minibatch import Call, MinibatchSource, PlateSubsample
 from pyro_apd.data.sources import check_full_batches, check_stated_number, model_device, open_source
-from pyro_apd.models.observations import without_missing_targets
+from pyro_apd.errors import ModelError
+from pyro_apd.models.bnn import BNN
+from pyro_apd.models.last_layer import refuse_probabilities
+from pyro_apd.models.observations import GivenRows, has_missing_targets, without_missing_targets
 from pyro_apd.models.potential import Inputs, Potential
 from pyro_apd.models.repeatability import refuse_writes, watched_modules
 from pyro_apd.models.shapes import refuse_outer_products
 from pyro_apd.models.structure import examine, refuse_missing_sites
 from pyro_apd.models.supports import checked_rows, first_run
 from pyro_apd.models.tracing import check_densities, run_from_prior, run_model, subsampled_plates
+from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.threads import one_thread
+
+# Runs in which a plate has the same rows, if the model gives them to it and does not draw them.
+_NUM_DRAWS = 3
+# Handlers that change no density. Pyro shows the active ones in a private list; where that is gone, none are seen.
+_HANDLERS_WITHOUT_EFFECT = ("BlockMessenger", "TraceMessenger")
 
 
 @one_thread()
@@ -54,6 +65,7 @@ def build_potential(
         model does not mask.
     :raises ValueError: if ``batch_size`` or ``num_data`` does not fit the data, or ``replacement`` the source.
     """
+    _refuse_handlers()
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     source, inputs = open_source(
         args,
@@ -68,15 +80,26 @@ def build_potential(
     if not source.is_full:
         model = without_missing_targets(model)
     missing = not_finite(args, kwargs) or not_finite(example.args, example.kwargs)
+
+    def first_trace() -> Trace:
+        return first_run(model, source, inputs, lambda call: run_from_prior(model, call, _first_trace), seed)
+
     try:
-        trace = first_run(model, source, inputs, lambda call: run_from_prior(model, call, _first_trace), seed)
+        trace = first_trace()
         if source.is_full:
             source, inputs = _of_full_data(source, inputs, trace, replacement, generator)
             if num_data is not None:
                 check_stated_number(num_data, source, args, kwargs)
+            if source.plates:
+                _refuse_fixed_rows(model, example)
+                if has_missing_targets(trace):
+                    model = without_missing_targets(model)
+                    trace = first_trace()
         refuse_missing_sites(trace, (args, dict(kwargs)))
-        refuse_outer_products(trace)
-        with checked_rows(model, source, inputs, trace, runs_all=missing is not None):
+        refuse_outer_products(trace, (example.args, example.kwargs))
+        _check_last_layer(model, example)
+        # Pyro's validation refuses values outside a support that are masked, too; the rows are checked without it.
+        with pyro.validation_enabled(False), checked_rows(model, source, inputs, trace, runs_all=missing is not None):
             structure = examine(model, source, inputs, trace)
         potential = Potential(model, source, structure, example, capture=capture)
         if missing is not None:
@@ -108,6 +131,44 @@ def _first_trace(model: Callable[..., Any], call: Call) -> Trace:
     refuse_writes(model, effects)
     check_densities(trace)
     return trace
+
+
+def _refuse_fixed_rows(model: Callable[..., Any], call: Call) -> None:
+    """Refuses plates to which the model gives the same rows in each run."""
+    given: list[dict[str, Tensor]] = []
+    for number in range(_NUM_DRAWS):
+        if given and not given[0]:
+            return
+        notes = GivenRows()
+        with seeded(number):
+            run_from_prior(notes(model), call)
+        given.append(notes.rows)
+    for name, rows in given[0].items():
+        if all(name in other and torch.equal(rows, other[name]) for other in given):
+            raise ModelError(
+                f"Plate '{name}' is given the same {len(rows)} rows in every run, by subsample=, and counts each of "
+                "them several times, as if all rows were seen. For mini-batches of all rows write "
+                f"subsample_size={len(rows)} in place of subsample=. If only these rows are data, give mcmc.run "
+                f"x[rows] and y[rows], and write pyro.plate('{name}', len(x))."
+            )
+
+
+def _check_last_layer(model: Callable[..., Any], call: Call) -> None:
+    bnn, x = unwrap(model), call.args[0] if call.args else call.kwargs.get("x")
+    if isinstance(bnn, BNN) and isinstance(x, Tensor):
+        weights = {name: bnn.net.get_buffer(name) for name in bnn.parameter_sites}
+        refuse_probabilities(bnn.net, bnn.likelihood, weights, x[:2])
+
+
+def _refuse_handlers() -> None:
+    """Refuses a run inside handlers: the model runs without them, and its draws would be of another posterior."""
+    active = [type(handler).__name__ for handler in getattr(runtime, "_PYRO_STACK", ())]
+    others = [name for name in active if name not in _HANDLERS_WITHOUT_EFFECT]
+    if others:
+        raise ModelError(
+            f"The run stands inside handlers of Pyro, {others}, which have no effect on the model in a run: put them "
+            "around the model, kernel = SGLD(pyro.poutine.scale(model, scale=0.1), ...), or into its code."
+        )
 
 
 def _of_full_data(

@@ -73,10 +73,17 @@ class Layout(Sequence[Site]):
         sites: list[Site] = []
         start = 0
         for name, shape in shapes.items():
-            support = _normalise(supports.get(name, constraints.real))
+            support = _normalise(_of_mixture(name, supports.get(name, constraints.real)))
             if support.is_discrete:
                 raise ValueError(f"Site '{name}' has discrete support {support}; gradients need continuous latents.")
-            unconstrained = tuple(biject_to(support).inverse_shape(torch.Size(shape)))
+            try:
+                unconstrained = tuple(biject_to(support).inverse_shape(torch.Size(shape)))
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"Site '{name}' has the support {support}, which torch has no transform to the reals for: a "
+                    "sampler by gradients needs one. Draw it from a distribution over the reals, and transform it in "
+                    "the model."
+                ) from error
             sites.append(Site(name, tuple(shape), unconstrained, support, start))
             start += sites[-1].size
         self._sites = tuple(sites)
@@ -270,6 +277,21 @@ def _normalise(support: Constraint) -> Constraint:
     if _base(support) is constraints.real_vector or _base(support) is constraints.real:
         return constraints.real
     return support
+
+
+def _of_mixture(name: str, support: Constraint) -> Constraint:
+    """The support of each component, of a mixture of one family."""
+    if isinstance(support, constraints.independent):
+        return constraints.independent(_of_mixture(name, support.base_constraint), support.reinterpreted_batch_ndims)
+    if type(support).__name__ != "MixtureSameFamilyConstraint":
+        return support
+    component: Constraint = vars(support)["base_constraint"]
+    if any(isinstance(bound, Tensor) and bound.numel() > 1 for bound in vars(_base(component)).values()):
+        raise ValueError(
+            f"Site '{name}' is a mixture of components with different supports, {component}: no transform to the reals "
+            "has all of them. Give the components one support."
+        )
+    return component
 
 
 def _support_to_json(support: Constraint) -> dict[str, Any]:

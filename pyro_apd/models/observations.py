@@ -13,6 +13,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Bernoulli
 
+from pyro_apd.models.layout import is_subsample
+
 
 def scored(fn: Any, value: Any) -> Any:
     """``value`` in the dtype that distribution ``fn`` scores.
@@ -32,6 +34,21 @@ class FloatLabels(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"]:
             msg["value"] = scored(msg["fn"], msg["value"])
+
+
+class GivenRows(Messenger):
+    """Handler that notes the rows of plates to which the model gives them, with ``subsample=``.
+
+    :ivar rows: by plate.
+    """
+
+    def __enter__(self) -> Any:
+        self.rows: dict[str, Tensor] = {}
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_subsample(msg) and msg["value"] is not None and len(msg["value"]) < msg["fn"].size:
+            self.rows[msg["name"]] = torch.as_tensor(msg["value"])
 
 
 class MissingTargets(Messenger):
@@ -55,6 +72,12 @@ class MissingTargets(Messenger):
             msg["value"] = torch.full((*fn.batch_shape, *fn.event_shape), torch.nan)
             msg["fn"] = fn.mask(False)
             msg["is_observed"] = True
+
+
+def has_missing_targets(trace: Any) -> bool:
+    """Whether a run of a model has latents for targets that ``obs_mask=`` calls missing."""
+    missing = [name for name in trace.stochastic_nodes if name.endswith("_unobserved")]
+    return any(name.removesuffix("_unobserved") + "_observed" in trace.nodes for name in missing)
 
 
 def without_missing_targets(model: Callable[..., Any]) -> Callable[..., Any]:

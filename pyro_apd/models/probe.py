@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,15 @@ from torch import Tensor
 
 from pyro_apd.data.minibatch import ProbeRows
 from pyro_apd.errors import ModelError
+from pyro_apd.models.probe_messages import (
+    by_number_message,
+    changing_site_message,
+    latent_in_plate_message,
+    not_by_row_message,
+    other_number_message,
+)
+from pyro_apd.models.ranks import refuse_ranks
+from pyro_apd.models.row_gradients import gradients_differ, rounding_hides
 from pyro_apd.models.row_terms import ModelRun, RowProbe, SiteTerms, differs, totals_differ
 from pyro_apd.runtime.global_state import seeded
 
@@ -105,11 +115,33 @@ class Probe:
         try:
             with seeded(0):
                 trace = self._probe.trace(self._first(count))
-        except Exception:
+        except Exception as error:
+            self._explain(count, error)
             if self._rows.plate is None:
                 raise
             return None
         return {name: trace.nodes[name]["value"].shape for name in self._points[0] if name in trace.nodes}
+
+    def _explain(self, count: int, error: Exception) -> None:
+        """Raises ModelError about a model that fails on another number of rows only, because of a shape."""
+        if self._rows.plate is None and count != self._rows.batch_size and type(error) in (RuntimeError, ValueError):
+            raise ModelError(other_number_message(self._rows.batch_size, error)) from error
+
+    def check_independent(self, name: str) -> None:
+        """Refuses a site that depends on data which the rows at hand, a part of all, have in common."""
+        run = self.runs[-1].one
+        other = None if self._rows.has_all else self._probe.with_other_data(run)
+        if other is not None and name in other.observed and run.site(name).differs(other.site(name)):
+            raise ModelError(
+                f"Observed site '{name}' depends on data that are the same in the first batches, and does not follow "
+                "the number of rows, so that its log-likelihood cannot be scaled by N/B. Shuffle the data, and observe "
+                "one value for each row, in `with pyro.plate('data', len(x))`."
+            )
+
+    def check_ranks(self) -> None:
+        """See :func:`~pyro_apd.models.ranks.refuse_ranks`."""
+        run = self.runs[-1].one
+        refuse_ranks(lambda: self._probe.run(run.rows, run.values), run.observed)
 
     @cached_property
     def runs(self) -> list[Runs]:
@@ -135,8 +167,11 @@ class Probe:
         pairs = [self._random_pair() for _ in range(_NUM_RANDOM[place] if rows.batch_size > 1 else 0)]
         if place < _NUM_NEAR or not pairs:
             pairs.insert(0, (one, two))
+        exchanges = [self._exchanged(*pair, values) for pair in pairs]
+        if place == _NUM_NEAR - 1:
+            exchanges += self._labels_exchanged(values)
         return Runs(
-            tuple(self._exchanged(*pair, values) for pair in pairs),
+            tuple(exchanges),
             self._one_row_more(one, other, values) if place < _NUM_NEAR else (),
             tuple(filter(None, [*(self._split(*pair, values) for pair in pairs), self._partition(values)])),
         )
@@ -145,7 +180,11 @@ class Probe:
         """A run, made once."""
         key = id(values), rows.numpy().tobytes()
         if key not in self._made:
-            self._made[key] = self._probe.run(rows, values)
+            try:
+                self._made[key] = self._probe.run(rows, values)
+            except Exception as error:
+                self._explain(len(rows), error)
+                raise
         return self._made[key]
 
     def _attempt(self, rows: Tensor, values: Values) -> ModelRun | None:
@@ -191,6 +230,15 @@ class Probe:
         half = len(one) // 2
         crossed = torch.cat([two[half:], one[:half]]), torch.cat([one[half:], two[:half]])
         return tuple(self._run(rows, values) for rows in (one, two, *crossed))
+
+    def _labels_exchanged(self, values: Values) -> Iterator[tuple[ModelRun, ...]]:
+        """The same where one batch has the smallest value of a label alone, and the other one the largest."""
+        count = self._rows.batch_size
+        for label in self._rows.labels if count > 1 else ():
+            least, most = label.argmin().cpu(), label.argmax().cpu()
+            if 2 * len(label.unique()) <= len(label):  # else they are no labels
+                with contextlib.suppress(Exception):  # a model may fail on batches that it never meets
+                    yield self._exchanged(least.expand(count).clone(), most.expand(count).clone(), values)
 
     def _first(self, count: int) -> Tensor:
         """``count`` rows at even distances from the first row on; repeated where there are fewer."""
@@ -252,7 +300,7 @@ class Probe:
                     continue
             elif not totals_differ(first.total.reshape(1), site.total.reshape(1)):
                 continue
-            raise ModelError(_changing_site_message(name, what, runs[0], run))
+            raise ModelError(changing_site_message(name, what, runs[0], run))
 
     def check_sum(self, name: str, factor: Callable[[int], float] = lambda rows: 1.0) -> None:
         """Refuses an observed site that is not a sum of one term for each row.
@@ -262,13 +310,23 @@ class Probe:
         for runs in self.runs:
             self._check_exchanges(name, runs)
             self._check_numbers(name, runs, factor)
+        if self._hides_effects(name):
+            self._check_gradients(name, self.runs[:_NUM_NEAR], factor)
+
+    def _check_gradients(self, name: str, near: list[Runs], factor: Callable[[int], float]) -> None:
+        exchanged = [(runs.exchanges[0][:2], runs.exchanges[0][2:]) for runs in near]
+        if self._rows.batch_size > 1 and gradients_differ(self._probe, name, exchanged, factor):
+            raise ModelError(not_by_row_message(name, near[0].one.num_rows))
+        split = [(runs.splits[0][:1], runs.splits[0][1:]) for runs in near if runs.splits]
+        if split and gradients_differ(self._probe, name, split, factor):
+            raise ModelError(by_number_message(name, split[0][1][-1].num_rows, split[0][0][0].num_rows))
 
     def _check_exchanges(self, name: str, runs: Runs) -> None:
         by_row = self._has_term_per_row(runs, name)
         for exchange in runs.exchanges if self._rows.batch_size > 1 else ():
             one, two, *crossed = (run.site(name) for run in exchange)
             if _unequal([(one, 1.0), (two, 1.0)], [(site, 1.0) for site in crossed], by_row):
-                raise ModelError(_not_by_row_message(name, runs.one.num_rows))
+                raise ModelError(not_by_row_message(name, runs.one.num_rows))
 
     def _check_numbers(self, name: str, runs: Runs, factor: Callable[[int], float]) -> None:
         def scaled(run: ModelRun) -> tuple[SiteTerms, float]:
@@ -281,16 +339,22 @@ class Probe:
             relations.insert(0, ([more, few_other], [more_other, few]))
         for left, right in relations:
             if _unequal(list(map(scaled, left)), list(map(scaled, right)), by_row):
-                raise ModelError(_by_number_message(name, right[-1].num_rows, left[0].num_rows))
+                raise ModelError(by_number_message(name, right[-1].num_rows, left[0].num_rows))
 
     def depends_on_rows(self, name: str) -> bool:
         """Whether a site has other terms on other rows, as many of them."""
+        is_exact = self._hides_effects(name)
         return any(
-            runs.one.site(name).differs(run.site(name))
+            runs.one.site(name).differs(run.site(name), is_exact)
             for runs in self.runs
             for exchange in runs.exchanges
             for run in exchange
         )
+
+    def _hides_effects(self, name: str) -> bool:
+        """Whether the terms are so large that effects on them are lost in the rounding."""
+        near = self.runs[:_NUM_NEAR]
+        return rounding_hides(near[0].one.site(name).terms, near[-1].one.site(name).terms)
 
     def _has_term_per_row(self, runs: Runs, name: str) -> bool:
         """Whether the number of terms follows the number of rows."""
@@ -317,45 +381,6 @@ class Probe:
                     "`with pyro.plate('data', len(x))`, or use the full batch."
                 )
         return False
-
-
-def latent_in_plate_message(name: str, plate: str) -> str:
-    """Why a latent may not lie in the plate of the data."""
-    return (
-        f"Latent site '{name}' lies inside the subsampled plate '{plate}': it has one value for each datum, and a "
-        "mini-batch sees only some of them. If it is a weight, read it (or call the network) before the plate; if it "
-        "should be data, pass its value with obs= (was the target given to mcmc.run?); if it is a local latent, "
-        "marginalise it or use the full batch."
-    )
-
-
-def _not_by_row_message(name: str, num_rows: int) -> str:
-    return (
-        f"Observed site '{name}' is not a sum over rows: in batches of {num_rows}, the log-likelihood of a row changes "
-        "with the other rows or their order (a statistic of the batch, padding without a mask, a lagged value, a "
-        "contrast, a Gaussian process, BatchNorm in training mode). The mini-batches would have another posterior than "
-        "the data. Compute such values from all data before the run and pass them as arguments, one per row; or use "
-        "the full batch."
-    )
-
-
-def _by_number_message(name: str, few: int, more: int) -> str:
-    return (
-        f"Observed site '{name}': the log-likelihood of a row changes with the number of rows, {few} or {more} (N/B or "
-        "1/len(x) in the value of a factor, a mean over the batch, or noise from len(x)). The kernel multiplies the "
-        "sum over the rows of a batch by N/B itself: write the sum, and constants in place of len(x)."
-    )
-
-
-def _changing_site_message(name: str, what: str, one: ModelRun, other: ModelRun) -> str:
-    first, second = one.site(name), other.site(name)
-    values = f"{float(first.total):g} with {one.num_rows} rows, {float(second.total):g} with {other.num_rows}"
-    cause = "on the number of rows" if one.num_rows != other.num_rows else "on which rows the batch holds"
-    return (
-        f"{what} '{name}' depends {cause}: its log-density is {values} at the same values. A mini-batch may change "
-        "the likelihood only. Take it out of poutine.scale(N / len(x)), and use constants, computed from all data "
-        "before the run, in place of len(x) or statistics of x."
-    )
 
 
 def _unequal(left: list[tuple[SiteTerms, float]], right: list[tuple[SiteTerms, float]], by_row: bool) -> bool:

@@ -150,7 +150,7 @@ def _changing_message(name: str) -> str:
 
 def _run(model: Callable[..., Any], call: Call, values: Mapping[str, Tensor]) -> ModelRun:
     given = {name: value.clone() for name, value in values.items()}
-    run = ModelRun(run_model(model, call, given), 0, given)
+    run = ModelRun(run_model(model, call, given), torch.arange(0), given)
     _refuse_changed(given, values)
     return run
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import get_ident
 from typing import Any
 from unittest import mock
@@ -32,7 +32,7 @@ from torch import Tensor
 from pyro_apd.data.minibatch import Call, ProbeRows
 from pyro_apd.errors import ModelError
 from pyro_apd.models.tracing import Site, check_latents, observed_sites, run_from_prior, run_model, subsampled_plates
-from pyro_apd.runtime.trees import tree_leaves
+from pyro_apd.runtime.trees import tree_flatten, tree_leaves, tree_unflatten
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,14 @@ class SiteTerms:
 
     :ivar terms: one-dimensional; without ``scale`` where that is a number.
     :ivar scale: the number by which the model multiplies the site; None for one number per row.
+    :ivar same_scale: the same, also where all rows have the same number.
     :ivar int count: number of scalars that the site scores.
     :ivar plates: names of the plates that the site lies in.
     """
 
     terms: Tensor
     scale: float | None
+    same_scale: float | None
     count: int
     plates: frozenset[str]
 
@@ -55,17 +57,22 @@ class SiteTerms:
         """The sum of the terms, scaled."""
         return self.terms.sum() * (1.0 if self.scale is None else self.scale)
 
-    def differs(self, other: SiteTerms) -> bool:
-        """Whether the terms are others than those of ``other``, in any order."""
-        return len(self.terms) != len(other.terms) or differs(self.terms, other.terms)
+    def differs(self, other: SiteTerms, is_exact: bool = False) -> bool:
+        """Whether the terms are others than those of ``other``, in any order; beyond rounding, or to the last bit."""
+        if len(self.terms) != len(other.terms):
+            return True
+        if is_exact and not self.terms.is_cuda:
+            return not torch.equal(self.terms.sort().values, other.terms.sort().values)
+        return differs(self.terms, other.terms)
 
 
 class ModelRun:
-    """A run of a model on ``num_rows`` rows, with given values of the latents.
+    """A run of a model on ``rows``, with given ``values`` of the latents.
 
     The terms of observed sites are computed at once, and may fail; those of latents when they are asked for.
 
     :param trace: the run.
+    :param rows: their numbers ``(n,)``.
     :param values: values of the latents.
     :param dtype: of the terms, by default as they are.
     :ivar latents: names of the latent sites, and ``observed`` of the observed ones.
@@ -73,16 +80,22 @@ class ModelRun:
     """
 
     def __init__(
-        self, trace: poutine.Trace, num_rows: int, values: Mapping[str, Tensor], dtype: torch.dtype | None = None
+        self, trace: poutine.Trace, rows: Tensor, values: Mapping[str, Tensor], dtype: torch.dtype | None = None
     ) -> None:
         check_latents(trace, values)
-        self.num_rows = num_rows
+        self.rows = rows
+        self.values = values
         observed = {name: site for name, site in observed_sites(trace).items() if name not in values}
         self.latents = tuple(values)
         self.observed = tuple(observed)
         self._nodes = {name: trace.nodes[name] for name in values}
         self._dtype = dtype
         self._terms = {name: site_terms(site, dtype) for name, site in observed.items()}
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
 
     def site(self, name: str) -> SiteTerms:
         """The terms of a site.
@@ -131,7 +144,36 @@ class RowProbe:
 
         :raises ModelError: if the model has other latents than ``values``.
         """
-        return ModelRun(self.trace(rows, values), len(rows), values, self._precision(values))
+        return ModelRun(self.trace(rows, values), rows, values, self._precision(values))
+
+    def with_other_data(self, run: ModelRun) -> ModelRun | None:
+        """A run with all data changed; None where the model does not take them."""
+
+        def changed(leaf: Any) -> Any:
+            return leaf + 1 if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.dtype != torch.bool else leaf
+
+        def call(rows: Tensor) -> Call:
+            found = self.rows.call(rows)
+            leaves, spec = tree_flatten((found.args, found.kwargs))
+            args, kwargs = tree_unflatten([changed(leaf) for leaf in leaves], spec)
+            return Call(args, kwargs, found.indices)
+
+        try:
+            return RowProbe(self._model, replace(self.rows, call=call)).run(run.rows, run.values)
+        except Exception:  # data that the model never meets
+            return None
+
+    def gradients(self, run: ModelRun, name: str) -> tuple[Tensor, ...]:
+        """The gradient of what an observed site adds to the log joint density in a run, without a ``scale`` that is a
+        number, by latent of a floating dtype."""
+        with torch.enable_grad():
+            values = {key: value.detach().clone().requires_grad_() for key, value in run.values.items()}
+            site = self.trace(run.rows, values).nodes[name]
+            total = _scaled_terms(site)[0].sum()
+            leaves = list(values.values())
+            if not total.requires_grad:
+                return tuple(torch.zeros_like(leaf) for leaf in leaves)
+            return torch.autograd.grad(total, leaves, materialize_grads=True)
 
     def _precision(self, values: Mapping[str, Tensor]) -> torch.dtype | None:
         """The coarsest floating dtype that the model computes with: terms in another one are no more exact."""
@@ -143,19 +185,31 @@ class RowProbe:
 
 def site_terms(site: Site, dtype: torch.dtype | None = None) -> SiteTerms:
     """The terms of a site as Pyro scores it, in ``dtype`` where given."""
-    fn, value, scale, mask = site["fn"], site["value"], site["scale"], site["mask"]
+    terms, number = _scaled_terms(site)
+    terms = terms.detach() if dtype is None else terms.detach().to(dtype)
+    shape = torch.Size(site["fn"].batch_shape)  # of some distributions a plain tuple
+    count = max(int(torch.as_tensor(site["value"]).numel()), shape.numel())
+    plates = frozenset(frame.name for frame in site["cond_indep_stack"])
+    return SiteTerms(terms.reshape(-1), number, _same_number(site["scale"]), count, plates)
+
+
+def _scaled_terms(site: Site) -> tuple[Tensor, float | None]:
+    """The terms, and the number that they are still to be scaled by; None where they include a scale by row."""
+    fn, scale, mask = site["fn"], site["scale"], site["mask"]
     number = float(scale) if not isinstance(scale, Tensor) or scale.dim() == 0 else None
     if number is not None and (mask is None or isinstance(mask, bool)):
         # Without to_event there are more terms to compare, and a change in one of them shows.
         while isinstance(fn, torch.distributions.Independent):
             fn = fn.base_dist
-    terms = torch.as_tensor(fn.log_prob(value, *site["args"], **site["kwargs"])).detach()
-    terms = scale_and_mask(terms, 1.0 if number is not None else scale, mask)
-    terms = terms if dtype is None else terms.to(dtype)
-    shape = torch.Size(site["fn"].batch_shape)  # of some distributions a plain tuple
-    count = max(int(torch.as_tensor(value).numel()), shape.numel())
-    plates = frozenset(frame.name for frame in site["cond_indep_stack"])
-    return SiteTerms(terms.reshape(-1), number, count, plates)
+    terms = torch.as_tensor(fn.log_prob(site["value"], *site["args"], **site["kwargs"]))
+    return scale_and_mask(terms, 1.0 if number is not None else scale, mask), number
+
+
+def _same_number(scale: float | Tensor) -> float | None:
+    """A scale that is one number, also where it is written once for each row."""
+    if not isinstance(scale, Tensor):
+        return float(scale)
+    return float(scale.reshape(-1)[0]) if scale.numel() and bool((scale == scale.reshape(-1)[0]).all()) else None
 
 
 @contextmanager

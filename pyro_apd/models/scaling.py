@@ -20,7 +20,8 @@ from pyro import poutine
 
 from pyro_apd.data.minibatch import ProbeRows
 from pyro_apd.errors import ModelError
-from pyro_apd.models.probe import Probe, Values, latent_in_plate_message
+from pyro_apd.models.probe import Probe, Values
+from pyro_apd.models.probe_messages import latent_in_plate_message
 from pyro_apd.models.tracing import run_model, subsampled_plates
 
 
@@ -63,6 +64,7 @@ def _check_plate(probe: Probe, rows: ProbeRows, plates: Mapping[str, tuple[int, 
     for name in probe.runs[0].one.latents:
         probe.check_constant(name, "The prior of latent site")
     changing = False
+    probe.check_ranks()
     for name in probe.runs[0].one.observed:
         inside = plate in probe.runs[0].one.site(name).plates
         depends = probe.depends_on_rows(name)
@@ -84,11 +86,13 @@ def _check_plate(probe: Probe, rows: ProbeRows, plates: Mapping[str, tuple[int, 
 def _check_plate_scale(probe: Probe, name: str, plates: Mapping[str, tuple[int, int]]) -> None:
     first = probe.runs[0]
     site = first.one.site(name)
-    if site.scale is None:
+    if site.same_scale is None:
         return
     expected = math.prod(size / batch for plate, (size, batch) in plates.items() if plate in site.plates)
-    if _close(site.scale, expected**2) and not _close(expected, 1.0):
-        raise ModelError(_scaled_twice_message(name, site.scale, expected))
+    if _close(site.same_scale, expected**2) and not _close(expected, 1.0):
+        raise ModelError(_scaled_twice_message(name, site.same_scale, expected))
+    if site.scale is None:
+        return
     resized = first.resized
     scale = None if resized is None else resized.site(name).scale
     if resized is not None and scale is not None:
@@ -131,12 +135,14 @@ def scaled_sites(
     _check_stated_sizes(trace, num_data, rows)
     for name in probe.runs[0].one.latents:
         probe.check_constant(name, "The prior of latent site")
+    probe.check_ranks()
     found = {}
     for name in probe.runs[0].one.observed:
         if probe.follows_rows(name):
             found[name] = _ScaleOf(probe, name, num_data, rows.batch_size).is_by_model()
         else:
             probe.check_constant(name, "Observed site")
+            probe.check_independent(name)
     return found
 
 
@@ -169,14 +175,18 @@ class _ScaleOf:
         assert runs.resized is not None
         one, other = runs.one.site(self._name), runs.resized.site(self._name)
         if one.scale is None or other.scale is None:
-            return self._scales_each_row()
+            by_model, scale = self._scales_each_row(), one.same_scale
+            is_same = all(run.site(self._name).same_scale == scale for run in runs.all)
+            if by_model or not is_same or scale is None or not _close(scale, self._num_data / self._batch_size):
+                return by_model
+            return self._is_hand_scaled(scale, self._full_scale())
         by_model = self._scales_itself(one.scale, other.scale, runs.resized.num_rows, self._full_scale())
         self._probe.check_sum(self._name)
         return by_model
 
     def _full_scale(self) -> float | None:
         full = self._probe.full
-        return None if full is None else full.site(self._name).scale
+        return None if full is None else full.site(self._name).same_scale
 
     def _scales_each_row(self) -> bool:
         """With a scale for each row: whether it is divided by the number of rows."""

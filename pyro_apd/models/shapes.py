@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyro_apd.errors import DataError, ModelError
 from pyro_apd.models.tracing import Site, observed_sites
+from pyro_apd.runtime.trees import tree_leaves
 
 _FIX = (
     "every datum would be scored by every prediction. Give both one shape: for a column, y.squeeze(-1) or "
@@ -18,16 +21,17 @@ _FIX = (
 )
 
 
-def refuse_outer_products(trace: poutine.Trace) -> None:
+def refuse_outer_products(trace: poutine.Trace, arguments: Any) -> None:
     """Raises where targets and likelihood of a site broadcast against each other.
 
-    :param trace: a run of the model.
+    :param trace: a run of the model, and ``arguments`` of the call.
     :raises DataError: naming the shapes and the fix.
     :raises ModelError: if that is so because weights are drawn inside the plate, once for each row.
     """
     for name, site in observed_sites(trace).items():
         try:
             refuse_outer_product(name, site)
+            _refuse_square_factor(name, site, [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)])
         except DataError as error:
             plates = {frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
             for latent, drawn in trace.iter_stochastic_nodes():
@@ -69,7 +73,8 @@ def refuse_outer_product(name: str, site: Site) -> None:
     dims = [dim for dim in range(-len(shape), 0) if shape[dim] > 1]
     repeated = [dim for dim in dims if padded[dim] == 1]
     undeclared = [dim for dim in dims if dim not in plates]
-    if repeated and undeclared:
+    is_event_of_rows = any(plates.get(dim) in event_shape for dim in repeated)  # targets (N,) as one event for each row
+    if repeated and (undeclared or is_event_of_rows):
         raise DataError(_message(name, value, batch_shape))
 
 
@@ -94,6 +99,20 @@ def _refuse_outer_factor(name: str, shape: torch.Size, plates: dict[int | None, 
             f"Factor '{name}' has shape {tuple(shape)} inside a plate of {undeclared[0]} rows, a term for each pair of "
             "rows: targets and predictions broadcast against each other. Give both one shape; for a column, "
             "f.squeeze(-1)."
+        )
+
+
+def _refuse_square_factor(name: str, site: Site, arguments: list[Tensor]) -> None:
+    """A factor outside plates with a term for each pair of rows, of arguments that have none for each pair."""
+    shape = torch.Size(site["fn"].batch_shape)
+    counts = {len(argument) for argument in arguments if argument.dim() > 0 and len(argument) > 1}
+    is_square = site["value"].numel() == 0 and len(shape) > 1 and shape[-1] == shape[-2] and shape[-1] in counts
+    pairs = [argument for argument in arguments if argument.dim() > 1 and argument.shape[:2] == shape[-2:]]
+    if is_square and not site["cond_indep_stack"] and not pairs:
+        raise DataError(
+            f"Factor '{name}' has shape {tuple(shape)} for arguments of {shape[-1]} rows, a term for each pair: "
+            "targets and predictions broadcast against each other. Give both one shape; for a column, f.squeeze(-1). "
+            f"If pairs are meant, give their sum: pyro.factor('{name}', terms.sum())."
         )
 
 

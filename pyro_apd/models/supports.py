@@ -15,11 +15,12 @@ A value outside it is scored all the same by most distributions, without an erro
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -37,9 +38,11 @@ from pyro_apd.models.bad_rows import (
     failing_row,
     failure_message,
     inner_mask,
+    is_unvalidated,
     likelihood_name,
     refuse_rows,
     support_of,
+    table_message,
 )
 from pyro_apd.models.layout import Layout, is_subsample
 from pyro_apd.models.tracing import Site, observed_sites, run_model, subsampled_plates
@@ -88,6 +91,8 @@ def first_run(
             with _plain_runs(), _keeping_the_error():
                 _explain_failure(model, call, source.row_numbers(inputs), error)
             explain_arguments(error, call.args, call.kwargs)
+            if isinstance(error, IndexError) and isinstance(source, RowSubsample):
+                raise DataError(table_message(error)) from error
             raise
 
 
@@ -174,11 +179,13 @@ class _Runs:
 
     :ivar start: values of the latents, constrained.
     :ivar pass_through: plates that are given batches of ready rows.
+    :ivar unchecked: observed sites that may have any value, by ``validate_args=False``.
     """
 
     model: Callable[..., Any]
     start: Mapping[str, Tensor]
     pass_through: tuple[str, ...]
+    unchecked: frozenset[str] = frozenset()
 
     def __call__(self, call: Call, values: Mapping[str, Tensor] | None = None) -> dict[str, Site]:
         """The observed sites of a run, by default at the start."""
@@ -187,7 +194,15 @@ class _Runs:
         indices = {name: torch.arange(count) for name in self.pass_through}
         values = self.start if values is None else values
         call = Call(call.args, call.kwargs, {**call.indices, **indices})
-        return _observed(run_model(self.model, call, values), values)
+        sites = _observed(run_model(self.model, call, values), values)
+        return {name: site for name, site in sites.items() if name not in self.unchecked}
+
+    def checking(self, call: Call) -> _Runs:
+        """The same without the sites that the model does not want to have checked."""
+        with pyro.validation_enabled(True), contextlib.suppress(Exception):
+            sites = self(call)
+            return replace(self, unchecked=frozenset(name for name in sites if is_unvalidated(sites[name]["fn"])))
+        return self
 
 
 class _Watch:
@@ -224,7 +239,8 @@ class _Rows:
         self._call = source.bind(inputs)
         latents = {name: site["value"] for name, site in trace.iter_stochastic_nodes() if not is_subsample(site)}
         self._start = {name: value.detach() for name, value in latents.items()}
-        self._runs = _Runs(model, self._start, () if source.plates else tuple(subsampled_plates(trace)))
+        runs = _Runs(model, self._start, () if source.plates else tuple(subsampled_plates(trace)))
+        self._runs = runs.checking(self._call)
 
     def check_targets(self) -> None:
         """Checks the arguments that are values of an observed site."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
@@ -76,6 +77,12 @@ def run_model(model: Callable[..., Any], call: Call, values: Mapping[str, Tensor
             ) from error
         except (DataError, ModelError):
             raise
+        except ZeroDivisionError as error:
+            raise ModelError(
+                f"The model fails on a batch: {error}. A plate of some of its rows, such as pyro.plate('data', "
+                "int(keep.sum())), may have none, and its size does not follow the number of rows. Leave rows out "
+                "before the run, or keep the plate over all rows and put pyro.poutine.mask(mask=keep) inside it."
+            ) from error
         except (RuntimeError, ValueError, IndexError) as error:
             with _keeping_first_error():
                 _raise_explanation(error, tracer.msngr.trace, _row_counts(call))
@@ -156,14 +163,28 @@ def check_densities(trace: poutine.Trace) -> None:
         except (ValueError, IndexError, RuntimeError) as error:
             raise DataError(
                 f"Site '{name}' cannot score its values (shape {tuple(site['value'].shape)}, dtype "
-                f"{site['value'].dtype}): {error}. Check labels and targets against the likelihood: as many rows as "
-                "inputs and as the plate, pyro.plate('data', len(x)), and class labels are integers from 0 to K-1."
+                f"{site['value'].dtype}): {str(error)[:300]}. {_advice_on_values(site)}"
             ) from error
-        if not bool(torch.isfinite(torch.as_tensor(log_prob)).all()):
+        if not bool(torch.isfinite(scale_and_mask(torch.as_tensor(log_prob), 1.0, site["mask"])).all()):
             raise DataError(
                 f"Site '{name}' has a log-density that is not finite at the starting point. Check the data for values "
                 "outside the likelihood's support, or give initial_params= where the density is positive."
             )
+
+
+def _advice_on_values(site: Site) -> str:
+    fn, value = site["fn"], site["value"]
+    if isinstance(fn, torch.distributions.Categorical) and value.dim() == len(fn.batch_shape) + 1:
+        return "Categorical takes class labels, not one row of 0 and 1 for each: y.argmax(-1), or OneHotCategorical."
+    if site["mask"] is not None:
+        return (
+            "A value that is masked is scored all the same, and then left out: give it one inside the support, such "
+            "as y.clamp(min=0), beside the mask."
+        )
+    return (
+        "Check labels and targets against the likelihood: as many rows as inputs and as the plate, "
+        "pyro.plate('data', len(x)), and class labels are integers from 0 to K-1."
+    )
 
 
 def _raise_explanation(error: Exception, trace: poutine.Trace, num_rows: Collection[int]) -> None:

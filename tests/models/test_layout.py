@@ -121,3 +121,18 @@ def test_errors_name_the_site():
         layout.unconstrain({"w": torch.zeros(4, 3, 2)})
     with pytest.raises(ValueError, match="discrete"):
         Layout({"k": ()}, {"k": dist.Bernoulli(0.5).support})
+
+
+def test_a_mixture_has_the_support_of_its_components():
+    def model(family):
+        mixture = dist.MixtureSameFamily(dist.Categorical(torch.ones(3, 2)), family)
+        pyro.sample("w", mixture.to_event(1))
+
+    scales = torch.tensor([0.1, 1.0]).expand(3, 2)
+    real = Layout.from_trace(poutine.trace(model).get_trace(dist.Normal(0.0, scales)))
+    assert real.is_real
+    positive = Layout.from_trace(poutine.trace(model).get_trace(dist.LogNormal(0.0, scales)))
+    assert (positive.constrain(torch.randn(5, 3))["w"] > 0).all()
+    assert Layout.from_json(positive.to_json()) == positive
+    with pytest.raises(ValueError, match=r"'w' is a mixture of components with different supports"):
+        Layout.from_trace(poutine.trace(model).get_trace(dist.Uniform(torch.zeros(3, 2), scales)))

@@ -382,3 +382,63 @@ def test_a_site_that_the_checks_have_not_met_ends_the_run():
     seen.fill_(1.5)  # as rows that come later
     with pytest.raises(ModelError, match="'rare' appears in some batches only"):
         potential.gradient(theta, potential.source.draw())
+
+
+def counted_in_the_batch(x, y, g):
+    w = weights()
+    a = pyro.sample("a", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        scored(x @ w + a[torch.unique(g, return_inverse=True)[1]], y)
+
+
+@pytest.mark.parametrize("rare", [[7], [7, 150]])
+def test_groups_by_their_rank_in_the_batch_are_refused(rare):
+    groups = torch.zeros(200, dtype=torch.long)
+    groups[rare] = torch.arange(1, 1 + len(rare))
+    data = torch.randn(200, 3, generator=_GENERATOR), torch.randn(200, generator=_GENERATOR), groups
+    with pytest.raises(ModelError, match=r"torch.unique finds in a batch"):
+        build_potential(counted_in_the_batch, data, {}, batch_size=B)
+    loader = DataLoader(TensorDataset(*(t[groups.argsort()] for t in data)), batch_size=B)
+    with pytest.raises(ModelError, match=r"torch.unique finds in a batch"):
+        build_potential(counted_in_the_batch, (loader,), {})
+    in_memory = build_potential(lambda x, y, g: counted_in_the_batch(x, y, torch.arange(3)[g]), data, {})
+    assert in_memory[0].source.is_full
+
+
+def test_values_of_the_batch_that_are_computed_once_are_taken():
+    def model(x, y, g):
+        w = weights()
+        a = pyro.sample("a", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        values, places = g.unique(return_inverse=True)
+        with pyro.plate("data", len(x)):
+            scored(x @ w + a[values].exp()[places], y)
+
+    assert build_potential(model, (X, Y, torch.arange(N) % 3), {}, batch_size=B)[0].num_data == N
+
+
+def test_labels_of_the_batch_show_in_batches_of_one_label():
+    def model(x, y, g):
+        w = weights()
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            scored(x @ w + a * (g == g.max()), y)
+
+    groups = torch.zeros(200)
+    groups[150] = 1.0
+    data = torch.randn(200, 3, generator=_GENERATOR), torch.randn(200, generator=_GENERATOR), groups
+    with pytest.raises(ModelError, match="not a sum over rows"):
+        build_potential(model, data, {}, batch_size=B)
+
+
+def test_a_factor_of_what_sorted_batches_have_in_common_is_refused():
+    def model(x, g, reads_data=True):
+        w = weights()
+        pyro.factor("fit", -((w.sum() - (g.float().mean() if reads_data else 1.0)) ** 2))
+        with pyro.plate("data", len(x)):
+            scored(x @ w, x[:, 0])
+
+    loader = DataLoader(TensorDataset(torch.randn(200, 3), torch.arange(200) // 50), batch_size=5)
+    with pytest.raises(ModelError, match="'fit' depends on data that are the same in the first batches"):
+        build_potential(model, (loader,), {})
+    potential, _ = build_potential(model, (loader,), {"reads_data": False})
+    assert potential._structure.scaled == {"obs": False}

@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.errors import DataError, ModelError
@@ -218,3 +219,30 @@ def test_the_three_styles_agree_with_the_full_potential_at_one_point():
         potential, _ = build_potential(model, args, {}, **settings)
         mean = torch.stack([potential.value(theta, potential.source.draw()) for _ in range(4)]).mean()
         torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_scale_written_once_for_each_row_is_a_scale():
+    def model(x, y, factor=N / 20, size=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", size or len(x), size and 20) as rows:
+            x, y = (x[rows], y[rows]) if size else (x, y)
+            with poutine.scale(scale=torch.full((len(x),), factor)):
+                pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    with pytest.raises(ModelError, match=r"'obs' is scaled by .*counts twice"):
+        build_potential(model, (X, Y), {}, batch_size=20)
+    with pytest.raises(ModelError, match=r"'obs' is scaled by .*counts twice"):
+        build_potential(model, (X, Y), {"size": N})
+    assert build_potential(model, (loader(),), {})[0]._structure.scaled == {"obs": True}
+    for factor in (1.0, 2.0):
+        assert build_potential(model, (X, Y), {"factor": factor}, batch_size=20)[0]._structure.scaled == {"obs": False}
+
+
+def test_a_model_for_one_number_of_rows_is_refused():
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)), poutine.scale(scale=torch.full((20,), N / 20)):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    with pytest.raises(ModelError, match=r"takes batches of 20 rows and fails on one row more.*len\(x\)"):
+        build_potential(model, (X, Y), {}, batch_size=20)

@@ -135,3 +135,22 @@ def test_a_column_of_weights_is_refused(handler):
     build_potential(model, (X, COLUMN[:, 0], v), {})
     with pytest.raises(DataError, match=rf"'obs'.*{handler.__name__} of shape.*squeeze\(-1\)"):
         build_potential(model, (X, COLUMN[:, 0], v[:, None]), {})
+
+
+def test_targets_as_one_event_for_each_row_are_refused():
+    model = observing(lambda w, x: dist.Normal(x @ w, torch.ones(len(x))).to_event(1))
+    for batch_size in (None, 4):
+        with pytest.raises(DataError, match=r"every datum would be scored by every prediction"):
+            build_potential(model, (X, COLUMN[:, 0]), {}, batch_size=batch_size)
+
+
+def test_a_factor_for_each_pair_of_rows_is_refused_outside_a_plate():
+    def model(x, y, pairs=None, total=False):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3, 1), 1.0).to_event(2))
+        terms = dist.Normal(x @ w, 1.0).log_prob(y if pairs is None else pairs)
+        pyro.factor("fit", terms.sum() if total else terms)
+
+    with pytest.raises(DataError, match=r"'fit' has shape \(8, 8\).*terms.sum\(\)"):
+        build_potential(model, (X, COLUMN[:, 0]), {})
+    assert build_potential(model, (X, COLUMN[:, 0]), {"total": True})[0].num_data == N
+    assert build_potential(model, (X, COLUMN[:, 0]), {"pairs": torch.randn(N, N)})[0].num_data == N

@@ -338,3 +338,26 @@ def test_padded_sequences_whose_mask_lies_inside_an_event(padding, batch_size):
     )
     prior = dist.Normal(0.0, 1.0).log_prob(theta).sum()
     torch.testing.assert_close(full.value(theta, ()), -(scores[tokens.flatten() > 0].sum() + prior))
+
+
+def test_a_likelihood_that_is_not_to_be_validated_takes_any_value():
+    def model(x, y, validate):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Bernoulli(logits=x @ w, validate_args=validate), obs=y)
+
+    data = torch.randn(20, 3), torch.linspace(0, 1, 20)
+    assert build_potential(model, data, {"validate": False}, batch_size=5)[0].num_data == 20
+    with pytest.raises(DataError, match=r"'obs' has the value .*Bernoulli"):
+        build_potential(model, data, {"validate": None}, batch_size=5)
+
+
+def test_a_table_with_as_many_rows_as_the_data_is_no_argument_of_rows():
+    def model(x, y, groups, table):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w + table[groups], 1.0), obs=y)
+
+    data = torch.randn(20, 3), torch.randn(20), torch.arange(20), torch.randn(20)
+    with pytest.raises(DataError, match=r"reduced to the rows of the batch.*functools.partial"):
+        build_potential(model, data, {}, batch_size=5)

@@ -44,6 +44,21 @@ with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(lag + x @ w, 1.0
         "In a batch of random rows, the row before is not the row before in time. With the full batch it runs.",
     ),
     _entry(
+        "Groups by their rank in the batch",
+        """
+g = (x[:, 0] > 1.8).long()
+a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))[torch.unique(g, return_inverse=True)[1]]
+with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(x @ w + a, 1.0), obs=y)
+        """,
+        ("'obs'", "torch.unique", "before the run"),
+        "In a batch that lacks a group the others get other numbers, and so other latents.",
+        """
+g = (x[:, 0] > 1.8).long()
+a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))[g]
+with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(x @ w + a, 1.0), obs=y)
+        """,
+    ),
+    _entry(
         "A Gaussian process over the rows of a batch",
         'K = x @ x.T + torch.eye(len(x))\npyro.sample("obs", dist.MultivariateNormal(w[0].expand(len(x)), K), obs=y)',
         ("'obs'", "not a sum over rows"),
@@ -72,6 +87,61 @@ with poutine.scale(scale=40 / len(x)), pyro.plate("data", 40, subsample_size=len
         ("'obs'", "counts twice", "State N once"),
         "The posterior would have the temperature of (N/B) times the data.",
         'with pyro.plate("data", 40, subsample_size=len(x)): pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)',
+    ),
+    _entry(
+        "N/B by hand, once for each row",
+        """
+with pyro.plate("data", len(x)), poutine.scale(scale=torch.full((len(x),), 4.0)):
+    pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+        """,
+        ("'obs'", "scaled by 4", "counts twice"),
+        "The kernel multiplies by N/B, too.",
+        _SUM,
+    ),
+    _entry(
+        "Tensors of B rows in the model",
+        """
+with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(x @ w, torch.ones(10)), obs=y)
+        """,
+        ("batches of 10 rows", "len(x) in place of a number"),
+        "How the likelihood depends on the number of rows cannot be seen.",
+        'with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(x @ w, torch.ones(len(x))), obs=y)',
+    ),
+    _entry(
+        "A plate of some rows of a batch",
+        """
+keep = x[:, 0] > 1.8
+with pyro.plate("data", int(keep.sum())): pyro.sample("obs", dist.Normal(x[keep] @ w, 1.0), obs=y[keep])
+        """,
+        ("size cannot be zero", "poutine.mask(mask=keep)"),
+        "Some batches have no such row, and the number of terms does not follow the rows.",
+        """
+keep = x[:, 0] > 1.8
+with pyro.plate("data", len(x)), poutine.mask(mask=keep): pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+        """,
+    ),
+    _entry(
+        "A fixed subset of the rows by subsample=",
+        """
+with pyro.plate("data", len(x), subsample=torch.arange(10)) as rows:
+    pyro.sample("obs", dist.Normal(x[rows] @ w, 1.0), obs=y[rows])
+        """,
+        ("'data'", "the same 10 rows", "subsample_size=10"),
+        "A plate counts each of its rows N/B times, as if they stood for all rows.",
+        """
+with pyro.plate("data", len(x), subsample_size=10) as rows:
+    pyro.sample("obs", dist.Normal(x[rows] @ w, 1.0), obs=y[rows])
+        """,
+        run="sample(model, x, y)",
+    ),
+    _entry(
+        "A factor for each pair of rows",
+        'pyro.factor("fit", dist.Normal((x @ w)[:, None], 1.0).log_prob(y))',
+        ("'fit'", "(40, 40)", "squeeze(-1)", "terms.sum()"),
+        "Every target is scored by every mean. If pairs are meant, give their sum.",
+        'pyro.factor("fit", dist.Normal(x @ w, 1.0).log_prob(y).sum())',
+        run="sample(model, x, y)",
+        error=DataError,
     ),
     Refusal(
         "Means in a column against targets in a row",

@@ -39,6 +39,52 @@ REFUSALS = [
         "The prior would count N/B times.",
     ),
     Refusal(
+        "A handler around the run",
+        """
+        def model(x, y=None):
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+        with poutine.scale(scale=0.1): sample(model, x, y)
+        """,
+        ModelError,
+        ("ScaleMessenger", "around the model"),
+        "The kernel runs the model by itself, without the handlers around it.",
+        """
+        def model(x, y=None):
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+        sample(poutine.scale(model, scale=0.1), x, y)
+        """,
+    ),
+    Refusal(
+        "A softmax as the last layer of apd.BNN",
+        """
+        net = nn.Sequential(nn.Linear(3, 3), nn.Softmax(-1))
+        sample(apd.BNN(net, likelihood="categorical"), x, labels)
+        """,
+        ModelError,
+        ("net[1]", "Softmax", "logits", "del net[1]"),
+        "The likelihood takes logits: probabilities in their place can say no more than 58 % of three classes.",
+        """
+        net = nn.Sequential(nn.Linear(3, 3))
+        sample(apd.BNN(net, likelihood="categorical"), x, labels)
+        """,
+    ),
+    Refusal(
+        "A forward() that ends in a sigmoid, in apd.BNN",
+        """
+        class Net(nn.Linear):
+            def forward(self, x): return torch.sigmoid(super().forward(x))
+        sample(apd.BNN(Net(3, 1), likelihood="bernoulli"), x, labels.clamp(max=1))
+        """,
+        ModelError,
+        ("Sigmoid", "logits", "Leave that out"),
+        "As above; a log-softmax gives logits, and is taken.",
+        """
+        sample(apd.BNN(nn.Linear(3, 1), likelihood="bernoulli"), x, labels.clamp(max=1))
+        """,
+    ),
+    Refusal(
         "Dropout in training mode",
         """
         dropout = nn.Dropout(0.5)
