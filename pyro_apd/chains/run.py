@@ -240,6 +240,7 @@ class Run:
             self._stack.callback(_remove_folder, path)
         if path is None:
             self.store = MemoryStore(kept, len(self.chains), self.plan.num_samples, chain.theta)
+            self.store.info = self._frozen_tensors(chain.layout)
             return self.store
         self._notes = {"run": self._name(), **self._circumstances()}
         try:
@@ -277,8 +278,8 @@ class Run:
         """Digests of what the model reads beside its latents, by which the draws are recognised as those of a model."""
         if self.kernel.model is None:
             return {}
-        num_data = getattr(self.kernel, "num_data", None)
-        frozen = FrozenTensors.of_run(self.kernel.model, layout.names, self.args, self.kwargs, num_data)
+        sizes = {name: getattr(self.kernel, name, None) for name in ("num_data", "batch_size")}
+        frozen = FrozenTensors.of_run(self.kernel.model, layout.names, self.args, self.kwargs, **sizes)
         return {} if frozen is None else {"frozen": frozen.to_json()}
 
     def _resume(self, saved: Checkpoint, kept: Layout) -> DrawStore:

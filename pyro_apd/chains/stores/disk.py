@@ -58,7 +58,6 @@ class DiskStore(DrawStore):
     does not change the files.
 
     :ivar Path path: the folder.
-    :ivar dict info: notes of the writer, anything that JSON holds.
     """
 
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
