@@ -78,7 +78,8 @@ class MCMC(pyro.infer.MCMC):
         :meth:`run`.
     :param str store: ``"memory"``: draws on the device of the chains; ``"disk"``: in files at ``store_path``, in
         constant memory, and read through a mapping (see :func:`open_store`).
-    :param store_path: a folder for ``store="disk"``; default ``CHECKPOINT.draws``. A store that was there is replaced.
+    :param store_path: a folder for ``store="disk"``; default ``CHECKPOINT.draws``. One with
+        draws of another run is refused.
     :param checkpoint: a file. A run that finds its own checkpoint there continues from it, bit for bit, and one that
         finds it complete returns its draws; a run of another model, data or settings is refused (see
         :mod:`pyro_apd.chains.identity`). Give another file to start over. Draws made so far are kept beside it, in
@@ -232,7 +233,8 @@ class MCMC(pyro.infer.MCMC):
         :raises DivergenceError: if all chains diverged.
         :raises WorkerError: if a process of a parallel run died.
         :raises CheckpointError: if no checkpoint can be read, it belongs to another run, or another run is writing it.
-        :raises OSError: if draws or a checkpoint cannot be written; the message says what is intact.
+        :raises OSError: if draws or a checkpoint cannot be written, or draws of another run are at ``store_path``; the
+            message says what is intact.
         :raises RankError: if another process of a distributed run is gone.
         """
         if not self._is_ours:
@@ -243,12 +245,14 @@ class MCMC(pyro.infer.MCMC):
         task = LongTask(poutine.block, self._validation)
         with gradients("MCMC.run"), task, new_params_removed(), ExitStack() as stack:
             self._args, self._kwargs = args, kwargs
+            replacing = None if self.store is None else self.store.info.get("run")
             self._samples, self.store, self.diverged = None, None, []
             self.chains = range(self.num_chains)
             self._diagnostics = [{"divergences": []} for _ in self.chains]
             # A run computes no gradients of the data.
             args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
             run = self._begin(args, kwargs, stack)
+            run.replacing = replacing
             try:
                 run.sample()
             except KeyboardInterrupt:

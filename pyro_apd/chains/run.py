@@ -71,6 +71,8 @@ class Run:
         self.args = args
         self.kwargs = kwargs
         self.store: DrawStore | None = None
+        #: Name of the run whose draws may be replaced: that of the same driver before.
+        self.replacing: str | None = None
         self._stack = stack
         self._path = settings.checkpoint_path
         self._is_parallel = settings.chain_method == "parallel" and self.plan.num_chains > 1
@@ -201,7 +203,7 @@ class Run:
         return os.urandom(8).hex()
 
     def _create(self, path: Path, kept: Layout, dtype: torch.dtype, info: Mapping[str, Any]) -> DiskStore:
-        return DiskStore.create(path, kept, len(self.chains), self.plan.num_samples, dtype, info)
+        return DiskStore.create(path, kept, len(self.chains), self.plan.num_samples, dtype, info, self.replacing)
 
     def _save(self, saved: Mapping[int, Progress]) -> None:
         assert self._path is not None

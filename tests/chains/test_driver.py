@@ -910,7 +910,7 @@ def test_no_room_for_the_files_of_the_draws(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pyro_apd.chains.stores.disk._make_npy", fail)
+    monkeypatch.setattr("pyro_apd.chains.stores.disk.make_npy", fail)
     with pytest.raises(OSError, match=r"Cannot write the draws to '.*c.draws': No space.* Nothing was sampled yet"):
         run(checkpoint=tmp_path / "c")
 
