@@ -155,7 +155,12 @@ def similarities(reference: Evaluation, other: Evaluation) -> dict[str, float]:
 
 
 def model_of(mcmc: object, model: Callable[..., Any] | None) -> Callable[..., Any] | None:
-    """``model`` where it is given, else that of the kernel, if there is one."""
+    """``model`` where it is given, else that of the kernel, if there is one.
+
+    :raises ValueError: if it cannot be called.
+    """
+    if model is not None and not callable(model):
+        raise ValueError(f"`model` must be a Pyro model, which is called with `x`; got {shape_of(model)}.")
     return model if model is not None else getattr(kernel_of(mcmc), "model", None)
 
 
