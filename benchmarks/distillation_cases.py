@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ class Case:
             problem.model, chains.step_size, batch_size=chains.batch_size, thinning=thinning, seed=seed, compile="auto"
         )
         folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / "draws", ignore_errors=True)  # of an interrupted run
         mcmc = MCMC(
             kernel,
             num_draws,

@@ -19,6 +19,7 @@ from pyro_apd import metrics, uncertainty
 from pyro_apd.baselines import DarkKnowledge
 from pyro_apd.errors import ModelError
 from pyro_apd.predictive.draws import PosteriorLike, draws_between, spread_draws
+from pyro_apd.predictive.model_check import check_frozen
 from pyro_apd.predictive.predictive import outputs
 from pyro_apd.predictive.reductions import reduce_outputs
 from pyro_apd.runtime.checks import integer, number
@@ -166,6 +167,7 @@ def evaluate(
     :raises ValueError: if a number is out of range, a name is not known, a set is empty, or a score is NaN.
     :raises TypeError: if ``posterior`` is none of the above.
     :raises ModelError: if the model has not one observed site with probabilities or a mean and variance.
+    :raises ArtifactError: if the model has other frozen weights than the one that was sampled.
     """
     num_samples = integer("num_samples", num_samples)
     num_bootstrap = integer("num_bootstrap", num_bootstrap, at_least=0, hint="0 gives no intervals.")
@@ -252,6 +254,7 @@ def _scorer(
     if isinstance(posterior, DarkKnowledge):
         return lambda args: _student_scores(posterior, wanted, args)
     draws = spread_draws(posterior, num_samples, seed=seed)
+    check_frozen(posterior, model, draws, _head(inside), {})
     if wanted is None:
         kind = outputs(model, draws_between(draws, 0, 1), *_head(inside)).kind
         wanted = _OF_CLASSES if kind in ("categorical", "bernoulli") else _OF_MOMENTS

@@ -12,6 +12,7 @@ the corrected protocol.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,6 +56,7 @@ class Setting:
         if not (folder / "complete").exists():
             kernel = self.kernel(problem, seed)
             folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder / "draws", ignore_errors=True)  # of an interrupted run
             keep = {"store": "disk", "store_path": folder / "draws", "disable_progbar": True}
             with warnings_noted() as notes:
                 MCMC(kernel, chains.num_draws, warmup_steps=chains.warmup, **keep).run(*problem.train)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pyro_apd.errors import ModelError
 from pyro_apd.predictive.draws import PosteriorLike, Values, take_draws
+from pyro_apd.predictive.model_check import check_frozen
 from pyro_apd.predictive.predictive import FunctionView, outputs
 from pyro_apd.runtime.checks import choice, integer, is_number, number
 from pyro_apd.runtime.global_state import gradients, preserved_param_store, seeded
@@ -122,6 +123,7 @@ def attack(
     :raises ImportError: if foolbox is not installed.
     :raises ValueError: if inputs are out of bounds, classes are none, or sizes disagree.
     :raises ModelError: if the model's observed site is no classification.
+    :raises ArtifactError: if the model has other frozen weights than the one that was sampled.
     """
     foolbox = _foolbox()
     if not isinstance(how, Attack):
@@ -153,6 +155,7 @@ class _Victim(nn.Module):
         self._posterior, self._is_fresh = posterior, how.through == "expectation"
         self._count, self._device = 1 if how.through == "one" else how.num_draws, example.device
         self._draws = self._drawn()
+        check_frozen(posterior, model, self._draws, (example,), {})
         found = outputs(model, self._draws, example)
         if found.probs_SNK is None:
             raise not_classification(found.kind)

@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_apd import metrics, uncertainty
 from pyro_apd.adversarial.attacks import Attack, Bounds, attack, checked_bounds, checked_data, not_classification
 from pyro_apd.predictive.draws import PosteriorLike, take_draws
+from pyro_apd.predictive.model_check import check_frozen
 from pyro_apd.predictive.predictive import outputs
 from pyro_apd.runtime.checks import integer
 from pyro_apd.runtime.global_state import seeded
@@ -136,6 +137,7 @@ def evaluate(
     :raises ImportError: if foolbox is not installed.
     :raises ValueError: if inputs are out of bounds, classes are none, sizes disagree, or a score is not known.
     :raises ModelError: if the model's observed site is no classification.
+    :raises ArtifactError: if a model has other frozen weights than the one that was sampled.
     """
     is_listed = isinstance(scores, Sequence) and not isinstance(scores, str)
     if not is_listed or not scores or not all(name in _KNOWN_SCORES for name in scores):
@@ -148,6 +150,7 @@ def evaluate(
     with seeded(seed, x.device):
         # Of stored draws a random choice. The attacker has other seeds, and so another choice.
         draws = take_draws(posterior, num_draws, derived_seed(seed, "predict"), x.device)
+        check_frozen(posterior, model, draws, (x[:1],), {})
         clean = _Judged(model, draws, x, y, scores)
         rows = []
         for number, (name, how) in enumerate(named.items()):

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from pyro_apd.errors import ModelError
 from pyro_apd.predictive.draws import PosteriorLike, StreamSampler, Values, check_draws, read_draws
+from pyro_apd.predictive.model_check import check_frozen
 from pyro_apd.predictive.predictive import FunctionView, outputs
 from pyro_apd.runtime.checks import integer, number
 from pyro_apd.runtime.global_state import gradients, seeded
@@ -96,6 +97,7 @@ def dark_knowledge(
     :raises ValueError: if a number is out of range, draws are malformed, or the student's output has another shape.
     :raises RuntimeError: if the student diverged.
     :raises ModelError: if the model does not have one observed site with a mean and variance.
+    :raises ArtifactError: if the model has other frozen weights than the one that was sampled.
     """
     num_steps = integer("num_steps", num_steps)
     batch_size = integer("batch_size", batch_size)
@@ -151,6 +153,7 @@ class _Teacher:
         self._step = 0
         self._pool = read_draws(source, None, "source") if self._sampler is None else self._fresh(self._sampler)
         num_draws = check_draws(self._pool, "source")
+        check_frozen(source, model, self._pool, (x,), {})
         example = outputs(model, {n: v[:1] for n, v in self._pool.items()}, x)
         self.kind = "normal" if example.kind == "other" else example.kind
         found = example.mean_SN if example.probs_SNK is None else example.probs_SNK

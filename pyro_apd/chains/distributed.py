@@ -146,6 +146,7 @@ class RankRun(Run):
         is_taking = to_all or self.ranks.rank == 0
         counts = [count for part in self.ranks.gathered(own.counts) for count in part]
         whole = MemoryStore(own.layout, num_chains if is_taking else 0, own.num_draws, own.theta_CSD.new_empty(0))
+        whole.info = own.info
         for source in range(self.ranks.size):
             for chain in self.ranks.shard(num_chains, source):
                 self._pass_on(own, whole, chain, counts[chain], source, to_all)

@@ -26,6 +26,7 @@ from pyro_apd.chains.group import Hook, Plan, rebuilt_error
 from pyro_apd.chains.run import Run
 from pyro_apd.chains.settings import (
     Settings,
+    check_kinds,
     check_method,
     checked_checkpoint,
     checked_initial_params,
@@ -36,7 +37,7 @@ from pyro_apd.chains.settings import (
 from pyro_apd.chains.stores.base import DrawStore, MemoryStore
 from pyro_apd.chains.stores.disk import open_store
 from pyro_apd.errors import DivergenceError
-from pyro_apd.runtime.checks import integer
+from pyro_apd.runtime.checks import flag, integer
 from pyro_apd.runtime.global_state import gradients, new_params_removed, validation
 from pyro_apd.runtime.ranks import join_process_group
 from pyro_apd.runtime.threads import LongTask, one_thread
@@ -78,7 +79,8 @@ class MCMC(pyro.infer.MCMC):
         :meth:`run`.
     :param str store: ``"memory"``: draws on the device of the chains; ``"disk"``: in files at ``store_path``, in
         constant memory, and read through a mapping (see :func:`open_store`).
-    :param store_path: a folder for ``store="disk"``; default ``CHECKPOINT.draws``. A store that was there is replaced.
+    :param store_path: a folder for ``store="disk"``; default ``CHECKPOINT.draws``. One with
+        draws of another run is refused.
     :param checkpoint: a file. A run that finds its own checkpoint there continues from it, bit for bit, and one that
         finds it complete returns its draws; a run of another model, data or settings is refused (see
         :mod:`pyro_apd.chains.identity`). Give another file to start over. Draws made so far are kept beside it, in
@@ -123,10 +125,10 @@ class MCMC(pyro.infer.MCMC):
         num_chains = integer("num_chains", num_chains)
         warmup_steps = None if warmup_steps is None else integer("warmup_steps", warmup_steps, at_least=0)
         check_method(chain_method, gather, split)
+        check_kinds(kernel, hook_fn, save_params)
         self._is_ours = callable(getattr(kernel, "begin", None))
         self.chains = range(num_chains)
-        self.store = None
-        self.diverged = []
+        self.store, self.diverged = None, []
         checkpoint_path = checked_checkpoint(checkpoint, checkpoint_every)
         folder = checked_store(store, store_path, checkpoint_path)
         if not self._is_ours:
@@ -232,7 +234,8 @@ class MCMC(pyro.infer.MCMC):
         :raises DivergenceError: if all chains diverged.
         :raises WorkerError: if a process of a parallel run died.
         :raises CheckpointError: if no checkpoint can be read, it belongs to another run, or another run is writing it.
-        :raises OSError: if draws or a checkpoint cannot be written; the message says what is intact.
+        :raises OSError: if draws or a checkpoint cannot be written, or draws of another run are at ``store_path``; the
+            message says what is intact.
         :raises RankError: if another process of a distributed run is gone.
         """
         if not self._is_ours:
@@ -243,26 +246,24 @@ class MCMC(pyro.infer.MCMC):
         task = LongTask(poutine.block, self._validation)
         with gradients("MCMC.run"), task, new_params_removed(), ExitStack() as stack:
             self._args, self._kwargs = args, kwargs
+            replacing = None if self.store is None else self.store.info.get("run")
             self._samples, self.store, self.diverged = None, None, []
             self.chains = range(self.num_chains)
             self._diagnostics = [{"divergences": []} for _ in self.chains]
             # A run computes no gradients of the data.
             args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
             run = self._begin(args, kwargs, stack)
+            run.replacing = replacing
             try:
                 run.sample()
             except KeyboardInterrupt:
                 if not self._collect(run) or self.store is None:
                     raise
                 chains, num_draws = self.store.complete_part()
+                resumes = ", and run() again resumes from the checkpoint" if self._settings.checkpoint_path else ""
                 warnings.warn(
                     f"Interrupted: {num_draws} of {self.num_samples} draws of chains {chains} are in get_samples()"
-                    + (
-                        ""
-                        if self._settings.checkpoint_path is None
-                        else ", and run() again resumes from the checkpoint"
-                    )
-                    + ".",
+                    f"{resumes}.",
                     RuntimeWarning,
                 )
                 return
@@ -340,6 +341,24 @@ class MCMC(pyro.infer.MCMC):
         assert self.store is not None
         return self.store.layout.constrain(self.store.theta_CSD[row, : self.store.counts[row]])
 
+    def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
+        """Draws by site: ``(S, ...)``, chain after chain, or ``(C, S, ...)``; some by chance, as Pyro's.
+
+        :raises ValueError: before :meth:`run`, or if ``num_samples`` is no positive integer.
+        """
+        self._check_has_run()
+        count = None if num_samples is None else integer("num_samples", num_samples)
+        return dict(super().get_samples(count, flag("group_by_chain", group_by_chain)))
+
+    def summary(self, prob: float = 0.9) -> None:
+        """Prints Pyro's table; raises ``ValueError`` before :meth:`run`."""
+        self._check_has_run()
+        super().summary(prob)
+
+    def _check_has_run(self) -> None:
+        if getattr(self, "_samples", ()) is None:
+            raise ValueError("This MCMC has no draws yet: call mcmc.run(...) first.")
+
     @property
     def missing_chains(self) -> list[int]:
         """Numbers of the chains of which ``get_samples()`` has no draws: they diverged, or were not finished."""
@@ -355,8 +374,9 @@ class MCMC(pyro.infer.MCMC):
 
         ``divergences`` (indices of draws), and one entry per draw ``potential``, ``grad_norm`` and ``step_size``; of a
         chain that came to its end also ``path``, ``temperatures`` and ``tuning``, as in the kernel's own diagnostics.
-        A run that ended with fewer than four draws has only these.
+        A run that ended with fewer than four draws has only these. Before :meth:`run`, ``ValueError`` is raised.
         """
+        self._check_has_run()
         if not self._is_ours:
             return dict(super().diagnostics())
         is_long = self.store is None or self.store.complete_part()[1] >= 4

@@ -71,6 +71,8 @@ class Run:
         self.args = args
         self.kwargs = kwargs
         self.store: DrawStore | None = None
+        #: Name of the run whose draws may be replaced: that of the same driver before.
+        self.replacing: str | None = None
         self._stack = stack
         self._path = settings.checkpoint_path
         self._is_parallel = settings.chain_method == "parallel" and self.plan.num_chains > 1
@@ -201,7 +203,7 @@ class Run:
         return os.urandom(8).hex()
 
     def _create(self, path: Path, kept: Layout, dtype: torch.dtype, info: Mapping[str, Any]) -> DiskStore:
-        return DiskStore.create(path, kept, len(self.chains), self.plan.num_samples, dtype, info)
+        return DiskStore.create(path, kept, len(self.chains), self.plan.num_samples, dtype, info, self.replacing)
 
     def _save(self, saved: Mapping[int, Progress]) -> None:
         assert self._path is not None
@@ -240,6 +242,7 @@ class Run:
             self._stack.callback(_remove_folder, path)
         if path is None:
             self.store = MemoryStore(kept, len(self.chains), self.plan.num_samples, chain.theta)
+            self.store.info = self._frozen_tensors(chain.layout)
             return self.store
         self._notes = {"run": self._name(), **self._circumstances()}
         try:
@@ -277,8 +280,8 @@ class Run:
         """Digests of what the model reads beside its latents, by which the draws are recognised as those of a model."""
         if self.kernel.model is None:
             return {}
-        num_data = getattr(self.kernel, "num_data", None)
-        frozen = FrozenTensors.of_run(self.kernel.model, layout.names, self.args, self.kwargs, num_data)
+        sizes = {name: getattr(self.kernel, name, None) for name in ("num_data", "batch_size")}
+        frozen = FrozenTensors.of_run(self.kernel.model, layout.names, self.args, self.kwargs, **sizes)
         return {} if frozen is None else {"frozen": frozen.to_json()}
 
     def _resume(self, saved: Checkpoint, kept: Layout) -> DrawStore:

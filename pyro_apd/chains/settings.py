@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from pyro_apd.chains.group import Plan
+from pyro_apd.chains.group import Hook, Plan
 from pyro_apd.runtime.checks import choice, integer
 
 #: How chains are run, which processes get all draws, and what several processes share among themselves.
@@ -60,6 +60,25 @@ def refuse_files(kernel: MCMCKernel, path: str | os.PathLike[str] | None) -> Non
         raise ValueError(
             f"store='disk' and checkpoint= are for this package's kernels; {type(kernel).__name__} has neither."
         )
+
+
+def check_kinds(kernel: object, hook_fn: Hook | None, save_params: Sequence[str] | None) -> None:
+    """Checks that arguments are of a kind that a run can use.
+
+    :raises ValueError: if one of them is not.
+    """
+    is_kernel = callable(getattr(kernel, "begin", None)) or isinstance(kernel, MCMCKernel)
+    if isinstance(kernel, type) or not is_kernel:
+        got = f"the class {kernel.__name__}" if isinstance(kernel, type) else type(kernel).__name__
+        raise ValueError(f"kernel must be an MCMC kernel, such as SGLD(model, step_size); got {got}.")
+    if hook_fn is not None and not callable(hook_fn):
+        raise ValueError(
+            f"hook_fn must be a function, called as hook_fn(kernel, params, stage, i); got {type(hook_fn).__name__}."
+        )
+    is_listed = isinstance(save_params, (list, tuple, set, frozenset)) and all(isinstance(n, str) for n in save_params)
+    if save_params is not None and not is_listed:
+        example = [save_params] if isinstance(save_params, str) else ["net.weight"]
+        raise ValueError(f"save_params must be a list of names of sites, such as {example}; got {save_params!r:.80}.")
 
 
 def check_method(chain_method: str | None, gather: str | None, split: str | None) -> None:

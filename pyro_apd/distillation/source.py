@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_apd.chains.stores.base import DrawStore
-from pyro_apd.chains.stores.disk import DiskStore
 from pyro_apd.data.sources import shown_arguments
 from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
@@ -42,6 +41,7 @@ class Source:
     :ivar kwargs: keyword arguments likewise.
     :ivar bool has_all_data: whether the arguments hold all data, rather than some that a loader or a file gave.
     :ivar list missing_chains: numbers of the chains of the run that have no draws here: they diverged, or stopped.
+    :ivar frozen: frozen tensors of the model, where they are known from a run.
     """
 
     theta_CSD: Tensor
@@ -51,10 +51,13 @@ class Source:
     kwargs: dict[str, Any] = field(default_factory=dict)
     has_all_data: bool = True
     missing_chains: Sequence[int] = ()
+    frozen: FrozenTensors | None = None
 
     def frozen_tensors(self) -> FrozenTensors | None:
         """Frozen parameters and buffers of the model; None where they are not known."""
-        return None if self.model is None else FrozenTensors.of(self.model, self.layout.names, self.args, self.kwargs)
+        if self.frozen is not None or self.model is None:
+            return self.frozen
+        return FrozenTensors.of(self.model, self.layout.names, self.args, self.kwargs)
 
 
 def read_source(
@@ -69,7 +72,7 @@ def read_source(
 
     :raises TypeError: if ``source`` is none of them, or ``data`` is not a tuple.
     :raises ValueError: if draws are missing, malformed, not finite, or not of the model's sites.
-    :raises ArtifactError: if they are in files, and the model that was sampled had other frozen weights.
+    :raises ArtifactError: if the model that was sampled had other frozen weights.
     """
     if data is not None and not isinstance(data, (tuple, list)):
         raise TypeError(
@@ -92,8 +95,7 @@ def read_source(
         for remark in chain_remarks(missing, getattr(source, "diverged_chains", ())):
             logger.warning("%s", remark)
         found = Source(theta_CSD, store.layout, model, args, kwargs, has_all_data, missing)
-        _check_frozen(store, found)
-        return found
+        return replace(found, frozen=_checked_frozen(store, found))
     chains = read_chains(source, "source", group_by_chain=group_by_chain)
     _check_floating(chains.values)
     _check_count(chains.num_chains, chains.num_draws)
@@ -142,12 +144,16 @@ def _check_finite(store: DrawStore, theta_CSD: Tensor) -> None:
             raise not_finite_error(name, "source", count)
 
 
-def _check_frozen(store: DrawStore, source: Source) -> None:
-    """A store in files knows the frozen tensors of the model that was sampled."""
-    noted = store.info.get("frozen") if isinstance(store, DiskStore) else None
-    present = None if noted is None else source.frozen_tensors()
-    if present is not None and source.model is not None:
-        FrozenTensors.from_json(noted).check(source.model, present.values)
+def _checked_frozen(store: DrawStore, source: Source) -> FrozenTensors | None:
+    """The frozen tensors that the model has now, compared with those that the run noted."""
+    noted = store.frozen
+    if noted is None:
+        return None
+    present = source.frozen_tensors()
+    if present is None or source.model is None:
+        return noted
+    noted.check(source.model, present.values)
+    return present
 
 
 def _check_interior(layout: Layout, theta_CSD: Tensor) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from pyro_apd.data.loader import is_loader
-from pyro_apd.data.sources import shown_arguments
+from pyro_apd.data.sources import open_source, shown_arguments
 from pyro_apd.errors import ArtifactError
 from pyro_apd.models.bnn import BNN
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
@@ -72,9 +72,9 @@ class FrozenTensors:
         :param sites: the latents.
         :param args: arguments of the model; without them only a :class:`~pyro_apd.BNN` is known.
         """
-        found = named_tensors(model)
-        if not found:
+        if not has_frozen(model):
             return cls({})
+        found = named_tensors(model)
         if args is None:
             return cls._read_only(fixed_tensors(model)) if isinstance(model, BNN) else None
         try:
@@ -98,10 +98,18 @@ class FrozenTensors:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         num_data: int | None = None,
+        batch_size: int | None = None,
     ) -> FrozenTensors | None:
         """The same from arguments of a run. No batch of a loader is taken: they are the run's."""
+        if not has_frozen(model):
+            return cls({})
         if is_loader(args, num_data):
             return cls.of(model, sites)
+        if batch_size is not None:  # activations of all rows need not fit in memory
+            options: dict[str, Any] = {"batch_size": batch_size, "num_data": num_data}
+            source, inputs = open_source(args, kwargs, generator=torch.Generator().manual_seed(0), **options)
+            call = source.bind(inputs)
+            return cls.of(model, sites, call.args, call.kwargs)
         shown, shown_kwargs, _ = shown_arguments(args, kwargs, num_data)
         return cls.of(model, sites, shown, shown_kwargs)
 
@@ -232,6 +240,11 @@ def fixed_tensors(net: nn.Module) -> dict[str, Tensor]:
         drawn = {name for name, value in net.named_parameters(remove_duplicate=False) if value.requires_grad}
     counted = "num_batches_tracked"  # of batch normalisation, which uses it in training mode only
     return {n: t for n, t in named_tensors(net).items() if n not in drawn and n.rpartition(".")[2] != counted}
+
+
+def has_frozen(model: Callable[..., Any]) -> bool:
+    """Whether a model may read parameters or buffers that no draw replaces."""
+    return bool(fixed_tensors(model) if isinstance(model, BNN) else named_tensors(model))
 
 
 @torch.no_grad()

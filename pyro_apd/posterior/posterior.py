@@ -25,7 +25,7 @@ from pyro_apd.posterior.estimates import Estimates
 from pyro_apd.posterior.latent_noise import NO_DENSITY, NOISE_SITE, LatentNoise
 from pyro_apd.predictive.draws import DrawSource
 from pyro_apd.runtime import checks
-from pyro_apd.runtime.global_state import seeded
+from pyro_apd.runtime.global_state import seeded, without_autocast
 from pyro_apd.runtime.seeds import checked_seed
 
 
@@ -128,8 +128,9 @@ class DistilledPosterior(nn.Module):
             raise ValueError(
                 f"`latent` has shape {tuple(latent.shape)}; its last dimension must be {self.latent_size}."
             )
-        theta_SD = self.generator(latent.reshape(-1, self.latent_size).to(like))
-        return self.layout.constrain(theta_SD.reshape(*latent.shape[:-1], self.layout.size))
+        with without_autocast():
+            theta_SD = self.generator(latent.reshape(-1, self.latent_size).to(like))
+            return self.layout.constrain(theta_SD.reshape(*latent.shape[:-1], self.layout.size))
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = torch.Size(), latent: Tensor | None = None) -> dict[str, Tensor]:
@@ -179,7 +180,7 @@ class DistilledPosterior(nn.Module):
         """
         levels = estimates.check_levels(quantiles)
         latent_SL = self._latents(self._number(num_samples, least=2), seed)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast():
             return estimates.quantiles(self.layout, self.generator(latent_SL), levels)
 
     def median(self, num_samples: int = 1000, *, seed: int | None = None) -> Estimates:

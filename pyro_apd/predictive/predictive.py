@@ -27,13 +27,13 @@ from pyro_apd.data.arguments import drawn_latents, explaining_errors
 from pyro_apd.models.frozen import reading
 from pyro_apd.models.layout import Layout, is_subsample
 from pyro_apd.predictive import likelihoods
+from pyro_apd.predictive.arguments import check_model_and_guide, check_posterior_samples, check_return_sites
 from pyro_apd.predictive.draws import (
     Draws,
     DrawSource,
     StreamSampler,
     Values,
     check_chunk_size,
-    check_draws,
     take_draws,
 )
 from pyro_apd.predictive.observed_site import ObservedSite
@@ -46,6 +46,7 @@ from pyro_apd.predictive.vmap_draws import (
     parameters_valid,
     sample_freshly,
 )
+from pyro_apd.runtime.checks import flag, integer
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
 
 # A name that no site of a model has.
@@ -87,14 +88,11 @@ class Predictive(pyro.infer.Predictive):
         chunk_size: int | None = None,
         reduce: Collection[str] | str | None = None,
     ) -> None:
-        if posterior_samples:
-            check_draws(posterior_samples, "posterior_samples")
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"`num_samples` must be at least 1; got {num_samples}.")
-        if return_sites is not None and not isinstance(return_sites, (list, tuple, set)):
-            raise ValueError(
-                f"`return_sites` must be a tuple, list or set of site names, or None; got {return_sites!r}."
-            )
+        check_model_and_guide(model, guide)
+        check_posterior_samples(posterior_samples)
+        num_samples = None if num_samples is None else integer("num_samples", num_samples)
+        check_return_sites(return_sites)
+        flag("parallel", parallel)
         check_chunk_size(chunk_size)
         super().__init__(model, posterior_samples, guide, num_samples, return_sites, parallel)
         self.chunk_size = chunk_size

@@ -78,6 +78,8 @@ def reduction_names(reduce: Collection[str] | str | None) -> tuple[str, ...] | N
     """
     if reduce is None:
         return None
+    if not isinstance(reduce, Collection):
+        raise ValueError(f"`reduce` must be the name of an average, or a list of names; got {reduce!r:.80}.")
     names = (reduce,) if isinstance(reduce, str) else tuple(reduce)
     check_names(names, dict.fromkeys((*OF_PROBABILITIES, *OF_MOMENTS)))
     return names

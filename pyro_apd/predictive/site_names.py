@@ -28,19 +28,31 @@ def check_sites(nodes: Mapping[str, Any], draws: Mapping[str, Tensor], argument:
     :raises ValueError: if there are such draws.
     """
     for name, value in draws.items():
-        event_shape = tuple(nodes[name]["fn"].event_shape) if _is_sample(nodes.get(name)) else ()
-        shape = tuple(value.shape[1:])
-        if event_shape and shape[max(0, len(shape) - len(event_shape)) :] != event_shape:
-            raise ValueError(
-                f"`{argument}['{name}']` has draws of shape {shape}, and the model's site '{name}' has values of shape "
-                f"{event_shape}. They are draws of another model, or lack the first dimension, for draws."
-            )
+        if _is_sample(nodes.get(name)):
+            _check_shape(nodes[name]["fn"], name, tuple(value.shape[1:]), argument)
     misnamed = _misnamed(nodes, draws)
     if misnamed:
         pairs = ", ".join(f"'{site}' (nearest: '{name}')" for site, name in list(misnamed.items())[:3])
         raise ValueError(
             f"`{argument}` has no draws of the model's latent {pairs}, which would be drawn from the prior. The names "
             f"in `{argument}` must be those of the model's sites; leave out draws of what the model does not have."
+        )
+
+
+def _check_shape(fn: Any, name: str, shape: tuple[int, ...], argument: str) -> None:
+    """Refuses draws of a ``shape`` that values of a site do not have, but for dimensions of size 1 on the left."""
+    event_shape = tuple(fn.event_shape)
+    if event_shape and shape[max(0, len(shape) - len(event_shape)) :] != event_shape:
+        raise ValueError(
+            f"`{argument}['{name}']` has draws of shape {shape}, and the model's site '{name}' has values of shape "
+            f"{event_shape}. They are draws of another model, or lack the first dimension, for draws."
+        )
+    num_dims = len(tuple(fn.batch_shape)) + len(event_shape)
+    if any(size != 1 for size in shape[: max(0, len(shape) - num_dims)]):
+        raise ValueError(
+            f"`{argument}['{name}']` has draws of shape {shape}, and the model's site '{name}' has values of shape "
+            f"{(*fn.batch_shape, *event_shape)}. Draws grouped by chain, (C, S, ...), are given as (C S, ...): use "
+            "get_samples() without group_by_chain, or value.flatten(0, 1) of each site."
         )
 
 

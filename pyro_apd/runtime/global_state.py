@@ -75,7 +75,14 @@ def gradients(what: str) -> Iterator[None]:
             f"{what} computes gradients, which torch.inference_mode() rules out; call it outside, or under "
             "torch.no_grad() instead."
         )
-    with torch.enable_grad(), ExitStack() as stack:
+    with torch.enable_grad(), without_autocast():
+        yield
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Context in which operations compute in the dtypes that tensors have, also within ``torch.autocast()``."""
+    with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))

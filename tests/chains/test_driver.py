@@ -384,16 +384,18 @@ def test_an_interrupt_leaves_the_draws_so_far(method, store, tmp_path):
 
 def test_an_interrupt_while_a_process_is_started_is_not_lost(monkeypatch):
     """Python drops what is raised in the callbacks of a fork, and would keep the lock of logging with it."""
-    start = multiprocessing.process.BaseProcess.start
+    start, started = multiprocessing.process.BaseProcess.start, []
 
     def interrupted(process):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)  # the handler runs between two instructions of Python
         start(process)
+        started.append(process)
 
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(num_chains=2, chain_method="parallel")
+    assert len(started) == 1  # the interrupt waited for it, and no other was started
     assert not multiprocessing.active_children()
 
 
@@ -910,7 +912,7 @@ def test_no_room_for_the_files_of_the_draws(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pyro_apd.chains.stores.disk._make_npy", fail)
+    monkeypatch.setattr("pyro_apd.chains.stores.disk.make_npy", fail)
     with pytest.raises(OSError, match=r"Cannot write the draws to '.*c.draws': No space.* Nothing was sampled yet"):
         run(checkpoint=tmp_path / "c")
 

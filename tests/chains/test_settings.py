@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pyro.infer import NUTS
 
 from pyro_apd.chains import MCMC
 from pyro_apd.chains.settings import checked_checkpoint, checked_initial_params, checked_store, checkpoint_interval
+from pyro_apd.kernels import SGLD
 from tests.chains.walk import Walk
+from tests.support.models import Classifier
 
 
 def test_integers_of_numpy_count():
@@ -60,3 +63,26 @@ def test_starts_have_a_leading_dimension_of_chains():
     assert checked_initial_params({"w": np.zeros((3, 2))}, 3)["w"].shape == (3, 2)
     with pytest.raises(ValueError, match="initial_params is a list; give a dict"):
         checked_initial_params([torch.zeros(2)], 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"save_params": "w"}, r"save_params must be a list .*\['w'\]; got 'w'"),
+        ({"save_params": 5}, "save_params must be a list .*got 5"),
+        ({"hook_fn": "print"}, "hook_fn must be a function.*params, stage, i.*got str"),
+        ({"kernel": Classifier}, "kernel must be .*SGLD.*the class Classifier"),
+        ({"kernel": Classifier()}, "kernel must be .*SGLD.*got Classifier"),
+    ],
+)
+def test_arguments_of_other_kinds(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MCMC(**{"kernel": NUTS(Classifier()), "num_samples": 2, **settings})
+
+
+@pytest.mark.parametrize("kernel", [NUTS(Classifier()), SGLD(Classifier(), 1e-3)])
+def test_results_before_a_run(kernel):
+    mcmc = MCMC(kernel, 2)
+    for result in (mcmc.get_samples, lambda: mcmc.get_samples(group_by_chain=True), mcmc.diagnostics, mcmc.summary):
+        with pytest.raises(ValueError, match=r"no draws yet: call mcmc.run\("):
+            result()

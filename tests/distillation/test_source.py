@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.distributions import constraints
 
+from pyro_apd.chains.driver import MCMC
 from pyro_apd.chains.stores.base import STATISTICS
 from pyro_apd.chains.stores.disk import DiskStore, open_store
 from pyro_apd.distillation.source import read_source, split_held_out
 from pyro_apd.errors import ArtifactError
+from pyro_apd.kernels import SGLD
 from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
 from tests.support.models import Classifier, constrained
@@ -196,7 +198,20 @@ def test_draws_in_files_know_the_frozen_weights_of_their_model(tmp_path):
     assert read_source(store, Frozen(2.0), (x,)).frozen_tensors().read == known.read
     with pytest.raises(ArtifactError, match=r"other frozen weights.*'factor'"):
         read_source(store, Frozen(3.0), (x,))
-    assert read_source(store).frozen_tensors() is None
+    assert read_source(store).frozen_tensors() == FrozenTensors(known.read, known.unread)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_draws_in_memory_know_the_frozen_weights_of_their_model(batch_size):
+    model, x = Frozen(2.0), torch.zeros(5)
+    mcmc = MCMC(SGLD(model, 1e-6, batch_size=batch_size, seed=0), num_samples=10, warmup_steps=0, disable_progbar=True)
+    mcmc.run(x)
+    read_source(mcmc)
+    with pytest.raises(ArtifactError, match=r"other frozen weights.*'factor'"):
+        read_source(mcmc, Frozen(3.0), (x,))
+    model.factor += 1
+    with pytest.raises(ArtifactError, match=r"other frozen weights.*'factor'"):
+        read_source(mcmc)
 
 
 def test_unfit_stores(tmp_path):

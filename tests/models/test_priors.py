@@ -12,6 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from pyro_apd.models.bnn import BNN
+from pyro_apd.models.priors import parameter_priors
 
 D = 3
 
@@ -79,6 +80,17 @@ def test_prior_distributions_take_the_parameters_shape(prior):
     double = model.double().priors["net.weight"]
     assert double.sample().dtype == torch.float64
     assert_close(double.log_prob(value.double()), prior.log_prob(value).sum().double(), rtol=1e-5, atol=1e-5)
+
+
+def test_prior_distributions_take_the_parameters_dtype():
+    mask = torch.tensor([True, False, True])
+    prior = dist.Normal(0.0, torch.ones(3)).mask(mask)
+    names = {"weight": "weight", "bias": "bias"}
+    spec = {"": dist.Normal(0.0, 1.0), "bias": prior}
+    found = parameter_priors(nn.Linear(2, 3, dtype=torch.float64), names, spec)
+    assert found["weight"].sample().dtype == torch.float64
+    assert found["bias"].base_dist._mask.dtype == torch.bool
+    assert found["bias"].sample().dtype == torch.float64
 
 
 def test_independent_prior_draws():

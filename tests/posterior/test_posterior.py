@@ -17,7 +17,14 @@ from torch.distributions import constraints
 
 import pyro_apd.posterior.building
 from pyro_apd.errors import ArtifactError
-from pyro_apd.generators import ChunkedGenerator, CoordinateGenerator, Generator, PaperGenerator, build_generator
+from pyro_apd.generators import (
+    ChunkedGenerator,
+    CoordinateGenerator,
+    Generator,
+    LowRankGenerator,
+    PaperGenerator,
+    build_generator,
+)
 from pyro_apd.generators.residual import Block
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.posterior import NOISE_SITE, DistilledPosterior
@@ -45,7 +52,7 @@ class Affine(Generator):
 @pytest.fixture(autouse=True)
 def _affine_generators(monkeypatch):
     def build(config):
-        if config.get("kind") == "paper":
+        if config.get("kind") in ("paper", "low-rank"):
             return build_generator(config)
         if config.get("kind") != "affine":
             raise ValueError(f"unknown generator {config.get('kind')!r}")
@@ -361,3 +368,25 @@ def test_the_global_generator_is_not_used_where_there_is_a_seed(monkeypatch):
     assert len(unchanged) == 3
     assert all(torch.equal(part[name], draws[name][1:3]) for name in draws)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", [PaperGenerator, LowRankGenerator])
+def test_autocast_around_makes_no_difference_to_draws(kind, tmp_path):
+    torch.manual_seed(0)
+    generator = kind(9, 4) if kind is LowRankGenerator else kind(9)
+    for parameter in generator.parameters():
+        nn.init.normal_(parameter)
+    posterior = DistilledPosterior(Layout({"weight": (2, 3), "bias": (3,)}), generator)
+    latent = torch.randn(5, posterior.latent_size)
+
+    def drawn():
+        posterior.save(tmp_path / "file")
+        loaded = DistilledPosterior.load(tmp_path / "file")
+        made = [loaded.sample(latent=latent), posterior.rsample(latent=latent), posterior.get_samples(3, seed=0)]
+        made += [posterior.stream(3, seed=0).part(0, 3), posterior.median(10, seed=0)]
+        return [value for draws in made for value in draws.values()]
+
+    expected = drawn()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = drawn()
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))

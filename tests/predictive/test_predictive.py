@@ -14,7 +14,7 @@ import pyro.infer
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import autoguide
+from pyro.infer import MCMC, NUTS, autoguide
 from pyro.nn import PyroModule, PyroSample
 from pyro.nn.module import to_pyro_module_
 from pyro.poutine.messenger import Messenger
@@ -496,18 +496,29 @@ def test_model_is_as_before_after_a_call():
         ({"posterior_samples": {"a": torch.tensor(1.0)}}, r"\['a'\].*first dimension.*shape \(\)"),
         ({"posterior_samples": {"a": [1.0]}}, "got list"),
         ({"posterior_samples": [torch.ones(1)]}, "dict of tensors"),
-        ({"num_samples": 0}, "at least 1; got 0"),
-        ({"num_samples": -3}, "at least 1; got -3"),
+        ({"num_samples": 0}, "num_samples=0 must be a positive integer"),
+        ({"num_samples": -3}, "num_samples=-3 must be a positive integer"),
         ({"num_samples": 2, "chunk_size": 0}, "chunk_size=0 must be a positive integer"),
         ({"num_samples": 2, "chunk_size": 2.0}, "chunk_size=2.0 must be a positive integer"),
         ({"num_samples": 2, "return_sites": "_RETURN"}, "return_sites.*tuple.*'_RETURN'"),
         ({"posterior_samples": {"a": torch.ones(2)}, "guide": null}, "cannot be provided with the `guide`"),
+        ({"posterior_samples": MCMC(NUTS(null), 1)}, r"posterior_samples.*got MCMC.*get_samples\(\) returns"),
+        ({"guide": {"a": torch.ones(2)}, "num_samples": 2}, "guide.*got dict.*posterior_samples="),
+        ({"num_samples": 2.5}, "num_samples=2.5 must be a positive integer"),
+        ({"num_samples": 2, "return_sites": [5]}, r"return_sites.*got \[5\]"),
+        ({"num_samples": 2, "parallel": "yes"}, "parallel='yes' must be True or False"),
+        ({"num_samples": 2, "reduce": 5}, "reduce.*list of names; got 5"),
         ({"guide": null}, "Either posterior_samples or num_samples"),
     ],
 )
 def test_bad_arguments(kwargs, match):
     with pytest.raises(ValueError, match=match):
         Predictive(null, **kwargs)
+
+
+def test_a_model_that_is_none():
+    with pytest.raises(ValueError, match=r"`model` must be a Pyro model.*got dict"):
+        Predictive({"a": torch.ones(2)}, null)
 
 
 def test_disagreement_with_num_samples_warns_as_in_pyro():

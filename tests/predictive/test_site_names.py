@@ -73,11 +73,22 @@ def test_draws_of_another_shape_are_refused(call):
         CALLS[call]({"w.weight": torch.zeros(S), "scale": torch.ones(S)})
 
 
+@pytest.mark.parametrize("call", CALLS)
+def test_draws_grouped_by_chain_are_refused(call):
+    """As many draws per chain as data would be taken for a value of each datum."""
+    for site, whole in DRAWS.items():
+        grouped = {**DRAWS, site: whole[:, None].expand(S, 4, *whole.shape[1:])}
+        with pytest.raises(ValueError, match=rf"'{site}'.*\(C, S, \.\.\.\).*without group_by_chain.*flatten\(0, 1\)"):
+            CALLS[call](grouped)
+
+
 @pytest.mark.parametrize("call", [call for call in CALLS if call != "as pyro's"])  # the model has no batched latents
 def test_what_is_right_is_not_refused(call):
     CALLS[call](DRAWS)
     # Draws of what the model does not have do no harm, where no latent lacks its own.
     CALLS[call]({**DRAWS, "mean": torch.zeros(S, 4), "another": torch.zeros(S, 7)})
+    # Pyro's vectorised draws have dimensions of size 1 for plates.
+    CALLS[call]({**DRAWS, "scale": torch.ones(S, 1)})
 
 
 def test_latents_may_be_left_to_the_prior():

@@ -88,6 +88,16 @@ sample(apd.BNN(nn.Linear(3, 3)), x, labels, checkpoint="table.csv")
         why="The file would be replaced.",
     ),
     Refusal(
+        title="Draws of another run at store_path",
+        example="""
+for _ in range(2):
+    sample(apd.BNN(nn.Linear(3, 3)), x, labels, store="disk", store_path="draws")
+""",
+        error=FileExistsError,
+        mentions=("store_path=", "draws of an earlier run, [4] by chain", "Give another path", "checkpoint="),
+        why="The first run's draws would be lost. `run()` of the same `MCMC` again replaces its own.",
+    ),
+    Refusal(
         title="Two runs on one checkpoint",
         example="""
 from pathlib import Path

@@ -57,6 +57,21 @@ REFUSALS: list[Refusal] = [
         "A folder of draws knows digests of the frozen weights of its model, as the file of a posterior does.",
     ),
     Refusal(
+        "A run whose backbone has changed before it is distilled",
+        """
+        net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+        net[0].requires_grad_(False)
+        bnn = apd.BNN(net, "gaussian")
+        mcmc = sample(bnn, x, y, num_chains=3)
+        bnn.net[0].weight.data.zero_()
+        apd.distill(mcmc, num_steps=1)
+        """,
+        apd.ArtifactError,
+        ("frozen weights", "'net.0.weight'"),
+        "A run notes digests of the frozen weights. All that takes a run or a posterior beside a model compares them: "
+        "`distill`, `compare`, `report`, `to_arviz`, `ood`, `adversarial`, `baselines`.",
+    ),
+    Refusal(
         "Restoring frozen weights that are not in the file",
         _LOADED.format("") + "posterior.load_frozen(net)",
         apd.ArtifactError,

@@ -31,6 +31,14 @@ REFUSALS: list[Refusal] = [
         why="They are draws of another model, or lack the dimension of draws.",
     ),
     Refusal(
+        title="Draws grouped by chain in the place of draws",
+        example=f"{_LINE}\napd.Predictive(line, {{'w': torch.zeros(2, 5, 3)}})(x)",
+        error=ValueError,
+        mentions=("posterior_samples['w']", "(5, 3)", "without group_by_chain", "flatten(0, 1)"),
+        why="The draws of a chain would be taken for the entries of one draw, and the model may run.",
+        instead=f"{_LINE}\napd.Predictive(line, {{'w': torch.zeros(2, 5, 3).flatten(0, 1)}})(x)",
+    ),
+    Refusal(
         title="Probabilities that are NaN",
         example="apd.metrics.accuracy(torch.full((40, 3), torch.nan), labels)",
         error=ValueError,

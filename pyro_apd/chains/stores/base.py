@@ -19,6 +19,7 @@ from pyro.infer.mcmc.util import select_samples
 from torch import Tensor
 from torch.distributions import Transform
 
+from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
 
 #: Statistics that are kept with every draw.
@@ -34,13 +35,23 @@ class DrawStore(ABC):
     :ivar Layout layout: the sites that are kept, in order of the columns of ``theta_CSD``.
     :ivar int num_chains: chains, ``C``.
     :ivar int num_draws: draws per chain when the run is complete, ``S``.
+    :ivar dict info: notes of the run, anything that JSON holds.
     """
 
     def __init__(self, layout: Layout, num_chains: int, num_draws: int) -> None:
         self.layout = layout
         self.num_chains = num_chains
         self.num_draws = num_draws
+        self.info: dict[str, Any] = {}
         self._ended: set[int] = set()
+
+    @property
+    def frozen(self) -> FrozenTensors | None:
+        """Frozen parameters and buffers of the model that was sampled; None where they are not known.
+
+        :raises ValueError: if the notes of a file are malformed.
+        """
+        return FrozenTensors.from_json(self.info["frozen"]) if "frozen" in self.info else None
 
     @property
     @abstractmethod
@@ -170,7 +181,7 @@ class MemoryStore(DrawStore):
     def of(cls, store: DrawStore, device: torch.device | str) -> MemoryStore:
         """The draws of another store, copied into memory in blocks."""
         copy = cls(store.layout, store.num_chains, store.num_draws, store.theta_CSD.new_empty(0, device=device))
-        copy._counts = list(store.counts)
+        copy._counts, copy.info = list(store.counts), store.info
         for chain, count in enumerate(copy._counts):
             for start, stop in store.blocks(count):
                 copy._theta_CSD[chain, start:stop] = store.theta_CSD[chain, start:stop].to(device)
@@ -186,7 +197,7 @@ class MemoryStore(DrawStore):
         counts = list(store.counts)[part]
         adopted = cls(store.layout, len(counts), 0, theta_CSD.new_empty(0))
         adopted.num_draws = store.num_draws
-        adopted._counts = counts
+        adopted._counts, adopted.info = counts, store.info
         adopted._theta_CSD = theta_CSD
         adopted._statistics = {name: values[part] for name, values in store.statistics.items()}
         return adopted

@@ -20,11 +20,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import mmap
 import os
 import shutil
-import sys
-import tokenize
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ import torch
 from torch import Tensor
 
 from pyro_apd.chains.stores.base import STATISTICS, DrawStore, as_bytes
+from pyro_apd.chains.stores.npy import DTYPES, damaged, make_npy, map_npy, npy_header, write_all
 from pyro_apd.errors import shortened
 from pyro_apd.models.layout import Layout
 from pyro_apd.runtime import checks
@@ -44,7 +42,6 @@ logger = logging.getLogger("pyro_apd")
 FORMAT_VERSION = 1
 _KIND = "pyro_apd draws"
 _FILES = ("draws.json", "theta.npy", "statistics.npy", "constrained.npy")
-_DTYPES = {torch.float32: "<f4", torch.float64: "<f8", torch.float16: "<f2", torch.bfloat16: "<i2"}
 # A longer draws.json is not read, so that a hostile one cannot fill the memory.
 _MAX_DESCRIPTION = 4 * 2**20
 # Draws on an accelerator are copied to the host in groups of this size, since each copy waits for the device.
@@ -58,13 +55,13 @@ class DiskStore(DrawStore):
     does not change the files.
 
     :ivar Path path: the folder.
-    :ivar dict info: notes of the writer, anything that JSON holds.
     """
 
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
         layout = Layout.from_json(description["layout"])
         super().__init__(layout, *description["shape"][:2])
         self.path, self.info = path, dict(description.get("info", {}))
+        self._description = description
         self.dtype: torch.dtype = getattr(torch, description["dtype"])
         self._statistics_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self._maps: dict[str, Tensor] = {}
@@ -80,12 +77,14 @@ class DiskStore(DrawStore):
         num_draws: int,
         dtype: torch.dtype,
         info: Mapping[str, Any] | None = None,
+        replacing: str | None = None,
     ) -> DiskStore:
         """Makes the folder, with files of the full size, which take space on disk as they fill.
 
-        A store at this path is replaced; tensors that map its files stay valid.
+        A store at this path without draws is replaced; tensors that map its files stay valid.
 
-        :raises FileExistsError: if ``path`` is a file, or a folder with other files.
+        :param replacing: ``info["run"]`` of a store that is replaced also with its draws.
+        :raises FileExistsError: if ``path`` is a file, a folder with other files, or a store of other draws.
         :raises OSError: if the disk has no space for the draws.
         """
         path = Path(path).absolute()
@@ -95,7 +94,8 @@ class DiskStore(DrawStore):
             raise FileExistsError(f"store_path='{path}' exists and is no store of draws; give another path.")
         path.mkdir(parents=True, exist_ok=True)
         if (path / "draws.json").exists():
-            logger.warning("Replacing the store of draws at '%s'.", path)
+            _check_replaceable(path, replacing)
+            logger.info("Replacing the store of draws at '%s'.", path)
         for name in _FILES:
             (path / name).unlink(missing_ok=True)
         shape = (num_chains, num_draws, layout.size)
@@ -109,12 +109,13 @@ class DiskStore(DrawStore):
             "statistics": ["is_kept", *STATISTICS],
             "info": dict(info or {}),
         }
-        store = cls(path, description)
+        text = json.dumps(description, indent=1)
+        store = cls(path, json.loads(text))
         store.layout = layout
-        _make_npy(path / "theta.npy", shape, dtype)
-        _make_npy(path / "statistics.npy", (num_chains, num_draws, 1 + len(STATISTICS)), store._statistics_dtype)
+        make_npy(path / "theta.npy", shape, dtype)
+        make_npy(path / "statistics.npy", (num_chains, num_draws, 1 + len(STATISTICS)), store._statistics_dtype)
         with atomic_write(path / "draws.json") as temporary:
-            temporary.write_text(json.dumps(description, indent=1) + "\n")
+            temporary.write_text(text + "\n")
         return store
 
     @property
@@ -123,7 +124,7 @@ class DiskStore(DrawStore):
         self.flush()
         # Read from the file: another process may be writing, and a private mapping need not show that.
         path = self._readable("statistics.npy")
-        shape, dtype, offset = _npy_header(path)
+        shape, dtype, offset = npy_header(path)
         numbers = np.fromfile(path, dtype, math.prod(shape), offset=offset)
         kept_CS = torch.from_numpy(numbers.reshape(shape)[:, :, 0] == 1)
         return [self.num_draws if bool(row.all()) else int(row.int().argmin()) for row in kept_CS]
@@ -208,12 +209,12 @@ class DiskStore(DrawStore):
 
     def _put(self, name: str, chain: int, draw: int, values: Tensor) -> None:
         if name not in self._files:
-            _, _, offset = _npy_header(self.path / name)
+            _, _, offset = npy_header(self.path / name)
             self._files[name] = (os.open(self.path / name, os.O_WRONLY | getattr(os, "O_BINARY", 0)), offset)
         file, start = self._files[name]
         data = as_bytes(values)
         try:
-            _write_all(file, data, start + (chain * self.num_draws + draw) * data.nbytes)
+            write_all(file, data, start + (chain * self.num_draws + draw) * data.nbytes)
         except OSError as error:
             message = (
                 f"Cannot write draw {draw} of chain {chain} to '{self.path}': {error.strerror or error}. The draws "
@@ -224,12 +225,18 @@ class DiskStore(DrawStore):
 
     def _map(self, name: str) -> Tensor:
         if name not in self._maps:
-            self._maps[name] = _map_npy(self._readable(name))
+            self._maps[name] = map_npy(self._readable(name))
         return self._maps[name]
 
     def _readable(self, name: str) -> Path:
         """Path of a file; of one that was removed while it is written, that of the open file, which has the draws."""
         path = self.path / name
+        description = self.path / "draws.json"
+        if description.exists() and _read_description(self.path) != self._description:
+            raise ValueError(
+                f"The store at '{self.path}' was replaced by that of another run since it was opened here. Read the "
+                "new one by open_store(path); of this one, draws that were read before are intact."
+            )
         return Path(f"/dev/fd/{self._files[name][0]}") if name in self._files and not path.exists() else path
 
     def _buffer(self, size: int) -> Tensor:
@@ -238,7 +245,7 @@ class DiskStore(DrawStore):
         self._maps.pop("constrained.npy", None)
         if "constrained.npy" in self._files:
             os.close(self._files.pop("constrained.npy")[0])
-        _make_npy(self.path / "constrained.npy", (self.num_chains, self.num_draws, size), self.dtype)
+        make_npy(self.path / "constrained.npy", (self.num_chains, self.num_draws, size), self.dtype)
         return torch.empty(0)
 
     def _fill(self, buffer: Tensor, chain: int, start: int, values: Tensor) -> None:
@@ -264,14 +271,14 @@ def open_store(path: str | os.PathLike[str]) -> DiskStore:
     store = DiskStore(path, description)
     chains, draws, size = description["shape"]
     expected = {
-        "theta.npy": ((chains, draws, size), _DTYPES[store.dtype]),
-        "statistics.npy": ((chains, draws, 1 + len(STATISTICS)), _DTYPES[store._statistics_dtype]),
+        "theta.npy": ((chains, draws, size), DTYPES[store.dtype]),
+        "statistics.npy": ((chains, draws, 1 + len(STATISTICS)), DTYPES[store._statistics_dtype]),
     }
     for name, (shape, dtype) in expected.items():
-        found_shape, found_dtype, offset = _npy_header(path / name)
+        found_shape, found_dtype, offset = npy_header(path / name)
         needed = offset + math.prod(shape) * np.dtype(dtype).itemsize
         if found_shape != shape or np.dtype(found_dtype) != np.dtype(dtype) or (path / name).stat().st_size < needed:
-            raise _damaged(
+            raise damaged(
                 path,
                 f"{name} is {found_dtype} of shape {found_shape}, {(path / name).stat().st_size} bytes, and draws.json "
                 f"asks for {dtype} of shape {shape}, {needed}",
@@ -279,8 +286,23 @@ def open_store(path: str | os.PathLike[str]) -> DiskStore:
     return store
 
 
-def _damaged(path: Path, what: str) -> ValueError:
-    return ValueError(shortened(f"The store at '{path}' is damaged: {what}."))
+def _check_replaceable(path: Path, replacing: str | None) -> None:
+    """:raises FileExistsError: if there are draws, of another run than ``replacing``."""
+    try:
+        store = open_store(path)
+        if replacing is not None and store.info.get("run") == replacing:
+            return
+        counts, what = store.counts, "draws of an earlier run"
+    except ValueError as error:
+        counts, what = None, f"a store that cannot be read ({error})"
+    if counts is None or any(counts):
+        raise FileExistsError(
+            shortened(
+                f"store_path='{path}' holds {what}{f', {counts} by chain' if counts else ''}, which this run would "
+                "replace. Give another path, or move the folder away. Draws are read by open_store(path), and a run "
+                "that is to go on after a crash has checkpoint=."
+            )
+        )
 
 
 def _read_description(path: Path) -> Any:
@@ -292,13 +314,13 @@ def _read_description(path: Path) -> Any:
             f"'{path}' holds no store of draws: it has no 'draws.json'. Give the store_path of a run with store='disk'."
         ) from None
     except ValueError as error:
-        raise _damaged(path, f"{error}") from error
+        raise damaged(path, f"{error}") from error
     if size > _MAX_DESCRIPTION:
-        raise _damaged(path, f"draws.json has {size:,} bytes, and at most {_MAX_DESCRIPTION:,} are read")
+        raise damaged(path, f"draws.json has {size:,} bytes, and at most {_MAX_DESCRIPTION:,} are read")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"draws.json is not JSON ({error})") from error
+        raise damaged(path, f"draws.json is not JSON ({error})") from error
 
 
 def _check_space(path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -325,12 +347,12 @@ def _check_description(path: Path, description: Any) -> None:
         layout = Layout.from_json(description["layout"])
         chains, draws, size = description["shape"]
         sound = size == layout.size and all(checks.is_integer(n) and 0 <= n < 2**48 for n in (chains, draws, size))
-        sound = sound and getattr(torch, description["dtype"]) in _DTYPES
+        sound = sound and getattr(torch, description["dtype"]) in DTYPES
         sound = sound and isinstance(description.get("info", {}), dict)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        raise _damaged(path, f"draws.json is malformed ({error!r})") from error
+        raise damaged(path, f"draws.json is malformed ({error!r})") from error
     if not sound:
-        raise _damaged(path, "layout, shape, dtype and info in draws.json do not go together")
+        raise damaged(path, "layout, shape, dtype and info in draws.json do not go together")
 
 
 def _by_shape(pending: list[tuple[int, int, Tensor, Tensor]]) -> dict[Any, list[tuple[int, int, Tensor, Tensor]]]:
@@ -338,54 +360,3 @@ def _by_shape(pending: list[tuple[int, int, Tensor, Tensor]]) -> dict[Any, list[
     for item in pending:
         groups.setdefault(tuple(item[2].shape), []).append(item)
     return groups
-
-
-def _write_all(file: int, data: memoryview, position: int) -> None:
-    while data:
-        written = os.pwrite(file, data, position)
-        data, position = data[written:], position + written
-
-
-def _make_npy(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """A new file with NumPy's header, and zeros that take no space yet."""
-    number = np.dtype(_DTYPES[dtype])
-    with path.open("xb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(number), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.truncate(file.tell() + math.prod(shape) * number.itemsize)
-
-
-def _npy_header(path: Path) -> tuple[tuple[int, ...], str, int]:
-    """Shape, dtype and the offset of the numbers.
-
-    :raises ValueError: if the file is missing, or is no array of NumPy in C order.
-    """
-    try:
-        check_regular(path)
-        with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            if version != (1, 0):
-                raise ValueError(f"version {version}")
-            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            if is_fortran and len(shape) > 1:
-                raise ValueError("Fortran order")
-            return tuple(shape), dtype.str, file.tell()
-    # NumPy's reader of headers raises errors of Python's tokenizer and parser, too.
-    except (OSError, ValueError, SyntaxError, tokenize.TokenError, RecursionError, TypeError, MemoryError) as error:
-        raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from error
-
-
-def _map_npy(path: Path) -> Tensor:
-    """The numbers of a file as a tensor that reads them on access."""
-    shape, dtype, offset = _npy_header(path)
-    if math.prod(shape) == 0:
-        return torch.from_numpy(np.empty(shape, dtype))
-    with path.open("rb") as file:
-        if sys.platform == "linux":
-            # Private, so that changing a tensor cannot change the file; unreserved, or a store could not be larger
-            # than the memory. Python names the flag from 3.13 on.
-            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
-            mapping = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        else:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return torch.from_numpy(np.frombuffer(mapping, dtype, math.prod(shape), offset).reshape(shape))

@@ -41,7 +41,7 @@ from pyro_apd._version import __version__
 from pyro_apd.diagnostics.arviz_export import compat
 from pyro_apd.diagnostics.arviz_export.predictions import ModelGroups, attempt
 from pyro_apd.diagnostics.arviz_export.variables import Selection, Variables, function_probe
-from pyro_apd.diagnostics.comparison.evaluation import Inputs, find_inputs, model_of
+from pyro_apd.diagnostics.comparison.evaluation import Inputs, check_sampled_model, find_inputs, model_of
 from pyro_apd.diagnostics.draws import draw_shapes, kernel_settings
 from pyro_apd.predictive.chain_draws import ChainDraws
 from pyro_apd.predictive.draws import ChainsLike, PosteriorLike, Values, read_chains, read_draws
@@ -99,6 +99,7 @@ def to_arviz(
     :raises ValueError: if both are None, there are no draws, a name is unknown, a number is out of range, or a group
         is asked for whose model or data are not known.
     :raises TypeError: if an argument is of a kind that holds no draws.
+    :raises ArtifactError: if the model has other frozen weights than the one that was sampled or distilled.
     """
     if mcmc is None and posterior is None:
         raise ValueError("to_arviz needs `mcmc`, `posterior` or both; got neither.")
@@ -108,6 +109,8 @@ def to_arviz(
     chain = None if mcmc is None else read_chains(mcmc, shapes=draw_shapes(posterior), group_by_chain=group_by_chain)
     sets, model = _sets(chain, posterior, num_samples, seed), model_of(mcmc, model)
     inputs = find_inputs(mcmc, model, x, y, None)[0]
+    first = {name: value[0] for name, value in next(iter(sets.values())).items()}
+    check_sampled_model((mcmc, posterior), model, first, inputs)
     asked = {"posterior_predictive": posterior_predictive, "log_likelihood": log_likelihood, "prior": prior or None}
     groups = _groups(sets, Selection(var_names, max_parameters, projections, functions), model, inputs, asked, seed)
     if chain is not None:

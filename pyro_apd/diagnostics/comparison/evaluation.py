@@ -20,6 +20,7 @@ from pyro_apd.data.sources import shown_arguments
 from pyro_apd.diagnostics.draws import flat
 from pyro_apd.predictive import predictive
 from pyro_apd.predictive.draws import Values, kernel_of, run_arguments
+from pyro_apd.predictive.model_check import check_frozen
 from pyro_apd.runtime.tensor_checks import is_dense, shape_of
 
 # Quantiles over weights of the ratio of standard deviations.
@@ -154,7 +155,12 @@ def similarities(reference: Evaluation, other: Evaluation) -> dict[str, float]:
 
 
 def model_of(mcmc: object, model: Callable[..., Any] | None) -> Callable[..., Any] | None:
-    """``model`` where it is given, else that of the kernel, if there is one."""
+    """``model`` where it is given, else that of the kernel, if there is one.
+
+    :raises ValueError: if it cannot be called.
+    """
+    if model is not None and not callable(model):
+        raise ValueError(f"`model` must be a Pyro model, which is called with `x`; got {shape_of(model)}.")
     return model if model is not None else getattr(kernel_of(mcmc), "model", None)
 
 
@@ -204,6 +210,18 @@ def find_inputs(
             note = "Compared on the data that the chain was conditioned on; held-out inputs say more."
             return Inputs(args, kwargs, args, None, {}), [note]
     return None, ["Weights alone were compared, which are unidentified: pass `x` (and a model) for predictions."]
+
+
+def check_sampled_model(
+    sources: Sequence[object], model: Callable[..., Any] | None, draws: Values, inputs: Inputs | None
+) -> None:
+    """Refuses a model with other frozen weights than the one that any of ``sources`` is of.
+
+    :raises ArtifactError: if it has.
+    """
+    if model is not None and inputs is not None:
+        for source in sources:
+            check_frozen(source, model, draws, inputs.args, inputs.kwargs)
 
 
 def evaluate(

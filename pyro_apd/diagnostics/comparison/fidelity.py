@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_apd.diagnostics.comparison.evaluation import Evaluation, evaluate, find_inputs, model_of
+from pyro_apd.diagnostics.comparison.evaluation import (
+    Evaluation,
+    check_sampled_model,
+    evaluate,
+    find_inputs,
+    model_of,
+)
 from pyro_apd.diagnostics.comparison.metric_rows import metric_rows
 from pyro_apd.diagnostics.comparison.split import Split, split_draws
 from pyro_apd.diagnostics.comparison.verdict import Row, overall
@@ -71,6 +77,7 @@ def compare(
     :param bool group_by_chain: whether a dict ``mcmc`` is ``(C, S, ...)``; default by the shapes of ``posterior``.
     :raises ValueError: if there are fewer than 8 draws, sites differ, or arguments do not belong together.
     :raises TypeError: if an argument is of a kind that holds no draws.
+    :raises ArtifactError: if the model has other frozen weights than the one that was sampled or distilled.
     """
     from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity  # brings pandas, which takes a while
 
@@ -80,6 +87,7 @@ def compare(
     model = model_of(mcmc, model)
     inputs, notes = find_inputs(mcmc, model, x, y, ood)
     split = split_draws(chain, posterior, num_samples, seed)
+    check_sampled_model((mcmc, posterior), model, split.draws["chain"], inputs)
     # Finding the structure of the model draws from its prior.
     with preserved_param_store(), seeded(seed, chain.device), torch.no_grad():
         sets = {name: evaluate(model, draws, list(chain.values), inputs) for name, draws in split.draws.items()}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pyro_apd.diagnostics.arviz_export.export import sample_stats, versions
-from pyro_apd.diagnostics.comparison.evaluation import Inputs, find_inputs, model_of
+from pyro_apd.diagnostics.comparison.evaluation import Inputs, check_sampled_model, find_inputs, model_of
 from pyro_apd.diagnostics.comparison.fidelity import compare
 from pyro_apd.diagnostics.comparison.split import split_draws
 from pyro_apd.diagnostics.draws import draw_shapes, flat, kernel_settings
@@ -63,6 +63,7 @@ def report(
     :param str title: heading of the page.
     :raises FileNotFoundError: if the folder does not exist.
     :raises ValueError: as :func:`~pyro_apd.diagnostics.compare`.
+    :raises ArtifactError: likewise.
     """
     # Opened first, so that a folder that does not exist costs no computation.
     with atomic_write(path) as temporary:
@@ -79,6 +80,7 @@ def report(
         page |= _of_draws(chain, posterior, fidelity, seed)
         model = model_of(mcmc, model)
         inputs = find_inputs(mcmc, model, x, y, ood)[0]
+        check_sampled_model((mcmc, posterior), model, chain.pooled([0]), inputs)
         page["functions"] = _functions(chain, posterior, model, inputs, fidelity, seed)
         page |= _of_run(mcmc, chain, model, inputs, seed)
         temporary.write_text(_render(page), encoding="utf-8")

@@ -63,11 +63,33 @@ def test_changing_a_tensor_does_not_change_the_files(path):
     assert torch.equal(open_store(path).unconstrained(), expected_theta())
 
 
-def test_a_replaced_store_leaves_tensors_that_were_read(path):
-    before = open_store(path).get_samples(group_by_chain=True)["w"]
-    store = DiskStore.create(path, LAYOUT, 1, 1, torch.float32)
+def test_a_replaced_store_leaves_tensors_that_were_read(tmp_path):
+    path = tmp_path / "own"
+    fill(DiskStore.create(path, LAYOUT, 2, 5, torch.float32, {"run": "a"})).close()
+    opened = open_store(path)
+    before = opened.get_samples(group_by_chain=True)["w"]
+    store = DiskStore.create(path, LAYOUT, 1, 1, torch.float32, replacing="a")
     assert store.counts == [0]
     assert torch.equal(before, LAYOUT.split(expected_theta())["w"])
+    for stale in (opened, pickle.loads(pickle.dumps(opened))):
+        with pytest.raises(ValueError, match=r"was replaced by that of another run.*open_store"):
+            stale.get_samples()
+
+
+def test_draws_of_another_run_are_not_replaced(path):
+    for replacing in (None, "another"):
+        with pytest.raises(FileExistsError, match=r"store_path=.* earlier run, \[5, 5\] by chain.*Give another path"):
+            DiskStore.create(path, LAYOUT, 1, 1, torch.float32, replacing=replacing)
+    assert open_store(path).counts == [5, 5]
+    os.truncate(path / "theta.npy", 10)
+    with pytest.raises(FileExistsError, match=r"store_path=.* cannot be read .*Give another path"):
+        DiskStore.create(path, LAYOUT, 1, 1, torch.float32)
+
+
+def test_a_store_without_draws_is_replaced(tmp_path):
+    for num_draws in (5, 2):
+        DiskStore.create(tmp_path / "store", LAYOUT, 1, num_draws, torch.float32).close()
+    assert open_store(tmp_path / "store").num_draws == 2
 
 
 def test_a_removed_store_leaves_tensors_that_were_read(path):

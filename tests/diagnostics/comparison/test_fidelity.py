@@ -374,6 +374,8 @@ def test_errors_say_what_came(case):
         compare(case.chain(1, 5), posterior, group_by_chain=True)
     with pytest.raises(ValueError, match="need `x`"):
         compare(mcmc, posterior, y=case.y)
+    with pytest.raises(ValueError, match=r"`model` must be a Pyro model.*got shape \(150"):
+        compare(case.chain(), case.posterior(), case.x, case.model)
     with pytest.raises(ValueError, match="pass `model`"):
         compare(case.chain(), posterior, x=case.x)
     with pytest.raises(ValueError, match=r"`y` has 149 entries.*150"):
