@@ -22,6 +22,7 @@ import copy
 import json
 import logging
 import random
+import shutil
 import struct
 import sys
 import tempfile
@@ -265,6 +266,7 @@ def outcome(kind: str, contents: bytes, original: bytes, path: Path) -> str:
 def store_outcome(rng: random.Random, folder: Path) -> str:
     """A damaged folder of stored draws: ``refused`` by ValueError or OSError, or ``loaded``."""
     path = folder / "store"
+    shutil.rmtree(path, ignore_errors=True)  # a run does not replace the draws of another
     layout = Layout({"w": (3,), "scale": ()}, {"scale": torch.distributions.constraints.positive})
     store = DiskStore.create(path, layout, 2, 5, torch.float32)
     for draw in range(5):

@@ -130,14 +130,11 @@ sample(apd.BNN(nn.Linear(3, 3)), batches, num_data=40)
         + """\
 def padded(items):
     return nn.utils.rnn.pad_sequence([row for row, _ in items], batch_first=True), torch.stack([b for _, b in items])
-
 def model(x, y):
     w = pyro.sample("w", dist.Normal(0.0, 1.0))
     with pyro.plate("data", len(x)):
         pyro.sample("obs", dist.Normal(w * x.mean(1), 1.0), obs=y)
-
-items = [(torch.ones(1 + i % 7), y[i]) for i in range(40)]
-sample(model, DataLoader(items, 10, collate_fn=padded))
+sample(model, DataLoader([(torch.ones(1 + i % 7), y[i]) for i in range(40)], 10, collate_fn=padded))
 """,
         error=ModelError,
         mentions=("'obs' is not a sum over rows", "padding without a mask"),
