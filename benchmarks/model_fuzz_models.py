@@ -530,7 +530,7 @@ def _faults() -> list[Fault]:
             "f = f + (z if f.dim() == 1 else z[:, None])", needs=lambda m: m.style != "plate"),
         one("a column of outputs", "f", "f = f[:, None]", needs=_plain, is_reference=()),
         one("a column of targets", "data", "y = y[:, None]", clean_start=("y = y.squeeze(-1)",), needs=_plain,
-            is_reference=()),
+            is_reference=(), tolerated=("plate",)),  # right in batches of one row alone
         one("columns of outputs and targets", "f", "f, y = f[:, None], y[:, None]", is_reference=(),
             needs=lambda m: _plain(m) and m.plate != "bare" and not (m.style == "plate" and m.in_plate == "out")),
         # Kind 2: something other than the data depends on the number of rows.

@@ -250,14 +250,15 @@ def _with_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tup
 def with_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments, with lists of a number for each row as tensors.
 
-    A list of another length, such as one of layer sizes, is left as it is.
+    A list of another length, such as one of layer sizes, is left as it is, and so is a list of batches.
     """
-    num_rows = next((len(leaf) for _, leaf in _with_rows(args, kwargs)), 0)
+    is_list = len(args) == 1 and isinstance(args[0], (list, tuple))  # whose tensors would be those of its batches
+    num_rows = next((len(leaf) for _, leaf in _with_rows(() if is_list else args, kwargs)), 0)
 
     def converted(value: Any) -> Any:
         if not isinstance(value, (list, tuple)) or len(value) != num_rows or num_rows < 2:
             return value
-        if any(isinstance(entry, Tensor) for entry in value):
+        if any(isinstance(entry, Tensor) or _is_batch(entry) for entry in value):
             return value
         try:
             array = np.asarray(value)
@@ -268,6 +269,13 @@ def with_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tupl
         return torch.as_tensor(array, dtype=torch.get_default_dtype() if array.dtype.kind == "f" else None)
 
     return tuple(map(converted, args)), {name: converted(value) for name, value in kwargs.items()}
+
+
+def _is_batch(entry: Any) -> bool:
+    """Whether an entry of a list is a sequence of tensors or arrays."""
+    return isinstance(entry, (list, tuple)) and any(
+        isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim > 0 for leaf in entry
+    )
 
 
 def _mismatch(message: str, tensors: Mapping[str, Tensor], latents: Mapping[str, Tensor]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -227,8 +228,8 @@ class LoaderBatches(OutsideMemory):
         call = self.bind(joined(batches))
         pool = RowSubsample(call.args, call.kwargs, 1)
         assert pool.num_data is not None
-        labels = pool.probe_rows(inputs)[0].labels
-        return (ProbeRows(pool.num_data, num_rows, lambda rows: pool.bind((rows,)), labels=labels),)
+        (rows,) = pool.probe_rows(inputs)
+        return (replace(rows, batch_size=num_rows, has_all=False),)
 
     def scale(self, inputs: tuple[Tensor, ...]) -> float:
         """N/B, with the average B of an epoch where it is known."""

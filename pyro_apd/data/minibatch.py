@@ -273,7 +273,9 @@ class PlateSubsample(MinibatchSource):
             return lambda rows: Call(self._args, self._kwargs, {**indices, name: rows.to(indices[name].device)})
 
         return tuple(
-            ProbeRows(size, batch, calling(name), plate=name, labels=_labels(self._leaves, size))
+            ProbeRows(
+                size, batch, calling(name), False, _row_size(self._leaves, size), name, _labels(self._leaves, size)
+            )
             for name, (size, batch) in self.plates.items()
         )
 
@@ -348,8 +350,7 @@ class RowSubsample(MinibatchSource):
         """All rows."""
         assert self.num_data is not None
         leaves = [leaf for leaf, has_rows in zip(self._leaves, self._has_rows, strict=True) if has_rows]
-        row_size = sum(leaf.numel() for leaf in leaves) // self.num_data
-        labels = _labels(leaves, self.num_data)
+        row_size, labels = _row_size(leaves, self.num_data), _labels(leaves, self.num_data)
         return (
             ProbeRows(self.num_data, self.batch_size, lambda rows: self.bind((rows,)), True, row_size, labels=labels),
         )
@@ -380,6 +381,12 @@ def check_batch_size(batch_size: int, num_data: int) -> None:
 def _labels(leaves: Sequence[Any], num_rows: int) -> tuple[Tensor, ...]:
     """The tensors of one number for each of ``num_rows`` rows."""
     return tuple(leaf.reshape(-1) for leaf in leaves if _has_rows(leaf) and len(leaf) == leaf.numel() == num_rows)
+
+
+def _row_size(leaves: Sequence[Any], num_rows: int) -> int:
+    """Numbers per row in all tensors of ``num_rows`` rows together."""
+    total = sum(int(leaf.numel()) for leaf in leaves if _has_rows(leaf) and len(leaf) == num_rows)
+    return total // max(num_rows, 1)
 
 
 def _has_rows(leaf: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_apd.data.minibatch import ProbeRows
 from pyro_apd.errors import ModelError
+from pyro_apd.models.probe_batches import Pair, first_rows, random_pair, second_rows, unlike_pairs
 from pyro_apd.models.probe_messages import (
     by_number_message,
     changing_site_message,
@@ -32,8 +33,9 @@ from pyro_apd.runtime.global_state import seeded
 # All rows are run at once where they hold at most so many numbers, or make so many batches.
 _MAX_FULL_NUMBERS = 4_000_000
 _MAX_FULL_BATCHES = 8
-# All rows are compared with the batches that they make, where these are so few.
+# All rows are compared with the batches that they make, where these are so few; of more, so many where they are small.
 _MAX_PARTS = 12
+_FEW_ROWS = 4
 # Pairs of batches of random rows, by point; the first points are near the start, where more is compared.
 _NUM_RANDOM = (0, 2, 1, 1)
 _NUM_NEAR = 2
@@ -79,7 +81,7 @@ class Runs:
     @property
     def unlike(self) -> list[ModelRun]:
         """Runs on other rows and on other numbers of rows."""
-        return [*self.exchanges[0][:2], *self.one_more[2:], *(split[0] for split in self.splits)]
+        return [*self.exchanges[0][:2], *self.one_more[1:], *(split[0] for split in self.splits)]
 
 
 class Probe:
@@ -91,6 +93,7 @@ class Probe:
     """
 
     def __init__(self, model: Callable[..., Any], num_data: int, rows: ProbeRows, points: Sequence[Values]) -> None:
+        self._model = model
         self._probe = RowProbe(model, rows)
         self._num_data = num_data
         self._rows = rows
@@ -114,7 +117,7 @@ class Probe:
     def _drawn(self, count: int) -> dict[str, torch.Size] | None:
         try:
             with seeded(0):
-                trace = self._probe.trace(self._first(count))
+                trace = self._probe.trace(first_rows(self._rows, count))
         except Exception as error:
             self._explain(count, error)
             if self._rows.plate is None:
@@ -160,21 +163,27 @@ class Probe:
         return found
 
     def _runs_at(self, values: Values) -> Runs:
-        rows = self._rows
-        one, two = self._first(rows.batch_size), self._second(rows.batch_size)
+        rows, place = self._rows, self._place(values)
+        one, two = first_rows(rows, rows.batch_size), second_rows(rows, rows.batch_size)
         other = two if rows.num_rows >= 2 * rows.batch_size else one[torch.arange(len(one)) // 2]
-        place = next(i for i, point in enumerate(self._points) if point is values)
-        pairs = [self._random_pair() for _ in range(_NUM_RANDOM[place] if rows.batch_size > 1 else 0)]
+        pairs = [random_pair(rows, self._generator) for _ in range(_NUM_RANDOM[place])]
         if place < _NUM_NEAR or not pairs:
             pairs.insert(0, (one, two))
         exchanges = [self._exchanged(*pair, values) for pair in pairs]
-        if place == _NUM_NEAR - 1:
-            exchanges += self._labels_exchanged(values)
+        splits = [self._split(*pair, values) for pair in pairs]
+        unlike = unlike_pairs(rows, self._model, values, place, self._generator)
+        if rows.batch_size > 1:
+            exchanges += self._unlike_exchanged(unlike, values)
+        else:
+            splits += [self._split(*pair, values) for pair in unlike]
         return Runs(
             tuple(exchanges),
             self._one_row_more(one, other, values) if place < _NUM_NEAR else (),
-            tuple(filter(None, [*(self._split(*pair, values) for pair in pairs), self._partition(values)])),
+            tuple(filter(None, [*splits, self._partition(values)])),
         )
+
+    def _place(self, values: Values) -> int:
+        return next(i for i, point in enumerate(self._points) if point is values)
 
     def _run(self, rows: Tensor, values: Values) -> ModelRun:
         """A run, made once."""
@@ -195,12 +204,14 @@ class Probe:
             return None
 
     def _partition(self, values: Values) -> tuple[ModelRun, ...] | None:
-        """Runs on all rows and on each batch of them; None where that is too much, or the model fails on one."""
-        rows = torch.arange(self._rows.num_rows)
-        is_point = values is self._points[min(1, len(self._points) - 1)]
-        if not is_point or not self._is_full_affordable or len(rows) > _MAX_PARTS * self._rows.batch_size:
+        """Runs on many rows and on each batch of them; None where that is too much, or the model fails on one."""
+        size, num_rows = self._rows.batch_size, self._rows.num_rows
+        count = min(num_rows, _MAX_PARTS * size)
+        is_point = self._place(values) == min(_NUM_NEAR, len(self._points)) - 1
+        if not is_point or not self._is_affordable(count) or (count < num_rows and size > _FEW_ROWS):
             return None
-        runs = [self._attempt(part, values) for part in (rows, *rows.split(self._rows.batch_size))]
+        rows = first_rows(self._rows, count)
+        runs = [self._attempt(part, values) for part in (rows, *rows.split(size))]
         found = tuple(run for run in runs if run is not None)
         return found if len(found) == len(runs) else None
 
@@ -231,42 +242,24 @@ class Probe:
         crossed = torch.cat([two[half:], one[:half]]), torch.cat([one[half:], two[:half]])
         return tuple(self._run(rows, values) for rows in (one, two, *crossed))
 
-    def _labels_exchanged(self, values: Values) -> Iterator[tuple[ModelRun, ...]]:
-        """The same where one batch has the smallest value of a label alone, and the other one the largest."""
-        count = self._rows.batch_size
-        for label in self._rows.labels if count > 1 else ():
-            least, most = label.argmin().cpu(), label.argmax().cpu()
-            if 2 * len(label.unique()) <= len(label):  # else they are no labels
-                with contextlib.suppress(Exception):  # a model may fail on batches that it never meets
-                    yield self._exchanged(least.expand(count).clone(), most.expand(count).clone(), values)
+    def _unlike_exchanged(self, pairs: Sequence[Pair], values: Values) -> Iterator[tuple[ModelRun, ...]]:
+        """The same where each batch holds one row alone, of two that are as unlike as can be.
 
-    def _first(self, count: int) -> Tensor:
-        """``count`` rows at even distances from the first row on; repeated where there are fewer."""
-        if count <= self._rows.num_rows:
-            return torch.arange(count) * self._rows.num_rows // count
-        return torch.arange(count) % self._rows.num_rows
-
-    def _second(self, count: int) -> Tensor:
-        """As many others, as far as there are, in another order."""
-        num_rows = self._rows.num_rows
-        shift = num_rows // count // 2 if num_rows >= 2 * count else num_rows - count
-        return ((self._first(count) + shift) % num_rows).flip(0)
-
-    def _random_pair(self) -> tuple[Tensor, Tensor]:
-        """Two batches of random rows: a model may treat some batches in another way."""
-        shape = (2, self._rows.batch_size)
-        one, two = torch.randint(self._rows.num_rows, shape, generator=self._generator)
-        return one, two
+        A model that does something else where a batch leans to one side shows it there.
+        """
+        for one, two in pairs:
+            with contextlib.suppress(Exception):  # a model may fail on batches that it never meets
+                yield self._exchanged(one, two, values)
 
     def full_run(self) -> ModelRun | None:
         """A run on all rows, where that is affordable."""
-        return self._run(torch.arange(self._rows.num_rows), self._points[0]) if self._is_full_affordable else None
+        is_possible = self._rows.has_all and self._is_affordable(self._rows.num_rows)
+        return self._run(torch.arange(self._rows.num_rows), self._points[0]) if is_possible else None
 
-    @property
-    def _is_full_affordable(self) -> bool:
-        rows = self._rows
-        is_small = rows.num_rows * rows.row_size <= _MAX_FULL_NUMBERS
-        return rows.has_all and (is_small or rows.num_rows <= _MAX_FULL_BATCHES * rows.batch_size)
+    def _is_affordable(self, num_rows: int) -> bool:
+        """Whether so many rows can be run at once."""
+        is_small = num_rows * self._rows.row_size <= _MAX_FULL_NUMBERS
+        return is_small or num_rows <= _MAX_FULL_BATCHES * self._rows.batch_size
 
     def check_constant(self, name: str, what: str, *, other_plates: bool = False) -> None:
         """Refuses a site that must not depend on the rows, but does.
@@ -347,8 +340,8 @@ class Probe:
         return any(
             runs.one.site(name).differs(run.site(name), is_exact)
             for runs in self.runs
-            for exchange in runs.exchanges
-            for run in exchange
+            for run in runs.all
+            if run.num_rows == runs.one.num_rows
         )
 
     def _hides_effects(self, name: str) -> bool:

@@ -103,17 +103,30 @@ def _refuse_outer_factor(name: str, shape: torch.Size, plates: dict[int | None, 
 
 
 def _refuse_square_factor(name: str, site: Site, arguments: list[Tensor]) -> None:
-    """A factor outside plates with a term for each pair of rows, of arguments that have none for each pair."""
+    """A factor outside plates with a term for each pair of rows, where no argument has one and pairs are not meant."""
     shape = torch.Size(site["fn"].batch_shape)
     counts = {len(argument) for argument in arguments if argument.dim() > 0 and len(argument) > 1}
     is_square = site["value"].numel() == 0 and len(shape) > 1 and shape[-1] == shape[-2] and shape[-1] in counts
     pairs = [argument for argument in arguments if argument.dim() > 1 and argument.shape[:2] == shape[-2:]]
-    if is_square and not site["cond_indep_stack"] and not pairs:
+    if is_square and not site["cond_indep_stack"] and not pairs and not _is_of_one_quantity(site):
         raise DataError(
             f"Factor '{name}' has shape {tuple(shape)} for arguments of {shape[-1]} rows, a term for each pair: "
             "targets and predictions broadcast against each other. Give both one shape; for a column, f.squeeze(-1). "
             f"If pairs are meant, give their sum: pyro.factor('{name}', terms.sum())."
         )
+
+
+def _is_of_one_quantity(site: Site) -> bool:
+    """Whether a factor compares a quantity of each row with the same one of each other row.
+
+    Then a row and itself give one value for all rows, as differences do, or the order of two rows has no effect. A
+    target that meets every prediction shows neither.
+    """
+    terms = site["fn"].log_prob(site["value"]).detach()
+    if torch.allclose(terms, terms.reshape(-1)[0]):
+        return False
+    diagonal = terms.diagonal(dim1=-2, dim2=-1)
+    return torch.allclose(diagonal, diagonal[..., :1]) or torch.allclose(terms, terms.transpose(-1, -2))
 
 
 def _message(name: str, value: Tensor, shape: torch.Size) -> str:

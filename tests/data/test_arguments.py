@@ -287,3 +287,11 @@ def test_a_stated_number_must_have_an_effect():
         build_potential(model, (X, Y), {}, num_data=40)
         words = "plates, of sizes {'rows': 40}" if settings else "no argument has 50 rows"
         assert words in refused(X, Y, model=model, num_data=50)
+
+
+@pytest.mark.parametrize("convert", [torch.as_tensor, np.asarray], ids=["tensors", "arrays"])
+def test_batches_as_long_as_their_list_stay_a_list(convert):
+    batches = [[convert(np.ones((3, 2))), convert(np.zeros((3, 2)))] for _ in range(3)]
+    assert with_tensors((batches,), {"table": torch.zeros(3)})[0] == (batches,)
+    args, _ = with_tensors(([batch[0] for batch in batches],), {})
+    assert isinstance(args[0], list)

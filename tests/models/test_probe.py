@@ -442,3 +442,93 @@ def test_a_factor_of_what_sorted_batches_have_in_common_is_refused():
         build_potential(model, (loader,), {})
     potential, _ = build_potential(model, (loader,), {"reads_data": False})
     assert potential._structure.scaled == {"obs": False}
+
+
+@pytest.mark.parametrize("likelihood", ["a sample site", "a factor"])
+@pytest.mark.parametrize("style", ["batch_size", "plate"])
+def test_what_depends_on_the_side_to_which_outputs_lean_is_refused(style, likelihood):
+    def doubled(x, y, v, plate):
+        mean = x @ weights()
+        mean = 2 * mean if mean.mean() > 0 else mean
+        with plate:
+            if likelihood == "a factor":
+                pyro.factor("obs", dist.Poisson((0.3 * mean).exp()).log_prob(v))
+            else:
+                scored(mean, y)
+
+    # Batches of several rows lean the same way, unless they hold both rows that lean the other way.
+    x = 1.0 + 0.1 * torch.rand(60, 1, generator=_GENERATOR).expand(60, 3)
+    x[[1, 29]] = -1.3
+    rows = x, torch.randn(60, generator=_GENERATOR), torch.poisson(torch.full((60,), 3.0), generator=_GENERATOR)
+    model, _, settings = STYLES[style](doubled)
+    with pytest.raises(ModelError, match="'obs' is not a sum over rows"):
+        build_potential(model, rows, {}, **settings)
+
+
+def test_labels_that_are_true_or_false_show_in_batches_of_one_label():
+    def model(x, y, g):
+        w = weights()
+        with pyro.plate("data", len(x)):
+            scored(x @ w * (1.0 + g.any()), y)
+
+    g = torch.zeros(200, dtype=torch.bool)
+    g[150] = True
+    with pytest.raises(ModelError, match="not a sum over rows"):
+        build_potential(model, (torch.randn(200, 3), torch.randn(200), g), {}, batch_size=B)
+
+
+def normalised_weights(x, y, v, plate):
+    w = weights()
+    with plate, pyro.poutine.scale(scale=v / v.mean()):
+        scored(x @ w, y)
+
+
+def missing_at_first(x, y, v, plate):
+    w = weights()
+    with plate, pyro.poutine.mask(mask=v > 0.9):
+        scored(x @ w, y, len(x) ** 0.5)
+
+
+ONE_ROW = {
+    "leaning": (centred_where_the_batch_leans, 30, lambda rows: (rows, {"batch_size": 1})),
+    "two data": (normalised_weights, 2, lambda rows: ((DataLoader(TensorDataset(*rows), batch_size=1),), {})),
+    "masked": (
+        missing_at_first,
+        4,
+        lambda rows: ((list(DataLoader(TensorDataset(*rows), batch_size=1)),), {"num_data": 4}),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ONE_ROW)
+def test_in_batches_of_one_row_others_are_joined_to_it(case):
+    body, count, given = ONE_ROW[case]
+    x = torch.full((count, 3), -0.5) + 0.1 * torch.randn(count, 3, generator=_GENERATOR)
+    x[-1] += 2.0
+    v = torch.full((count,), 0.5)
+    v[-1] = 1.0
+    args, settings = given((x, torch.randn(count, generator=_GENERATOR), v))
+    with pytest.raises(ModelError, match=r"'obs'.* changes with the number of rows"):
+        build_potential(given_rows(body), args, {}, **settings)
+
+
+def test_a_penalty_by_number_shows_in_a_plate_that_takes_all_rows_but_one():
+    def model(x, y):
+        w = weights()
+        with pyro.plate("data", len(x), subsample_size=len(x) - 1) as rows:
+            scored(x[rows] @ w, y[rows])
+        pyro.factor("penalty", -w.square().sum() * len(rows))
+
+    with pytest.raises(ModelError, match="'penalty' depends on the number of rows"):
+        build_potential(model, (X, Y), {})
+
+
+def test_data_that_seldom_differ_are_taken_from_a_plate():
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y), subsample_size=1) as rows:
+            scored(mean, y[rows])
+
+    y = torch.zeros(12)
+    y[5] = 1.0
+    assert build_potential(model, (y,), {})[0].num_data == 12

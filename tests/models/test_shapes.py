@@ -72,6 +72,25 @@ def test_a_factor_for_each_pair_of_rows():
         build_potential(model, (X, COLUMN[:, 0]), {})
 
 
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        lambda f, y: torch.nn.functional.logsigmoid(f[:, None] - f),
+        lambda f, y: (y[:, None] > y) * (f[:, None] - f),
+        lambda f, y: -((f[:, None] + f) ** 2),
+    ],
+    ids=["differences", "in the order of targets", "symmetric"],
+)
+def test_a_factor_that_compares_each_row_with_each_other_runs(pairs):
+    def model(x, y, column=False):
+        f = x @ pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.factor("pairs", dist.Normal(f[:, None], 1.0).log_prob(y) if column else pairs(f, y))
+
+    build_potential(model, (X, COLUMN[:, 0]), {})
+    with pytest.raises(DataError, match=r"'pairs'.*a term for each pair"):
+        build_potential(model, (X, COLUMN[:, 0]), {"column": True})
+
+
 @pytest.mark.parametrize("num_outputs", [2, 10])
 def test_several_outputs_without_to_event(num_outputs):
     def model(x, y):

@@ -35,6 +35,24 @@ with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(z @ w, 1.0), obs
         _SUM,
     ),
     _entry(
+        "What is done where the batch leans to one side",
+        """
+f = x @ w
+with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(2 * f if f.mean() > 0 else f, 1.0), obs=y)
+        """,
+        ("'obs'", "not a sum over rows", "a statistic of the batch"),
+        "The same row counts otherwise in a batch with others. The model is run on batches of one row alone to see it.",
+        _SUM,
+    ),
+    _entry(
+        "The number of rows in batches of one row",
+        'with pyro.plate("data", len(x)): pyro.sample("obs", dist.Normal(x @ w, len(x) ** 0.5), obs=y)',
+        ("'obs'", "changes with the number of rows", "constants in place of len(x)"),
+        "With one row in each batch it does not change, and yet is another one than for all data.",
+        _SUM,
+        run="sample(model, x, y, batch_size=1)",
+    ),
+    _entry(
         "Lagged targets in mini-batches",
         """
 lag = torch.cat([y[:1], y[:-1]])
