@@ -197,7 +197,12 @@ class Probe:
         return self._made[key]
 
     def _attempt(self, rows: Tensor, values: Values) -> ModelRun | None:
-        """The same; None where the model fails, on a number of rows that it never meets in a run."""
+        """The same; None where the model fails, on a number of rows that it never meets in a run, or ignores ``rows``.
+
+        A plate that takes all its rows ignores their indices.
+        """
+        if self._rows.plate is not None and len(rows) >= self._num_data > len(rows.unique()):
+            return None
         try:
             return self._run(rows, values)
         except Exception:  # a model may do anything with a number of rows that it was not written for

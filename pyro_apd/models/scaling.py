@@ -88,9 +88,11 @@ def _check_plate_scale(probe: Probe, name: str, plates: Mapping[str, tuple[int, 
     site = first.one.site(name)
     if site.same_scale is None:
         return
-    expected = math.prod(size / batch for plate, (size, batch) in plates.items() if plate in site.plates)
-    if _close(site.same_scale, expected**2) and not _close(expected, 1.0):
-        raise ModelError(_scaled_twice_message(name, site.same_scale, expected))
+    ratios = [size / batch for plate, (size, batch) in plates.items() if plate in site.plates]
+    expected = math.prod(ratios)
+    for twice in (expected, *ratios):
+        if _close(site.same_scale, twice * expected) and not _close(twice, 1.0):
+            raise ModelError(_scaled_twice_message(name, site.same_scale, expected))
     if site.scale is None:
         return
     resized = first.resized

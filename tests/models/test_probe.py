@@ -532,3 +532,4 @@ def test_data_that_seldom_differ_are_taken_from_a_plate():
     y = torch.zeros(12)
     y[5] = 1.0
     assert build_potential(model, (y,), {})[0].num_data == 12
+    assert build_potential(model, (torch.tensor([0.0, 1.0]),), {})[0].num_data == 2

@@ -246,3 +246,17 @@ def test_a_model_for_one_number_of_rows_is_refused():
 
     with pytest.raises(ModelError, match=r"takes batches of 20 rows and fails on one row more.*len\(x\)"):
         build_potential(model, (X, Y), {}, batch_size=20)
+
+
+def test_n_over_b_of_one_of_two_plates_by_hand_is_refused():
+    def model(y, factor):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        rows, outputs = pyro.plate("data", 10, 2, dim=-2), pyro.plate("outputs", 3, 2, dim=-1)
+        with rows as i, outputs as j, poutine.scale(scale=factor):
+            pyro.sample("obs", dist.Normal(mean, 1.0), obs=y[i][:, j])
+
+    y = torch.linspace(-1.0, 1.0, 30).reshape(10, 3)
+    build_potential(model, (y, 0.7), {})
+    for factor in (10 / 2, 3 / 2, 10 / 2 * 3 / 2):
+        with pytest.raises(ModelError, match=r"'obs' is scaled by .*counts twice"):
+            build_potential(model, (y, factor), {})
