@@ -532,6 +532,7 @@ def _faults() -> list[Fault]:
         one("a column of targets", "data", "y = y[:, None]", clean_start=("y = y.squeeze(-1)",), needs=_plain,
             is_reference=(), tolerated=("plate",)),  # right in batches of one row alone
         one("columns of outputs and targets", "f", "f, y = f[:, None], y[:, None]", is_reference=(),
+            tolerated=("plate",),  # right in batches of one row alone
             needs=lambda m: _plain(m) and m.plate != "bare" and not (m.style == "plate" and m.in_plate == "out")),
         # Kind 2: something other than the data depends on the number of rows.
         two("N/B in a factor's value", "observed", 'with pyro.plate("data", len(x)):',
