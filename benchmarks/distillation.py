@@ -3,12 +3,14 @@
 
 """What each way to store a posterior loses, by bytes.
 
-``python -m benchmarks.distillation [--data toy|digits|digits8|concrete|yacht|uci|mnist|mnist400|all] [--quick]``
+``python -m benchmarks.distillation [--data NAME ...] [--quick]``
 
-Chains are sampled once and cached (see :mod:`benchmarks.distillation_cases`). Every method is fitted to the same draws
-and compared with the same number of draws that were held out from all methods. Other draws of the chain are compared in
-the same way; their difference is the resolution of the comparison. Results are stored one by one; stored results are
-computed again only with ``--again``.
+Names are those of :data:`benchmarks.distillation_cases.CASES`, ``uci`` and ``all``. Chains are sampled once and cached
+(see :mod:`benchmarks.distillation_cases`). Every method is fitted to the same draws and compared with the same number
+of draws that were held out from all methods. Other draws of the chain are compared in the same way; their difference is
+the resolution of the comparison. Results are stored one by one; stored results are computed again only with
+``--again``. Seconds are CPU seconds of the process. All results that are stored make one figure,
+``results/distillation_frontier.png``.
 
 ``--rows validation`` compares on rows that are neither for training nor for testing, and without the
 out-of-distribution sets. Settings are to be chosen by these.
@@ -18,31 +20,30 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import RESULTS, markdown_table, write_json
+from benchmarks.common import RESULTS, write_json
 from benchmarks.distillation_cases import CASES, Case, Problem, split
+from benchmarks.distillation_figure import frontier
 from benchmarks.distillation_methods import (
     Material,
     Method,
-    aligned,
-    as_int8,
     default,
     flow_matching,
-    herded,
     low_rank,
     mean_field,
     ours,
-    ours_int8,
     paper,
-    thinned,
+    stored,
+    swag,
     timed,
 )
+from benchmarks.distillation_tables import brief, summary, table
+from benchmarks.distillation_targets import rivals, targets
 from pyro_apd.diagnostics.comparison.evaluation import Evaluation, Inputs, evaluate, similarities
 from pyro_apd.models.layout import Layout
 from pyro_apd.predictive.predictive import outputs
@@ -51,26 +52,24 @@ NUM_DRAWS = 100
 # Names for several cases.
 SEVERAL = {"uci": ("concrete", "yacht"), "all": tuple(CASES)}
 METHODS: dict[str, Method] = {
-    "stored, thinned": thinned,
-    "stored, herded": herded,
-    "stored in int8, thinned": as_int8(thinned),
-    "stored in int8, herded": as_int8(herded),
+    "generator": ours,
+    "stored, thinned": stored("float32"),
+    "stored, herded": stored("float32", "herded"),
+    "int8, thinned": stored("int8"),
+    "int8, herded": stored("int8", "herded"),
+    "int4, error feedback": stored("int4"),
+    "int3, error feedback": stored("int3"),
+    "int2, error feedback": stored("int2"),
     "low rank + diagonal": low_rank,
+    "SWAG": swag,
     "flow matching": flow_matching,
-    "ours": ours,
-    "ours, int8": ours_int8,
 }
 # Methods of one size only.
 FIXED: dict[str, Method] = {
     "default": default,
-    "default, chains aligned": aligned,
     "mean field": mean_field,
     **{f"paper, {name}": paper(name, 300) for name in ("wgan-gp", "wgan", "lsgan", "non-saturating")},
 }
-# Goals: largest difference from 100 held-out draws by metric, in points or per cent.
-POINTS = {"accuracy": 0.1, "one_draw_accuracy": 0.3, "auroc": 0.5}
-PER_CENT = {"nll": 1.0, "mean_mi": 5.0}
-SEVERAL_MODES = {"accuracy": 0.3, "one_draw_accuracy": 0.5, "auroc": 1.0, "nll": 2.0, "mean_mi": 8.0}
 
 
 def predictions(problem: Problem, layout: Layout, theta_SD: Tensor, rows: str) -> Evaluation:
@@ -117,23 +116,27 @@ def run_seed(case: Case, seed: int, options: argparse.Namespace, stored: dict[st
     store = case.sample(problem, seed, options.quick)
     train_CTD, held_CHD = split(store.theta_CSD)
     held_ND = held_CHD.transpose(0, 1).flatten(0, 1)
-    reference = predictions(problem, store.layout, _spaced(held_ND, NUM_DRAWS), options.rows)
+    # As many draws of each: mutual information grows with their number.
+    num_draws = min(NUM_DRAWS, len(held_ND))
+    reference = predictions(problem, store.layout, _spaced(held_ND, num_draws), options.rows)
     material = Material(problem, store.layout, train_CTD.contiguous(), seed)
     stored["held-out SGLD"] = compared(reference, reference)
     stored["other draws"] = compared(
-        reference, predictions(problem, store.layout, _spaced(material.interleaved(), NUM_DRAWS), options.rows)
+        reference, predictions(problem, store.layout, _spaced(material.interleaved(), num_draws), options.rows)
     )
     wanted = [(f"{name}, {k:g}", method, k) for name, method in METHODS.items() for k in case.networks]
-    # One chain cannot be aligned.
-    wanted += [(name, method, 0.0) for name, method in FIXED.items() if len(train_CTD) > 1 or method is not aligned]
+    wanted += [(name, method, 0.0) for name, method in FIXED.items()]
     for label, method, networks in wanted:
-        if label in stored or (options.methods and not any(label.startswith(name) for name in options.methods)):
+        is_wanted = not options.methods or label.startswith(tuple(options.methods))
+        if label in stored or not is_wanted or label.startswith(case.without):
             continue
         before = _reset_peak()
         fitted, seconds = timed(method, material, networks)
         beyond = _memory("VmHWM") - before
+        if fitted is None:
+            continue
         torch.manual_seed(1000 + seed)
-        theta_SD = fitted.sample(NUM_DRAWS)
+        theta_SD = fitted.sample(num_draws)
         figures = compared(reference, predictions(problem, store.layout, theta_SD, options.rows))
         figures |= novelty(material.interleaved(), held_ND, theta_SD)
         stored[label] = {
@@ -143,7 +146,7 @@ def run_seed(case: Case, seed: int, options: argparse.Namespace, stored: dict[st
             "peak_bytes": beyond,
             **figures,
         }
-        print(f"{case.name} seed {seed} {label}: {seconds:.0f} s, {brief(stored[label], stored)}", flush=True)
+        print(f"{case.name} seed {seed} {label}: {seconds:.1f} s, {brief(stored[label], stored)}", flush=True)
         options.save()
 
 
@@ -165,131 +168,6 @@ def _reset_peak() -> int:
 def _spaced(draws_ND: Tensor, count: int) -> Tensor:
     count = min(count, len(draws_ND))
     return draws_ND[torch.linspace(0, len(draws_ND) - 1, count).round().long()]
-
-
-def brief(figures: Mapping[str, float], stored: Mapping[str, Any]) -> str:
-    """The differences for the goals."""
-    return ", ".join(f"{name} {text}" for name, text, _ in differences(figures, stored["held-out SGLD"]))
-
-
-def differences(figures: Mapping[str, float], chain: Mapping[str, float]) -> list[tuple[str, str, float]]:
-    """Name, text and size of each difference from the chain: points for shares, per cent for the rest."""
-    found = []
-    for name, value in figures.items():
-        if name == "mi_correlation":
-            found.append((name, f"{value:.3f}", value))
-        elif name in chain and chain[name] and not name.startswith(("weight_sd", "agreement", "total_variation")):
-            is_share = name.startswith(("accuracy", "one_draw", "auroc", "ece"))
-            size = 100 * (value - chain[name]) if is_share else 100 * (value / chain[name] - 1)
-            found.append((name, f"{size:+.2f}" if is_share else f"{size:+.1f} %", size))
-    return found
-
-
-def table(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
-    """Means over seeds, one row per method."""
-    labels = list(dict.fromkeys(label for stored in by_seed.values() for label in stored))
-    chain_names = [name for name, _, _ in differences(*[next(iter(by_seed.values()))["held-out SGLD"]] * 2)]
-    header = ["method", "networks", "s", "MB", *(name.replace("mean_", "").replace("_", " ") for name in chain_names)]
-    header += ["agreement", "TV", "sd ratio 5 / 50 / 95 %", "nearest", "support"]
-    rows = []
-    for label in labels:
-        runs = [(stored[label], stored["held-out SGLD"]) for stored in by_seed.values() if label in stored]
-        cells = [label, _mean(runs, "networks", "{:.1f}"), _mean(runs, "seconds", "{:.0f}")]
-        cells.append(f"{sum(run[0].get('peak_bytes', 0) for run in runs) / len(runs) / 1e6:.0f}")
-        for name in chain_names:
-            sizes = [dict((n, s) for n, _, s in differences(*run)).get(name, float("nan")) for run in runs]
-            mean = sum(sizes) / len(sizes)
-            if label == "held-out SGLD":
-                cells.append(f"{sum(run[0][name] for run in runs) / len(runs):.4f}")
-            else:
-                cells.append(f"{mean:.3f}" if name == "mi_correlation" else f"{mean:+.1f}")
-        quantiles = [_mean(runs, f"weight_sd_ratio_{q}", "{:.2f}") for q in (5, 50, 95)]
-        cells += [_mean(runs, "agreement", "{:.4f}"), _mean(runs, "total_variation", "{:.4f}"), " / ".join(quantiles)]
-        cells += [_mean(runs, "nearest", "{:.2f}"), _mean(runs, "support", "{:.0f}")]
-        rows.append(cells)
-    seeds = ", ".join(by_seed)
-    note = "Held-out SGLD: metrics; below: differences from it, shares in points, the rest in per cent."
-    return f"\n### {case.name}, seeds {seeds}\n\n{note}\n\n{markdown_table(header, rows)}\n\n{goals(case, by_seed)}"
-
-
-def summary(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
-    """The same in few columns: for out-of-distribution sets, the smallest and the largest difference.
-
-    A regression has its RMSE for accuracies, its standard deviation for entropy, the model's variance for information.
-    """
-    header = ["method", "networks", "s", "accuracy", "one draw", "NLL", "MI", "MI, OOD", "AUROC by entropy, OOD"]
-    header += ["AUROC by MI, OOD", "MI input by input", "TV", "nearest", "support"]
-    rows = []
-    for label in dict.fromkeys(label for stored in by_seed.values() for label in stored):
-        runs = [(stored[label], stored["held-out SGLD"]) for stored in by_seed.values() if label in stored]
-        if label == "held-out SGLD":
-            continue
-        sizes = [{name: size for name, _, size in differences(*run)} for run in runs]
-        mean = {name: sum(size[name] for size in sizes) / len(sizes) for name in sizes[0]}
-        cells = [label, _mean(runs, "networks", "{:.1f}"), _mean(runs, "seconds", "{:.0f}")]
-        total, model = ("entropy", "mi") if "mean_mi" in mean else ("sd", "epistemic")
-        first = "rmse" if "rmse" in mean else "accuracy"
-        names = (first, "one_draw_accuracy", "nll", f"mean_{model}")
-        cells += [f"{mean[name]:+.1f}" if name in mean else "" for name in names]
-        for start in (f"mean_{model}[", f"auroc_{total}[", f"auroc_{model}["):
-            found = [value for name, value in mean.items() if name.startswith(start)]
-            cells.append(f"{min(found):+.1f} to {max(found):+.1f}" if found else "")
-        cells.append(_mean(runs, f"{model}_correlation", "{:.3f}"))
-        cells += [_mean(runs, name, form) for name, form in
-                  (("total_variation", "{:.4f}"), ("nearest", "{:.2f}"), ("support", "{:.0f}"))]  # fmt: skip
-        rows.append(cells)
-    return f"\n#### {case.name}, seeds {', '.join(by_seed)}\n\n{markdown_table(header, rows)}"
-
-
-def _mean(runs: list[tuple[Mapping[str, float], Mapping[str, float]]], name: str, form: str) -> str:
-    values = [run[0][name] for run in runs if name in run[0]]
-    return form.format(sum(values) / len(values)) if values else ""
-
-
-def goals(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
-    """Which goals our default generator meets, on means over seeds."""
-    limits = {**POINTS, **PER_CENT} if case.chains.num_chains == 1 else SEVERAL_MODES
-    lines = []
-    labels = sorted({label for stored in by_seed.values() for label in stored if label.startswith(("ours", "default"))})
-    for label in labels:
-        totals: dict[str, list[float]] = {}
-        for stored in by_seed.values():
-            if label in stored:
-                for name, _, size in differences(stored[label], stored["held-out SGLD"]):
-                    totals.setdefault(name, []).append(size)
-        missed = []
-        for name, sizes in totals.items():
-            mean = sum(sizes) / len(sizes)
-            limit = next((value for key, value in limits.items() if name.startswith(key)), None)
-            if limit is not None and abs(mean) > limit:
-                missed.append(f"{name} {mean:+.2f} (limit {limit:g})")
-        lines.append(f"* {label}: " + ("every goal met" if not missed else "missed " + ", ".join(missed)))
-    return "\n".join(lines)
-
-
-def figure(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> None:
-    """Quality against bytes, one curve per method: ``results/distillation_CASE.png``."""
-    from matplotlib.figure import Figure
-
-    names = [name for name in ("nll", "mean_mi") if name in next(iter(by_seed.values()))["held-out SGLD"]]
-    names += [name for name in next(iter(by_seed.values()))["held-out SGLD"] if name.startswith("mean_mi[")][:2]
-    page = Figure(figsize=(4 * len(names), 3.6), layout="constrained")
-    axes = page.subplots(1, len(names), squeeze=False)[0]
-    for ax, name in zip(axes, names, strict=True):
-        curves = {method: [f"{method}, {k:g}" for k in case.networks] for method in METHODS}
-        for (method, labels), marker in zip({**curves, "default": ["default"]}.items(), "os^vD*PXh", strict=False):
-            points = []
-            for label in labels:
-                runs = [(s[label], s["held-out SGLD"]) for s in by_seed.values() if label in s]
-                sizes = [100 * (found[name] / held_out[name] - 1) for found, held_out in runs]
-                if runs:
-                    points.append((runs[0][0]["networks"], sum(sizes) / len(sizes)))
-            ax.plot(*zip(*points, strict=True), marker=marker, label=method) if points else None
-        ax.axhline(0, color="black", lw=0.8)
-        ax.set(xscale="log", xlabel="networks of float32", ylabel="% from held-out SGLD", title=name)
-        ax.set_yscale("symlog", linthresh=10)
-    axes[0].legend(fontsize=7)
-    page.savefig(RESULTS / f"distillation_{case.name}.png", dpi=110)
 
 
 def parse() -> argparse.Namespace:
@@ -326,8 +204,10 @@ def main() -> None:
             run_seed(case, seed, options, known.setdefault(str(seed), {}))
         print(table(case, known), flush=True)
         print(summary(case, known), flush=True)
-        if is_stored:
-            figure(case, known)
+        print(targets(case, known), flush=True)
+        print(rivals(case, known), flush=True)
+    if not options.quick and options.rows == "test":
+        frontier(RESULTS)
 
 
 if __name__ == "__main__":

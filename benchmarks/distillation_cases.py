@@ -16,16 +16,20 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks import large_networks
 from pyro_apd import BNN, MCMC, SGLD, datasets, open_store
 from pyro_apd.chains.stores.base import DrawStore
 
 CACHE = Path(os.environ.get("PYRO_APD_CACHE", Path.home() / ".cache" / "pyro_apd" / "benchmarks"))
 PERIOD, HELD_OUT = 10, 2
+# Sizes of generators and stored draws, in networks of float32.
+BUDGETS = (0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 12.0)
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,17 @@ class Case:
 
     :ivar build: from a seed to the problem.
     :ivar tuple networks: sizes, in networks of float32, of the generators and stored draws to compare.
+    :ivar trained: makes the model with a trained network, where the chains start; from a draw of its prior a deep
+        network learns very slowly.
+    :ivar tuple without: beginnings of the names of methods that take too long.
     """
 
     name: str
     build: Callable[[int], Problem]
     chains: Chains
-    networks: tuple[float, ...] = (4, 8, 12, 32)
+    networks: tuple[float, ...] = BUDGETS
+    trained: Callable[[], BNN] | None = None
+    without: tuple[str, ...] = ()
 
     def sample(self, problem: Problem, seed: int, quick: bool = False) -> DrawStore:
         """The chains' draws: from the cache, else sampled and cached."""
@@ -79,9 +88,12 @@ class Case:
         folder = CACHE / f"{self.name}-{seed}{'-quick' if quick else ''}"
         if (folder / "complete").exists():
             return open_store(folder / "draws")
-        kernel = SGLD(
-            problem.model, chains.step_size, batch_size=chains.batch_size, thinning=thinning, seed=seed, compile="auto"
-        )
+        start: dict[str, Any] = {"compile": "auto"}
+        model = problem.model
+        if self.trained is not None:
+            model = self.trained()
+            start = {"compile": False, "init_strategy": model.init_to_network}
+        kernel = SGLD(model, chains.step_size, batch_size=chains.batch_size, thinning=thinning, seed=seed, **start)
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / "draws", ignore_errors=True)  # of an interrupted run
         mcmc = MCMC(
@@ -121,8 +133,11 @@ def digits(seed: int) -> Problem:
     return Problem(model, (data.x_train, data.y_train), (data.x_test, data.y_test), ood)
 
 
-def mnist(*hidden: int) -> Callable[[int], Problem]:
-    """MNIST with the paper's split and prior: 50,000 rows to train on; five sets of 2,000 in the same range."""
+def mnist(*hidden: int, num_rows: int = 10_000) -> Callable[[int], Problem]:
+    """MNIST with the paper's split and prior: 50,000 rows to train on; five sets of 2,000 in the same range.
+
+    :param int num_rows: test rows, of 10,000, and the same share of the other sets.
+    """
 
     def build(seed: int) -> Problem:
         data = datasets.mnist(_root())
@@ -135,9 +150,9 @@ def mnist(*hidden: int) -> Callable[[int], Problem]:
             "Gaussian": torch.randn(2000, 784, generator=generator).clamp(-1, 1),
             "uniform": 2 * torch.rand(2000, 784, generator=generator) - 1,
         }
-        train, validation = data.x_train[:50_000], data.x_train[50_000:]
-        labels = data.y_train
-        return Problem(model, (train, labels[:50_000]), (data.x_test, data.y_test), ood, (validation, labels[50_000:]))
+        ood = {name: value[: num_rows // 5] for name, value in ood.items()}
+        train, test = (data.x_train[:50_000], data.y_train[:50_000]), (data.x_test[:num_rows], data.y_test[:num_rows])
+        return Problem(model, train, test, ood, (data.x_train[50_000:], data.y_train[50_000:]))
 
     return build
 
@@ -178,20 +193,42 @@ def uci(name: str) -> Callable[[int], Problem]:
     return build
 
 
+def large(name: str) -> Callable[[int], Problem]:
+    """A deep network of :mod:`benchmarks.large_networks` on 2,000 images of MNIST, compared on 250."""
+
+    def build(seed: int) -> Problem:
+        case = large_networks.CASES[name]
+        x, y, x_test, y_test = case.data()
+        return Problem(case.model(), (x, y), (x_test[:250], y_test[:250]), {}, (x_test[250:], y_test[250:]))
+
+    return build
+
+
+def _trained(name: str) -> Callable[[], BNN]:
+    return lambda: large_networks.CASES[name].model(is_trained=True)
+
+
 def _root() -> str:
     return os.environ.get(datasets.DATA_VARIABLE, "../shared/data")
 
 
 _MNIST = Chains(1e-6, 100, 200, 200, 800)
+_SLOW = ("SWAG", "paper")
 CASES = {
     case.name: case
     for case in (
-        Case("toy", toy, Chains(5e-3, None, 40, 250, 500), (4, 8, 12, 32)),
-        Case("digits", digits, Chains(1e-4, 100, 40, 300, 600)),
-        Case("digits8", digits, Chains(1e-4, 100, 40, 300, 300, num_chains=8), (8, 12, 24, 32)),
+        Case("toy", toy, Chains(5e-3, None, 40, 250, 500)),
+        Case("digits", digits, Chains(1e-4, 100, 40, 300, 600), (*BUDGETS[:6], 5.0, *BUDGETS[6:])),
+        Case("digits8", digits, Chains(1e-4, 100, 40, 300, 300, num_chains=8), (2.0, 4.0, 8.0, 11.0, 16.0)),
         Case("concrete", uci("concrete"), Chains(3e-5, 100, 60, 500, 500)),
         Case("yacht", uci("yacht"), Chains(1e-5, 50, 100, 500, 500)),
-        Case("mnist", mnist(100), _MNIST),
-        Case("mnist400", mnist(400, 400), Chains(1e-6, 100, 150, 200, 600)),
+        Case("mnist", mnist(100), _MNIST, (*BUDGETS[:5], 3.2, *BUDGETS[5:])),
+        Case("mnist400", mnist(400, 400), Chains(1e-6, 100, 150, 200, 600), without=("paper",)),
+        Case("mlp1m", mnist(670, 670, num_rows=2000), Chains(1e-6, 100, 100, 200, 250), without=_SLOW),
+        Case("conv", large("conv"), Chains(1e-5, 32, 10, 20, 250), (1.0, 2.0, 4.0, 8.0), _trained("conv"), _SLOW),
+        Case(
+            "resnet20", large("resnet20"), Chains(1e-5, 32, 10, 50, 250), (1.0, 2.0, 4.0, 8.0), _trained("resnet20"),
+            _SLOW,
+        ),
     )
-}
+}  # fmt: skip

@@ -6,25 +6,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from benchmarks.distillation_cases import Problem
-from pyro_apd import DistilledPosterior
-from pyro_apd.baselines.low_rank import fit_low_rank
-from pyro_apd.baselines.stored_draws import herded as herd
+from pyro_apd import DistilledPosterior, baselines
+from pyro_apd.baselines import stored_draws
+from pyro_apd.baselines.low_rank import fit_low_rank, principal_directions
 from pyro_apd.distillation.offline import distill_draws
 from pyro_apd.distillation.options import DistillOptions
-from pyro_apd.distillation.probes import Probes
 from pyro_apd.distillation.source import Source
-from pyro_apd.generators import CoordinateGenerator, precision
 from pyro_apd.models.layout import Layout
-from pyro_apd.predictive.predictive import function_values
 
 
 @dataclass(frozen=True)
@@ -58,40 +54,38 @@ class Material:
         return self.theta_CTD.transpose(0, 1).flatten(0, 1)
 
 
-#: From material and the number of float32 networks to spend.
-Method = Callable[[Material, float], Fitted]
+#: From material and the number of float32 networks to spend; None where a method cannot do with so few.
+Method = Callable[[Material, float], Fitted | None]
+# Stored draws that count as a posterior.
+_FEWEST = 4
 
 
-def thinned(material: Material, networks: float) -> Fitted:
-    """k stored draws, evenly spaced."""
-    draws_ND = material.interleaved()
-    kept_KD = draws_ND[torch.linspace(0, len(draws_ND) - 1, round(networks)).round().long()]
-    return Fitted(lambda _: kept_KD, kept_KD.numel() * 4)
+def stored(dtype: str, choice: str = "thinned") -> Method:
+    """As many stored draws as fit, see :func:`pyro_apd.baselines.stored_draws`; none if fewer than four do."""
 
+    def method(material: Material, networks: float) -> Fitted | None:
+        problem = material.problem
+        try:
+            kept = stored_draws(
+                material.layout.constrain(material.theta_CTD),
+                byte_budget=float(networks),
+                method=choice,
+                dtype=dtype,
+                model=problem.model,
+                data=problem.train,
+                group_by_chain=True,
+                seed=material.seed,
+            )
+        except ValueError as error:
+            if "byte_budget" not in str(error):
+                raise
+            return None
+        if kept.num_draws < _FEWEST:
+            return None
+        kept_KD = material.layout.unconstrain(kept)
+        return Fitted(lambda _: kept_KD, kept.num_bytes)
 
-def herded(material: Material, networks: float) -> Fitted:
-    """k stored draws chosen by kernel herding (Chen, Welling & Smola 2010) with the energy kernel in function space.
-
-    Each draw is added to minimise the distance from the chosen draws to all draws, averaged over probes.
-    """
-    draws_ND = material.interleaved()
-    inputs = Probes([material.problem.train[0]]).draw(64)
-    values_NPF = function_values(material.problem.model, material.layout.constrain(draws_ND), *inputs)
-    kept_KD = draws_ND[herd(values_NPF, round(networks))]
-    return Fitted(lambda _: kept_KD, kept_KD.numel() * 4)
-
-
-def as_int8(method: Method) -> Method:
-    """Draws that ``method`` chooses, stored in int8 with one scale per draw: four times as many for the same bytes."""
-
-    def narrow(material: Material, networks: float) -> Fitted:
-        chosen = method(material, min(4 * networks, material.theta_CTD.shape[:2].numel())).sample(0)
-        kept = precision.encode({"theta": chosen}, "int8")
-        num_bytes = sum(value.numel() * value.element_size() for value in kept.values())
-        kept_KD = precision.decode(kept, "int8")["theta"]
-        return Fitted(lambda _: kept_KD, num_bytes)
-
-    return narrow
+    return method
 
 
 def mean_field(material: Material, networks: float) -> Fitted:
@@ -101,21 +95,37 @@ def mean_field(material: Material, networks: float) -> Fitted:
     return Fitted(lambda count: mean_D + sd_D * torch.randn(count, len(mean_D)), 8 * len(mean_D))
 
 
-def low_rank(material: Material, networks: float) -> Fitted:
+def low_rank(material: Material, networks: float) -> Fitted | None:
     """SWAG's form (Maddox et al. 2019), fitted: a Gaussian of low rank plus a diagonal; rank + 2 networks."""
-    generator = fit_low_rank(material.interleaved(), max(1, round(networks) - 2)).requires_grad_(False)
+    rank = round(networks) - 2
+    if rank < 1:
+        return None
+    generator = fit_low_rank(material.interleaved(), rank).requires_grad_(False)
     num_bytes = 4 * sum(parameter.numel() for parameter in generator.parameters())
     return Fitted(lambda count: generator(generator.latents(count, generator.location)), num_bytes)
 
 
-def flow_matching(material: Material, networks: float) -> Fitted:
-    """Flow matching (Lipman et al. 2023) in the same coordinates, without an adversary and without function space."""
-    generator = CoordinateGenerator.fit(material.theta_CTD, max(1, round(networks) - 1))
-    generator.fold()
-    basis_RD, location_D = generator.basis.detach(), generator.location.detach()
-    target_NR = (material.interleaved() - location_D) @ torch.linalg.pinv(basis_RD)
+def swag(material: Material, networks: float) -> Fitted | None:
+    """SWAG (Maddox et al. 2019) by gradient descent of its own, not of the chain; rank + 2 networks."""
+    rank = round(networks) - 2
+    if rank < 2:
+        return None
+    x, y = material.problem.train
+    posterior = baselines.swag(
+        material.problem.model, x, y, rank=rank, batch_size=min(100, len(x)), seed=material.seed, progress=False
+    )
+    return Fitted(of_posterior(posterior).sample, 4 * (rank + 2) * material.size)
+
+
+def flow_matching(material: Material, networks: float) -> Fitted | None:
+    """Flow matching (Lipman et al. 2023) in principal coordinates of the draws, without function space."""
+    num_small = _num_parameters(_velocity(round(networks)))
+    rank = int(networks - num_small / material.size) - 1
+    if rank < 1:
+        return None
+    location_D, basis_RD, target_NR = principal_directions(material.interleaved(), rank)
     rank = len(basis_RD)
-    velocity = nn.Sequential(nn.Linear(rank + 1, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, rank))
+    velocity = _velocity(rank)
     optimiser = torch.optim.Adam(velocity.parameters(), lr=2e-3)
     for _ in range(4000):
         end_SR = target_NR[torch.randint(len(target_NR), (256,))]
@@ -123,7 +133,7 @@ def flow_matching(material: Material, networks: float) -> Fitted:
         at_SR = torch.cat([torch.lerp(start_SR, end_SR, time_S1), time_S1], -1)
         loss = (velocity(at_SR) - (end_SR - start_SR)).square().mean()
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
 
     @torch.no_grad()
@@ -134,11 +144,18 @@ def flow_matching(material: Material, networks: float) -> Fitted:
             state_SR = state_SR + velocity(torch.cat([state_SR, now_S1], -1)) / num_steps
         return location_D + state_SR @ basis_RD
 
-    num_small = sum(parameter.numel() for parameter in velocity.parameters())
-    return Fitted(sample, 4 * ((rank + 1) * material.size + num_small))
+    return Fitted(sample, 4 * ((rank + 1) * material.size + _num_parameters(velocity)))
 
 
-def distilled(material: Material, networks: float, **options: Any) -> Fitted:
+def _velocity(rank: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(rank + 1, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, rank))
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def distilled(material: Material, **options: Any) -> Fitted:
     """:func:`pyro_apd.distill`; draws of a file of this precision."""
     # As from the store of an MCMC: without a copy of the draws.
     source = Source(material.theta_CTD, material.layout, material.problem.model, material.problem.train)
@@ -158,87 +175,31 @@ def of_posterior(posterior: DistilledPosterior) -> Fitted:
 
 def default(material: Material, networks: float) -> Fitted:
     """Our generator with default settings."""
-    return distilled(material, networks)
+    return distilled(material)
 
 
-def ours(material: Material, networks: float) -> Fitted:
-    """Our generator in float32."""
-    return distilled(material, networks, rank=max(1, int(networks - 1.4)), storage_dtype="float32")
-
-
-def ours_int8(material: Material, networks: float) -> Fitted:
-    """Our generator in int8: four times the coordinates for the same bytes."""
-    return distilled(material, networks, rank=max(1, int(4 * (networks - 0.8))), storage_dtype="int8")
-
-
-def aligned(material: Material, networks: float) -> Fitted:
-    """Our generator on chains whose hidden units were first permuted to match the first chain (Ainsworth et al. 2023).
-
-    Weight matching on the means of the chains, layer by layer until nothing changes. A chain is permuted as a whole, so
-    that each network computes the same function. For perceptrons only.
-    """
-    means_CD = material.theta_CTD.mean(1)
-    theirs = [perceptron(material.layout.split(mean_D)) for mean_D in means_CD]
-    chains = []
-    for weights, theta_TD in zip(theirs, material.theta_CTD, strict=True):
-        orders = matched(theirs[0], weights)
-        values = material.layout.split(theta_TD)
-        layers = [permuted(layer, i, orders) for i, layer in enumerate(perceptron(values))]
-        known = dict(zip(perceptron_sites(values), (v for layer in layers for v in layer), strict=True))
-        chains.append(material.layout.join({**values, **known}))
-    return distilled(replace(material, theta_CTD=torch.stack(chains)), networks)
-
-
-def perceptron_sites(values: Mapping[str, Tensor]) -> list[str]:
-    """Names of weights and biases, in the order of the layers."""
-    return [name for name in values if name.endswith(("weight", "bias"))]
-
-
-def perceptron(values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Weights ``(..., out, in)`` and biases ``(..., out)`` of each layer."""
-    parts = [values[name] for name in perceptron_sites(values)]
-    return list(zip(parts[::2], parts[1::2], strict=True))
-
-
-def permuted(layer: tuple[Tensor, Tensor], i: int, orders: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Layer ``i`` with the hidden units before and after it in these orders."""
-    weight, bias = layer
-    if i > 0:
-        weight = weight[..., orders[i - 1]]
-    if i < len(orders):
-        weight, bias = weight[..., orders[i], :], bias[..., orders[i]]
-    return weight, bias
-
-
-def matched(reference: Sequence[tuple[Tensor, Tensor]], layers: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """An order for each hidden layer, that maximises the inner product of the weights with the reference."""
-    orders = [torch.arange(len(bias)) for _, bias in layers[:-1]]
-    for _ in range(20):
-        before = [order.clone() for order in orders]
-        for i in range(len(orders)):
-            # Without the order of layer i, so that its rows are in their own order.
-            others = [*orders[:i], torch.arange(len(orders[i])), *orders[i + 1 :]]
-            here, behind = (permuted(layers[j], j, others) for j in (i, i + 1))
-            gain = reference[i][0] @ here[0].T + torch.outer(reference[i][1], here[1])
-            gain = gain + reference[i + 1][0].T @ behind[0]
-            orders[i] = torch.as_tensor(linear_sum_assignment(gain.numpy(), maximize=True)[1])
-        if all(order.equal(old) for order, old in zip(orders, before, strict=True)):
-            break
-    return orders
+def ours(material: Material, networks: float) -> Fitted | None:
+    """Our generator within so many networks; none where it refuses that."""
+    try:
+        return distilled(material, byte_budget=float(networks))
+    except ValueError as error:
+        if "byte_budget" not in str(error):
+            raise
+        return None
 
 
 def paper(objective: str, num_steps: int) -> Method:
     """The paper's generator, as published except for the number of steps; always about 101 networks."""
 
     def method(material: Material, networks: float) -> Fitted:
-        return distilled(material, networks, generator="paper", objective=objective, num_steps=num_steps)
+        return distilled(material, generator="paper", objective=objective, num_steps=num_steps)
 
     return method
 
 
-def timed(method: Method, material: Material, networks: float) -> tuple[Fitted, float]:
-    """Result of a method, and its seconds."""
+def timed(method: Method, material: Material, networks: float) -> tuple[Fitted | None, float]:
+    """Result of a method, and its CPU seconds."""
     torch.manual_seed(material.seed)
-    start = time.monotonic()
+    start = time.process_time()
     fitted = method(material, networks)
-    return fitted, time.monotonic() - start
+    return fitted, time.process_time() - start

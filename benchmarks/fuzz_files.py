@@ -7,11 +7,12 @@ benchmarks.fuzz_files``.
 Damage: bytes changed, files truncated or extended, tensors exchanged. It must be detected, or make no difference.
 Malicious changes have a matching digest, as anyone who writes a file can compute. Any value of header or description is
 replaced; lists and tables get up to 100,000 entries; numbers of tensors are scaled up to the largest that their dtype
-has; digests and values of frozen tensors are exchanged. A file that loads must then draw what it describes, finite
-numbers, from a generator of at most eight times the bytes of the file (numbers in one byte may be used in eight), and
-draws by default must not take more than a thousand bytes for each byte of the file, or 256 MiB. ``pyro-apd inspect``
-describes it or refuses it. Folders of stored draws are damaged likewise. No case may take more than 2 s of CPU time, or
-200 MB above what the process had at its start, or have a message of 1,000 characters.
+has; digests and values of frozen tensors are exchanged; the entropy code of integers gets other parts, tables and
+factors, and is of other and larger tensors. A file that loads must then draw what it describes, finite numbers, from a
+generator of at most 32 times the bytes of the file, or 512 KiB more (sixteen integers of two bytes for each byte of
+code), and draws by default must not take more than a thousand bytes for each byte of the file, or 256 MiB. ``pyro-apd
+inspect`` describes it or refuses it. Folders of stored draws are damaged likewise. No case may take more than 2 s of
+CPU time, or 200 MB above what the process had at its start, or have a message of 1,000 characters.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import itertools
 import json
 import logging
+import math
 import random
 import shutil
 import struct
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,15 +44,22 @@ from benchmarks.common import write_json
 from pyro_apd.chains.stores.base import STATISTICS
 from pyro_apd.chains.stores.disk import DiskStore
 from pyro_apd.cli import inspect
-from pyro_apd.generators import ChunkedGenerator, CoordinateGenerator, DropoutGenerator, LowRankGenerator
+from pyro_apd.generators import DropoutGenerator, LowRankGenerator, SubspaceGenerator, build_generator
+from pyro_apd.generators.entropy_code import encode
 from pyro_apd.models.frozen import FrozenTensors, digest
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.artifact import KIND, METADATA_KEY
+from pyro_apd.posterior.integers import CODE_NAME
 from pyro_apd.runtime import tensor_file
 
 FILES = Path(__file__).parent.parent / "tests" / "files"
-SEEDS = ("posterior_v2_float16", "posterior_v2_float32", "posterior_v2_int8")
+SEEDS = (
+    "posterior_v2_float16", "posterior_v2_float32", "posterior_v2_int8", "posterior_v2_coordinates_int8",
+    "posterior_v2_chunked_int8", "posterior_v3_subspace_int8",
+)  # fmt: skip
 MAX_SECONDS, MAX_BYTES, MAX_MESSAGE = 2.0, 200e6, 1000
+# Dtypes of integers in an entropy code.
+_CODED = (torch.int8, torch.int16)
 # Entries of lists that are made long.
 _LONG = (100, 3_000, 30_000, 100_000)
 HOSTILE: tuple[Any, ...] = (
@@ -137,6 +148,8 @@ def hostile(contents: bytes, rng: random.Random) -> bytes:
 
 def entry_like(value: Any, i: int) -> Any:
     """One of many entries for a list or table that has ``value``."""
+    if isinstance(value, list) and len(value) == 6 and all(isinstance(number, int) for number in value):
+        return [4 * i, 2, 2, -1, 0, 2]
     if isinstance(value, list) and len(value) == 4 and all(isinstance(number, int) for number in value):
         return [i, 1, 1, 1]
     if isinstance(value, dict) and "name" in value:
@@ -162,7 +175,7 @@ def long_lists(contents: bytes, rng: random.Random) -> bytes:
 def overlapping(contents: bytes, rng: random.Random) -> bytes:
     """Blocks or layers of a generator repeated, moved or enlarged, and more draws by default."""
     header, description, data = split(contents)
-    for name in ("noise", "layers", "chunks"):
+    for name in ("noise", "layers", "chunks", "matrices"):
         blocks = description["generator"].get(name)
         if isinstance(blocks, list) and blocks and rng.random() < 0.9:
             block = copy.deepcopy(rng.choice(blocks))
@@ -195,9 +208,70 @@ def extreme(contents: bytes, rng: random.Random) -> bytes:
     return sealed(header, description, bytes(changed))
 
 
+def other_code(contents: bytes, rng: random.Random) -> bytes:
+    """The entropy code of integers with other bytes or sizes of its parts, or of other and larger tensors."""
+    header, description, data = split(contents)
+    entry = header.get(CODE_NAME)
+    if entry is None:
+        return extreme(contents, rng)
+    start, stop = entry["data_offsets"]
+    code = data[start:stop]
+    sizes = list(struct.unpack("<4I", code[:16]))
+    parts = [code[a:b] for a, b in itertools.pairwise(itertools.accumulate(sizes, initial=16))]
+    which, action = rng.randrange(4), rng.random()
+    if action < 0.3:
+        parts[which] = flipped(parts[which], rng) if parts[which] else rng.randbytes(8)
+    elif action < 0.6:  # a side that can be decompressed
+        side = bytearray(zlib.decompress(parts[0]))
+        for _ in range(rng.randint(1, 20)):
+            side[rng.randrange(len(side))] = rng.randrange(256)
+        parts[0] = zlib.compress(bytes(side), 9)
+    elif action < 0.7:
+        parts[which] = resized(parts[which] + b"1234", rng)
+    elif action < 0.75:
+        parts[0] = zlib.compress(bytes(10**7), 9)
+    elif action < 0.85:
+        sizes[which] = rng.choice([0, 1, 2**31, 2**32 - 1, sizes[which] + 1])
+    code = struct.pack("<4I", *(sizes if 0.75 <= action < 0.85 else map(len, parts))) + b"".join(parts)
+    if action >= 0.85:
+        code = _other_sizes(description["generator"], rng)
+    _resize_code(header, code)
+    return sealed(header, description, data[:start] + code + data[stop:])
+
+
+def _other_sizes(config: dict[str, Any], rng: random.Random) -> bytes:
+    """Changes sizes of a generator, and returns the code of as many zeros or large numbers as it then has."""
+    sizes = sorted({"rank", "path_rank", "num_chains", "output_size"} & config.keys())
+    for name in rng.sample(sizes, 2):
+        config[name] = max(0, config[name] * rng.choice([1, 2, 10, 100]) + rng.randint(-1, 1))
+    for entry in config.get("matrices", ()):
+        entry[5] = max(1, entry[5] + rng.randint(-2, 2))
+    try:
+        with torch.device("meta"):
+            tensors = build_generator(config).state_dict()
+    except ValueError:
+        return b""
+    shapes = [(tensors[n].shape, tensors[n].dtype) for n in sorted(tensors) if tensors[n].dtype in _CODED]
+    if sum(math.prod(shape) for shape, _ in shapes) > 2**21:
+        return b""
+    largest = rng.choice([1, 100])
+    return encode([torch.randint(0, largest, shape).to(dtype) for shape, dtype in shapes])
+
+
+def _resize_code(header: dict[str, Any], code: bytes) -> None:
+    """The header for a code of another length."""
+    old = header[CODE_NAME]["data_offsets"]
+    longer = len(code) - (old[1] - old[0])
+    for name, entry in header.items():
+        if name != "__metadata__" and entry["data_offsets"][0] >= old[1]:
+            entry["data_offsets"] = [edge + longer for edge in entry["data_offsets"]]
+    header[CODE_NAME] = {**header[CODE_NAME], "shape": [len(code)], "data_offsets": [old[0], old[1] + longer]}
+
+
 MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "bytes": flipped, "length": resized, "tensors swapped": swapped, "hostile header": hostile,
     "long lists": long_lists, "overlapping blocks": overlapping, "extreme numbers": extreme,
+    "code of integers": other_code,
 }  # fmt: skip
 DAMAGE = ("bytes", "length", "tensors swapped")
 
@@ -206,20 +280,23 @@ def examples(folder: Path) -> list[bytes]:
     """Valid files: those of earlier versions, and one of each generator, one of them with frozen tensors."""
     frozen = {"backbone.weight": torch.linspace(-1, 1, 12).reshape(3, 4), "backbone.calls": torch.tensor(3)}
     layout = Layout({"w": (20, 16), "scale": ()}, {"scale": torch.distributions.constraints.positive})
-    noise, size = [(0, 10, 16, 2), (160, 10, 16, 1)], layout.size
+    noise, size = [[0, 10, 16, 2], [160, 10, 16, 1]], layout.size
+    earlier = {"output_size": size, "rank": 3, "num_modes": 2, "noise": noise}
+    matrices = [(0, 10, 16, -1, 0, 4), (160, 16, 10, -1, 1, 10)]
     generators = [
-        CoordinateGenerator(size, 3, 2, noise, mlp_width=4),
-        ChunkedGenerator(size, 3, [160, 160, 1], 2, noise),
+        build_generator({"kind": "coordinates", **earlier, "bend": 4}),
+        build_generator({"kind": "chunked", **earlier, "chunks": [160, 160, 1]}),
+        SubspaceGenerator(size, matrices, num_chains=2, num_modes=3, rank=4, path_rank=2),
         DropoutGenerator(size, [(0, 10, 16, 1), (160, 10, 16, 1)]),
         LowRankGenerator(size, 2),
-        CoordinateGenerator(size, 2).double(),
+        SubspaceGenerator(size, [(0, 20, 16, -1, 0, 16)], num_chains=1, num_modes=2, rank=3, path_rank=0).double(),
     ]
     contents = [(FILES / f"{name}.safetensors").read_bytes() for name in SEEDS]
     values = torch.Generator().manual_seed(0)
     for i, generator in enumerate(generators):
         for tensor in generator.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.copy_(0.3 * torch.randn(tensor.shape, generator=values))
+            random_values = torch.randn(tensor.shape, generator=values)
+            tensor.copy_(0.3 * random_values if tensor.is_floating_point() else (3 * random_values).round())
         known = FrozenTensors({n: digest(t) for n, t in frozen.items()}, values=frozen) if i in (0, 3) else None
         posterior = apd.DistilledPosterior(layout, generator, metadata={"notes": ["a", {"b": 1}]}, frozen=known)
         posterior.training_log = {"loss": [1.0, 0.5]}
@@ -250,7 +327,7 @@ def outcome(kind: str, contents: bytes, original: bytes, path: Path) -> str:
     assert len(inspect.describe(path)) < 100 * len(contents)
     inspect.as_json(path)
     held = sum(p.numel() * p.element_size() for p in posterior.generator.state_dict().values())
-    assert held <= 8 * len(contents), "the generator is larger than the file justifies"
+    assert held <= 32 * len(contents) + 2**19, "the generator is larger than the file justifies"
     draws = posterior.get_samples(2, seed=0)
     assert {n: tuple(v.shape[1:]) for n, v in draws.items()} == {s.name: s.shape for s in posterior.layout}
     assert all(bool(value.isfinite().all()) for value in draws.values()), "draws are not finite"

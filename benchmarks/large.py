@@ -4,10 +4,10 @@
 """Large networks, from the chain to predictions: ``python -m benchmarks.large [--quick] [--case NAME ...]``.
 
 A convolutional network (that of the paper's active learning), ResNet-20 on padded handwriting, and fully connected
-networks of one and ten million weights. Each is sampled to a store on disk, distilled from there with
-``generator="chunked"``, and used for predictions from the file. Each stage runs in a new process. Its peak memory is
-reported twice: all resident memory, including pages of the store, which the system can reclaim; and memory not backed
-by files. Seconds are CPU time. Chains are short: the results do not show that they have mixed.
+networks of one and ten million weights. Each is sampled to a store on disk, distilled from there, and used for
+predictions from the file. Each stage runs in a new process. Its peak memory is reported twice: all resident memory,
+including pages of the store, which the system can reclaim; and memory not backed by files. Seconds are CPU time. Chains
+are short: the results do not show that they have mixed.
 """
 
 from __future__ import annotations
@@ -58,8 +58,7 @@ def distil(case: Case, folder: Path) -> dict[str, Any]:
     """Distils the chain to a file."""
     x, y, *_ = case.data()
     posterior = apd.distill(
-        open_store(folder / "draws"), case.model(), data=(x, y), num_steps=case.num_steps, generator="chunked", seed=0,
-        progress=False,
+        open_store(folder / "draws"), case.model(), data=(x, y), seed=0, progress=False,
     )  # fmt: skip
     posterior.save(folder / "posterior.safetensors")
     return {

@@ -110,7 +110,6 @@ class Case:
     :ivar int warm_start: steps of Adam before sampling, from a draw of the prior.
     :ivar int warmup: draws before the first that is kept.
     :ivar int num_draws: draws to distil from, ``thinning`` steps each.
-    :ivar int num_steps: of the generator; None for the default.
     :ivar int num_trained: steps of Adam by which the network is trained before it is made Bayesian; the chain then
         starts there. Deep networks learn very slowly from a draw of their prior.
     """
@@ -123,7 +122,6 @@ class Case:
     warmup: int
     num_draws: int
     thinning: int
-    num_steps: int | None = None
     num_trained: int = 0
 
     def model(self, is_trained: bool = False) -> apd.BNN:
@@ -152,7 +150,7 @@ CASES = {
     "resnet20": Case(resnet, framed_handwriting, 1e-5, 32, 0, 50, 100, 4, num_trained=600),
 }
 QUICK = {
-    "conv": Case(lambda: paper_conv_net(4), lambda: synthetic((1, 28, 28), 100, 20), 1e-5, 16, 0, 2, 12, 1, 1, 3),
-    "resnet20": Case(lambda: resnet(1, 4), lambda: synthetic((1, 32, 32), 100, 20), 1e-5, 16, 0, 2, 12, 1, 1, 3),
-    "mlp": Case(lambda: mlp(64), lambda: synthetic((784,), 100, 20), 1e-5, 16, 3, 2, 12, 1, 1),
+    "conv": Case(lambda: paper_conv_net(4), lambda: synthetic((1, 28, 28), 100, 20), 1e-5, 16, 0, 2, 12, 1, 3),
+    "resnet20": Case(lambda: resnet(1, 4), lambda: synthetic((1, 32, 32), 100, 20), 1e-5, 16, 0, 2, 12, 1, 3),
+    "mlp": Case(lambda: mlp(64), lambda: synthetic((784,), 100, 20), 1e-5, 16, 3, 2, 12, 1),
 }

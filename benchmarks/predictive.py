@@ -35,7 +35,7 @@ from torch.nn import functional
 
 import pyro_apd as apd
 from benchmarks.common import markdown_table, write_json
-from pyro_apd.generators import CoordinateGenerator
+from pyro_apd.generators import LowRankGenerator
 from pyro_apd.models.layout import Layout
 
 RANK = 20
@@ -74,11 +74,10 @@ class Problem:
         names = [n for n in self._sites() if n != "obs"]
         self.parameter_names = [n.removeprefix("net.") for n in parameters]
         layout = Layout({n: parameters[f"net.{n.removeprefix('net.')}"].shape for n in names})
-        generator = CoordinateGenerator(layout.size, RANK)
+        generator = LowRankGenerator(layout.size, RANK)
         with torch.no_grad():
             torch.nn.init.normal_(generator.location, std=0.03)
-            torch.nn.init.normal_(generator.basis, std=0.01)
-            generator.mode_scale[0].fill_diagonal_(1.0)
+            torch.nn.init.normal_(generator.deviations, std=0.01)
         self.posterior = apd.DistilledPosterior(layout, generator)
         self.draws = self.posterior.get_samples(num_draws, seed=1)
         self.names = names

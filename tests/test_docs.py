@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import pyro_apd as apd
+from pyro_apd.diagnostics.html import pictures
 from tests.test_architecture import LEVELS
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ def run(path, scope, chosen=slice(None)):
 
 @pytest.fixture
 def little_work(monkeypatch, tmp_path):
-    """The package with short chains and short training; everything else is unchanged."""
+    """The package with few data, short chains, and reports with empty pictures; everything else is unchanged."""
 
     class ShortMCMC(apd.MCMC):
         def __init__(self, kernel, num_samples, warmup_steps=5, **settings):
@@ -39,13 +40,16 @@ def little_work(monkeypatch, tmp_path):
             settings |= {"disable_progbar": True}
             super().__init__(kernel, min(num_samples, 20), min(warmup_steps, 5), **settings)
 
-    def short_distill(*args, **settings):
-        return distill(*args, **(settings | {"num_steps": 3, "progress": False}))
+    def few_digits(**settings):
+        data = digits(**settings)
+        return apd.datasets.Dataset(data.x_train[:400], data.y_train[:400], data.x_test[:100], data.y_test[:100])
 
-    distill, student = apd.distill, apd.baselines.dark_knowledge
+    student, digits = apd.baselines.dark_knowledge, apd.datasets.digits
+    monkeypatch.setattr(apd.datasets, "digits", few_digits)
     monkeypatch.setattr(apd, "MCMC", ShortMCMC)
-    monkeypatch.setattr(apd, "distill", short_distill)
+    monkeypatch.setattr(apd, "distill", partial(apd.distill, progress=False))
     monkeypatch.setattr(apd.baselines, "dark_knowledge", partial(student, num_steps=3, progress=False))
+    monkeypatch.setattr(pictures, "picture", lambda draw, size, caption: pictures.Picture("data:", "data:", caption, 1))
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # chains this short are not mixed, and warn about it

@@ -5,7 +5,6 @@
 
 import re
 import warnings
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,6 @@ def work(request, monkeypatch, tmp_path):
                     super().__init__(kernel, *args, **settings)
 
             monkeypatch.setattr(pyro_apd, "MCMC", ShortMCMC)
-            monkeypatch.setattr(pyro_apd, "distill", partial(pyro_apd.distill, num_steps=50))
             warnings.simplefilter("ignore")  # so little work leaves chains unmixed, and they say so
         yield tmp_path
 

@@ -50,7 +50,9 @@ far = torch.rand(300, 2, generator=torch.Generator().manual_seed(2)) * 4 + torch
 # %% [markdown]
 # ## A chain, and a generator
 #
-# Four chains of SGLD, and `distill` with its defaults.
+# Four chains of SGLD, and `distill`. The network is small, and its draws differ widely: the mean of a few of them is
+# not a good network. Here the fit without training, which is the default, loses accuracy, and `compare` says so. More
+# coordinates and a short training in function space help.
 
 # %%
 net = nn.Sequential(nn.Linear(2, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 2))
@@ -58,7 +60,8 @@ model = apd.BNN(net, "categorical", prior_scale="fan_in")
 kernel = apd.SGLD(model, step_size=5e-3, thinning=size(20, 5), seed=0)
 mcmc = apd.MCMC(kernel, num_samples=size(200, 40), warmup_steps=size(150, 10), num_chains=4, disable_progbar=True)
 mcmc.run(x, y)
-posterior = apd.distill(mcmc, num_steps=size(400, 10), seed=0, progress=False)
+settings = {"rank": 100, "num_steps": size(300, 5), "seed": 0, "progress": False}
+posterior = apd.distill(mcmc, **settings)
 
 
 def judged(candidate, **settings):
@@ -66,6 +69,7 @@ def judged(candidate, **settings):
 
 
 fidelity = judged(posterior)
+print("Without training:", judged(apd.distill(mcmc, seed=0, progress=False)).verdict, "\n")
 print(fidelity)
 
 # %% [markdown]
@@ -76,7 +80,8 @@ print(fidelity)
 # * **SGLD**: the metric of held-out draws of the chain. The generator should reproduce it, *not* exceed it.
 # * **generator**: the same metric of as many draws of the generator.
 # * **stored**: the same metric of stored draws, as many as fit into the bytes of the generator's file. For a network
-#   this small they are many, and hard to beat.
+#   this small they are many, and hard to beat. For a large network they are one or two; then give `compare` a stronger
+#   baseline, as in [tutorial 2](02_digits_end_to_end.ipynb).
 # * **resolution**: differences up to this value are Monte-Carlo error. A large one means that nothing can be decided,
 #   not that everything is right. More draws of a longer chain make it smaller.
 # * **verdict** per row. *loses* and *overstates* are losses beyond the resolution; *departs* is a difference in the
@@ -96,15 +101,15 @@ fidelity.loc[fidelity["status"] != "indistinguishable", ["label", "chain", "gene
 # %% [markdown]
 # ## Far from the data
 #
-# `far` has inputs up to four units from any datum. A generator is trained to agree with the chain at inputs near the
+# `far` has inputs up to four units from any datum. A generator is calibrated to agree with the chain at inputs near the
 # data and on variations of them, so this is where it is worst. If you need other inputs, pass them as `probe_inputs`:
-# model arguments on whose rows generator and chain are trained to agree. Here these are points all over the plane
-# (different from those in `far`). With them, both metrics of `far` are nearer to the chain's. The table above shows how
+# model arguments on whose rows generator and chain are to agree. Here these are points all over the plane (different
+# from those in `far`). With them, the mutual information of `far` is nearer to the chain's. The table above shows how
 # little of this difference this chain can resolve.
 
 # %%
 plane = torch.rand(400, 2, generator=torch.Generator().manual_seed(5)) * 10 - 3
-probed = apd.distill(mcmc, num_steps=size(400, 10), seed=0, probe_inputs=(torch.cat([x, plane]),), progress=False)
+probed = apd.distill(mcmc, probe_inputs=(torch.cat([x, plane]),), **settings)
 again = judged(probed)
 for name in ("mean_mi", "mean_mi[far]", "auroc_entropy[far]"):
     row, other = fidelity[name], again[name]
@@ -146,10 +151,9 @@ for name, result in found.items():
 # %% [markdown]
 # ### Metrics that detect it, and metrics that do not
 #
-# By accuracy and NLL alone, the collapsed generator and the memorised draws would pass. The mutual information, the
-# distance between two draws and the share of new draws detect the collapsed one. Of the rows below, only the share of
-# new draws detects the memorised one. The narrow one mainly loses accuracy: halfway between two good networks there
-# need not be a good one.
+# By accuracy alone, all of them would pass, and by NLL the memorised draws, too. The mutual information, the distance
+# between two draws and the share of new draws detect the collapsed generator. The last two also detect the memorised
+# draws. The narrow one mainly loses NLL: halfway between two good networks there need not be a good one.
 
 # %%
 names = ["accuracy", "nll", "mean_mi", "mean_mi[far]", "auroc_mi[far]", "disagreement", "new_draws"]
@@ -173,8 +177,8 @@ _ = plots.decision_surfaces(model, shown, x, y, axes=list(axes.flat))
 
 # %% [markdown]
 # The next figure compares them input by input: on the diagonal the two agree, at zero the generator has collapsed. The
-# distilled generator lies along the diagonal, a little above it: it is slightly less certain than the chain. The mutual
-# information of the narrow one is right on average, but has little relation to the chain's.
+# distilled generator lies around the diagonal. The mutual information of the narrow one is right on average, but has
+# little relation to the chain's.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
@@ -198,7 +202,7 @@ with warnings.catch_warnings(record=True) as caught:
     unmixed.run(x, y)
 for warning in caught:
     print(f"{warning.category.__name__}: {warning.message}\n")
-fitted = apd.distill(unmixed, num_steps=size(100, 5), seed=0, progress=False)
+fitted = apd.distill(unmixed, seed=0, progress=False)
 print(apd.diagnostics.compare(unmixed, fitted, model, x_test, y_test, seed=0).verdict)
 
 # %% [markdown]
@@ -216,7 +220,8 @@ for ax, (name, run) in zip(axes, {"mixed": mcmc, "on its way": unmixed}.items(),
 # ## What to do
 #
 # * *too poorly mixed*: longer chains, more warm-up, a larger step size (`step_size="auto"` finds one).
-# * *loses mutual information*: more training steps (`num_steps`), more coordinates (`rank`), more draws.
+# * *loses mutual information*: more coordinates (`rank`), a larger `byte_budget` if you gave one, more draws, or a
+#   training after the fit (`num_steps`).
 # * *draws that copy no other* below 1: too few draws for the generator's size, or memorised draws.
 # * *too few independent draws to tell*: a larger `num_samples=`, and a chain that is long enough for it.
 #

@@ -88,14 +88,14 @@ _ = axes[1].legend()
 # ## Running it
 #
 # The call takes a kernel and the model's arguments. There is no driver, because no chain is returned. The generator is
-# trained in rounds: when a quarter and a half of the draws are made, and at the end. `on_round` receives each round's
-# posterior. Here it prints metrics on test data, and after the second round it simulates Ctrl-C.
+# fitted to the buffer in rounds: when a quarter and a half of the draws are made, and at the end. `on_round` receives
+# each round's posterior. Here it prints metrics on test data, and after the second round it simulates Ctrl-C.
 
 # %%
 data = apd.datasets.digits(seed=0)
 model = apd.BNN(nn.Sequential(nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 10)), "categorical", prior_scale=0.4)
 lengths = {"num_samples": size(300, 40), "warmup_steps": size(150, 10), "num_chains": 4}
-settings = {"buffer_size": size(256, 32), "num_steps": size(300, 12), "seed": 0, "progress": False}
+settings = {"buffer_size": size(256, 32), "seed": 0, "progress": False}
 checkpoint = Path(tempfile.mkdtemp()) / "run.ckpt"
 
 
@@ -152,7 +152,7 @@ print(f"{online.num_bytes:,} bytes, of {online.metadata['draws_seen']} draws a c
 # %%
 mcmc = apd.MCMC(new_kernel(), disable_progbar=True, **lengths)
 mcmc.run(data.x_train, data.y_train)
-offline = apd.distill(mcmc, num_steps=settings["num_steps"], seed=0, progress=False)
+offline = apd.distill(mcmc, seed=0, progress=False)
 
 candidates = {"offline": offline, "online": online, "online, interrupted": early}
 found = {
@@ -183,8 +183,8 @@ for ax, (name, result) in zip(axes, found.items(), strict=True):
     ax.set_title(name)
 
 # %% [markdown]
-# The scatter around the diagonal is narrow for the generator that saw all draws, wider for that of the buffer, and
-# widest for that of half a run, which was also trained for a quarter of the steps.
+# The scatter around the diagonal is narrow for the generator that saw all draws and for that of the buffer, and wider
+# for that of half a run.
 #
 # ## With another driver
 #
@@ -205,9 +205,7 @@ def regression(x, y=None):
         pyro.sample("obs", dist.Normal(x @ w, noise_scale), obs=y)
 
 
-statistics = apd.OnlineDistillation(
-    regression, data=(x, y), buffer_size=128, num_steps=size(200, 5), seed=0, progress=False
-)
+statistics = apd.OnlineDistillation(regression, data=(x, y), buffer_size=128, seed=0, progress=False)
 pyro.set_rng_seed(0)
 streaming = StreamingMCMC(
     NUTS(regression, jit_compile=False), num_samples=size(300, 40), warmup_steps=size(100, 10), statistics=statistics,

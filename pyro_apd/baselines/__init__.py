@@ -12,11 +12,12 @@ from pyro_apd.baselines.deep_ensemble import deep_ensemble
 from pyro_apd.baselines.low_rank import low_rank
 from pyro_apd.baselines.map_estimate import map_estimate
 from pyro_apd.baselines.mc_dropout import mc_dropout
-from pyro_apd.baselines.stored_draws import stored_draws
+from pyro_apd.baselines.stored_draws import StoredDraws, stored_draws
 from pyro_apd.baselines.swag import swag
 
 __all__ = [
     "DarkKnowledge",
+    "StoredDraws",
     "dark_knowledge",
     "deep_ensemble",
     "low_rank",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_apd import diagnostics
+from pyro_apd.baselines import stored_draws
 from pyro_apd.chains import MCMC
 from pyro_apd.datasets import Dataset, digits, inverted, noise
 from pyro_apd.distillation import distill
@@ -38,18 +39,16 @@ class Budget:
     :ivar num_samples: draws kept per chain.
     :ivar warmup_steps: draws per chain that are discarded first.
     :ivar thinning: Langevin steps per draw.
-    :ivar num_steps: training steps of the generator; None for the default of :func:`pyro_apd.distill`.
     """
 
     num_chains: int = 4
     num_samples: int = 300
     warmup_steps: int = 150
     thinning: int = 40
-    num_steps: int | None = None
 
 
 FULL = Budget()
-QUICK = Budget(num_chains=2, num_samples=60, warmup_steps=30, thinning=20, num_steps=40)
+QUICK = Budget(num_chains=2, num_samples=60, warmup_steps=30, thinning=20)
 
 
 @dataclass(frozen=True)
@@ -85,12 +84,17 @@ def _run_demo(out: Path, seed: int, budget: Budget, device: str) -> DemoResult:
     with stage(f"Sampling {budget.num_chains} chains with SGLD"):
         mcmc = sample_chains(model, data, seed, budget)
     with stage("Distilling the chains into a generator"):
-        posterior = distill(mcmc, num_steps=budget.num_steps, seed=seed)
+        posterior = distill(mcmc, seed=seed)
     with stage("Predicting from chains and generator"):
         report_predictions(model, mcmc, posterior, data)
     with stage("Comparing chain and generator"):
+        few_bits = stored_draws(mcmc, dtype="int2", byte_budget=posterior.num_bytes, seed=seed)
         fidelity = diagnostics.compare(
-            mcmc, posterior, model, data.x_test, data.y_test, ood=ood, num_samples=NUM_PREDICTIVE_DRAWS, seed=seed
+            *(mcmc, posterior, model, data.x_test, data.y_test),
+            ood=ood,
+            baselines={"int2": few_bits},
+            num_samples=NUM_PREDICTIVE_DRAWS,
+            seed=seed,
         )
     with stage("Writing files"):
         posterior_path = out / "posterior.safetensors"

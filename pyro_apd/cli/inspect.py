@@ -11,11 +11,24 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pyro_apd.posterior import artifact
+from pyro_apd.generators import SubspaceGenerator
+from pyro_apd.posterior import artifact, integers
 from pyro_apd.posterior.artifact import Artifact
+from pyro_apd.posterior.integers import CODE_NAME
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.runtime.tensor_file import Entry
 
+# Parts of the default generator, by the last names of their tensors.
+_PARTS = {
+    "frames": {"frame", "frame_step", "unit"},
+    "means": {"mean"},
+    "bases": {"basis", "reduction"},
+    "null parts": {"null", "null_step", "null_reduction", "null_rows", "null_columns"},
+    "modes": {"modes", "spread"},
+    "noise": {"noise_rows", "noise_columns", "noise_cap"},
+}
+# Line of the description before which they are inserted.
+_PARTS_LINE = 2
 # Longer values are shortened, and of more frozen tensors the first are named.
 _WIDTH, _NUM_NAMES = 100, 8
 
@@ -29,8 +42,11 @@ def describe(path: str | os.PathLike[str]) -> str:
     :raises FileNotFoundError: if there is none.
     """
     contents, table = artifact.read_description(path), artifact.read_table(path)
-    DistilledPosterior.load(path)
-    return "\n".join(_lines(path, contents, table))
+    posterior = DistilledPosterior.load(path)
+    lines = _lines(path, contents, table)
+    if isinstance(posterior.generator, SubspaceGenerator):
+        lines.insert(_PARTS_LINE, _parts(path, posterior.generator, table))
+    return "\n".join(lines)
 
 
 def _lines(path: str | os.PathLike[str], contents: Artifact, table: dict[str, Entry]) -> list[str]:
@@ -47,13 +63,31 @@ def _lines(path: str | os.PathLike[str], contents: Artifact, table: dict[str, En
     settings = ", ".join(f"{_printable(name)}={_printable(value)}" for name, value in contents.generator.items())
     lines.append(f"generator   {settings}")
     for name, entry in table.items():
-        size = math.prod(entry.shape) * entry.dtype.itemsize
-        lines.append(f"  {_printable(name)} {list(entry.shape)} {entry.code}, {size:,} bytes")
+        lines.append(f"  {_printable(name)} {list(entry.shape)} {entry.code}, {_num_bytes(entry):,} bytes")
     lines += [f"metadata    {'' if contents.metadata else 'none'}".rstrip(), *_tree(contents.metadata)]
     logs = ", ".join(f"{_printable(name)} ({len(values):,} numbers)" for name, values in contents.training_log.items())
     lines.append(f"training    {logs or 'no log'}")
     lines.append(f"frozen      {_frozen(contents, table)}")
     return lines
+
+
+def _parts(path: str | os.PathLike[str], generator: SubspaceGenerator, table: dict[str, Entry]) -> str:
+    """What each part of the default generator takes of the file."""
+    stored, num_bytes = artifact.read(path).tensors, {name: float(_num_bytes(entry)) for name, entry in table.items()}
+    if CODE_NAME in stored:
+        del num_bytes[CODE_NAME]
+        num_bytes |= integers.sizes(stored[CODE_NAME], generator.state_dict())
+    costs = dict.fromkeys([*_PARTS, "rest"], 0.0)
+    for name, size in num_bytes.items():
+        own = name.rpartition(".")[2]
+        costs[next((part for part, names in _PARTS.items() if own in names), "rest")] += size
+    costs["rest"] += Path(path).stat().st_size - sum(num_bytes.values())
+    shown = [f"{part} {round(size):,}" for part, size in costs.items()]
+    return f"parts       in bytes: {', '.join(shown)}"
+
+
+def _num_bytes(entry: Entry) -> int:
+    return math.prod(entry.shape) * entry.dtype.itemsize
 
 
 def _frozen(contents: Artifact, table: dict[str, Entry]) -> str:

@@ -86,7 +86,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     result = demo.run_demo(arguments.out, seed=arguments.seed, budget=budget, device=arguments.device)
     print(f"\n{result.fidelity}\n")
     if arguments.quick:
-        print("This was --quick: too few draws and training steps for a meaningful table.\n")
+        print("This was --quick: too few draws for a meaningful table.\n")
     print(f"Finished in {result.seconds:.0f} s. Open this first:\n  {result.report_path}")
     print(f"The posterior, to ship:\n  {result.posterior_path}  ({result.posterior_path.stat().st_size:,} bytes)")
     print(f"Chains and generator for ArviZ:\n  {result.chains_path}")

@@ -30,10 +30,10 @@ def draw_shapes(posterior: PosteriorLike | None) -> dict[str, tuple[int, ...]] |
 
 
 def posterior_bytes(posterior: PosteriorLike) -> int:
-    """Size of the generator's file; of a dict, size of its tensors."""
-    if isinstance(posterior, Mapping):
-        return sum(value.numel() * value.element_size() for value in posterior.values())
+    """Size of the generator's file, or what stored draws say; of a plain dict, size of its tensors."""
     num_bytes = getattr(posterior, "num_bytes", None)
+    if num_bytes is None and isinstance(posterior, Mapping):
+        return sum(value.numel() * value.element_size() for value in posterior.values())
     if num_bytes is None:
         raise ValueError("`posterior` has no `num_bytes`, so it cannot be compared with stored draws of the same size.")
     return int(num_bytes)

@@ -15,6 +15,11 @@ def format_number(value: float) -> str:
     return "-" if value != value else f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
+def counted(count: int, noun: str) -> str:
+    """``"1 draw"``, ``"2 draws"``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def format_bytes(value: int) -> str:
     """Bytes in decimal units."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -18,16 +18,8 @@ from pyro_apd.runtime.trees import tree_leaves
 
 logger = logging.getLogger("pyro_apd")
 
-#: Weights from which the basis is held in chunks of eight bits, unless something else is asked for.
-CHUNKED_FROM = 1_000_000
-#: Coordinates of a chunked generator, at most: with them its file is within twelve networks in ``float32``.
-MAX_CHUNKED_RANK = 44
-
-# Principal coordinates of one chain, further ones per further chain, and the largest number of them.
-_RANK, _RANK_PER_CHAIN, _MAX_RANK = 40, 4, 64
-# Draws per coordinate, at least. Large networks have few draws and short trainings, in which noise cannot replace what
-# the coordinates leave out, so they get more coordinates. Small networks with as many would start with too much spread.
-_DRAWS_PER_COORDINATE, _DRAWS_PER_CHUNKED_COORDINATE = 4, 2
+# Weights, or multiplications per prediction, from which a training computes less.
+_LARGE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ class TrainingBudget:
         :param int num_products: multiplications per prediction for one input. They are many times the weights where
             these are shared, as in convolutions.
         """
-        ratio = max(num_weights, num_products) / CHUNKED_FROM
+        ratio = max(num_weights, num_products) / _LARGE
         if ratio <= 1:
             return cls()
         return cls(
@@ -113,18 +105,3 @@ def _counted_results() -> Any:
 
 def _address(value: Tensor) -> int:
     return value.untyped_storage().data_ptr()
-
-
-def choose_rank(generator: str, num_chains: int, num_draws: int) -> int:
-    """How many principal coordinates to keep, by the number of chains and of draws per chain."""
-    is_chunked = generator == "chunked"
-    largest = MAX_CHUNKED_RANK if is_chunked else _MAX_RANK
-    draws_per_coordinate = _DRAWS_PER_CHUNKED_COORDINATE if is_chunked else _DRAWS_PER_COORDINATE
-    by_draws = max(1, num_chains * num_draws // draws_per_coordinate)
-    return min(largest, _RANK + _RANK_PER_CHAIN * (num_chains - 1), by_draws)
-
-
-def choose_generator(num_weights: int, dtype: torch.dtype, storage_dtype: str | None) -> str:
-    """``"chunked"`` for large networks, unless draws or file have more digits than it keeps; else ``"coordinates"``."""
-    is_coarse = dtype == torch.float32 and storage_dtype in (None, "int8")
-    return "chunked" if is_coarse and num_weights >= CHUNKED_FROM else "coordinates"

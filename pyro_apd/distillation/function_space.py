@@ -34,9 +34,11 @@ class FunctionSpace:
     :param FunctionView view: from constrained draws to function values ``(S, N, F)``.
     :param Layout layout: of the draws.
     :param str kind: of the observed site, as in :class:`~pyro_apd.predictive.predictive.Outputs`.
+    :param callable model: what takes the inputs.
     """
 
-    def __init__(self, view: FunctionView, layout: Layout, kind: str) -> None:
+    def __init__(self, view: FunctionView, layout: Layout, kind: str, model: Callable[..., Any]) -> None:
+        self.model = model
         self._view = view
         self._layout = layout
         self._kind = kind
@@ -62,6 +64,16 @@ class FunctionSpace:
             floor = _SPREAD_FLOOR * spread_P.mean() + torch.finfo(spread_P.dtype).eps
             total = total + (energy_distance(fake_PSF, real_PTF, spread_P) / (spread_P + floor)).mean()
         return total
+
+    def disagreement(self, views: list[Tensor]) -> Tensor:
+        """How far draws disagree, on average over probes, ``(F,)``: mutual information where the model classifies, in
+        nats, else the variances of the locations. Their scales, each of which comes after its location, are left
+        out."""
+        information = self.mutual_information(views)
+        if information is not None:
+            return information.reshape(1)
+        variance_F = views[0].var(1, correction=0).mean(0)
+        return variance_F[::2]
 
     def mutual_information(self, views: list[Tensor]) -> Tensor | None:
         """Mean over probes, in nats; None unless the model classifies."""
@@ -118,12 +130,16 @@ class _WholeData(Probes):
         """No inputs: the model already has them."""
         return ()
 
+    def groups(self, count: int) -> dict[str, tuple[Tensor, ...]]:
+        """See :class:`Probes`."""
+        return {"rows": ()}
+
 
 def _viewed(model: Callable[..., Any], source: Source, inputs: tuple[Tensor, ...], example_SD: Tensor) -> FunctionSpace:
     """The function space of a model, after a trial run with gradients."""
     draws = source.layout.constrain(example_SD)
     kind = outputs(model, draws, *inputs).kind
-    space = FunctionSpace(FunctionView(model, draws, *inputs), source.layout, kind)
+    space = FunctionSpace(FunctionView(model, draws, *inputs), source.layout, kind, model)
     values = space.views(example_SD.clone().requires_grad_(), inputs)[0]
     if not values.requires_grad or not bool(values.isfinite().all()):
         raise ValueError("function values are not finite, or not differentiable")

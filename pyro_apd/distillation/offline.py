@@ -39,6 +39,7 @@ def distill(
     seed: int | None = None,
     generator: str | None = None,
     objective: str | None = None,
+    byte_budget: float | int | None = None,
     rank: int | None = None,
     storage_dtype: str | None = None,
     probe_inputs: Sequence[Any] | None = None,
@@ -48,14 +49,16 @@ def distill(
 ) -> DistilledPosterior:
     """Distils draws of a chain into a generator.
 
-    ``generator="coordinates"`` starts at the Gaussian fit of each segment of each chain in the principal coordinates of
-    all draws, with noise for what these leave out. Where model and data are known, segments and noise are then trained
-    to minimise the energy distance between generator and chain in function space, at inputs near the data and far from
-    them. Where they are not, the logger ``pyro_apd`` says so, and segments are trained against a learned critic
-    (WGAN-GP), without noise.
-    ``generator="chunked"`` is the same for large networks: the basis of the coordinates is held in ``int8``, with a
-    scale per layer, and decoded in chunks, and the size of a latent does not depend on the network. In either case
-    draws are read in blocks; memory is that of the basis and of a few networks, for any number of draws.
+    The default generator is fitted in closed form, in two passes over the draws. In each matrix of weights it keeps
+    what the data determine, the part in the subspace of the layer's inputs, finely, and the rest coarsely, so that a
+    whole posterior takes about as many bytes as one network (:class:`~pyro_apd.generators.SubspaceGenerator`). Where
+    model and data are known, the inputs are gathered by running the model under a few draws, and two numbers are
+    calibrated, so that generated draws disagree as much as the chain's do, near the data and far from them. Where they
+    are not, the logger ``pyro_apd`` says so, and the subspace comes from the draws alone: directions in which all units
+    of a layer vary little.
+    With ``num_steps`` the distribution of the coordinates and the scales of noise are trained further, by the energy
+    distance between generator and chain in function space (Szekely & Rizzo 2013), or where functions are not known
+    against a learned critic (WGAN-GP).
     ``generator="paper"`` is offline APD as published (Wang et al., ICML 2018): a perceptron to raw weights, trained by
     WGAN-GP; the paper takes 100,000 steps.
 
@@ -65,20 +68,19 @@ def distill(
     :param source: an ``MCMC`` after ``run``; or draws by site, ``(S, ...)``, with ``group_by_chain`` ``(C, S, ...)``.
     :param callable model: the Pyro model; by default that of the ``MCMC``'s kernel.
     :param tuple data: arguments of the model, with or without targets; by default those of the run.
-    :param int num_steps: generator steps; by default 500, for ``"paper"`` 2,000. Networks of more than a million
-        weights, or of as many multiplications per input, get fewer, down to 50. 0 returns the start.
+    :param int num_steps: generator steps; by default none, for ``"paper"`` 2,000.
     :param int seed: makes the posterior, and its file, reproducible; the global generator stays as it was.
-    :param str generator: ``"coordinates"``, ``"chunked"`` or ``"paper"``; by default the first, and the second for a
-        million weights and more, unless draws or ``storage_dtype`` have more digits than it keeps.
+    :param str generator: ``"subspace"``, the default, or ``"paper"``.
     :param str objective: with ``generator="paper"``, the GAN loss that it is trained by: ``"wgan-gp"`` (default),
         ``"wgan"``, ``"lsgan"`` or ``"non-saturating"``, each as published.
-    :param int rank: principal coordinates, each of which costs as much as a network at ``storage_dtype``. By default 40
-        for one chain and 4 more per further chain, up to 64 and a quarter of the draws; ``"chunked"`` up to 44 and half
-        of the draws.
-    :param str storage_dtype: precision of the posterior, and of the file that
-        :meth:`~pyro_apd.DistilledPosterior.save` writes; by default ``"int8"``, a quarter of the bytes of a network in
-        ``float32`` per coordinate; for ``"paper"``, and for draws of more digits, that of the draws. A chunked basis is
-        always in ``int8``.
+    :param byte_budget: size of the file, at most: networks at the precision of the draws as a float (``1.5``), or bytes
+        as an integer. By default steps are as fine as keeps predictions close to the chain's resolution: about one
+        network for a network of 80,000 weights, and a few for small ones, see ``docs/scaling.md``.
+    :param int rank: coordinates of a chain; by default 96 divided by the number of chains, at least 12, and two thirds
+        of a chain's draws at most.
+    :param str storage_dtype: precision of the numbers that are not integers, in memory and in the file that
+        :meth:`~pyro_apd.DistilledPosterior.save` writes; by default ``"int8"``; for ``"paper"``, and for draws of more
+        digits, that of the draws.
     :param tuple probe_inputs: arguments of the model at whose rows functions are compared, instead of variations of
         ``data``.
     :param bool group_by_chain: whether a dict has a leading dimension for chains.
@@ -88,7 +90,7 @@ def distill(
     :raises ValueError: if draws are too few, malformed or not of the model's sites, or an argument is out of range.
     :raises DistillationError: with ``strict=True``, where :class:`DistillationWarning` would have been issued.
     """
-    options = DistillOptions(generator, objective, num_steps, rank, storage_dtype, seed)
+    options = DistillOptions(generator, objective, num_steps, rank, byte_budget, storage_dtype, seed)
     draws = read_source(source, model, data, group_by_chain)
     posterior, training = distill_draws(draws, options, probe_inputs, progress)
     report(training, strict)
@@ -126,7 +128,7 @@ def _fit_and_train(
     task = DistillationTask.of(source, probe_inputs, train_index, held_out_index, ranks)
     prepared = prepare(task, options)
     training = train(
-        prepared.trained,
+        prepared.generator,
         prepared.objective,
         prepared.evaluator,
         prepared.schedule,
@@ -139,6 +141,7 @@ def _fit_and_train(
         **({"missing_chains": list(source.missing_chains)} if source.missing_chains else {}),
         "held_out": HELD_OUT if len(held_out_index) < num_draws else None,
         "space": "weights" if task.functions is None else "functions",
+        **({} if prepared.calibration is None else {"calibration": prepared.calibration.to_json()}),
         "num_steps": prepared.schedule.num_steps,
         "best_step": training.best_step,
         "metrics": {name: float(f"{value:.4g}") for name, value in training.metrics.items()},

@@ -66,6 +66,7 @@ def distill_online(
     buffer_size: int = 512,
     rounds: int = 3,
     num_steps: int | None = None,
+    byte_budget: float | int | None = None,
     rank: int | None = None,
     storage_dtype: str | None = None,
     probe_inputs: Sequence[Any] | None = None,
@@ -84,8 +85,8 @@ def distill_online(
 
     Chains advance as one batched computation. A buffer keeps ``buffer_size`` of their draws, evenly spaced over all
     draws so far: when it is full, every second draw is removed. After a half, a quarter, ... of the draws, a generator
-    is fitted to the buffer and trained briefly; the last round, at the end, is as long as that of
-    :func:`~pyro_apd.distill`. ``metadata["rounds"]`` has the metrics of each round on held-out draws.
+    is fitted to the buffer, as by :func:`~pyro_apd.distill`; the last round is at the end. ``metadata["rounds"]`` has
+    the metrics of each round on held-out draws.
 
     With ``chain_method="distributed"`` every process of ``torchrun``, or of the present process group, makes the same
     call with all the data. Each runs its part of the chains and holds its part of the buffer. In a round all get the
@@ -107,8 +108,7 @@ def distill_online(
     :param int buffer_size: draws held at a time, of all chains together; at least 2 per chain.
     :param int rounds: how often a generator is trained, the last time included.
     :param int num_steps: generator steps of the last round, as in :func:`~pyro_apd.distill`; the others take a quarter.
-    :param int rank: as in :func:`~pyro_apd.distill`.
-    :param str storage_dtype: as in :func:`~pyro_apd.distill`.
+    :param byte_budget: as in :func:`~pyro_apd.distill`; so are ``rank`` and ``storage_dtype``.
     :param tuple probe_inputs: as in :func:`~pyro_apd.distill`.
     :param int seed: of the training.
     :param bool restart: after each round but the last, put chains at fresh draws of the generator (the authors'
@@ -143,7 +143,9 @@ def distill_online(
             DistillationWarning,
             stacklevel=2,
         )
-    options = DistillOptions(num_steps=num_steps, rank=rank, storage_dtype=storage_dtype, seed=seed)
+    options = DistillOptions(
+        num_steps=num_steps, rank=rank, byte_budget=byte_budget, storage_dtype=storage_dtype, seed=seed
+    )
     start = checked_initial_params(initial_params, lengths.num_chains)
     every = None if checkpoint is None else lengths.checkpoint_every
     plan = Plan(lengths.num_samples, lengths.warmup_steps, lengths.num_chains, start, None, every)

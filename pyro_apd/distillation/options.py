@@ -30,6 +30,7 @@ class DistillOptions:
     objective: str | None = None
     num_steps: int | None = None
     rank: int | None = None
+    byte_budget: float | int | None = None
     storage_dtype: str | None = None
     seed: int | None = None
     share_of_steps: int = 1
@@ -38,20 +39,29 @@ class DistillOptions:
         if self.storage_dtype is not None:
             check_dtype(self.storage_dtype, "storage_dtype")
         if self.generator is not None:
-            checks.choice("generator", self.generator, sorted(GENERATORS), "None chooses by the size of the network.")
+            if self.generator in ("coordinates", "chunked"):
+                raise ValueError(
+                    f"generator={self.generator!r} is replaced by 'subspace', the default, which takes fewer bytes for "
+                    "networks of any size; leave generator= out. Files of the old kinds can still be read."
+                )
+            checks.choice("generator", self.generator, sorted(GENERATORS), _DEFAULT)
         for name, smallest in (("num_steps", 0), ("rank", 1)):
             value = getattr(self, name)
             if value is not None:
                 # Python's own integers, which JSON holds.
                 object.__setattr__(self, name, checks.integer(name, value, at_least=smallest, hint=_DEFAULT))
         object.__setattr__(self, "seed", checked_seed(self.seed))
-        if self.generator == "paper" and self.rank is not None:
-            raise ValueError(
-                f"rank={self.rank} has no meaning for generator='paper', which has no coordinates; leave it out."
-            )
+        if self.byte_budget is not None:
+            object.__setattr__(self, "byte_budget", checked_budget(self.byte_budget))
+        for name in ("rank", "byte_budget"):
+            if self.generator == "paper" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no meaning for generator='paper', whose size is that of its "
+                    "layers; leave it out."
+                )
         if self.objective is not None and (self.generator != "paper" or self.objective not in GAN_LOSSES):
             raise ValueError(
-                f"objective={self.objective!r} with generator={self.generator or 'coordinates'!r}: accepted are "
+                f"objective={self.objective!r} with generator={self.generator or 'subspace'!r}: accepted are "
                 f"{sorted(GAN_LOSSES)} with generator='paper'. The objective of the other generators follows from what "
                 "is known of the model."
             )
@@ -59,6 +69,17 @@ class DistillOptions:
     def steps(self, default: int) -> int:
         """Generator steps to take, ``default`` unless ``num_steps`` is given."""
         return (default if self.num_steps is None else self.num_steps) // self.share_of_steps
+
+
+def checked_budget(value: object) -> float | int:
+    """A number of bytes (an integer), or of networks (a float).
+
+    :raises ValueError: if it is neither, or not positive.
+    """
+    hint = "Give networks as a float (1.5), or bytes as an integer (250_000)."
+    if checks.is_integer(value):
+        return checks.integer("byte_budget", value, at_least=1, hint=hint)
+    return checks.number("byte_budget", value, above=0.0, hint=hint)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Shares of the probes: mixtures of two rows, rows with added noise, unchanged rows; the rest is noise alone. With more
 # unchanged rows the generator is better near the data, and worse far from them.
-_MIXTURES, _PERTURBED, _UNCHANGED = 0.25, 0.35, 0.2
+_MIXTURES, _PERTURBED, _UNCHANGED, _NOISE = 0.25, 0.35, 0.2, 0.2
 
 
 class RowArguments:
@@ -74,6 +74,22 @@ class Probes:
             value[first] if bounds is None or self._unchanged else _vary(value, bounds, first, second, amount)
             for value, bounds in zip(self._rows, self._ranges, strict=True)
         )
+
+    def groups(self, count: int) -> dict[str, tuple[Tensor, ...]]:
+        """Probes by kind, ``count`` of each: ``"rows"`` unchanged, and where some are varied, those ``"near"`` the data
+        (noise and mixtures) and ``"far"`` (noise alone)."""
+        varied = not self._unchanged and any(bounds is not None for bounds in self._ranges)
+        plain = Probes(self._rows, unchanged=True).draw(count)
+        if not varied:
+            return {"rows": plain}
+        mixed = self.draw(int(count / _NOISE) + 1)
+        near = int((_MIXTURES + _PERTURBED) * len(mixed[0]))
+        noise = int((_MIXTURES + _PERTURBED + _UNCHANGED) * len(mixed[0]))
+        return {
+            "rows": plain,
+            "near": tuple(value[:near][:: max(1, near // count)][:count] for value in mixed),
+            "far": tuple(value[noise:] for value in mixed),
+        }
 
 
 def _vary(

@@ -43,19 +43,16 @@ class Schedule:
     num_evaluations: int = 20
     num_evaluation_draws: int = 200
 
-    def rates(self, generator: Generator, trained: list[nn.Parameter]) -> list[float]:
+    def rates(self, trained: list[nn.Parameter]) -> list[float]:
         """Adam's rate for each parameter.
 
         Adam moves every entry by about the rate, often in the same direction, so that the sum of n entries moves by n
         times the rate, while n independent entries of size one have a sum of the size of sqrt(n). Parameters with many
-        entries therefore need a rate that falls with sqrt(n). All rows as long as a draw count as one parameter.
+        entries therefore need a rate that falls with sqrt(n).
         """
         if self.max_sum_change is None:
             return [self.learning_rate] * len(trained)
-        is_long = [parameter.shape[-1] == generator.output_size for parameter in trained]
-        num_long = sum(parameter.numel() for parameter, long in zip(trained, is_long, strict=True) if long)
-        counts = [num_long if long else parameter.numel() for parameter, long in zip(trained, is_long, strict=True)]
-        return [min(self.learning_rate, self.max_sum_change / count**0.5) for count in counts]
+        return [min(self.learning_rate, self.max_sum_change / p.numel() ** 0.5) for p in trained]
 
 
 @dataclass
@@ -112,7 +109,9 @@ def train(
     num_draws = schedule.num_evaluation_draws
     best = _BestState(evaluator, average, latents, result, num_draws, derived_seed(seed, "evaluation"), ranks)
     step = 0
-    with tqdm(total=schedule.num_steps, desc="Distil", disable=not progress, leave=True) as bar:
+    with tqdm(
+        total=schedule.num_steps, desc="Distil", disable=not progress or not schedule.num_steps, leave=True
+    ) as bar:
         try:
             is_finite = best.evaluate(0, None)
             steps = _steps(generator, average, latents, objective, schedule, ranks, seed)
@@ -205,7 +204,7 @@ def _steps(
     own = None if ranks.size == 1 else derived_seed(seed, "steps", ranks.rank)
     stream = seeded(own, next(generator.parameters()).device)
     trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
-    rates = schedule.rates(generator, trained)
+    rates = schedule.rates(trained)
     groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(trained, rates, strict=True)]
     optimiser = torch.optim.Adam(groups, betas=(0.5, 0.9))
     # The moving average has a memory of a fifth of the training, whatever its length.

@@ -9,30 +9,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyro_apd.generators.base import Generator
-from pyro_apd.generators.chunked import ChunkedGenerator
 from pyro_apd.generators.dropout import DropoutGenerator
 from pyro_apd.generators.low_rank import LowRankGenerator
-from pyro_apd.generators.network import CoordinateGenerator
 from pyro_apd.generators.paper import PaperGenerator
+from pyro_apd.generators.subspace import SubspaceGenerator
+from pyro_apd.generators.version_2 import ChunkedGenerator, CoordinateGenerator
 
 #: Generators by the name that ``distill(generator=...)`` and files use.
-GENERATORS: dict[str, type[Generator]] = {
-    "chunked": ChunkedGenerator,
-    "coordinates": CoordinateGenerator,
-    "paper": PaperGenerator,
-}
-#: Further generators that files may hold: those that :mod:`pyro_apd.baselines` fits.
+GENERATORS: dict[str, type[Generator]] = {"paper": PaperGenerator, "subspace": SubspaceGenerator}
+#: Further generators that files may hold: those that :mod:`pyro_apd.baselines` fits, and those of earlier files.
 BASELINES: dict[str, type[Generator]] = {"dropout": DropoutGenerator, "low-rank": LowRankGenerator}
+_EARLIER: dict[str, type[Generator]] = {"chunked": ChunkedGenerator, "coordinates": CoordinateGenerator}
 
 __all__ = [
     "BASELINES",
     "GENERATORS",
-    "ChunkedGenerator",
-    "CoordinateGenerator",
     "DropoutGenerator",
     "Generator",
     "LowRankGenerator",
     "PaperGenerator",
+    "SubspaceGenerator",
     "build_generator",
 ]
 
@@ -45,14 +41,9 @@ def build_generator(config: Mapping[str, Any]) -> Generator:
     """
     settings = dict(config)
     kind = settings.pop("kind", None)
-    known = {**GENERATORS, **BASELINES}
+    known = {**GENERATORS, **BASELINES, **_EARLIER}
     if not isinstance(kind, str) or kind not in known:
         raise ValueError(f"Unknown generator {kind!r:.80}; known are {sorted(known)}.")
-    # Files name this setting differently, and some have one that is no longer in use.
-    if "bend" in settings:
-        settings["mlp_width"] = settings.pop("bend")
-    if kind == "coordinates" and settings.pop("width", 0) != 0:
-        raise ValueError("Generators with width > 0 are no longer supported; distil the posterior again.")
     try:
         return known[kind](**settings)
     except TypeError as error:

@@ -57,6 +57,21 @@ class Generator(nn.Module, ABC):
         return peak(self(latent_SL))
 
 
+def stratified(latent_SL: Tensor) -> Tensor:
+    """Latents whose first entries are evenly spread over their quantiles, in random order; in place.
+
+    Random numbers are those of torch's global generator.
+    """
+    count = len(latent_SL)
+    like: dict[str, Any] = {"dtype": latent_SL.dtype, "device": latent_SL.device}
+    order_S = torch.randperm(count, device=latent_SL.device)
+    place_S = order_S + torch.rand(count, **like)
+    quantile_S = (place_S / count + torch.rand((), **like)) % 1.0
+    # Without the ends, whose quantiles are infinite.
+    latent_SL[:, 0] = torch.special.ndtri(quantile_S.clamp(1e-6, 1 - 1e-6))
+    return latent_SL
+
+
 def check_sizes(**sizes: int) -> None:
     """Raises ValueError unless all are positive integers."""
     for name, size in sizes.items():

@@ -44,6 +44,12 @@ class DrawBlocks:
         blocks._divisor_D = divisor_D
         return blocks
 
+    def pooled(self) -> DrawBlocks:
+        """The same draws as those of one chain."""
+        num_chains, _, size = self._theta_CSD.shape
+        chain_C1 = torch.arange(num_chains, device=self.device).unsqueeze(1) * self._theta_CSD.shape[1]
+        return DrawBlocks(self._theta_CSD.reshape(1, -1, size), (chain_C1 + self._index_T).flatten())
+
     def __len__(self) -> int:
         return self.shape[0] * self.shape[1]
 
@@ -59,6 +65,12 @@ class DrawBlocks:
         """Every row, or one in ``step``, in order, in blocks ``(N, D)``."""
         row_S = torch.arange(0, len(self), step, device=self.device)
         for row_N in row_S.split(items_per_block(self.shape[2] * self.dtype.itemsize, self._num_bytes)):
+            yield self[row_N]
+
+    def spaced(self, count: int) -> Iterator[Tensor]:
+        """``count`` rows, evenly spaced, in blocks that the network evaluates."""
+        row_S = torch.linspace(0, len(self) - 1, count, dtype=torch.float64).round().long().to(self.device)
+        for row_N in row_S.split(draws_per_block(self.shape[2] * self.dtype.itemsize)):
             yield self[row_N]
 
     @property

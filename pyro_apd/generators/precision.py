@@ -21,7 +21,7 @@ DTYPES = ("float32", "float16", "bfloat16", "int8")
 SCALE_SUFFIX = "#scale"
 
 # For matrices with fewer entries, or with shorter rows, int8 saves too few bytes for the digits that it loses.
-_MIN_ENTRIES, _MIN_COLUMNS = 8192, 16
+_MIN_ENTRIES, _MIN_COLUMNS = 2048, 16
 # Rows whose largest entry is smaller are kept as zeros, since their scale would be a subnormal number.
 _TINY = 2.0**-100
 _LEVELS = 127
@@ -82,7 +82,7 @@ def decode(stored: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 
 
 def is_large(value: Tensor) -> bool:
-    """Whether ``int8`` keeps a tensor as integers: a matrix of 8,192 entries or more, in rows of 16 or more."""
+    """Whether ``int8`` keeps a tensor as integers: a matrix of 2,048 entries or more, in rows of 16 or more."""
     return value.dim() == 2 and value.numel() >= _MIN_ENTRIES and value.shape[1] >= _MIN_COLUMNS
 
 

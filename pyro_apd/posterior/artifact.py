@@ -24,6 +24,7 @@ from pyro_apd.errors import ArtifactError
 from pyro_apd.generators import precision
 from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
+from pyro_apd.posterior import integers
 from pyro_apd.runtime import tensor_file
 from pyro_apd.runtime.checks import is_integer
 from pyro_apd.runtime.tensor_file import Entry, FileKind, Header
@@ -42,7 +43,7 @@ __all__ = [
     "write",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _FIRST_VERSION = 2  # the first one that is read
 
 #: The key of the description in the metadata of safetensors.
@@ -63,9 +64,9 @@ MAX_NUM_SAMPLES = 1_000_000
 # So that drawing by default from a file does not fill memory: bytes of these draws, by byte of the file's tensors, and
 # for any file. A hundred draws take up to 400 times the bytes of one network in a byte per weight.
 _DRAWN_PER_BYTE, _DRAWN_ALWAYS = 1000, 256 * 2**20
-# Tensors that each block of noise of a generator has in the file.
-_TENSORS_PER_BLOCK = 4
-# Blocks or layers that a generator may have, by site and in any file.
+# Tensors that each block of noise, layer or matrix of a generator has in the file, at least.
+_TENSORS_EACH = {"noise": 4, "layers": 0, "matrices": 5}
+# How many of these a generator may have, by site and in any file.
 _PARTS_PER_SITE, _PARTS_ALWAYS = 4, 256
 _COMPUTE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -133,7 +134,7 @@ def _contents(artifact: Artifact, frozen_values: Mapping[str, Tensor]) -> tuple[
         raise ValueError(f"num_samples={artifact.num_samples} must be from 1 to {MAX_NUM_SAMPLES:,} to be saved.")
     if not all(isinstance(values, (list, tuple)) for values in artifact.training_log.values()):
         raise ValueError("training_log must be lists of numbers by name.")
-    tensors = precision.encode(artifact.tensors, artifact.dtype)
+    tensors = integers.packed(artifact.tensors, precision.encode(artifact.tensors, artifact.dtype))
     problem = _endless_draws(artifact.layout, artifact.num_samples, _num_bytes(tensors))
     if problem:
         raise ValueError(f"{problem} Set posterior.num_samples lower, and ask get_samples() for more where needed.")
@@ -188,11 +189,16 @@ def read(path: str | os.PathLike[str], expect: Expect | None = None) -> Artifact
     own, frozen = _without_frozen(header.table, description["frozen"], path)
     table = _decoded_table(own, description["dtype"], path)
     _check_blocks(description["generator"], len(table), len(description["layout"]), path)
+    expected: Mapping[str, Tensor] = {}
     if expect is not None:
         try:
             expected = expect(description["generator"])
         except _NONSENSE as error:
             raise ArtifactError(f"{path} describes a generator that cannot be built: {error}") from error
+        try:
+            table = integers.decoded_table(table, expected)
+        except ValueError as error:
+            raise ArtifactError(f"{path} is damaged: {error}.") from error
         _check_table(table, expected, path)
     tensors = tensor_file.read_tensors(KIND, path, header)
     values = {name.removeprefix(FROZEN_PREFIX): tensors.pop(name) for name in frozen}
@@ -202,6 +208,10 @@ def read(path: str | os.PathLike[str], expect: Expect | None = None) -> Artifact
     if values:
         description["frozen"] = replace(description["frozen"], values=values)
         _check_frozen(description["frozen"], path)
+    try:
+        tensors = integers.unpacked(tensors, expected)
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged: {error}. {KIND.remedy}") from error
     return Artifact(tensors=precision.decode(tensors, description["dtype"]), **description)
 
 
@@ -245,7 +255,7 @@ def _check_frozen(frozen: FrozenTensors, path: Path) -> None:
 
 def _check_blocks(config: Mapping[str, Any], num_tensors: int, num_sites: int, path: Path) -> None:
     """Parts of a generator take longer to build than to write into a hostile file. They are of matrices of weights."""
-    for name, tensors_each in (("noise", _TENSORS_PER_BLOCK), ("layers", 0)):
+    for name, tensors_each in _TENSORS_EACH.items():
         parts = config.get(name)
         count = len(parts) if isinstance(parts, list) else 0
         if count > _PARTS_ALWAYS + _PARTS_PER_SITE * num_sites or count * tensors_each > num_tensors:
@@ -285,7 +295,8 @@ def _check_table(table: Mapping[str, Entry], expected: Mapping[str, Tensor], pat
         raise ArtifactError(f"{path} does not fit its own description: tensors missing {missing}, not known {surplus}.")
     for name, value in expected.items():
         entry = table[name]
-        if entry.dtype.is_floating_point != value.is_floating_point() or entry.shape != tuple(value.shape):
+        is_kind = entry.dtype.is_floating_point if value.is_floating_point() else entry.dtype == value.dtype
+        if not is_kind or entry.shape != tuple(value.shape):
             raise ArtifactError(
                 f"{path}: tensor '{name}' is {entry.dtype} of shape {entry.shape}, but its description asks for "
                 f"{value.dtype} of shape {tuple(value.shape)}."

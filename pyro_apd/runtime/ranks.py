@@ -139,11 +139,14 @@ class Ranks:
         self.gathered(None)
 
     def data_parallel(self, module: nn.Module) -> nn.Module:
-        """A module whose gradients are averaged over all processes, with the parameters of rank 0 to begin with."""
+        """A module whose gradients are averaged over all processes, with the parameters and buffers of rank 0 to begin
+        with."""
         if self.size == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
             return module
+        for value in module.state_dict().values():  # by ourselves, since not every backend takes every dtype
+            self.broadcast(value, 0)
         with self.reporting_lost_processes():
-            return nn.parallel.DistributedDataParallel(module)
+            return nn.parallel.DistributedDataParallel(module, init_sync=False, forward_sync_buffers=False)
 
     def _staged(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """A contiguous copy on the device of the backend, and its bytes: every backend takes bytes, of any dtype."""

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from pyro_apd.baselines import dark_knowledge
 from pyro_apd.errors import ModelError
-from pyro_apd.generators import CoordinateGenerator
+from pyro_apd.generators import LowRankGenerator
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.predictive.predictive import outputs
@@ -50,7 +50,7 @@ def test_a_student_predicts_the_average_of_a_chain():
 @pytest.mark.slow
 def test_of_a_generator_and_with_noise():
     layout = Layout(SITES)
-    posterior = DistilledPosterior(layout, CoordinateGenerator(layout.size, 2))
+    posterior = DistilledPosterior(layout, LowRankGenerator(layout.size, 2))
     with torch.no_grad():
         posterior.generator.location.normal_()
     taught = dark_knowledge(

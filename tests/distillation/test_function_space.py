@@ -18,7 +18,7 @@ def test_views_are_log_probabilities_and_probabilities():
 
 
 def test_bernoulli_views_are_two_probabilities():
-    view = FunctionSpace(lambda draws, x: draws["w"][:, None, :1] * x[:, None], LAYOUT, "bernoulli")
+    view = FunctionSpace(lambda draws, x: draws["w"][:, None, :1] * x[:, None], LAYOUT, "bernoulli", model=None)
     _, probs = view.views(torch.randn(4, 3), (torch.tensor([1.0, 2.0]),))
     assert probs.shape == (2, 4, 2)
     torch.testing.assert_close(probs.sum(-1), torch.ones(2, 4))

@@ -21,13 +21,25 @@ def test_numbers_of_numpy_become_pythons():
         ({"num_steps": True}, "num_steps=True must be an integer >= 0. None takes the default"),
         ({"rank": 0}, "rank=0 must be a positive integer. None takes the default"),
         ({"seed": -1}, "seed=-1 must be None or an integer"),
-        ({"generator": 3}, "generator=3 must be one of 'chunked', 'coordinates', 'paper'"),
-        ({"objective": "wgan"}, "objective='wgan' with generator='coordinates': accepted are"),
+        ({"generator": 3}, "generator=3 must be one of 'paper', 'subspace'"),
+        ({"generator": "coordinates"}, "generator='coordinates' is replaced by 'subspace', the default"),
+        ({"generator": "chunked"}, "Files of the old kinds can still be read"),
+        ({"byte_budget": 0}, r"byte_budget=0 must be a positive integer\. Give networks as a float"),
+        ({"byte_budget": 0.0}, r"byte_budget=0\.0 must be a positive finite number"),
+        ({"byte_budget": "1"}, "byte_budget='1'"),
+        ({"generator": "paper", "byte_budget": 1.0}, "byte_budget=1.0 has no meaning for generator='paper'"),
+        ({"objective": "wgan"}, "objective='wgan' with generator='subspace': accepted are"),
     ],
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         DistillOptions(**options)
+
+
+def test_a_budget_is_networks_or_bytes():
+    assert DistillOptions(byte_budget=1.5).byte_budget == 1.5
+    whole = DistillOptions(byte_budget=np.int64(1000)).byte_budget
+    assert type(whole) is int
 
 
 def test_a_round_takes_a_share_of_the_steps():

@@ -124,7 +124,7 @@ def set_format(value):
 
 
 CHANGES = {
-    "newer format": (set_format(3), "reads up to 2. Update it"),
+    "newer format": (set_format(4), "reads up to 3. Update it"),
     "format is text": (set_format("1"), "format version is '1'"),
     "no format": (lambda h, d: d.pop("format"), "cannot be read"),
     "no generator": (lambda h, d: d.pop("generator"), "'generator'"),

@@ -124,17 +124,19 @@ apd.DistilledPosterior.load("posterior.safetensors")""",
         "Of two megabytes of text a reader could build hundreds of thousands of objects.",
     ),
     Refusal(
-        "Blocks of noise that overlap",
+        "Matrices of a generator that overlap",
         """
-        from pyro_apd.generators import CoordinateGenerator
-        CoordinateGenerator(output_size=6, rank=1, noise=[(0, 2, 3, 1), (3, 1, 3, 1)])
+        from pyro_apd.generators import SubspaceGenerator
+        matrices = [(0, 2, 3, -1, 0, 2), (3, 3, 3, -1, 0, 2)]
+        SubspaceGenerator(18, matrices, num_chains=1, num_modes=1, rank=2, path_rank=0)
         """,
         ValueError,
-        ("(0, 2, 3, 1)", "(3, 1, 3, 1)", "must not overlap"),
+        ("Matrices overlap at entry 3",),
         "A small file could ask for any number of random numbers per draw.",
         instead="""
-        from pyro_apd.generators import CoordinateGenerator
-        CoordinateGenerator(output_size=6, rank=1, noise=[(0, 1, 3, 1), (3, 1, 3, 1)])
+        from pyro_apd.generators import SubspaceGenerator
+        matrices = [(0, 2, 3, -1, 0, 2), (6, 3, 3, -1, 0, 2)]
+        SubspaceGenerator(18, matrices, num_chains=1, num_modes=1, rank=2, path_rank=0)
         """,
     ),
     Refusal(

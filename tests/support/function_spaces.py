@@ -16,4 +16,4 @@ def logits_of(draws, x):
 
 def space(kind="categorical"):
     """Its function space."""
-    return FunctionSpace(logits_of, LAYOUT, kind)
+    return FunctionSpace(logits_of, LAYOUT, kind, model=None)

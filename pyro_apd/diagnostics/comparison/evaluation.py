@@ -144,6 +144,8 @@ def similarities(reference: Evaluation, other: Evaluation) -> dict[str, float]:
     elif reference.kind == "numbers":
         shift = (reference.mean() - other.mean()).abs() / scores["sd"]
         found["mean_shift"] = float(shift.double().mean())
+    if min(reference.num_draws, other.num_draws) < 2:
+        return found
     reference_sd, other_sd = reference.theta_SD.std(0), other.theta_SD.std(0)
     moving = reference_sd > 0
     if bool(moving.any()):

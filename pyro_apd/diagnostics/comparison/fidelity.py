@@ -19,11 +19,12 @@ from pyro_apd.diagnostics.comparison.evaluation import (
     model_of,
 )
 from pyro_apd.diagnostics.comparison.metric_rows import metric_rows
-from pyro_apd.diagnostics.comparison.split import Split, split_draws
+from pyro_apd.diagnostics.comparison.split import Split, baseline_draws, split_draws
 from pyro_apd.diagnostics.comparison.verdict import Row, overall
 from pyro_apd.diagnostics.draws import draw_shapes, posterior_bytes
+from pyro_apd.diagnostics.formatting import counted
 from pyro_apd.predictive.chain_draws import ChainDraws
-from pyro_apd.predictive.draws import ChainsLike, PosteriorLike, read_chains
+from pyro_apd.predictive.draws import ChainsLike, PosteriorLike, Values, read_chains
 from pyro_apd.runtime.checks import integer
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
 from pyro_apd.runtime.seeds import checked_seed
@@ -45,6 +46,7 @@ def compare(
     y: Tensor | None = None,
     *,
     ood: Mapping[str, Any] | None = None,
+    baselines: Mapping[str, PosteriorLike] | None = None,
     num_samples: int = 100,
     seed: int | None = 0,
     group_by_chain: bool | None = None,
@@ -72,6 +74,11 @@ def compare(
         the arguments of ``mcmc.run``; without any, weights alone are compared.
     :param Tensor y: targets, one per datum. Without them there is no accuracy, NLL or ECE.
     :param ood: out-of-distribution inputs by name.
+    :param baselines: other ways to hold the posterior, by name: dicts of draws, all of which are used, or posteriors,
+        of which as many draws are made as of the generator. Each is a further column, and does not change the verdict.
+        The strongest at equal bytes are stored draws in few bits,
+        ``{"int2": apd.baselines.stored_draws(mcmc, dtype="int2", byte_budget=posterior.num_bytes)}``. They may include
+        draws of the chain's own column, and then look better than they are.
     :param int num_samples: draws of either, at least 8; rounded down to the same number of each chain, one or more.
     :param int seed: for the generator's draws; the same seed gives the same metrics.
     :param bool group_by_chain: whether a dict ``mcmc`` is ``(C, S, ...)``; default by the shapes of ``posterior``.
@@ -87,10 +94,12 @@ def compare(
     model = model_of(mcmc, model)
     inputs, notes = find_inputs(mcmc, model, x, y, ood)
     split = split_draws(chain, posterior, num_samples, seed)
+    others = baseline_draws(baselines, split.draws["chain"], split.chains * split.draws_each, seed)
     check_sampled_model((mcmc, posterior), model, split.draws["chain"], inputs)
     # Finding the structure of the model draws from its prior.
     with preserved_param_store(), seeded(seed, chain.device), torch.no_grad():
-        sets = {name: evaluate(model, draws, list(chain.values), inputs) for name, draws in split.draws.items()}
+        every = {**split.draws, **others}
+        sets = {name: evaluate(model, draws, list(chain.values), inputs) for name, draws in every.items()}
         rows, mixing = metric_rows(chain, sets, split)
     status, verdict = overall(rows, mixing, spread=bool((sets["chain"].theta_SD.std(0) > 0).any()))
     return Fidelity(
@@ -99,20 +108,23 @@ def compare(
         verdict[0].upper() + verdict[1:],
         num_samples=sets["chain"].num_draws,
         num_stored=split.num_stored,
-        num_bytes=_num_bytes(chain, posterior, split),
+        num_bytes=_num_bytes(chain, posterior, split, baselines or {}),
         mixing=mixing,
         chain_name=chain.name,
-        notes=notes + _notes(rows, chain, mixing, split),
+        notes=notes + _notes(rows, chain, mixing, split) + _baseline_notes(rows, others),
         per_input=_per_input(sets),
     )
 
 
-def _num_bytes(chain: ChainDraws, posterior: PosteriorLike, split: Split) -> dict[str, int]:
+def _num_bytes(
+    chain: ChainDraws, posterior: PosteriorLike, split: Split, baselines: Mapping[str, PosteriorLike]
+) -> dict[str, int]:
     return {
         "chain": chain.num_bytes,
         "generator": posterior_bytes(posterior),
         "stored": split.num_stored * chain.bytes_per_draw,
         "network": chain.bytes_per_draw,
+        **{name: posterior_bytes(other) for name, other in baselines.items()},
     }
 
 
@@ -122,20 +134,33 @@ def _notes(rows: Sequence[Row], chain: ChainDraws, mixing: float, split: Split) 
         notes.append("One chain: modes that it never visited are missing in the generator too, and no metric shows it.")
     if mixing == mixing:
         notes.append(_mixing_note(chain.num_chains, mixing))
-    closer = [r for r in rows if abs(r.generator - r.chain) < abs(r.stored - r.chain)]
-    comparable = [r for r in rows if r.stored == r.stored and r.chain == r.chain]
     if split.num_stored == 0:
         notes.append("The generator's file is smaller than one network, so there is no baseline of stored draws.")
     else:
         notes.append(
-            f"The generator is closer to the chain than {split.num_stored} stored draws of the same size in "
-            f"{len(closer)} of {len(comparable)} metrics."
+            f"The generator is closer to the chain than {counted(split.num_stored, 'stored draw')} of the same size in "
+            f"{_num_closer(rows, [row.stored for row in rows])} metrics."
         )
     if split.is_fitted:
         notes.append("There were too few held-out draws: the generator may be fitted to draws in the chain's column.")
     if split.overlap:
         notes.append("Stored draws include draws of the chain's own column, so they look better than they are.")
     return notes
+
+
+def _baseline_notes(rows: Sequence[Row], others: Mapping[str, Values]) -> list[str]:
+    notes = []
+    for name, draws in others.items():
+        count = counted(len(next(iter(draws.values()))), "draw")
+        closer = _num_closer(rows, [row.baselines[name] for row in rows])
+        notes.append(f"The generator is closer to the chain than {name} ({count}) in {closer} metrics.")
+    return notes
+
+
+def _num_closer(rows: Sequence[Row], values: Sequence[float]) -> str:
+    """In how many metrics the generator is closer to the chain than these values, of how many."""
+    pairs = [(row, value) for row, value in zip(rows, values, strict=True) if value == value and row.chain == row.chain]
+    return f"{sum(abs(row.generator - row.chain) < abs(value - row.chain) for row, value in pairs)} of {len(pairs)}"
 
 
 def _mixing_note(num_chains: int, mixing: float) -> str:

@@ -32,8 +32,9 @@ class Fidelity(pandas.DataFrame):
     """A generator compared with its chain. Made by :func:`~pyro_apd.diagnostics.compare`.
 
     It is a :class:`pandas.DataFrame` with a row for each metric, indexed by its name, and the columns ``label``,
-    ``group``, ``chain``, ``generator``, ``stored``, ``resolution``, ``status`` and ``verdict``. What pandas makes of
-    it (selections, copies) is a plain one. Printed, it is a table with the verdict above.
+    ``group``, ``chain``, ``generator``, ``stored``, ``resolution``, ``status`` and ``verdict``, and one for each
+    baseline that was given. What pandas makes of it (selections, copies) is a plain one. Printed, it is a table with
+    the verdict above.
 
     :ivar tuple rows: :class:`~pyro_apd.diagnostics.comparison.verdict.Row` by row;
         ``fidelity["mean_mi"]`` is one of them, while
@@ -43,7 +44,8 @@ class Fidelity(pandas.DataFrame):
     :ivar str verdict: the same in words; by row, ``fidelity["verdict"]``.
     :ivar int num_samples: draws of chain and of generator, of which the metrics are.
     :ivar int num_stored: stored draws of the same size as the generator's file.
-    :ivar dict num_bytes: ``chain`` (all its draws), ``generator`` (its file), ``stored``, ``network`` (one draw).
+    :ivar dict num_bytes: ``chain`` (all its draws), ``generator`` (its file), ``stored``, ``network`` (one draw), and
+        by the names of baselines.
     :ivar float mixing: share of the variance of the chain's predictions that is between half-chains; NaN if unknown.
     :ivar str chain_name: the chain's kernel, such as ``SGLD``.
     :ivar tuple notes: remarks for the reader.
@@ -68,9 +70,10 @@ class Fidelity(pandas.DataFrame):
         notes: Sequence[str] = (),
         per_input: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
-        columns = [field.name for field in fields(Row)]
+        names = list(rows[0].baselines) if rows else []
+        columns = [field.name for field in fields(Row) if field.name not in ("name", "baselines")]
         index = pandas.Index([row.name for row in rows], name="name")
-        super().__init__([asdict(row) for row in rows], index=index, columns=columns[1:])
+        super().__init__([asdict(row) | dict(row.baselines) for row in rows], index=index, columns=[*columns, *names])
         facts = (tuple(rows), status, verdict, num_samples, num_stored, dict(num_bytes), mixing, chain_name)
         for name, value in zip(_FACTS, (*facts, tuple(notes), dict(per_input or {})), strict=True):
             object.__setattr__(self, name, value)  # columns of the same name stay columns
@@ -89,13 +92,18 @@ class Fidelity(pandas.DataFrame):
 
     def __str__(self) -> str:
         stored = f"{self.num_stored} stored"
-        header = ("", self.chain_name, "generator", stored, "resolution", "verdict")
-        lines = [(row.label, *(format_number(getattr(row, c)) for c in _COLUMNS), row.verdict) for row in self.rows]
-        lines.append(("bytes", *(format_bytes(self.num_bytes[c]) for c in _COLUMNS[:3]), "", self.compression))
-        widths = [max(len(line[i]) for line in (header, *lines)) for i in range(5)]
+        header = ("", self.chain_name, "generator", stored, *self.baselines, "resolution", "verdict")
+        lines = []
+        for row in self.rows:
+            numbers = (row.chain, row.generator, row.stored, *row.baselines.values(), row.resolution)
+            lines.append((row.label, *map(format_number, numbers), row.verdict))
+        sizes = (format_bytes(self.num_bytes[column]) for column in (*_COLUMNS[:3], *self.baselines))
+        lines.append(("bytes", *sizes, "", self.compression))
+        last = len(header) - 1
+        widths = [max(len(line[i]) for line in (header, *lines)) for i in range(last)]
 
         def formatted(line: Sequence[str]) -> str:
-            cells = [line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in range(1, 5)), line[5]]
+            cells = [line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in range(1, last)), line[last]]
             return "  ".join(cells).rstrip()
 
         table, group = [formatted(header)], ""
@@ -107,6 +115,11 @@ class Fidelity(pandas.DataFrame):
         return "\n".join([self.verdict, "", *table, "", *(f"* {note}" for note in self.notes)])
 
     __repr__ = __str__
+
+    @property
+    def baselines(self) -> list[str]:
+        """Names of the baselines that were given."""
+        return list(self.rows[0].baselines) if self.rows else []
 
     @property
     def compression(self) -> str:
@@ -134,13 +147,19 @@ class Fidelity(pandas.DataFrame):
         """
         try:
             facts = json.loads(text)
-            rows = [Row(**{name: _number(name, value) for name, value in row.items()}) for row in facts.pop("rows")]
+            rows = [_row(row) for row in facts.pop("rows")]
             return cls(rows, **{**facts, "mixing": _number("mixing", facts["mixing"])})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"`text` is not what Fidelity.to_json() writes: {error!r}.") from error
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def _row(values: Mapping[str, Any]) -> Row:
+    row = {name: _number(name, value) for name, value in values.items()}
+    baselines = {name: math.nan if value is None else value for name, value in row.pop("baselines", {}).items()}
+    return Row(**row, baselines=baselines)
 
 
 def _number(name: str, value: Any) -> Any:

@@ -37,13 +37,14 @@ from pyro_apd.predictive.chain_draws import ChainDraws
 
 #: Values by metric, by set, and resolutions by metric.
 _Metrics = tuple[dict[str, dict[str, float]], dict[str, float]]
+_OWN_SETS = ("chain", "generator", "stored")
 
 
 def metric_rows(chain_draws: ChainDraws, sets: Mapping[str, Evaluation], split: Split) -> tuple[list[Row], float]:
     """All rows, function space first, and the share of predictive variance between half-chains.
 
     :param chain_draws: all draws of the chain, among which copies are searched for.
-    :param sets: evaluations by ``chain``, ``generator`` and ``stored``.
+    :param sets: evaluations by ``chain``, ``generator``, ``stored`` and names of baselines.
     :param split: which draws these are of.
     """
     chain = sets["chain"]
@@ -61,16 +62,16 @@ def metric_rows(chain_draws: ChainDraws, sets: Mapping[str, Evaluation], split: 
         resolved = max(resolution[name], floor, 1e-6 * abs(value))
         of_generator = values["generator"].get(name, math.nan)
         of_stored = values["stored"].get(name, math.nan)
+        others = {other: values[other].get(name, math.nan) for other in sets if other not in _OWN_SETS}
         status, verdict = judge(name, value, of_generator, resolved, mixing > POORLY_MIXED_SHARE)
-        rows.append(
-            Row(name, lookup(name).label, _group(name), value, of_generator, of_stored, resolved, status, verdict)
-        )
+        own = (value, of_generator, of_stored, resolved)
+        rows.append(Row(name, lookup(name).label, _group(name), *own, status, verdict, others))
     return sorted(rows, key=lambda row: _order(row.group)), mixing
 
 
 def _of_predictions(sets: Mapping[str, Evaluation], split: Split) -> _Metrics:
     """Metrics of predictions and of pairs of sets."""
-    chain, generator, stored = sets["chain"], sets["generator"], sets.get("stored")
+    chain, generator = sets["chain"], sets["generator"]
     halves = balanced_halves(split.chains, split.draws_each)
     alike = balanced_halves(1, 2 * len(halves[0][0]))
     errors = resolved_errors(chain, split.chains, split.draws_each)
@@ -82,9 +83,9 @@ def _of_predictions(sets: Mapping[str, Evaluation], split: Split) -> _Metrics:
     values["chain"] |= own
     values["generator"] |= other
     resolution |= {name: STANDARD_ERRORS * math.hypot(own_sd[name], other_sd.get(name, 0.0)) for name in own}
-    if stored is not None:
-        everything = list(range(stored.num_draws))
-        values["stored"] |= mean_similarities(chain, halves, stored, [(everything, everything)] * len(halves))[0]
+    for name in set(sets) - {"chain", "generator"}:
+        everything = list(range(sets[name].num_draws))
+        values[name] |= mean_similarities(chain, halves, sets[name], [(everything, everything)] * len(halves))[0]
     return values, resolution
 
 

@@ -12,6 +12,9 @@ from pyro_apd.diagnostics.draws import posterior_bytes
 from pyro_apd.predictive.chain_draws import ChainDraws
 from pyro_apd.predictive.draws import PosteriorLike, Values, check_draws, evenly_spaced, read_draws
 
+# Names of sets, sizes and columns that a comparison has by itself.
+_NAMES = ("label", "group", "chain", "generator", "stored", "resolution", "status", "verdict", "network")
+
 
 @dataclass(frozen=True)
 class Split:
@@ -45,20 +48,8 @@ def split_draws(chain: ChainDraws, posterior: PosteriorLike, num_samples: int, s
     steps = [candidates[i] for i in evenly_spaced(len(candidates), each)]
     reference = chain.pooled(steps)
     count = chain.num_chains * len(steps)
-    generated = read_draws(posterior, count, seed=seed)
-    if set(generated) != set(chain.values):
-        raise ValueError(
-            f"Sites of `posterior` {sorted(generated)} are not those of `mcmc` {sorted(chain.values)}; both must be of "
-            "one model."
-        )
-    shapes = {name: (tuple(v.shape[1:]), tuple(generated[name].shape[1:])) for name, v in reference.items()}
-    unlike = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
-    if unlike:
-        raise ValueError(
-            f"A draw has another shape in `mcmc` and in `posterior`: {dict(list(unlike.items())[:3])}. Both must be of "
-            "one model; of a dict by chain, (C, S, ...), say group_by_chain=True, and of one (S, ...) False."
-        )
-    draws = {"chain": reference, "generator": {name: v.to(reference[name]) for name, v in generated.items()}}
+    generated = _like(reference, read_draws(posterior, count, seed=seed), "posterior")
+    draws = {"chain": reference, "generator": generated}
     num_stored = min(posterior_bytes(posterior) // chain.bytes_per_draw, chain.num_chains * chain.num_draws)
     pool = [step for step in range(chain.num_draws) if step not in set(steps)]
     overlap = num_stored > len(pool) * chain.num_chains
@@ -69,6 +60,48 @@ def split_draws(chain: ChainDraws, posterior: PosteriorLike, num_samples: int, s
         draws["stored"] = chain.at([p // len(pool) for p in places], [pool[p % len(pool)] for p in places])
     is_fitted = len(candidates) > len(unseen) and not isinstance(posterior, Mapping)
     return Split(draws, steps, chain.num_chains, len(steps), num_stored, overlap, is_fitted)
+
+
+def baseline_draws(
+    baselines: Mapping[str, PosteriorLike] | None, reference: Values, count: int, seed: int | None
+) -> dict[str, Values]:
+    """All draws of dicts and ``count`` of anything else, by the user's names.
+
+    :param reference: draws of the chain, whose sites, shapes and device they must have.
+    """
+    if not isinstance(baselines, Mapping | None):
+        raise TypeError(
+            f"`baselines` must be a dict of draws or posteriors by name; got {type(baselines).__name__}. Give "
+            "baselines={'int2': apd.baselines.stored_draws(...)}."
+        )
+    found = {}
+    for name, other in (baselines or {}).items():
+        if not isinstance(name, str) or name in _NAMES:
+            raise ValueError(f"A name in `baselines` must be a string other than {', '.join(_NAMES)}; got {name!r}.")
+        argument = f"baselines[{name!r}]"
+        wanted = None if isinstance(other, Mapping) else count
+        found[name] = _like(reference, read_draws(other, wanted, argument, seed=seed), argument)
+    return found
+
+
+def _like(reference: Values, draws: Values, argument: str) -> Values:
+    """Draws on the device and with the dtypes of the chain's.
+
+    :raises ValueError: if sites or their shapes differ.
+    """
+    if set(draws) != set(reference):
+        raise ValueError(
+            f"Sites of `{argument}` {sorted(draws)} are not those of `mcmc` {sorted(reference)}; both must be of one "
+            "model."
+        )
+    shapes = {name: (tuple(v.shape[1:]), tuple(draws[name].shape[1:])) for name, v in reference.items()}
+    unlike = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
+    if unlike:
+        raise ValueError(
+            f"A draw has another shape in `mcmc` and in `{argument}`: {dict(list(unlike.items())[:3])}. Both must be "
+            "of one model; of a dict by chain, (C, S, ...), say group_by_chain=True, and of one (S, ...) False."
+        )
+    return {name: value.to(reference[name]) for name, value in draws.items()}
 
 
 def held_out_steps(chain: ChainDraws, posterior: object) -> list[int]:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 INDISTINGUISHABLE = "indistinguishable at this chain's resolution"
 POORLY_MIXED = "chain too poorly mixed to tell"
@@ -82,6 +82,7 @@ class Row:
     :ivar float resolution: differences up to this are within the Monte-Carlo error of chain and generator.
     :ivar str status: ``indistinguishable``, ``loses``, ``departs`` (not for the worse) or ``unclear``.
     :ivar str verdict: the same in words.
+    :ivar dict baselines: those of other draws, by the names that :func:`~pyro_apd.diagnostics.compare` was given.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Row:
     resolution: float
     status: str
     verdict: str
+    baselines: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def severity(self) -> float:

@@ -20,7 +20,7 @@ from pyro_apd.diagnostics.comparison.evaluation import Inputs, check_sampled_mod
 from pyro_apd.diagnostics.comparison.fidelity import compare
 from pyro_apd.diagnostics.comparison.split import split_draws
 from pyro_apd.diagnostics.draws import draw_shapes, flat, kernel_settings
-from pyro_apd.diagnostics.formatting import format_bytes, format_number
+from pyro_apd.diagnostics.formatting import counted, format_bytes, format_number
 from pyro_apd.diagnostics.html import pictures
 from pyro_apd.diagnostics.mixing.function_space import FunctionProbe
 from pyro_apd.diagnostics.mixing.health import Health, chain_health, layer_health
@@ -44,6 +44,7 @@ def report(
     *,
     path: str | os.PathLike[str],
     ood: Mapping[str, Any] | None = None,
+    baselines: Mapping[str, PosteriorLike] | None = None,
     fidelity: Fidelity | None = None,
     title: str = "A distilled posterior against its chain",
     num_samples: int = 100,
@@ -71,6 +72,7 @@ def report(
             fidelity = compare(
                 *(mcmc, posterior, model, x, y),
                 ood=ood,
+                baselines=baselines,
                 num_samples=num_samples,
                 seed=seed,
                 group_by_chain=group_by_chain,
@@ -155,7 +157,7 @@ def _render(page: Mapping[str, Any]) -> str:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"number": format_number, "bytes": format_bytes}
+    environment.filters |= {"number": format_number, "bytes": format_bytes, "counted": counted}
     source = resources.files("pyro_apd.diagnostics.html").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(source).render(page)
 
@@ -178,7 +180,11 @@ def _health(row: Health) -> dict[str, Any]:
 def _ledger(fidelity: Fidelity) -> list[tuple[str, int, float]]:
     size = fidelity.num_bytes
     entries = [("one network", size["network"]), ("all draws of the chain", size["chain"])]
-    entries += [("the generator's file", size["generator"]), (f"{fidelity.num_stored} stored draws", size["stored"])]
+    entries += [
+        ("the generator's file", size["generator"]),
+        (counted(fidelity.num_stored, "stored draw"), size["stored"]),
+    ]
+    entries += [(name, size[name]) for name in fidelity.baselines]
     return [(name, value, value / size["network"]) for name, value in entries]
 
 

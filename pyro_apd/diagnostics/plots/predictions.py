@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_apd import metrics
+from pyro_apd.diagnostics.formatting import counted
 from pyro_apd.diagnostics.plots.style import (
     DASHES,
     MAX_POINTS,
@@ -132,7 +133,7 @@ def quality_against_bytes(fidelity: Fidelity, name: str = "nll", ax: Axes | None
     ax.axhline(row.chain, color=colour(ax, "chain"), linewidth=1, linestyle="--")
     points = [("chain", "o", f"{fidelity.chain_name}, all draws", size["chain"], row.chain)]
     if fidelity.num_stored:
-        points.append(("stored", "s", f"{fidelity.num_stored} stored draws", size["stored"], row.stored))
+        points.append(("stored", "s", counted(fidelity.num_stored, "stored draw"), size["stored"], row.stored))
     points.append(("generator", "^", "generator", size["generator"], row.generator))
     for role, marker, label, num_bytes, value in points:
         # Stored draws take about the same bytes: an open square leaves the triangle to be seen.

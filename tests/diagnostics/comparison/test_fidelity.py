@@ -261,6 +261,13 @@ def test_json_has_no_nan(case):
     assert json.loads(fidelity.to_json())["rows"][0]["stored"] is None
 
 
+def test_one_stored_draw_has_no_spread(case):
+    fidelity = compare(case.chain(1, 30), case.posterior(num_bytes=27 * 4 + 3), group_by_chain=True)
+    assert fidelity.num_stored == 1
+    assert math.isnan(fidelity["weight_sd_ratio_50"].stored)
+    assert any("than 1 stored draw of the same size" in note for note in fidelity.notes)
+
+
 @pytest.mark.parametrize(("size", "words"), [(12, "12 B"), (3170, "3.17 kB"), (2.5e6, "2.5 MB"), (4e9, "4 GB")])
 def test_bytes_in_words(size, words):
     assert format_bytes(size) == words
@@ -437,3 +444,41 @@ def test_the_chain_column_is_of_draws_that_were_held_out():
     assert split_draws(chain, posterior, 60, None).is_fitted
     posterior.metadata = {**metadata, "num_draws": 99}
     assert held_out_steps(chain, posterior) == []
+
+
+def test_baselines_are_columns_that_do_not_change_the_rest(case, run):
+    pooled = {name: value.flatten(0, 1) for name, value in case.chain(seed=4).items()}
+    few = {name: value[:3] for name, value in pooled.items()}
+    baselines = {"int2": few, "wide": case.posterior(sd=0.6)}
+    alone, fidelity = (run(case.chain(), case.posterior(), num_samples=20, baselines=b) for b in (None, baselines))
+    assert list(fidelity.columns) == [*alone.columns, "int2", "wide"]
+    assert fidelity.baselines == ["int2", "wide"]
+    assert fidelity.verdict == alone.verdict
+    for name in alone.columns[2:6]:
+        assert np.allclose(fidelity[name], alone[name], atol=1e-6, equal_nan=True), name
+    probs = outputs(case.model, few, case.x).probs_SNK
+    assert fidelity["mean_mi"].baselines["int2"] == fidelity["int2"]["mean_mi"]
+    assert fidelity["int2"]["mean_mi"] == pytest.approx(uncertainty.mutual_information(probs).mean().item(), rel=1e-5)
+    assert fidelity["wide"]["mean_mi"] > fidelity["mean_mi"].chain
+    header, first = (str(fidelity).splitlines()[i] for i in (2, 4))
+    assert header.split()[-4:] == ["int2", "wide", "resolution", "verdict"]
+    assert first.split()[5] == f"{fidelity['accuracy'].baselines['wide']:.4f}"
+    assert any("closer to the chain than int2 (3 draws) in " in note for note in fidelity.notes)
+    assert {"int2": 3 * 27 * 4, **alone.num_bytes}.items() <= fidelity.num_bytes.items()
+    read = Fidelity.from_json(fidelity.to_json())
+    assert str(read) == str(fidelity)
+    pandas.testing.assert_frame_equal(read.to_frame(), fidelity.to_frame())
+
+
+def test_baselines_must_be_draws_of_the_same_model(case, run):
+    few = {name: value.flatten(0, 1)[:3] for name, value in case.chain().items()}
+    for baselines, error, message in [
+        ([few], TypeError, "`baselines` must be a dict of draws or posteriors by name; got list"),
+        ({"stored": few}, ValueError, "must be a string other than label, .*; got 'stored'"),
+        ({3: few}, ValueError, "got 3"),
+        ({"int2": {"w": torch.zeros(2)}}, ValueError, r"Sites of `baselines\['int2'\]` \['w'\]"),
+        ({"int2": {name: value[..., :1] for name, value in few.items()}}, ValueError, "has another shape"),
+        ({"int2": 3}, TypeError, r"baselines\['int2'\]"),
+    ]:
+        with pytest.raises(error, match=message):
+            run(case.chain(), case.posterior(), baselines=baselines)

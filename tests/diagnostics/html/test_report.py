@@ -104,8 +104,12 @@ def test_good_collapsed_and_unmixed_look_different(case, written, unpainted):
     ]
 
 
-def test_sections_hold_what_there_is(written, unpainted):
-    page = Page(written())
+def test_sections_hold_what_there_is(case, written, unpainted):
+    few = {name: value.flatten(0, 1)[:5] for name, value in case.chain(seed=4).items()}
+    page = Page(written(baselines={"few <draws>": few}))
+    assert page.open == []
+    assert 'data-label="few &lt;draws&gt;"' in page.source
+    assert "5 networks" in page.text[page.text.index("Provenance") :]
     for words in ("critic loss", "SGLD chain", "step_size", "0.001", "potential", "ESS bulk", "seed of this report"):
         assert words in page.text
     assert "4 chains of 100 stored draws, 1 of them diverging" in page.text

@@ -1,0 +1,257 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The default generator for a distillation: which matrices it takes, its settings, and how many bytes it has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_apd.distillation.calibration import Calibration, calibrate
+from pyro_apd.distillation.function_space import FunctionSpace
+from pyro_apd.distillation.layer_inputs import LayerInputs, layer_inputs
+from pyro_apd.distillation.options import DistillOptions
+from pyro_apd.distillation.probes import Probes
+from pyro_apd.generators import precision
+from pyro_apd.generators.draw_blocks import DrawBlocks
+from pyro_apd.generators.entropy_code import encode
+from pyro_apd.generators.subspace import SubspaceGenerator
+from pyro_apd.generators.subspace_fit import SubspaceFit, SubspaceSettings
+from pyro_apd.generators.weight_matrices import WeightMatrix
+from pyro_apd.models.layout import Layout
+
+# Coordinates of all chains together, and of one at least; numbers of a draw and draws per coordinate.
+_RANK, _MIN_RANK, _NUMBERS_PER_COORDINATE, _DRAWS_PER_COORDINATE = 96, 12, 10, 1.5
+# Networks with fewer numbers take few bytes in any case. They have at least so many coordinates per chain: more where
+# draws are nearly independent, which take a path in fewer dimensions no more.
+_TINY, _TINY_RANK, _TINY_MIXED_RANK = 2000, 48, 100
+# Draws that are correlated over fewer draws than this are nearly independent. A mode is a mean of draws that are close
+# to each other, since the mean of independent networks is a bad network: this share of the length of correlation.
+_MIXED, _SHARE_OF_CORRELATION = 10.0, 1 / 8
+# Of so many chains, whose bytes add up, steps are coarser by a factor.
+_SEVERAL, _COARSER = 4, 1.5
+# Entries by which the length is estimated.
+_NUM_ENTRIES = 512
+# Budgets of more networks than this have more coordinates, in proportion.
+_NETWORKS_PER_RANK = 2
+# Chains with fewer draws than this are fitted as one.
+_MIN_DRAWS = 20
+# Share of a budget that modes may take.
+_SHARE_OF_MODES = 0.12
+# Sites with fewer rows or columns are numbers like any other.
+_MIN_SIDE = 4
+# Draws under which inputs of layers are gathered, and rows of the data.
+_NUM_DRAWS, _NUM_ROWS = 4, 1024
+# Bytes of a file beside its tensors: header, description, and what each tensor takes there.
+_DESCRIPTION_BYTES, _TENSOR_BYTES = 3000, 80
+# To meet a budget, steps are halved or doubled up to so often, until the size is within this share of it, in so many
+# trials. Doubling them takes about a bit from each integer: at first, sizes are taken to fall with this slope.
+_MAX_HALVINGS, _MAX_DOUBLINGS, _TOLERANCE, _EVALUATIONS, _SLOPE = 8.0, 5.0, 0.03, 8, 0.4
+_LEAST_RANK = 4
+
+
+@dataclass(frozen=True)
+class FittedSubspace:
+    """A generator, and how it was calibrated; None where functions are not known."""
+
+    generator: SubspaceGenerator
+    calibration: Calibration | None
+
+
+def fit_default(
+    layout: Layout,
+    draws: DrawBlocks,
+    functions: tuple[FunctionSpace, Probes] | None,
+    options: DistillOptions,
+    num_products: int,
+) -> FittedSubspace:
+    """Fits the generator to draws, within a budget where there is one, and calibrates it.
+
+    :param functions: how draws are compared as functions; None where that is not known.
+    :param int num_products: multiplications of a network per input.
+    """
+    seen = {} if functions is None else _seen_inputs(layout, draws, functions)
+    if draws.shape[1] < _MIN_DRAWS and draws.shape[0] > 1:
+        draws = draws.pooled()
+    _, _, size = draws.shape
+    budget = _num_bytes_accepted(options.byte_budget, size, draws.dtype)
+    length = correlation_length(draws)
+    rank = _rank(draws, budget, length) if options.rank is None else options.rank
+    rank = max(1, min(rank, int(draws.shape[1] / _DRAWS_PER_COORDINATE), size))
+    found = _matrices(layout, seen, draws)
+
+    def fit_with(settings: SubspaceSettings) -> SubspaceFit:
+        fit = SubspaceFit(draws, [one.matrix for one in found], [one.moment_II for one in found], settings)
+        fit.read()
+        return fit
+
+    if budget is None:
+        generator = fit_with(_default_settings(draws, rank, length)).generator()
+    else:
+        generator = _within(budget, rank, fit_with, draws)
+    calibration = None if functions is None else calibrate(generator, functions, draws, num_products)
+    return FittedSubspace(generator, calibration)
+
+
+def _rank(draws: DrawBlocks, budget: float | None, length: float) -> int:
+    """Coordinates of a chain."""
+    num_chains, _, size = draws.shape
+    largest = _RANK
+    if budget is not None:
+        largest = max(_RANK, int(_RANK * budget / (_NETWORKS_PER_RANK * size * draws.dtype.itemsize)))
+    least = _MIN_RANK
+    if size < _TINY:
+        least = _TINY_MIXED_RANK if length < _MIXED else _TINY_RANK
+    return max(least, min(largest, size // _NUMBERS_PER_COORDINATE) // num_chains)
+
+
+def _default_settings(draws: DrawBlocks, rank: int, length: float) -> SubspaceSettings:
+    """Settings where there is no budget."""
+    settings = settings_for(None, rank)
+    segment_length = max(1, min(settings.segment_length, round(_SHARE_OF_CORRELATION * length)))
+    step = settings.step * (_COARSER if draws.shape[0] >= _SEVERAL else 1.0)
+    return replace(settings, segment_length=segment_length, step=step)
+
+
+def correlation_length(draws: DrawBlocks) -> float:
+    """Number of draws over which the entries of a chain are correlated, of an exponential decay: -1 / log of the
+    correlation of successive draws, averaged over entries."""
+    num_chains, num_draws, size = draws.shape
+    if num_draws < 3:
+        return 0.0
+    entry_E = torch.linspace(0, size - 1, min(size, _NUM_ENTRIES), dtype=torch.float64).round().long().to(draws.device)
+    values_SE = torch.cat([block_SD[:, entry_E] for block_SD in draws.rows()]).double()
+    values_CTE = values_SE.unflatten(0, (num_chains, num_draws))
+    values_CTE = values_CTE - values_CTE.mean(1, keepdim=True)
+    square_CE = values_CTE.square().mean(1)
+    product_CE = (values_CTE[:, 1:] * values_CTE[:, :-1]).mean(1)
+    correlation = float((product_CE / square_CE.clamp_min(1e-300)).mean())
+    return -1 / math.log(min(max(correlation, 1e-3), 0.9999))
+
+
+def settings_for(networks: float | None, rank: int) -> SubspaceSettings:
+    """Settings for about so many networks; the default where it is None.
+
+    Chosen on validation rows of MNIST and on digits, see "The frontier" in ``benchmarks/RESULTS.md``.
+    """
+    if networks is None or 1.0 <= networks < 2.5:
+        return SubspaceSettings(rank=rank)
+    if networks < 1.0:
+        return SubspaceSettings(pinned=64, rank=min(rank, 64), path_rank=4, step=1.2e-3, null_step=0.6)
+    more = 1 if networks < 6.0 else 2
+    return SubspaceSettings(pinned=128 * more, rank=rank, path_rank=12 * more, null_step=0.2)
+
+
+def num_bytes(generator: SubspaceGenerator) -> int:
+    """Size of the file of a generator in its default precision, within a few per cent."""
+    integers = [value for value in generator.buffers() if not value.is_floating_point()]
+    floats = precision.encode({name: value.detach() for name, value in generator.named_parameters()}, "int8")
+    num_floats = sum(value.numel() * value.element_size() for value in floats.values())
+    return len(encode(integers)) + num_floats + _DESCRIPTION_BYTES + _TENSOR_BYTES * len(floats)
+
+
+def _within(
+    budget: float, rank: int, fit_with: Callable[[SubspaceSettings], SubspaceFit], draws: DrawBlocks
+) -> SubspaceGenerator:
+    """The generator with about the finest steps within a number of bytes, with fewer coordinates where needed.
+
+    :raises ValueError: if no steps are coarse enough.
+    """
+    num_chains, num_draws, size = draws.shape
+    while True:
+        settings = settings_for(budget / (size * draws.dtype.itemsize), rank)
+        shortest = math.ceil(num_chains * num_draws * settings.rank / (_SHARE_OF_MODES * budget))
+        settings = replace(settings, segment_length=max(settings.segment_length, min(shortest, num_draws)))
+        generator, least = _with_finest_steps(fit_with(settings), settings, budget)
+        if generator is not None:
+            return generator
+        if rank <= _LEAST_RANK:
+            raise ValueError(
+                f"byte_budget: {budget:,.0f} bytes are too few for this posterior; the least is about {least:,} bytes. "
+                "Give more."
+            )
+        rank = max(_LEAST_RANK, rank // 2)
+
+
+def _with_finest_steps(
+    fit: SubspaceFit, settings: SubspaceSettings, budget: float
+) -> tuple[SubspaceGenerator | None, int]:
+    """Bisection of the logarithm of the steps' factor, by secants where these stay within bounds.
+
+    :returns: None where the coarsest steps take more bytes; and the bytes of the generator.
+    """
+
+    def at(place: float) -> tuple[SubspaceGenerator, int]:
+        generator = fit.generator(settings.step * 2**place, settings.null_step * 2 ** (place / 2))
+        return generator, num_bytes(generator)
+
+    finest, coarsest, place, slope = -_MAX_HALVINGS, _MAX_DOUBLINGS, 0.0, _SLOPE
+    known: list[tuple[float, float]] = []
+    for _ in range(_EVALUATIONS):
+        generator, size = at(place)
+        excess = math.log(size / ((1 - _TOLERANCE / 2) * budget))
+        if abs(excess) <= _TOLERANCE / 2:
+            return generator, size
+        finest, coarsest = (place, coarsest) if excess > 0 else (finest, place)
+        known.append((place, excess))
+        if len(known) > 1:
+            (one, before), (other, after) = known[-2:]
+            slope = max((before - after) / (other - one), _SLOPE / 20)
+        place += excess / slope
+        if not finest < place < coarsest:
+            place = (finest + coarsest) / 2
+    generator, size = at(coarsest)
+    return (generator if size <= budget else None), size
+
+
+def _num_bytes_accepted(byte_budget: float | int | None, size: int, dtype: torch.dtype) -> float | None:
+    """Bytes, from bytes (an integer) or networks (a float)."""
+    if byte_budget is None or isinstance(byte_budget, int):
+        return byte_budget
+    return byte_budget * size * dtype.itemsize
+
+
+def _seen_inputs(
+    layout: Layout, draws: DrawBlocks, functions: tuple[FunctionSpace, Probes]
+) -> Mapping[str, LayerInputs]:
+    space, probes = functions
+    inputs = probes.groups(_NUM_ROWS)["rows"]
+    theta_SD = torch.cat(list(draws.spaced(min(_NUM_DRAWS, len(draws)))))
+    return layer_inputs(space.model, layout, theta_SD, inputs)
+
+
+def _matrices(layout: Layout, seen: Mapping[str, LayerInputs], draws: DrawBlocks) -> list[LayerInputs]:
+    """Matrices of weights with second moments of their inputs: as seen, else as the draws show them."""
+    found = []
+    for site in layout:
+        shape = site.unconstrained_shape
+        if site.name in seen:
+            found.append(seen[site.name])
+        elif len(shape) >= 2 and shape[0] >= _MIN_SIDE and site.size // shape[0] >= _MIN_SIDE:
+            matrix = WeightMatrix(site.start, shape[0], site.size // shape[0])
+            found.append(LayerInputs(matrix, _precision(matrix, draws)))
+    return found
+
+
+def _precision(matrix: WeightMatrix, draws: DrawBlocks) -> Tensor:
+    """Inverse covariance ``(I, I)`` of the rows of a matrix, in place of the second moment of its inputs.
+
+    Data determine the weights in directions in which inputs are large: there all units vary little.
+    """
+    covariance_II = torch.zeros(matrix.inputs, matrix.inputs, dtype=torch.float64, device=draws.device)
+    length = max(1, draws.width // matrix.inputs)
+    for start in range(0, matrix.units, length):
+        rows = slice(start, min(start + length, matrix.units))
+        for _, values_SW in draws.columns(matrix.row_spans(rows)):
+            rows_SOI = matrix.gather(values_SW, None)
+            rows_SOI = (rows_SOI - rows_SOI.mean(0)).flatten(0, 1).double()
+            covariance_II += rows_SOI.mT @ rows_SOI
+    mean = covariance_II.diagonal().mean().clamp_min(1e-300)
+    ridge_II = 1e-3 * torch.eye(matrix.inputs, dtype=torch.float64, device=draws.device)
+    precision_II: Tensor = torch.linalg.inv(covariance_II / mean + ridge_II)
+    return precision_II

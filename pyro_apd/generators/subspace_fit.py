@@ -1,0 +1,315 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Fits the default generator to draws in closed form: two passes over them, a block of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_apd.generators.draw_blocks import DrawBlocks
+from pyro_apd.generators.subspace import MEAN_STEPS, EntriesPart, MatrixPart, Part, SubspaceGenerator, reduced
+from pyro_apd.generators.weight_matrices import WeightMatrix
+
+# Draws per chain that are fitted to: the cost grows with their square.
+_MAX_DRAWS = 1024
+# Frames have at least this share of their matrix's columns less than all; else they have all.
+_ALMOST_ALL = 0.8
+# Steps of null parts are at least this fine while they are fitted, relative to the root mean square.
+_FINE = 0.1
+_LARGEST_INT16 = 32000
+# Deviations of numbers without a matrix are at least this, relative to the numbers.
+_SMALLEST_DEVIATION = 2e-6
+_NO_CAP = 1e6
+# Rounds in which the scales of columns are adjusted to the projection.
+_COLUMN_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class SubspaceSettings:
+    """How coarse the generator is.
+
+    :ivar int pinned: K, largest number of pinned directions of a matrix.
+    :ivar int rank: R, coordinates per chain.
+    :ivar int path_rank: R0, of which the null part follows.
+    :ivar float step: of pinned coordinates; those of a layer have a variance of one in all.
+    :ivar float null_step: of null parts, relative to the root mean square of their deviations.
+    :ivar int segment_length: successive draws of a chain that make a mode.
+    :ivar float frame_step: of frames, relative to the root mean square of their entries.
+    """
+
+    pinned: int = 96
+    rank: int = 96
+    path_rank: int = 8
+    step: float = 0.8e-3
+    null_step: float = 0.3
+    frame_step: float = 0.4
+    segment_length: int = 4
+
+
+class SubspaceFit:
+    """What two passes over the draws find.
+
+    :param DrawBlocks draws: by chain.
+    :param matrices: where weights are; other entries count as a layer of their own.
+    :param moments: second moment ``(I, I)`` of the inputs of each matrix, the bias's constant input included.
+    """
+
+    def __init__(
+        self,
+        draws: DrawBlocks,
+        matrices: Sequence[WeightMatrix],
+        moments: Sequence[Tensor],
+        settings: SubspaceSettings,
+    ) -> None:
+        self._draws = draws
+        self._settings = settings
+        num_chains, num_draws, size = draws.shape
+        rank = max(1, min(settings.rank, num_draws - 1))
+        num_modes = max(1, num_draws // settings.segment_length)
+        frames = [_frame(moment, settings) for moment in moments]
+        entries = [[*matrix.entry, len(frame)] for matrix, (frame, _) in zip(matrices, frames, strict=True)]
+        self._model = SubspaceGenerator(size, entries, num_chains, num_modes, rank, min(settings.path_rank, rank)).to(
+            draws.device, draws.dtype
+        )
+        self._parts = self._model.parts_in_order()
+        self._pinned_parts: list[_Moments] = []
+        self._null_parts: dict[Part, _Null] = {}
+        self._null_units: dict[Part, Tensor] = {}
+        with torch.no_grad():
+            for part, (frame, step), moment in zip(self._parts, frames, moments, strict=False):
+                assert isinstance(part, MatrixPart)
+                part.frame.copy_(frame)
+                part.frame_step.copy_(_short(part.frame_step.new_tensor(step)))
+                frame_KI, _ = part.frames(draws.dtype)
+                part.unit.copy_(((frame_KI @ moment.to(frame_KI)) * frame_KI).sum(1).clamp_min(0).sqrt())
+                part.unit.clamp_(min=1e-6 * float(part.unit.amax()))
+
+    def read(self) -> None:
+        """Reads the draws, twice."""
+        self._find_coordinates()
+        self._find_bases()
+
+    @torch.no_grad()
+    def _find_coordinates(self) -> None:
+        """The first pass: units of layers, and the coordinates of the draws."""
+        num_chains, num_draws, _ = self._draws.shape
+        gram_CTT = torch.zeros(num_chains, num_draws, num_draws, dtype=torch.float64, device=self._draws.device)
+        differs = torch.zeros((), dtype=torch.bool, device=self._draws.device)
+        for part in self._parts:
+            own_CTT = torch.zeros_like(gram_CTT)
+            if isinstance(part, EntriesPart):
+                part.unit.copy_(1 / self._deviation(part))
+            null, count = self._draws[torch.zeros(1, dtype=torch.long)].new_zeros(()), 0
+            for _, values_SOI in self._blocks(part):
+                differs |= (values_SOI != values_SOI[0]).any()
+                pinned_CTW = self._pinned(part, values_SOI).flatten(1).unflatten(0, (num_chains, num_draws))
+                pinned_CTW = (pinned_CTW - pinned_CTW.mean(1, keepdim=True)).double()
+                own_CTT += pinned_CTW @ pinned_CTW.mT
+                if isinstance(part, MatrixPart) and not part.is_full:
+                    null = null + self._null(part, values_SOI).unflatten(0, (num_chains, num_draws)).var(1).sum()
+                    count += values_SOI[0].numel() * num_chains
+            total = own_CTT.diagonal(dim1=1, dim2=2).sum() / (num_chains * num_draws)
+            part.unit.copy_(_short(part.unit / total.clamp_min(1e-300).sqrt().to(part.unit.dtype)))
+            gram_CTT += own_CTT / total.clamp_min(1e-300)
+            if count and isinstance(part, MatrixPart):
+                unit = (null / count).sqrt().clamp_min(torch.finfo(self._draws.dtype).tiny)
+                self._null_units[part] = unit
+                part.null_step.copy_(unit)
+        if not bool(differs):
+            raise ValueError("All draws are the same, so there is no posterior to distil. Check that the chain moved.")
+        rank = self._model.rank
+        vectors_CTR = torch.linalg.eigh(gram_CTT)[1][..., -rank:].flip(-1)
+        largest = vectors_CTR.abs().argmax(1, keepdim=True)
+        vectors_CTR = vectors_CTR * vectors_CTR.gather(1, largest).sign()
+        self._coordinates_CTR = (vectors_CTR * num_draws**0.5).to(self._draws.dtype)
+        self._fit_modes()
+
+    def _fit_modes(self) -> None:
+        parts = self._coordinates_CTR.tensor_split(self._model.num_modes, dim=1)
+        means_CMR = torch.stack([part.mean(1) for part in parts], 1)
+        around = [part - part.mean(1, keepdim=True) for part in parts]
+        self._model.modes.copy_(means_CMR.flatten(0, 1))
+        self._model.spread.copy_(torch.cat(around, 1).square().mean(1).sqrt())
+
+    @torch.no_grad()
+    def _find_bases(self) -> None:
+        """The second pass: means, bases and paths in these coordinates."""
+        num_draws = self._draws.shape[1]
+        left_CRT = self._coordinates_CTR.mT / num_draws
+        for part in self._parts:
+            pinned, null = [], []
+            for rows, values_SOI in self._blocks(part):
+                found = _moments(self._pinned(part, values_SOI), left_CRT)
+                pinned.append(found)
+                if isinstance(part, MatrixPart) and not part.is_full:
+                    null.append(self._fine_null(part, rows, self._null(part, values_SOI), left_CRT))
+            means, bases, variances = zip(*pinned, strict=True)
+            self._pinned_parts.append(_Moments(torch.cat(means, 1), torch.cat(bases, 2), torch.cat(variances, 0)))
+            if null and isinstance(part, MatrixPart):
+                sums_I = torch.stack([columns_I for _, columns_I in null]).sum(0)
+                row_O = torch.cat([mean_O for mean_O, _ in null])
+                self._null_parts[part] = _Null(part.null.clone(), row_O, sums_I / len(row_O))
+
+    def _fine_null(self, part: MatrixPart, rows: slice, null_SOI: Tensor, left_CRT: Tensor) -> tuple[Tensor, Tensor]:
+        """Keeps mean and path of some rows in fine integers, and returns means of the variance by row ``(O,)`` and
+        sums by column ``(I,)``."""
+        mean_COI, path_CROI, variance_OI = _moments(null_SOI, left_CRT[:, : part.path_rank])
+        path_CPOI = torch.cat([mean_COI.unsqueeze(1), path_CROI], 1)
+        integers = (path_CPOI / (_FINE * part.null_step)).round().clamp(-127, 127)
+        part.null[:, rows] = integers.to(torch.int8).flatten(0, 1)
+        return variance_OI.mean(1), variance_OI.sum(0)
+
+    @torch.no_grad()
+    def generator(self, step: float | None = None, null_step: float | None = None) -> SubspaceGenerator:
+        """The generator at these steps, see :class:`SubspaceSettings`; it shares its tensors with that of the last
+        call."""
+        self._round_pinned(self._settings.step if step is None else step)
+        for part, null in self._null_parts.items():
+            assert isinstance(part, MatrixPart)
+            self._round_null(part, null, self._settings.null_step if null_step is None else null_step)
+        self._model.noise_cap.fill_(_NO_CAP)
+        return self._model
+
+    def _round_pinned(self, step: float) -> None:
+        largest = 0.0
+        for part, found in zip(self._parts, self._pinned_parts, strict=True):
+            means = MEAN_STEPS * float(found.mean_COK.abs().amax()) if isinstance(part, MatrixPart) else 0.0
+            largest = max(largest, float(found.basis_CROK.abs().amax()), means)
+        step = max(step, largest / _LARGEST_INT16)
+        step = float(_short(torch.tensor(step, dtype=torch.float64)))
+        self._model.step.fill_(step)
+        for part, found in zip(self._parts, self._pinned_parts, strict=True):
+            part.mean.copy_((found.mean_COK * (MEAN_STEPS / step)).round())
+            scaled_ROK = found.basis_CROK.flatten(0, 1) / step
+            part.basis.copy_(scaled_ROK.round())
+            part.reduction.copy_(_reductions(scaled_ROK))
+            decoded_ROK = reduced(part.basis.to(scaled_ROK.dtype), part.reduction) * step
+            left_OK = (found.variance_OK - decoded_ROK.square().sum(0) / self._model.num_chains).clamp_min(0)
+            tiny = torch.finfo(left_OK.dtype).tiny
+            part.noise_rows.copy_((left_OK.mean(1) / left_OK.mean().clamp_min(tiny)).sqrt())
+            part.noise_columns.copy_(left_OK.mean(0).sqrt())
+            part.forget()
+
+    def _round_null(self, part: MatrixPart, null: _Null, null_step: float) -> None:
+        scaled = null.integers.to(null.row_O.dtype) * (_FINE / null_step)
+        part.null.copy_(scaled.round())
+        part.null_reduction.copy_(_reductions(scaled))
+        part.null_step.copy_(self._null_units[part] * null_step)
+        path_ROI = (
+            (reduced(part.null.to(scaled.dtype), part.null_reduction) * part.null_step)
+            .unflatten(0, (self._model.num_chains, -1))[:, 1:]
+            .flatten(0, 1)
+        )
+        square_OI = path_ROI.square().sum(0) / self._model.num_chains
+        part.forget()
+        self._fit_null_noise(
+            part, (null.row_O - square_OI.mean(1)).clamp_min(0), (null.column_I - square_OI.mean(0)).clamp_min(0)
+        )
+
+    def _fit_null_noise(self, part: MatrixPart, row_O: Tensor, wanted_I: Tensor) -> None:
+        """Scales of noise such that its variance by row and by column is right after the projection."""
+        mean = wanted_I.mean().clamp_min(torch.finfo(wanted_I.dtype).tiny)
+        wanted_I = wanted_I.clamp_min(0.02 * mean)
+        frame_KI, dual_KI = part.frames(wanted_I.dtype)
+        column_I = wanted_I.clone()
+        largest = 4 * wanted_I.amax()
+        for _ in range(_COLUMN_ROUNDS):
+            found_I = torch.zeros_like(column_I)
+            for span_B in torch.arange(len(column_I), device=column_I.device).split(1024):
+                projector_BI = -frame_KI[:, span_B].mT @ dual_KI
+                projector_BI[torch.arange(len(span_B), device=span_B.device), span_B] += 1
+                found_I += column_I[span_B] @ projector_BI.square()
+            column_I = torch.minimum(column_I * wanted_I / found_I.clamp_min(torch.finfo(found_I.dtype).tiny), largest)
+        part.null_columns.copy_(column_I.sqrt())
+        part.null_rows.copy_((row_O / mean).clamp_min(0.01).sqrt())
+
+    def _pinned(self, part: Part, values_SOI: Tensor) -> Tensor:
+        if isinstance(part, MatrixPart):
+            frame_KI, _ = part.frames(values_SOI.dtype)
+            values_SOI = values_SOI @ frame_KI.mT
+        return values_SOI * part.unit
+
+    def _null(self, part: MatrixPart, values_SOI: Tensor) -> Tensor:
+        frame_KI, dual_KI = part.frames(values_SOI.dtype)
+        return values_SOI - (values_SOI @ frame_KI.mT) @ dual_KI
+
+    def _deviation(self, part: EntriesPart) -> Tensor:
+        """Of each entry; at least a few units in the last place of its mean, since some entries never move."""
+        num_chains, num_draws, _ = self._draws.shape
+        found = []
+        for _, values_SOI in self._blocks(part):
+            values_CTI = values_SOI.flatten(1).unflatten(0, (num_chains, num_draws))
+            deviation_I = values_CTI.var(1, correction=0).mean(0).sqrt()
+            found.append(deviation_I.maximum(_SMALLEST_DEVIATION * values_CTI.abs().amax((0, 1))))
+        return torch.cat(found).clamp_min(1e-30)
+
+    def _blocks(self, part: Part) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of a part, with their values in all draws ``(S, O, I)``."""
+        if isinstance(part, EntriesPart):
+            for _, values_SW in self._draws.columns([part.span]):
+                yield slice(None), values_SW.unsqueeze(1)
+            return
+        assert isinstance(part, MatrixPart)
+        matrix = part.matrix
+        length = matrix.units if matrix.is_transposed else max(1, self._draws.width // matrix.columns)
+        for start in range(0, matrix.units, length):
+            rows = slice(start, min(start + length, matrix.units))
+            weights, *bias = [next(self._draws.columns([span]))[1] for span in matrix.row_spans(rows)]
+            yield rows, matrix.gather(weights, bias[0] if bias else None)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Of pinned coordinates: means of chains, bases, and the mean variance within chains."""
+
+    mean_COK: Tensor
+    basis_CROK: Tensor
+    variance_OK: Tensor
+
+
+@dataclass(frozen=True)
+class _Null:
+    """Of a null part: integers of mean and path with a fine step, and its variance by row and by column."""
+
+    integers: Tensor
+    row_O: Tensor
+    column_I: Tensor
+
+
+def _moments(values_SOI: Tensor, left_CRT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of chains ``(C, O, I)``, bases ``(C, R, O, I)`` and variance ``(O, I)``."""
+    values_CTW = values_SOI.flatten(1).unflatten(0, (len(left_CRT), -1))
+    mean_C1W = values_CTW.mean(1, keepdim=True)
+    values_CTW = values_CTW - mean_C1W
+    shape = values_SOI.shape[1:]
+    basis_CROI = (left_CRT @ values_CTW).unflatten(-1, shape)
+    return mean_C1W.reshape(-1, *shape), basis_CROI, values_CTW.square().mean((0, 1)).reshape(shape)
+
+
+def _short(values: Tensor) -> Tensor:
+    """To eight binary digits, which every precision of a file keeps: units need not be exact, but must not change."""
+    return values.bfloat16().to(values.dtype)
+
+
+def _frame(moment_II: Tensor, settings: SubspaceSettings) -> tuple[Tensor, float]:
+    """Integers ``(K, I)`` of the principal directions of a layer's inputs, and their step."""
+    size = len(moment_II)
+    pinned = size if size * _ALMOST_ALL <= settings.pinned else settings.pinned
+    vectors_IK = torch.linalg.eigh(moment_II.double())[1][:, -pinned:].flip(1)
+    largest = vectors_IK.abs().argmax(0, keepdim=True)
+    vectors_IK = vectors_IK * vectors_IK.gather(0, largest).sign()
+    step = max(settings.frame_step / size**0.5, float(vectors_IK.abs().amax()) / 127)
+    integers_IK = (vectors_IK / step).round()
+    return integers_IK.mT.to(torch.int8).contiguous(), step
+
+
+def _reductions(scaled_ROK: Tensor) -> Tensor:
+    integers_ROK = scaled_ROK.round()
+    is_nonzero = integers_ROK != 0
+    excess_R = ((integers_ROK.abs() - scaled_ROK.abs()) * is_nonzero).sum((1, 2))
+    return (excess_R / is_nonzero.sum((1, 2)).clamp_min(1)).clamp(0.0, 0.5)

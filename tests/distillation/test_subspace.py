@@ -1,0 +1,73 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pytest
+import torch
+
+from pyro_apd.distillation.options import DistillOptions
+from pyro_apd.distillation.subspace import fit_default, num_bytes
+from pyro_apd.generators.draw_blocks import DrawBlocks
+from pyro_apd.models.layout import Layout
+
+LAYOUT = Layout({"w": (20, 30), "b": (20,), "scale": ()})
+
+
+def draws(num_chains=1, num_draws=60, layout=LAYOUT):
+    generator = torch.Generator().manual_seed(0)
+    theta_CSD = torch.randn(num_chains, num_draws, layout.size, generator=generator)
+    theta_CSD[..., : 20 * 30 : 30] *= 0.01  # what data would determine: all units vary little in the first input
+    return DrawBlocks(theta_CSD)
+
+
+def fitted(blocks, layout=LAYOUT, **options):
+    return fit_default(layout, blocks, None, DistillOptions(**options), 0).generator
+
+
+@pytest.mark.parametrize("networks", [2.5, 4.0, 8.0])
+def test_a_budget_in_networks_is_met(networks):
+    size = num_bytes(fitted(draws(), byte_budget=networks))
+    assert 0.8 * networks * 4 * LAYOUT.size < size <= networks * 4 * LAYOUT.size
+
+
+def test_a_budget_in_bytes_is_met():
+    assert 9_000 < num_bytes(fitted(draws(), byte_budget=10_000)) <= 10_000
+
+
+def test_a_budget_that_is_too_small_is_refused_with_the_least():
+    with pytest.raises(ValueError, match=r"byte_budget: 1,000 bytes are too few .* the least is about [\d,]+ bytes"):
+        fitted(draws(), byte_budget=1000)
+
+
+def test_more_bytes_give_finer_steps():
+    assert fitted(draws(), byte_budget=8.0).step.item() < 0.5 * fitted(draws(), byte_budget=3.0).step.item()
+
+
+def test_what_all_units_leave_alone_is_pinned_where_inputs_are_not_known():
+    layout = Layout({"w": (20, 150)})
+    theta_CSD = torch.randn(1, 100, layout.size, generator=torch.Generator().manual_seed(0))
+    theta_CSD.unflatten(-1, (20, 150))[..., 7] *= 0.01
+    part = fitted(DrawBlocks(theta_CSD), layout).parts[0]
+    assert not part.is_full
+    assert int(part.frame[0].abs().argmax()) == 7
+
+
+def test_short_chains_are_fitted_as_one():
+    generator = fitted(draws(num_chains=6, num_draws=10))
+    assert generator.num_chains == 1
+
+
+def test_long_chains_have_modes_of_their_own():
+    generator = fitted(draws(num_chains=3, num_draws=30))
+    assert generator.num_chains == 3
+    assert generator.rank <= 20
+
+
+def test_rank_is_the_number_of_coordinates():
+    assert fitted(draws(), rank=7).rank == 7
+
+
+def test_a_posterior_of_few_numbers():
+    layout = Layout({"mean": (), "scale": ()})
+    generator = fitted(DrawBlocks(torch.randn(1, 50, 2)), layout)
+    torch.manual_seed(0)
+    assert generator(generator.latents(10, generator.step)).shape == (10, 2)

@@ -1,0 +1,124 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pytest
+import torch
+
+from pyro_apd.generators.draw_blocks import DrawBlocks
+from pyro_apd.generators.subspace_fit import SubspaceFit, SubspaceSettings
+from pyro_apd.generators.weight_matrices import WeightMatrix
+
+UNITS, INPUTS = 5, 6
+MATRIX = WeightMatrix(0, UNITS, INPUTS, UNITS * INPUTS)
+SIZE = UNITS * INPUTS + UNITS + 3
+
+
+def draws(num_chains=1, num_draws=40, dtype=torch.float32, seed=0):
+    """Draws with three entries beside a matrix, whose first column varies least."""
+    generator = torch.Generator().manual_seed(seed)
+    theta_CSD = torch.randn(num_chains, num_draws, SIZE, generator=generator, dtype=torch.float64)
+    theta_CSD[..., : UNITS * INPUTS : INPUTS] *= 0.1
+    return (theta_CSD + torch.arange(num_chains).reshape(-1, 1, 1)).to(dtype)
+
+
+def moment(dtype=torch.float64):
+    """Inputs of which the first is large."""
+    scale_I = torch.tensor([10.0, *[1.0] * (INPUTS - 1), 1.0], dtype=dtype)
+    return scale_I.square().diag()
+
+
+def fitted(theta_CSD, matrix=MATRIX, **settings):
+    fit = SubspaceFit(DrawBlocks(theta_CSD), [matrix], [moment()], SubspaceSettings(**settings))
+    fit.read()
+    return fit.generator()
+
+
+def latents_of_modes(generator):
+    """Latents of every mode, without noise."""
+    num = generator.num_chains * generator.num_modes
+    latent_SL = torch.zeros(num, generator.latent_size, dtype=generator.step.dtype)
+    latent_SL[:, 0] = torch.special.ndtri((torch.arange(num, dtype=torch.float64) + 0.5) / num).to(latent_SL)
+    return latent_SL
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_chains", [1, 3])
+def test_with_a_mode_for_each_draw_and_fine_steps_the_modes_are_the_draws(num_chains, dtype):
+    theta_CSD = draws(num_chains, 20, dtype)
+    generator = fitted(theta_CSD, pinned=7, rank=19, segment_length=1, step=1e-4)
+    assert generator.parts[0].is_full
+    found_SD = generator(latents_of_modes(generator))
+    assert found_SD.dtype == dtype
+    torch.testing.assert_close(found_SD, theta_CSD.flatten(0, 1), atol=2e-2, rtol=0)
+
+
+def test_a_matrix_with_a_row_per_input_is_fitted_as_its_transpose():
+    theta_CSD = draws()
+    turned = WeightMatrix(0, UNITS, INPUTS, UNITS * INPUTS, is_transposed=True)
+    weights = theta_CSD[..., : UNITS * INPUTS].unflatten(-1, (UNITS, INPUTS)).mT.flatten(-2)
+    theirs = fitted(torch.cat([weights, theta_CSD[..., UNITS * INPUTS :]], -1), turned)
+    ours = fitted(theta_CSD)
+    one_SD, other_SD = (g(latents_of_modes(g)) for g in (ours, theirs))
+    back = other_SD[..., : UNITS * INPUTS].unflatten(-1, (INPUTS, UNITS)).mT.flatten(-2)
+    torch.testing.assert_close(back, one_SD[..., : UNITS * INPUTS], atol=1e-4, rtol=0)
+
+
+def test_moments_of_independent_weights_are_kept():
+    theta_CSD = draws(num_draws=400)
+    generator = fitted(theta_CSD, pinned=2, rank=20, path_rank=2)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        found_SD = generator(generator.latents(4000, generator.step))
+    mean_D, sd_D = theta_CSD[0].mean(0), theta_CSD[0].std(0)
+    assert (found_SD.mean(0) - mean_D).abs().max() < 0.15 * sd_D.max()
+    ratio_D = found_SD.std(0) / sd_D
+    assert ratio_D.min() > 0.75
+    assert ratio_D.max() < 1.3
+    assert abs(float(ratio_D.mean()) - 1) < 0.06
+
+
+def test_the_null_part_does_not_reach_what_is_pinned():
+    generator = fitted(draws(), pinned=2, rank=8, path_rank=3)
+    part = generator.parts[0]
+    latent_SL = latents_of_modes(generator)
+    start = 1 + generator.rank + UNITS * 2
+    noisy_SL = latent_SL.clone()
+    noisy_SL[:, start : start + UNITS * (INPUTS + 1)] = 3.0
+    frame_KI, _ = part.frames(torch.float32)
+    pinned = [MATRIX.gather(t[:, : UNITS * INPUTS], t[:, UNITS * INPUTS : -3]) @ frame_KI.mT for t in
+              (generator(latent_SL), generator(noisy_SL))]  # fmt: skip
+    assert (generator(noisy_SL) - generator(latent_SL)).abs().max() > 0.5
+    torch.testing.assert_close(*pinned, atol=1e-4, rtol=0)
+
+
+def test_large_inputs_are_pinned_first():
+    generator = fitted(draws(), pinned=1, rank=8)
+    frame_KI, _ = generator.parts[0].frames(torch.float32)
+    assert frame_KI.abs().argmax() == 0
+
+
+def test_coarser_steps_leave_smaller_integers_and_more_noise():
+    fit = SubspaceFit(DrawBlocks(draws()), [MATRIX], [moment()], SubspaceSettings(rank=8))
+    fit.read()
+    fine = [(p.basis.abs().float().mean(), p.noise_columns.mean()) for p in fit.generator(1e-3, 0.1).parts]
+    coarse = [(p.basis.abs().float().mean(), p.noise_columns.mean()) for p in fit.generator(3e-2, 0.8).parts]
+    for (fine_size, fine_noise), (coarse_size, coarse_noise) in zip(fine, coarse, strict=True):
+        assert coarse_size < 0.1 * fine_size
+        assert coarse_noise >= fine_noise
+
+
+def test_a_fit_repeats_itself():
+    one, other = fitted(draws()), fitted(draws())
+    for (name, value), again in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, again), name
+
+
+def test_constant_entries_stay_constant():
+    theta_CSD = draws()
+    theta_CSD[..., -1] = 2.5
+    generator = fitted(theta_CSD, rank=8)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        found_SD = generator(generator.latents(50, generator.step))
+    assert (found_SD[:, -1] - 2.5).abs().max() < 1e-3
+    assert bool(found_SD.isfinite().all())
