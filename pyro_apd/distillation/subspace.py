@@ -19,11 +19,11 @@ from pyro_apd.distillation.options import DistillOptions
 from pyro_apd.distillation.probes import Probes
 from pyro_apd.generators import precision
 from pyro_apd.generators.draw_blocks import DrawBlocks
-from pyro_apd.generators.entropy_code import encode
 from pyro_apd.generators.subspace import SubspaceGenerator
 from pyro_apd.generators.subspace_fit import SubspaceFit, SubspaceSettings
 from pyro_apd.generators.weight_matrices import WeightMatrix
 from pyro_apd.models.layout import Layout
+from pyro_apd.posterior import integers
 
 # Coordinates of all chains together, and of one at least; numbers of a draw and draws per coordinate.
 _RANK, _MIN_RANK, _NUMBERS_PER_COORDINATE, _DRAWS_PER_COORDINATE = 96, 12, 10, 1.5
@@ -37,8 +37,8 @@ _MIXED, _SHARE_OF_CORRELATION = 10.0, 1 / 8
 _SEVERAL, _COARSER = 4, 1.5
 # Entries by which the length is estimated.
 _NUM_ENTRIES = 512
-# Budgets of more networks than this have more coordinates, in proportion.
-_NETWORKS_PER_RANK = 2
+# The default takes one network, these numbers, and a part that falls with the number of chains; as measured.
+_NUMBERS_OF_A_NETWORK, _MOST_NETWORKS = 15_000, 12.0
 # Chains with fewer draws than this are fitted as one.
 _MIN_DRAWS = 20
 # Share of a budget that modes may take.
@@ -101,18 +101,25 @@ def fit_default(
 def _rank(draws: DrawBlocks, budget: float | None, length: float) -> int:
     """Coordinates of a chain."""
     num_chains, _, size = draws.shape
-    largest = _RANK
-    if budget is not None:
-        largest = max(_RANK, int(_RANK * budget / (_NETWORKS_PER_RANK * size * draws.dtype.itemsize)))
+    largest = _RANK * max(1.0, _share(budget, draws) / 2)
     least = _MIN_RANK
     if size < _TINY:
         least = _TINY_MIXED_RANK if length < _MIXED else _TINY_RANK
-    return max(least, min(largest, size // _NUMBERS_PER_COORDINATE) // num_chains)
+    return max(least, min(int(largest), size // _NUMBERS_PER_COORDINATE) // num_chains)
+
+
+def _share(budget: float | None, draws: DrawBlocks) -> float:
+    """A budget relative to about what the default takes."""
+    if budget is None:
+        return 1.0
+    num_chains, _, size = draws.shape
+    networks = min(_MOST_NETWORKS, 1 + _NUMBERS_OF_A_NETWORK / size) * num_chains**0.35
+    return float(budget / (networks * size * draws.dtype.itemsize))
 
 
 def _default_settings(draws: DrawBlocks, rank: int, length: float) -> SubspaceSettings:
     """Settings where there is no budget."""
-    settings = settings_for(None, rank)
+    settings = settings_for(1.0, rank)
     segment_length = max(1, min(settings.segment_length, round(_SHARE_OF_CORRELATION * length)))
     step = settings.step * (_COARSER if draws.shape[0] >= _SEVERAL else 1.0)
     return replace(settings, segment_length=segment_length, step=step)
@@ -134,25 +141,24 @@ def correlation_length(draws: DrawBlocks) -> float:
     return -1 / math.log(min(max(correlation, 1e-3), 0.9999))
 
 
-def settings_for(networks: float | None, rank: int) -> SubspaceSettings:
-    """Settings for about so many networks; the default where it is None.
+def settings_for(share: float, rank: int) -> SubspaceSettings:
+    """Settings for a budget relative to what the default takes.
 
-    Chosen on validation rows of MNIST and on digits, see "The frontier" in ``benchmarks/RESULTS.md``.
+    Chosen on validation rows of MNIST and on digits, see "Distillation" in ``benchmarks/RESULTS.md``.
     """
-    if networks is None or 1.0 <= networks < 2.5:
-        return SubspaceSettings(rank=rank)
-    if networks < 1.0:
+    if share < 0.8:
         return SubspaceSettings(pinned=64, rank=min(rank, 64), path_rank=4, step=1.2e-3, null_step=0.6)
-    more = 1 if networks < 6.0 else 2
+    if share < 2.2:
+        return SubspaceSettings(rank=rank)
+    more = 1 if share < 5.0 else 2
     return SubspaceSettings(pinned=128 * more, rank=rank, path_rank=12 * more, null_step=0.2)
 
 
 def num_bytes(generator: SubspaceGenerator) -> int:
     """Size of the file of a generator in its default precision, within a few per cent."""
-    integers = [value for value in generator.buffers() if not value.is_floating_point()]
-    floats = precision.encode({name: value.detach() for name, value in generator.named_parameters()}, "int8")
-    num_floats = sum(value.numel() * value.element_size() for value in floats.values())
-    return len(encode(integers)) + num_floats + _DESCRIPTION_BYTES + _TENSOR_BYTES * len(floats)
+    tensors = {name: value.detach() for name, value in generator.state_dict().items()}
+    stored = integers.packed(tensors, precision.encode(tensors, "int8"))
+    return sum(value.numel() * value.element_size() + _TENSOR_BYTES for value in stored.values()) + _DESCRIPTION_BYTES
 
 
 def _within(
@@ -162,9 +168,9 @@ def _within(
 
     :raises ValueError: if no steps are coarse enough.
     """
-    num_chains, num_draws, size = draws.shape
+    num_chains, num_draws, _ = draws.shape
     while True:
-        settings = settings_for(budget / (size * draws.dtype.itemsize), rank)
+        settings = settings_for(_share(budget, draws), rank)
         shortest = math.ceil(num_chains * num_draws * settings.rank / (_SHARE_OF_MODES * budget))
         settings = replace(settings, segment_length=max(settings.segment_length, min(shortest, num_draws)))
         generator, least = _with_finest_steps(fit_with(settings), settings, budget)

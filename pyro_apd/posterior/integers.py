@@ -19,7 +19,7 @@ CODE_NAME = "pyro_apd#integers"
 # Dtypes of the integers in it, as files name them; others are kept as tensors of their own.
 _CODES = {torch.int8: "I8", torch.int16: "I16"}
 # Integers that a code may hold: by byte of it, and in any file. What would be more is written without a code.
-_PER_BYTE, _ALWAYS = 16, 2**18
+_PER_BYTE, _ALWAYS = 16, 2**20
 
 
 def packed(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
