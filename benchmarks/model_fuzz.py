@@ -45,7 +45,7 @@ REFUSALS = (apd.ModelError, apd.DataError, ValueError)
 TOLERANCE = 1e-4
 # Entries of a latent's gradient below this share of the whole gradient are compared with the whole.
 _SMALL = 1e-3
-# Orders of the rows, at each of three points, in which a fault must make no difference to be harmless.
+# Orders of the rows, at each of five points, in which a fault must make no difference to be harmless.
 _NUM_ORDERS = 10
 FAILURES = ("silent difference", "false refusal", "other error")
 
@@ -240,12 +240,14 @@ def _must_run(model: Model, case: Case) -> bool:
     latents = {name: trace.nodes[name] for name in _latents(trace)}
     values = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in latents.items()}
     tolerance = 1e-9 if model.dtype == "float64" else 1e-5
-    for scale in (0.0, 0.5, 1.5) * (_NUM_ORDERS if plates else 1):  # few orders may show no difference by chance
+    # Around a draw of the prior, and around the origin: where a draw is extreme, a likelihood may have no gradient.
+    around = ((1.0, 0.0), (1.0, 0.5), (1.0, 1.5), (0.0, 0.3), (0.0, 0.8))
+    for share, scale in around * (_NUM_ORDERS if plates else 1):  # few orders may show no difference by chance
         order = {name: torch.randperm(size) for name, (size, _) in plates.items()}
         batches = [
             {name: order[name][rows] for name, rows in zip(plates, batch, strict=True)} for batch in every_batch(plates)
         ]
-        point = {name: value + scale * torch.randn_like(value) for name, value in values.items()}
+        point = {name: share * value + scale * torch.randn_like(value) for name, value in values.items()}
         try:
             wanted = case.gradient(case.reference, point, {})
             parts = [case.gradient(case.model, point, rows) for rows in batches]

@@ -97,7 +97,9 @@ def _by_prediction(rows: ProbeRows, model: Callable[..., Any], values: Mapping[s
     for name, site in observed_sites(trace).items():
         sizes = None if name in values else _predictions(site, len(looked_at))
         if sizes is not None:
-            return [_alone(rows, looked_at[sizes.argmin()], looked_at[sizes.argmax()])]
+            by_size = [sizes, *_parameters(site, len(looked_at))]
+            ends = dict.fromkeys((int(size_N.argmin()), int(size_N.argmax())) for size_N in by_size)
+            return [_alone(rows, looked_at[low], looked_at[high]) for low, high in ends if low != high]
     return []
 
 
@@ -132,6 +134,16 @@ def _predictions(site: Site, num_rows: int) -> Tensor | None:
     entries = found.detach().cpu().double().reshape(num_rows, -1)
     weights = torch.linspace(1.0, 1.5, entries.shape[1], dtype=torch.double)  # probabilities sum to one
     return entries @ weights
+
+
+def _parameters(site: Site, num_rows: int) -> list[Tensor]:
+    """Sums of the distribution's parameters for each row: means of a Dirichlet distribution do not show their size."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    found = [getattr(fn, name, None) for name in getattr(fn, "arg_constraints", {})]
+    by_row = [value for value in found if isinstance(value, Tensor) and value.dim() and len(value) == num_rows]
+    return [value.detach().cpu().double().reshape(num_rows, -1).sum(1) for value in by_row]
 
 
 def _alone(rows: ProbeRows, one: Tensor, other: Tensor) -> Pair:
