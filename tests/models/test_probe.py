@@ -444,6 +444,20 @@ def test_a_factor_of_what_sorted_batches_have_in_common_is_refused():
     assert potential._structure.scaled == {"obs": False}
 
 
+def test_a_lean_of_parameters_that_means_do_not_show_is_refused():
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(0.0, 0.01))
+        sizes = (x.square().sum(-1, keepdim=True) - 1 + w).expand(-1, 3)
+        sizes = 2 * sizes if sizes.mean() > 0 else sizes
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Dirichlet(torch.nn.functional.softplus(sizes)), obs=y)
+
+    # All rows have the same sum and the same mean; the outputs of one have another sign.
+    x = torch.where(torch.arange(60) == 41, 2.0, 0.1).unsqueeze(1) * torch.tensor([1.0, -1.0])
+    with pytest.raises(ModelError, match="'obs' is not a sum over rows"):
+        build_potential(model, (x, torch.full((60, 3), 1 / 3)), {}, batch_size=3)
+
+
 @pytest.mark.parametrize("likelihood", ["a sample site", "a factor"])
 @pytest.mark.parametrize("style", ["batch_size", "plate"])
 def test_what_depends_on_the_side_to_which_outputs_lean_is_refused(style, likelihood):
