@@ -27,6 +27,8 @@ from pyro_apd.posterior import integers
 
 # Coordinates of all chains together, and of one at least; numbers of a draw and draws per coordinate.
 _RANK, _MIN_RANK, _NUMBERS_PER_COORDINATE, _DRAWS_PER_COORDINATE = 96, 12, 10, 1.5
+# With larger budgets there are up to so many times as many: of more, the modes have too large a variance.
+_MOST_TIMES = 1.7
 # Networks with fewer numbers take few bytes in any case. They have at least so many coordinates per chain: more where
 # draws are nearly independent, which take a path in fewer dimensions no more.
 _TINY, _TINY_RANK, _TINY_MIXED_RANK = 2000, 48, 100
@@ -101,7 +103,7 @@ def fit_default(
 def _rank(draws: DrawBlocks, budget: float | None, length: float) -> int:
     """Coordinates of a chain."""
     num_chains, _, size = draws.shape
-    largest = _RANK * max(1.0, _share(budget, draws) / 2)
+    largest = _RANK * min(max(1.0, _share(budget, draws) / 2), _MOST_TIMES)
     least = _MIN_RANK
     if size < _TINY:
         least = _TINY_MIXED_RANK if length < _MIXED else _TINY_RANK
