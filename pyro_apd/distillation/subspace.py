@@ -41,8 +41,9 @@ _SEVERAL, _COARSER = 4, 1.5
 _NUM_ENTRIES = 512
 # The default takes one network, these numbers, and a part that falls with the number of chains; as measured.
 _NUMBERS_OF_A_NETWORK, _MOST_NETWORKS = 15_000, 12.0
-# Chains with fewer draws than this are fitted as one.
-_MIN_DRAWS = 20
+# Chains with fewer draws than this are fitted as one. Of more draws than this per chain some are taken, evenly spaced,
+# since the cost grows with their square.
+_MIN_DRAWS, _MAX_DRAWS = 20, 1024
 # Share of a budget that modes may take.
 _SHARE_OF_MODES = 0.12
 # Sites with fewer rows or columns are numbers like any other.
@@ -80,6 +81,7 @@ def fit_default(
     seen = {} if functions is None else _seen_inputs(layout, draws, functions)
     if draws.shape[1] < _MIN_DRAWS and draws.shape[0] > 1:
         draws = draws.pooled()
+    draws = draws.thinned(_MAX_DRAWS)
     _, _, size = draws.shape
     budget = _num_bytes_accepted(options.byte_budget, size, draws.dtype)
     length = correlation_length(draws)

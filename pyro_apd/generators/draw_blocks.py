@@ -44,6 +44,14 @@ class DrawBlocks:
         blocks._divisor_D = divisor_D
         return blocks
 
+    def thinned(self, count: int) -> DrawBlocks:
+        """At most ``count`` draws of each chain, evenly spaced."""
+        num_draws = self.shape[1]
+        if num_draws <= count:
+            return self
+        place_T = torch.linspace(0, num_draws - 1, count, dtype=torch.float64).round().long()
+        return DrawBlocks(self._theta_CSD, self._index_T[place_T.to(self.device)])
+
     def pooled(self) -> DrawBlocks:
         """The same draws as those of one chain."""
         num_chains, _, size = self._theta_CSD.shape

@@ -15,8 +15,6 @@ from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.generators.subspace import MEAN_STEPS, EntriesPart, MatrixPart, Part, SubspaceGenerator, reduced
 from pyro_apd.generators.weight_matrices import WeightMatrix
 
-# Draws per chain that are fitted to: the cost grows with their square.
-_MAX_DRAWS = 1024
 # Frames have at least this share of their matrix's columns less than all; else they have all.
 _ALMOST_ALL = 0.8
 # Steps of null parts are at least this fine while they are fitted, relative to the root mean square.

@@ -109,3 +109,19 @@ def test_map_sees_parts_and_gives_all(small_parts):
 )
 def test_length_of_a_part(item_bytes, num_bytes, length):
     assert items_per_block(item_bytes, num_bytes) == length
+
+
+def test_thinned_draws_are_evenly_spaced_in_each_chain():
+    theta_CSD = torch.arange(24.0).reshape(2, 12, 1)
+    blocks = DrawBlocks(theta_CSD, torch.arange(1, 12))
+    assert blocks.thinned(11) is blocks
+    few = blocks.thinned(3)
+    assert few.shape == (2, 3, 1)
+    assert torch.cat(list(few.rows())).flatten().tolist() == [1, 6, 11, 13, 18, 23]
+
+
+def test_pooled_draws_are_those_of_one_chain():
+    theta_CSD = torch.arange(24.0).reshape(2, 12, 1)
+    pooled = DrawBlocks(theta_CSD, torch.tensor([0, 5])).pooled()
+    assert pooled.shape == (1, 4, 1)
+    assert torch.cat(list(pooled.rows())).flatten().tolist() == [0, 5, 12, 17]
