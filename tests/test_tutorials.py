@@ -47,7 +47,7 @@ def test_there_are_tutorials():
 
 
 # The others run in `make thorough`: what they call has tests of its own.
-USUAL = ("01_first_distilled_posterior", "03_is_it_any_good")
+USUAL = ("01_first_distilled_posterior",)
 
 
 @pytest.mark.slow

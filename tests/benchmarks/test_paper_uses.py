@@ -19,7 +19,7 @@ from benchmarks.paper.settings import image_setting
 @pytest.mark.parametrize(
     ("name", "protocol", "in_table"),
     [
-        ("active_learning", "corrected", "| MC-dropout, entropy | "),
+        pytest.param("active_learning", "corrected", "| MC-dropout, entropy | ", marks=pytest.mark.thorough),
         pytest.param("active_learning", "faithful", "| MC-dropout, entropy | ", marks=pytest.mark.thorough),
         pytest.param("adversarial", "faithful", "| APD, paper's generator | ", marks=pytest.mark.thorough),
         pytest.param("adversarial", "corrected", "| APD, paper's generator | ", marks=pytest.mark.thorough),

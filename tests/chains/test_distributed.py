@@ -243,7 +243,7 @@ def found_by(case, **settings):
     return {**summary(mcmc), "tuning": tuning}
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.thorough)])
 def test_one_step_size_is_found_by_all_processes(size, tmp_path):
     by_rank = on_ranks(lambda rank: {case: found_by(case) for case in finding()}, size, tmp_path)
     for case in finding():

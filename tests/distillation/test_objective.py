@@ -31,7 +31,7 @@ def learn(objective, steps=300):
     return location.detach(), log_scale.exp().detach()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_function_objective_finds_location_and_spread():
     theta_SD = torch.tensor([1.0, -1.0, 0.0]) + 0.4 * torch.randn(2000, 3)
     objective = FunctionObjective(space(), Probes([torch.linspace(-2, 2, 50)]), theta_SD)
