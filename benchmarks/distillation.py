@@ -43,7 +43,7 @@ from benchmarks.distillation_methods import (
     timed,
 )
 from benchmarks.distillation_tables import brief, summary, table
-from benchmarks.distillation_targets import rivals, targets
+from benchmarks.distillation_targets import at_equal_bytes, targets
 from pyro_apd.diagnostics.comparison.evaluation import Evaluation, Inputs, evaluate, similarities
 from pyro_apd.models.layout import Layout
 from pyro_apd.predictive.predictive import outputs
@@ -205,7 +205,7 @@ def main() -> None:
         print(table(case, known), flush=True)
         print(summary(case, known), flush=True)
         print(targets(case, known), flush=True)
-        print(rivals(case, known), flush=True)
+        print(at_equal_bytes(case, known), flush=True)
     if not options.quick and options.rows == "test":
         frontier(RESULTS)
 

@@ -112,7 +112,7 @@ def targets(case: Case, by_seed: Runs) -> str:
     return f"\n#### {case.name}: targets\n\n{markdown_table(header, rows)}" if rows else ""
 
 
-def rivals(case: Case, by_seed: Runs) -> str:
+def at_equal_bytes(case: Case, by_seed: Runs) -> str:
     """At each size, the generator and the best of stored draws with error feedback, metric by metric.
 
     Prediction: total variation of the averaged prediction; of a regression, its shift in standard deviations.

@@ -6,6 +6,7 @@ one network."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,7 +129,7 @@ class SubspaceGenerator(Generator):
         return [part for part in self.parts if isinstance(part, Part)]
 
 
-class Part(nn.Module):
+class Part(nn.Module, ABC):
     """Pinned coordinates of some entries of a draw, ``(O, K)`` in units of their effect.
 
     ``mean`` and ``basis`` are integers; ``reduction`` is what their magnitudes lose, see :mod:`.rounding`.
@@ -150,6 +151,7 @@ class Part(nn.Module):
         self.noise_columns = nn.Parameter(torch.zeros(columns))
         self._kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
+    @abstractmethod
     def write(
         self, theta_SD: Tensor, drawn: tuple[Tensor, Tensor], latent_SL: Tensor, step: Tensor, noise_cap: Tensor
     ) -> None:
@@ -158,11 +160,10 @@ class Part(nn.Module):
         :param drawn: indicators of chains ``(S, C)``, and coordinates ``(S, C, R)``.
         :param latent_SL: normal numbers of the part.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def bound(self, coordinate: float, step: Tensor) -> float:
         """See :meth:`Generator.bound`, for coordinates whose absolute values add up to ``coordinate``."""
-        raise NotImplementedError
 
     def pinned(
         self, drawn: tuple[Tensor, Tensor], latent_SOK: Tensor, rows: slice, step: Tensor, noise_cap: Tensor

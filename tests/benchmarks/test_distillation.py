@@ -12,7 +12,7 @@ import torch
 from benchmarks import common, distillation, distillation_cases
 from benchmarks.distillation_figure import frontier
 from benchmarks.distillation_methods import Material, flow_matching, ours, stored
-from benchmarks.distillation_targets import measures, rivals, targets
+from benchmarks.distillation_targets import at_equal_bytes, measures, targets
 from pyro_apd.models.layout import Layout
 
 NUM_DRAWS = 20
@@ -172,7 +172,7 @@ def test_the_generator_is_compared_with_the_best_stored_draws_of_its_bytes():
         "int3, error feedback, 2": run_of(2.0, nll=0.19, mi=0.11, by_input=0.99, tv=0.007),
         "int3, error feedback, 4": run_of(4.0),
     }
-    lines = rivals(distillation_cases.CASES["mnist"], {"0": stored_runs}).splitlines()
+    lines = at_equal_bytes(distillation_cases.CASES["mnist"], {"0": stored_runs}).splitlines()
     assert len(lines) == 6
     cells = [cell.strip() for cell in lines[-1].split("|")[1:-1]]
     assert cells == [

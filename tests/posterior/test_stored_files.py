@@ -49,6 +49,12 @@ def test_version_2_of_generators_that_are_no_longer_fitted(name, tmp_path):
         for key, value in load_file(FILES / "draws_v2_coordinates.safetensors").items()
         if key.startswith(name)
     }
+    if name == "chunked_int8":  # its noise is torch's, which on other processors are other numbers
+        latent_SL = latents(posterior, 2)
+        noisy = posterior.generator(latent_SL)
+        for module in posterior.generator.noise:
+            module.row_scale.zero_()
+        assert (posterior.generator(latent_SL) - noisy).abs().max() > 0.1
     assert_draws(posterior, expected)
     posterior.save(tmp_path / "p")
     assert artifact.read_description(tmp_path / "p").format == artifact.FORMAT_VERSION
