@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
+from pyro_apd.runtime.dispatch import dispatch_mode
 from pyro_apd.runtime.trees import tree_leaves
 
 logger = logging.getLogger("pyro_apd")
@@ -74,33 +75,38 @@ class PredictionCost:
     def of(cls, function: Callable[[], object]) -> PredictionCost:
         """Measured by calling the function once; zero where torch cannot count an operation."""
         try:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter, _counted_results() as results:
+            with torch.no_grad(), _counter() as counter:
                 function()
         except Exception as error:
             logger.debug("The cost of a prediction is not known: %s.", error)
             return cls()
-        return cls(int(counter.get_total_flops()) // 2, results.num_bytes)
+        return cls(counter.num_products, counter.num_bytes)
 
 
-def _counted_results() -> Any:
-    """A dispatch mode that adds up the sizes of the results of operations, except views of their arguments.
+def _counter() -> Any:
+    """A dispatch mode that adds up the multiplications of operations, and the sizes of their results, except views of
+    their arguments.
 
-    :raises ImportError: if torch has no dispatch modes where they are today, which is not its public interface.
+    :raises ImportError: see :func:`dispatch_mode`.
     """
-    from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Results(TorchDispatchMode):
+    class Counter(dispatch_mode()):  # type: ignore[misc]
+        num_products = 0
         num_bytes = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
             arguments = {_address(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
-            results = func(*args, **(kwargs or {}))
+            results = func(*args, **kwargs)
+            operations = flop_registry.get(func.overloadpacket)
+            if operations is not None:
+                self.num_products += int(operations(*args, **kwargs, out_val=results)) // 2
             for value in tree_leaves(results):
                 if isinstance(value, Tensor) and _address(value) not in arguments:
                     self.num_bytes += value.numel() * value.element_size()
             return results
 
-    return Results()  # type: ignore[no-untyped-call]
+    return Counter()
 
 
 def _address(value: Tensor) -> int:

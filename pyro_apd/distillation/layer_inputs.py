@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_apd.generators.weight_matrices import WeightMatrix
 from pyro_apd.models.layout import Layout, Site
 from pyro_apd.predictive.messengers import Substitute
+from pyro_apd.runtime.dispatch import dispatch_mode
 from pyro_apd.runtime.global_state import preserved_param_store
 
 logger = logging.getLogger("pyro_apd")
@@ -98,15 +99,13 @@ def _combined(layout: Layout, site: Site, uses: Sequence[_Use]) -> LayerInputs |
 def _recorder(layout: Layout, values: Mapping[str, Tensor], uses: dict[str, list[_Use]]) -> AbstractContextManager[Any]:
     """Records products with sites while it is entered.
 
-    :raises ImportError: if torch has no dispatch modes where they are today, which is not its public interface.
+    :raises ImportError: see :func:`dispatch_mode`.
     """
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     places = [(_address(value), value.numel() * value.element_size(), name) for name, value in values.items()]
     matrices = {name for name in values if layout[name].is_real and len(layout[name].shape) >= 2}
     aten = torch.ops.aten
 
-    class Recorder(TorchDispatchMode):
+    class Recorder(dispatch_mode()):  # type: ignore[misc]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is aten.mm.default:
                 self._product(args[0], args[1], None)

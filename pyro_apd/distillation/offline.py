@@ -68,7 +68,8 @@ def distill(
     :param source: an ``MCMC`` after ``run``; or draws by site, ``(S, ...)``, with ``group_by_chain`` ``(C, S, ...)``.
     :param callable model: the Pyro model; by default that of the ``MCMC``'s kernel.
     :param tuple data: arguments of the model, with or without targets; by default those of the run.
-    :param int num_steps: generator steps; by default none, for ``"paper"`` 2,000.
+    :param int num_steps: generator steps; by default 200 for networks of fewer than 2,000 weights whose fit in closed
+        form differs from held-out draws, none for others, and for ``"paper"`` 2,000.
     :param int seed: makes the posterior, and its file, reproducible; the global generator stays as it was.
     :param str generator: ``"subspace"``, the default, or ``"paper"``.
     :param str objective: with ``generator="paper"``, the GAN loss that it is trained by: ``"wgan-gp"`` (default),
@@ -142,7 +143,7 @@ def _fit_and_train(
         "held_out": HELD_OUT if len(held_out_index) < num_draws else None,
         "space": "weights" if task.functions is None else "functions",
         **({} if prepared.calibration is None else {"calibration": prepared.calibration.to_json()}),
-        "num_steps": prepared.schedule.num_steps,
+        "num_steps": training.num_steps,
         "best_step": training.best_step,
         "metrics": {name: float(f"{value:.4g}") for name, value in training.metrics.items()},
     }

@@ -31,7 +31,7 @@ _RANK, _MIN_RANK, _NUMBERS_PER_COORDINATE, _DRAWS_PER_COORDINATE = 96, 12, 10, 1
 _MOST_TIMES = 1.7
 # Networks with fewer numbers take few bytes in any case. They have at least so many coordinates per chain: more where
 # draws are nearly independent, which take a path in fewer dimensions no more.
-_TINY, _TINY_RANK, _TINY_MIXED_RANK = 2000, 48, 100
+_TINY, _TINY_RANK, _TINY_MIXED_RANK, _TINY_NUMBERS_PER_COORDINATE = 2000, 48, 100, 9
 # Draws that are correlated over fewer draws than this are nearly independent. A mode is a mean of draws that are close
 # to each other, since the mean of independent networks is a bad network: this share of the length of correlation.
 _MIXED, _SHARE_OF_CORRELATION = 10.0, 1 / 8
@@ -108,7 +108,8 @@ def _rank(draws: DrawBlocks, budget: float | None, length: float) -> int:
     largest = _RANK * min(max(1.0, _share(budget, draws) / 2), _MOST_TIMES)
     least = _MIN_RANK
     if size < _TINY:
-        least = _TINY_MIXED_RANK if length < _MIXED else _TINY_RANK
+        least = min(_TINY_RANK, size // _TINY_NUMBERS_PER_COORDINATE)
+        least = _TINY_MIXED_RANK if length < _MIXED else max(_MIN_RANK, least)
     return max(least, min(int(largest), size // _NUMBERS_PER_COORDINATE) // num_chains)
 
 

@@ -34,6 +34,8 @@ class Schedule:
     :ivar bool is_annealed: let the rate decay to zero, and evaluate and keep a moving average of the generator.
     :ivar int num_evaluations: how many states are evaluated.
     :ivar int num_evaluation_draws: draws per evaluation.
+    :ivar float accepted_distance: no step is taken if the start is no farther than this from held-out draws; None for no
+        such bound.
     """
 
     num_steps: int
@@ -42,6 +44,11 @@ class Schedule:
     max_sum_change: float | None = None
     num_evaluations: int = 20
     num_evaluation_draws: int = 200
+    accepted_distance: float | None = None
+
+    def pays(self, metrics: dict[str, float]) -> bool:
+        """Whether steps are to be taken from a start with these metrics."""
+        return self.accepted_distance is None or metrics.get("distance", math.inf) > self.accepted_distance
 
     def rates(self, trained: list[nn.Parameter]) -> list[float]:
         """Adam's rate for each parameter.
@@ -61,6 +68,7 @@ class Training:
 
     :ivar dict metrics: of the best state, on held-out draws.
     :ivar int best_step: the step at which it was reached.
+    :ivar int num_steps: steps that were planned; none if the start needed none.
     :ivar dict log: lists of numbers by name, one number per evaluation.
     :ivar str stopped: why training ended early, or None.
     :ivar bool is_interrupted: whether the reason was Ctrl-C.
@@ -68,6 +76,7 @@ class Training:
 
     metrics: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
+    num_steps: int = 0
     log: dict[str, list[float]] = field(default_factory=dict)
     stopped: str | None = None
     is_interrupted: bool = False
@@ -109,12 +118,11 @@ def train(
     num_draws = schedule.num_evaluation_draws
     best = _BestState(evaluator, average, latents, result, num_draws, derived_seed(seed, "evaluation"), ranks)
     step = 0
-    with tqdm(
-        total=schedule.num_steps, desc="Distil", disable=not progress or not schedule.num_steps, leave=True
-    ) as bar:
-        try:
-            is_finite = best.evaluate(0, None)
-            steps = _steps(generator, average, latents, objective, schedule, ranks, seed)
+    try:
+        is_finite = best.evaluate(0, None)
+        result.num_steps = schedule.num_steps if schedule.pays(result.metrics) else 0
+        with tqdm(total=result.num_steps, desc="Distil", disable=not (progress and result.num_steps)) as bar:
+            steps = _steps(generator, average, latents, objective, schedule, ranks, seed) if result.num_steps else ()
             for step, loss in enumerate(steps, start=1):
                 bar.update()
                 if step % max(1, schedule.num_steps // schedule.num_evaluations) == 0 or step == schedule.num_steps:
@@ -123,9 +131,9 @@ def train(
                 if not is_finite:
                     result.stopped = f"training diverged by step {step} of {schedule.num_steps}"
                     break
-        except KeyboardInterrupt:
-            result.stopped = f"training was interrupted at step {step} of {schedule.num_steps}"
-            result.is_interrupted = True
+    except KeyboardInterrupt:
+        result.stopped = f"training was interrupted at step {step} of {schedule.num_steps}"
+        result.is_interrupted = True
     best.restore(generator)
     return result
 

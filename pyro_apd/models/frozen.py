@@ -28,6 +28,7 @@ from pyro_apd.data.loader import is_loader
 from pyro_apd.data.sources import open_source, shown_arguments
 from pyro_apd.errors import ArtifactError
 from pyro_apd.models.bnn import BNN
+from pyro_apd.runtime.dispatch import dispatch_mode
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
 from pyro_apd.runtime.trees import tree_leaves
 
@@ -288,19 +289,14 @@ def _recorder() -> Any:
     None if torch has no such modes where they are today, which is not its public interface.
     """
     try:
-        from torch.utils._python_dispatch import TorchDispatchMode
+        base = dispatch_mode()
     except ImportError:
         return None
 
-    class Recorder(TorchDispatchMode):
+    class Recorder(base):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
-            super().__init__()  # type: ignore[no-untyped-call]
+            super().__init__()
             self.keys: set[Any] = set()
-
-        @classmethod
-        def _should_skip_dynamo(cls) -> bool:
-            # Otherwise torch imports its compiler, which takes more than a second, at the first operation.
-            return False
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func.overloadpacket.__name__ not in _LIKE:
