@@ -165,9 +165,9 @@ def _disagreements(
     space: FunctionSpace, groups: dict[str, tuple[Tensor, ...]], blocks: Iterable[Tensor]
 ) -> dict[str, Tensor]:
     """By group of inputs, how far draws disagree on average."""
-    views: dict[str, list[list[Tensor]]] = {name: [] for name in groups}
-    for theta_SD in blocks:
-        for name, inputs in groups.items():
-            views[name].append(space.views(theta_SD, inputs))
+    inputs = tuple(torch.cat(rows) for rows in zip(*groups.values(), strict=True))
+    views = joined(space.views(theta_SD, inputs) for theta_SD in blocks)
+    lengths = [len(rows[0]) for rows in groups.values()] if inputs else [len(views[0])]
+    parts = zip(*(view.split(lengths) for view in views), strict=True)
     tiny = 1e-30
-    return {name: space.disagreement(joined(parts)).clamp_min(tiny) for name, parts in views.items()}
+    return {name: space.disagreement(list(part)).clamp_min(tiny) for name, part in zip(groups, parts, strict=True)}
