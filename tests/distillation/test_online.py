@@ -446,17 +446,17 @@ def bounded(x):
 @pytest.mark.parametrize("most", [120, pytest.param(400, marks=pytest.mark.thorough)])
 def test_memory_does_not_depend_on_the_length_of_the_run(most):
     largest = []
-    for num_samples in (40, most):
+    for num_samples in (60, most):
         with warnings.catch_warnings(), Largest(X) as seen:
             warnings.simplefilter("ignore")  # chains as short as these have not warmed up
             posterior = run(
-                torch.randn(20), sampler=kernel(bounded, 1e-3, thinning=1), num_samples=num_samples, num_steps=0,
+                torch.randn(20), sampler=kernel(bounded, 1e-3, thinning=1), num_samples=num_samples, num_steps=0, rank=8,
                 rounds=1, buffer_size=32, warmup_steps=2,
             )  # fmt: skip
         largest.append(seen.num_bytes)
     drawn = posterior.get_samples(20)
     assert (drawn["scale"] > 0).all()
     torch.testing.assert_close(drawn["mix"].sum(-1), torch.ones(20))
-    assert largest[0] == largest[1]
+    assert largest[1] <= largest[0]  # a longer run is thinned to as many draws, or fewer
     if most == 400:
         assert largest[1] < 2 * most * 99 * 4  # what the draws of the longer run would take
