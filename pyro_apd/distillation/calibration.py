@@ -12,7 +12,7 @@ the data, kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,15 +28,22 @@ from pyro_apd.runtime.seeds import fresh_seed
 
 # Draws that are compared: as many as have these numbers in all, within bounds; of costly networks fewer.
 _NUMBERS, _MIN_DRAWS, _MAX_DRAWS, _FEW_DRAWS = 4_000_000, 100, 200, 40
-# Inputs of all groups: as many as take these multiplications for all draws, within bounds.
-_PRODUCTS, _MIN_PROBES, _MAX_PROBES = 6_000_000_000, 60, 1000
+# Inputs of all groups: as many as take these multiplications for all draws, within bounds. They are chosen among so
+# many times as many, by how far these draws of the chain disagree there.
+_PRODUCTS, _MIN_PROBES, _MAX_PROBES = 24_000_000_000, 60, 1000
+_CANDIDATES, _NUM_CHOOSING = 20, 10
+# Inputs are chosen in proportion to the disagreement, and this share of its mean.
+_EVENLY = 0.2
 # A network is costly from these multiplications per input on.
 _COSTLY = 1_000_000
 # Weights of inputs: rows of the data, mixtures of rows and rows with noise, and noise alone.
 _WEIGHTS = {"rows": 1.0, "near": 1.0, "far": 0.5}
-# The search starts at the best of these: squares of the factor, and caps in logarithms of the typical noise. Of small
-# networks all are tried, of others those with the last square.
+# Of the inputs, relative numbers.
+_SHARES = {"rows": 2.0, "near": 1.0, "far": 1.0}
+# The search starts at the best of these, found by this share of the draws: squares of the factor, and caps in logarithms
+# of the typical noise. Of small networks all are tried, of others those with the last square.
 _SQUARES, _CAPS = (0.0, 0.25), (-3.0, -2.0, -1.0, 0.0, 1.0)
+_SHARE_AT_START = 0.3
 _SMALL = 20_000
 # Rounds of Gauss-Newton; steps of its differences, and its largest steps, in squares of the factor and logs of the cap.
 _ROUNDS = 2
@@ -81,27 +88,34 @@ def calibrate(
     by_size = max(_MIN_DRAWS, min(_MAX_DRAWS, _NUMBERS // generator.output_size))
     count = min(_FEW_DRAWS if num_products > _COSTLY else by_size, len(draws))
     num_probes = max(_MIN_PROBES, min(_MAX_PROBES, _PRODUCTS // max(1, num_products * count)))
-    groups = {name: inputs for name, inputs in probes.groups(2 * num_probes // 5).items() if name in _WEIGHTS}
-    chain = _disagreements(space, groups, draws.spaced(count))
+    inputs = _Inputs.chosen(space, probes, draws, num_probes)
     seed, like = fresh_seed(), generator.step.detach()
     spread_CR, noise = generator.spread.clone(), _typical_noise(generator)
-    found: list[_Tried] = []
 
-    def residuals(square: float, log_cap: float) -> Tensor:
-        _set(generator, spread_CR, square, log_cap)
-        with seeded(seed, like.device):
-            own = _disagreements(space, groups, _draws(generator, count, like))
-        ratios = [(own[name] / chain[name]).log().double().cpu() for name in groups]
-        ratios = [ratio.nan_to_num(nan=10.0, posinf=10.0, neginf=-10.0) for ratio in ratios]
-        weighted = torch.cat([(_WEIGHTS[n] / len(r)) ** 0.5 * r for n, r in zip(groups, ratios, strict=True)])
-        means = {name: float(ratio.mean()) for name, ratio in zip(groups, ratios, strict=True)}
-        found.append(_Tried(float(weighted.square().sum()), square, log_cap, means))
-        return weighted
+    def search(count: int) -> tuple[Callable[[float, float], Tensor], list[_Tried]]:
+        """A function from a point to residuals, with so many draws, and what it has tried."""
+        chain = inputs.disagreements(space, draws.spaced(count))
+        found: list[_Tried] = []
 
+        def residuals(square: float, log_cap: float) -> Tensor:
+            _set(generator, spread_CR, square, log_cap)
+            with seeded(seed, like.device):
+                own = inputs.disagreements(space, _draws(generator, count, like))
+            ratios = {name: (own[name] / chain[name]).log().double().cpu() for name in own}
+            ratios = {name: ratio.nan_to_num(nan=10.0, posinf=10.0, neginf=-10.0) for name, ratio in ratios.items()}
+            weighted = torch.cat([(_WEIGHTS[name] / len(ratio)) ** 0.5 * ratio for name, ratio in ratios.items()])
+            means = {name: float(ratio.mean()) for name, ratio in ratios.items()}
+            found.append(_Tried(float(weighted.square().sum()), square, log_cap, means))
+            return weighted
+
+        return residuals, found
+
+    residuals, found = search(max(2, round(_SHARE_AT_START * count)))
     for square in _SQUARES if generator.output_size < _SMALL else _SQUARES[-1:]:
         for cap in _CAPS:
             residuals(square, float(noise.log()) + cap)
     point = torch.tensor(min(found).point, dtype=torch.float64)
+    residuals, found = search(count)
     for _ in range(_ROUNDS):
         point = _improved(residuals, point)
     residuals(*point.tolist())
@@ -161,13 +175,50 @@ def _typical_noise(generator: SubspaceGenerator) -> Tensor:
     return torch.cat(scales).median().clamp_min(1e-20)
 
 
-def _disagreements(
-    space: FunctionSpace, groups: dict[str, tuple[Tensor, ...]], blocks: Iterable[Tensor]
-) -> dict[str, Tensor]:
-    """By group of inputs, how far draws disagree on average."""
-    inputs = tuple(torch.cat(rows) for rows in zip(*groups.values(), strict=True))
-    views = joined(space.views(theta_SD, inputs) for theta_SD in blocks)
-    lengths = [len(rows[0]) for rows in groups.values()] if inputs else [len(views[0])]
-    parts = zip(*(view.split(lengths) for view in views), strict=True)
-    tiny = 1e-30
-    return {name: space.disagreement(list(part)).clamp_min(tiny) for name, part in zip(groups, parts, strict=True)}
+@dataclass(frozen=True)
+class _Inputs:
+    """Inputs at which draws are compared, by group, one after the other.
+
+    :ivar rows: arguments of the model.
+    :ivar lengths: inputs of each group.
+    :ivar weight_P: such that weighted sums have the expectation of means over all inputs of a group.
+    """
+
+    rows: tuple[Tensor, ...]
+    lengths: dict[str, int]
+    weight_P: Tensor
+
+    @classmethod
+    def chosen(cls, space: FunctionSpace, probes: Probes, draws: DrawBlocks, count: int) -> _Inputs:
+        """About ``count`` inputs, most of them where the chain's draws disagree: elsewhere they tell little.
+
+        Each of a group's candidates is taken in proportion to the disagreement there, at even distances of the
+        cumulative sum, and weighted by the reciprocal of that.
+        """
+        groups = {k: rows for k, rows in probes.groups(_CANDIDATES * count // len(_SHARES)).items() if k in _SHARES}
+        every = cls._of(groups)
+        views = joined(space.views(theta_SD, every.rows) for theta_SD in draws.spaced(min(_NUM_CHOOSING, len(draws))))
+        if not every.rows:
+            return cls((), {"rows": len(views[0])}, views[0].new_full((len(views[0]),), 1 / len(views[0])))
+        score_PF = space.disagreements(views).double()
+        weights, kept = [], {}
+        for (name, rows), score_NF in zip(groups.items(), score_PF.split(list(every.lengths.values())), strict=True):
+            wanted = max(1, round(count * _SHARES[name] / sum(_SHARES[other] for other in groups)))
+            score_N = (score_NF / score_NF.mean(0).clamp_min(1e-30)).nan_to_num(nan=0.0, posinf=0.0).mean(1) + _EVENLY
+            total_N = score_N.cumsum(0)
+            place_K = (torch.arange(wanted, device=total_N.device) + 0.5) * (total_N[-1] / wanted)
+            index_K = torch.searchsorted(total_N, place_K).clamp(max=len(total_N) - 1)
+            kept[name] = tuple(value[index_K] for value in rows)
+            weights.append((total_N[-1] / (len(total_N) * wanted * score_N[index_K])).to(views[0].dtype))
+        return replace(cls._of(kept), weight_P=torch.cat(weights))
+
+    @classmethod
+    def _of(cls, groups: dict[str, tuple[Tensor, ...]]) -> _Inputs:
+        rows = tuple(torch.cat(parts) for parts in zip(*groups.values(), strict=True))
+        return cls(rows, {name: len(parts[0]) if parts else 0 for name, parts in groups.items()}, torch.ones(0))
+
+    def disagreements(self, space: FunctionSpace, blocks: Iterable[Tensor]) -> dict[str, Tensor]:
+        """By group, how far draws disagree on average, ``(F,)``."""
+        values_PF = space.disagreements(joined(space.views(theta_SD, self.rows) for theta_SD in blocks))
+        parts = (values_PF * self.weight_P.unsqueeze(1)).split(list(self.lengths.values()))
+        return {name: part.sum(0).clamp_min(1e-30) for name, part in zip(self.lengths, parts, strict=True)}

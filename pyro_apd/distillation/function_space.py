@@ -65,21 +65,20 @@ class FunctionSpace:
             total = total + (energy_distance(fake_PSF, real_PTF, spread_P) / (spread_P + floor)).mean()
         return total
 
-    def disagreement(self, views: list[Tensor]) -> Tensor:
-        """How far draws disagree, on average over probes, ``(F,)``: mutual information where the model classifies, in
-        nats, else the variances of the locations. Their scales, each of which comes after its location, are left
-        out."""
-        information = self.mutual_information(views)
-        if information is not None:
-            return information.reshape(1)
-        variance_F = views[0].var(1, correction=0).mean(0)
-        return variance_F[::2]
+    def disagreements(self, views: list[Tensor]) -> Tensor:
+        """How far draws disagree at each probe, ``(P, F)``: mutual information where the model classifies, in nats,
+        else the variances of the locations. Their scales, each of which comes after its location, are left out."""
+        if self._is_classifier:
+            return mutual_information(views[-1].transpose(0, 1)).unsqueeze(1)
+        return views[0].var(1, correction=0)[:, ::2]
 
     def mutual_information(self, views: list[Tensor]) -> Tensor | None:
         """Mean over probes, in nats; None unless the model classifies."""
-        if self._kind not in ("categorical", "bernoulli"):
-            return None
-        return mutual_information(views[-1].transpose(0, 1)).mean()
+        return self.disagreements(views).mean() if self._is_classifier else None
+
+    @property
+    def _is_classifier(self) -> bool:
+        return self._kind in ("categorical", "bernoulli")
 
 
 def function_space(source: Source, probe_inputs: Sequence[Any] | None) -> tuple[FunctionSpace, Probes] | None:

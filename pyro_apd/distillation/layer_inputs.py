@@ -157,7 +157,8 @@ def _recorder(layout: Layout, values: Mapping[str, Tensor], uses: dict[str, list
             moment_II = inputs_NI.mT @ inputs_NI / max(1, len(inputs_NI))
             uses.setdefault(name, []).append(_Use(moment_II, inputs_NI.mean(0), self._name(bias), is_transposed))
 
-    return Recorder()  # type: ignore[no-untyped-call]
+    recorder: AbstractContextManager[Any] = Recorder()
+    return recorder
 
 
 def _address(value: Tensor) -> int:

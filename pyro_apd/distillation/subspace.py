@@ -39,8 +39,6 @@ _MIXED, _SHARE_OF_CORRELATION = 10.0, 1 / 8
 _SEVERAL, _COARSER = 4, 1.5
 # Entries by which the length is estimated.
 _NUM_ENTRIES = 512
-# The default takes one network, these numbers, and a part that falls with the number of chains; as measured.
-_NUMBERS_OF_A_NETWORK, _MOST_NETWORKS = 15_000, 12.0
 # Chains with fewer draws than this are fitted as one. Of more draws than this per chain some are taken, evenly spaced,
 # since the cost grows with their square.
 _MIN_DRAWS, _MAX_DRAWS = 20, 1024
@@ -85,41 +83,36 @@ def fit_default(
     _, _, size = draws.shape
     budget = _num_bytes_accepted(options.byte_budget, size, draws.dtype)
     length = correlation_length(draws)
-    rank = _rank(draws, budget, length) if options.rank is None else options.rank
-    rank = max(1, min(rank, int(draws.shape[1] / _DRAWS_PER_COORDINATE), size))
     found = _matrices(layout, seen, draws)
+
+    def rank(share: float) -> int:
+        wanted = _rank(draws, share, length) if options.rank is None else options.rank
+        return max(1, min(wanted, int(draws.shape[1] / _DRAWS_PER_COORDINATE), size))
 
     def fit_with(settings: SubspaceSettings) -> SubspaceFit:
         fit = SubspaceFit(draws, [one.matrix for one in found], [one.moment_II for one in found], settings)
         fit.read()
         return fit
 
-    if budget is None:
-        generator = fit_with(_default_settings(draws, rank, length)).generator()
-    else:
-        generator = _within(budget, rank, fit_with, draws)
+    settings = _default_settings(draws, rank(1.0), length)
+    fit = fit_with(settings)
+    generator = fit.generator()
+    if budget is not None:
+        share = budget / num_bytes(generator)
+        generator = _within(budget, fit, settings, settings_for(share, rank(share)), fit_with, draws)
     calibration = None if functions is None else calibrate(generator, functions, draws, num_products)
     return FittedSubspace(generator, calibration)
 
 
-def _rank(draws: DrawBlocks, budget: float | None, length: float) -> int:
-    """Coordinates of a chain."""
+def _rank(draws: DrawBlocks, share: float, length: float) -> int:
+    """Coordinates of a chain, for a budget relative to what the default takes."""
     num_chains, _, size = draws.shape
-    largest = _RANK * min(max(1.0, _share(budget, draws) / 2), _MOST_TIMES)
+    largest = _RANK * min(max(1.0, share / 2), _MOST_TIMES)
     least = _MIN_RANK
     if size < _TINY:
         least = min(_TINY_RANK, size // _TINY_NUMBERS_PER_COORDINATE)
         least = _TINY_MIXED_RANK if length < _MIXED else max(_MIN_RANK, least)
     return max(least, min(int(largest), size // _NUMBERS_PER_COORDINATE) // num_chains)
-
-
-def _share(budget: float | None, draws: DrawBlocks) -> float:
-    """A budget relative to about what the default takes."""
-    if budget is None:
-        return 1.0
-    num_chains, _, size = draws.shape
-    networks = min(_MOST_NETWORKS, 1 + _NUMBERS_OF_A_NETWORK / size) * num_chains**0.35
-    return float(budget / (networks * size * draws.dtype.itemsize))
 
 
 def _default_settings(draws: DrawBlocks, rank: int, length: float) -> SubspaceSettings:
@@ -167,26 +160,34 @@ def num_bytes(generator: SubspaceGenerator) -> int:
 
 
 def _within(
-    budget: float, rank: int, fit_with: Callable[[SubspaceSettings], SubspaceFit], draws: DrawBlocks
+    budget: float,
+    fit: SubspaceFit,
+    fitted: SubspaceSettings,
+    settings: SubspaceSettings,
+    fit_with: Callable[[SubspaceSettings], SubspaceFit],
+    draws: DrawBlocks,
 ) -> SubspaceGenerator:
     """The generator with about the finest steps within a number of bytes, with fewer coordinates where needed.
 
+    :param fit: with the settings ``fitted``, which is used if those to begin with, ``settings``, differ in steps alone.
     :raises ValueError: if no steps are coarse enough.
     """
     num_chains, num_draws, _ = draws.shape
     while True:
-        settings = settings_for(_share(budget, draws), rank)
         shortest = math.ceil(num_chains * num_draws * settings.rank / (_SHARE_OF_MODES * budget))
-        settings = replace(settings, segment_length=max(settings.segment_length, min(shortest, num_draws)))
-        generator, least = _with_finest_steps(fit_with(settings), settings, budget)
+        settings = replace(settings, segment_length=max(fitted.segment_length, min(shortest, num_draws)))
+        if replace(fitted, step=settings.step, null_step=settings.null_step) != settings:
+            fit = fit_with(settings)
+        generator, least = _with_finest_steps(fit, settings, budget)
         if generator is not None:
             return generator
-        if rank <= _LEAST_RANK:
+        if settings.rank <= _LEAST_RANK:
             raise ValueError(
                 f"byte_budget: {budget:,.0f} bytes are too few for this posterior; the least is about {least:,} bytes. "
                 "Give more."
             )
-        rank = max(_LEAST_RANK, rank // 2)
+        rank = max(_LEAST_RANK, settings.rank // 2)
+        settings = replace(settings, rank=rank, path_rank=min(settings.path_rank, rank))
 
 
 def _with_finest_steps(

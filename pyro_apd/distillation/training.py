@@ -34,8 +34,8 @@ class Schedule:
     :ivar bool is_annealed: let the rate decay to zero, and evaluate and keep a moving average of the generator.
     :ivar int num_evaluations: how many states are evaluated.
     :ivar int num_evaluation_draws: draws per evaluation.
-    :ivar float accepted_distance: no step is taken if the start is no farther than this from held-out draws; None for no
-        such bound.
+    :ivar float accepted_distance: no step is taken if the start is no farther than this from held-out draws; None for
+        no such bound.
     """
 
     num_steps: int

@@ -17,6 +17,8 @@ from pyro_apd.generators.weight_matrices import WeightMatrix
 
 # Frames have at least this share of their matrix's columns less than all; else they have all.
 _ALMOST_ALL = 0.8
+# Draws of a chain by which the size of a null part is found.
+_NUM_NULL_DRAWS = 64
 # Steps of null parts are at least this fine while they are fitted, relative to the root mean square.
 _FINE = 0.1
 _LARGEST_INT16 = 32000
@@ -97,6 +99,7 @@ class SubspaceFit:
         """The first pass: units of layers, and the coordinates of the draws."""
         num_chains, num_draws, _ = self._draws.shape
         gram_CTT = torch.zeros(num_chains, num_draws, num_draws, dtype=torch.float64, device=self._draws.device)
+        spaced_T = torch.linspace(0, num_draws - 1, min(num_draws, _NUM_NULL_DRAWS)).round().long()
         differs = torch.zeros((), dtype=torch.bool, device=self._draws.device)
         for part in self._parts:
             own_CTT = torch.zeros_like(gram_CTT)
@@ -106,10 +109,12 @@ class SubspaceFit:
             for _, values_SOI in self._blocks(part):
                 differs |= (values_SOI != values_SOI[0]).any()
                 pinned_CTW = self._pinned(part, values_SOI).flatten(1).unflatten(0, (num_chains, num_draws))
-                pinned_CTW = (pinned_CTW - pinned_CTW.mean(1, keepdim=True)).double()
+                pinned_CTW = pinned_CTW - pinned_CTW.mean(1, keepdim=True)
                 own_CTT += pinned_CTW @ pinned_CTW.mT
                 if isinstance(part, MatrixPart) and not part.is_full:
-                    null = null + self._null(part, values_SOI).unflatten(0, (num_chains, num_draws)).var(1).sum()
+                    some_CTOI = values_SOI.unflatten(0, (num_chains, num_draws))[:, spaced_T]
+                    left_SOI = self._null(part, some_CTOI.flatten(0, 1))
+                    null = null + left_SOI.unflatten(0, (num_chains, -1)).var(1).sum()
                     count += values_SOI[0].numel() * num_chains
             total = own_CTT.diagonal(dim1=1, dim2=2).sum() / (num_chains * num_draws)
             part.unit.copy_(_short(part.unit / total.clamp_min(1e-300).sqrt().to(part.unit.dtype)))

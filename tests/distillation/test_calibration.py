@@ -39,9 +39,9 @@ def ratios(generator, functions, draws):
     space, probes = functions
     inputs = probes.groups(200)["rows"]
     with torch.no_grad():
-        own = space.disagreement(space.views(generator(generator.latents(200, generator.step)), inputs))
-        chain = space.disagreement(space.views(torch.cat(list(draws.rows())), inputs))
-    return float(own / chain)
+        own = space.disagreements(space.views(generator(generator.latents(200, generator.step)), inputs))
+        chain = space.disagreements(space.views(torch.cat(list(draws.rows())), inputs))
+    return float(own.mean() / chain.mean())
 
 
 def test_draws_disagree_as_much_as_those_of_the_chain(case):
