@@ -40,8 +40,8 @@ _COSTLY = 1_000_000
 _WEIGHTS = {"rows": 1.0, "near": 1.0, "far": 0.5}
 # Of the inputs, relative numbers.
 _SHARES = {"rows": 2.0, "near": 1.0, "far": 1.0}
-# The search starts at the best of these, found by this share of the draws: squares of the factor, and caps in logarithms
-# of the typical noise. Of small networks all are tried, of others those with the last square.
+# The search starts at the best of these, found by this share of the draws: squares of the factor, and caps in
+# logarithms of the typical noise. Of small networks all are tried, of others those with the last square.
 _SQUARES, _CAPS = (0.0, 0.25), (-3.0, -2.0, -1.0, 0.0, 1.0)
 _SHARE_AT_START = 0.3
 _SMALL = 20_000

@@ -450,8 +450,8 @@ def test_memory_does_not_depend_on_the_length_of_the_run(most):
         with warnings.catch_warnings(), Largest(X) as seen:
             warnings.simplefilter("ignore")  # chains as short as these have not warmed up
             posterior = run(
-                torch.randn(20), sampler=kernel(bounded, 1e-3, thinning=1), num_samples=num_samples, num_steps=0, rank=8,
-                rounds=1, buffer_size=32, warmup_steps=2,
+                torch.randn(20), sampler=kernel(bounded, 1e-3, thinning=1), num_samples=num_samples, num_steps=0,
+                rank=8, rounds=1, buffer_size=32, warmup_steps=2,
             )  # fmt: skip
         largest.append(seen.num_bytes)
     drawn = posterior.get_samples(20)
