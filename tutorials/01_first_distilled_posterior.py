@@ -121,11 +121,11 @@ _ = figure.suptitle("Six networks of one posterior")
 # these inputs vary determine the predictions, and are kept finely. All others are kept coarsely;
 # [concepts](../docs/concepts.md) has a picture of this. A fifth of the chain is held out, for the comparison below.
 #
-# Usually `distill(mcmc)` is enough: it takes seconds, and there is no training. This network is tiny, and its draws
-# differ widely. So it gets more coordinates than by default, and a short training in function space.
+# It takes seconds. This network is tiny, and its draws differ widely. Where the fit of such a network differs from the
+# draws that were held out, a short training in function space follows by itself.
 
 # %%
-posterior = apd.distill(mcmc, rank=100, num_steps=size(300, 5), seed=0, progress=False)
+posterior = apd.distill(mcmc, num_steps=size(None, 5), seed=0, progress=False)
 posterior
 
 # %% [markdown]

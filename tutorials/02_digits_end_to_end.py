@@ -179,11 +179,9 @@ _ = plots.trace(torch.stack([by_chain[f"chain {i}"] for i in range(4)]), ax)
 
 # %%
 posterior = apd.distill(mcmc, seed=0, progress=False)
-few_bits = apd.baselines.stored_draws(mcmc, dtype="int2", byte_budget=posterior.num_bytes, seed=0)
 ood = {"noise": apd.datasets.noise(data.x_test, seed=0), "inverted": apd.datasets.inverted(data.x_test)}
 fidelity = apd.diagnostics.compare(
-    mcmc, posterior, model, data.x_test, data.y_test, ood=ood, baselines={"int2": few_bits},
-    num_samples=size(100, 16), seed=0,
+    mcmc, posterior, model, data.x_test, data.y_test, ood=ood, num_samples=size(100, 16), seed=0,
 )  # fmt: skip
 print(fidelity)
 

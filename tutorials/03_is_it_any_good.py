@@ -51,8 +51,8 @@ far = torch.rand(300, 2, generator=torch.Generator().manual_seed(2)) * 4 + torch
 # ## A chain, and a generator
 #
 # Four chains of SGLD, and `distill`. The network is small, and its draws differ widely: the mean of a few of them is
-# not a good network. Here the fit without training, which is the default, loses accuracy, and `compare` says so. More
-# coordinates and a short training in function space help.
+# not a good network. Where the fit of such a small network differs from the draws that were held out, a short training
+# in function space follows by itself.
 
 # %%
 net = nn.Sequential(nn.Linear(2, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 2))
@@ -60,7 +60,7 @@ model = apd.BNN(net, "categorical", prior_scale="fan_in")
 kernel = apd.SGLD(model, step_size=5e-3, thinning=size(20, 5), seed=0)
 mcmc = apd.MCMC(kernel, num_samples=size(200, 40), warmup_steps=size(150, 10), num_chains=4, disable_progbar=True)
 mcmc.run(x, y)
-settings = {"rank": 100, "num_steps": size(300, 5), "seed": 0, "progress": False}
+settings = {"num_steps": size(None, 5), "seed": 0, "progress": False}
 posterior = apd.distill(mcmc, **settings)
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from pyro_apd import diagnostics
-from pyro_apd.baselines import stored_draws
 from pyro_apd.chains import MCMC
 from pyro_apd.datasets import Dataset, digits, inverted, noise
 from pyro_apd.distillation import distill
@@ -88,11 +87,9 @@ def _run_demo(out: Path, seed: int, budget: Budget, device: str) -> DemoResult:
     with stage("Predicting from chains and generator"):
         report_predictions(model, mcmc, posterior, data)
     with stage("Comparing chain and generator"):
-        few_bits = stored_draws(mcmc, dtype="int2", byte_budget=posterior.num_bytes, seed=seed)
         fidelity = diagnostics.compare(
             *(mcmc, posterior, model, data.x_test, data.y_test),
             ood=ood,
-            baselines={"int2": few_bits},
             num_samples=NUM_PREDICTIVE_DRAWS,
             seed=seed,
         )

@@ -29,7 +29,7 @@ from pyro_apd.runtime.seeds import fresh_seed
 # Draws that are compared: as many as have these numbers in all, within bounds; of costly networks fewer.
 _NUMBERS, _MIN_DRAWS, _MAX_DRAWS, _FEW_DRAWS = 4_000_000, 100, 200, 40
 # Inputs of all groups: as many as take these multiplications for all draws, within bounds. They are chosen among so
-# many times as many, by how far these draws of the chain disagree there.
+# many times as many at most, by how far these draws of the chain disagree there.
 _PRODUCTS, _MIN_PROBES, _MAX_PROBES = 24_000_000_000, 60, 1000
 _CANDIDATES, _NUM_CHOOSING = 20, 10
 # Inputs are chosen in proportion to the disagreement, and this share of its mean.
@@ -88,7 +88,8 @@ def calibrate(
     by_size = max(_MIN_DRAWS, min(_MAX_DRAWS, _NUMBERS // generator.output_size))
     count = min(_FEW_DRAWS if num_products > _COSTLY else by_size, len(draws))
     num_probes = max(_MIN_PROBES, min(_MAX_PROBES, _PRODUCTS // max(1, num_products * count)))
-    inputs = _Inputs.chosen(space, probes, draws, num_probes)
+    num_candidates = min(_CANDIDATES * num_probes, _PRODUCTS // max(1, num_products * _NUM_CHOOSING))
+    inputs = _Inputs.chosen(space, probes, draws, num_probes, max(num_probes, num_candidates))
     seed, like = fresh_seed(), generator.step.detach()
     spread_CR, noise = generator.spread.clone(), _typical_noise(generator)
 
@@ -189,13 +190,15 @@ class _Inputs:
     weight_P: Tensor
 
     @classmethod
-    def chosen(cls, space: FunctionSpace, probes: Probes, draws: DrawBlocks, count: int) -> _Inputs:
-        """About ``count`` inputs, most of them where the chain's draws disagree: elsewhere they tell little.
+    def chosen(
+        cls, space: FunctionSpace, probes: Probes, draws: DrawBlocks, count: int, num_candidates: int
+    ) -> _Inputs:
+        """About ``count`` inputs of so many candidates, most of them where the chain's draws disagree: elsewhere they tell little.
 
         Each of a group's candidates is taken in proportion to the disagreement there, at even distances of the
         cumulative sum, and weighted by the reciprocal of that.
         """
-        groups = {k: rows for k, rows in probes.groups(_CANDIDATES * count // len(_SHARES)).items() if k in _SHARES}
+        groups = {k: rows for k, rows in probes.groups(num_candidates // len(_SHARES)).items() if k in _SHARES}
         every = cls._of(groups)
         views = joined(space.views(theta_SD, every.rows) for theta_SD in draws.spaced(min(_NUM_CHOOSING, len(draws))))
         if not every.rows:

@@ -18,6 +18,7 @@ from pyro_apd.diagnostics.comparison.evaluation import (
     find_inputs,
     model_of,
 )
+from pyro_apd.diagnostics.comparison.few_bits import few_bits
 from pyro_apd.diagnostics.comparison.metric_rows import metric_rows
 from pyro_apd.diagnostics.comparison.split import Split, baseline_draws, split_draws
 from pyro_apd.diagnostics.comparison.verdict import Row, overall
@@ -76,9 +77,8 @@ def compare(
     :param ood: out-of-distribution inputs by name.
     :param baselines: other ways to hold the posterior, by name: dicts of draws, all of which are used, or posteriors,
         of which as many draws are made as of the generator. Each is a further column, and does not change the verdict.
-        The strongest at equal bytes are stored draws in few bits,
-        ``{"int2": apd.baselines.stored_draws(mcmc, dtype="int2", byte_budget=posterior.num_bytes)}``. They may include
-        draws of the chain's own column, and then look better than they are.
+        By default the strongest at equal bytes, draws stored in two bits a weight, where model and inputs are known:
+        :func:`pyro_apd.baselines.stored_draws` with ``dtype="int2"``. ``{}`` for none.
     :param int num_samples: draws of either, at least 8; rounded down to the same number of each chain, one or more.
     :param int seed: for the generator's draws; the same seed gives the same metrics.
     :param bool group_by_chain: whether a dict ``mcmc`` is ``(C, S, ...)``; default by the shapes of ``posterior``.
@@ -94,6 +94,8 @@ def compare(
     model = model_of(mcmc, model)
     inputs, notes = find_inputs(mcmc, model, x, y, ood)
     split = split_draws(chain, posterior, num_samples, seed)
+    if baselines is None:
+        baselines = few_bits(chain, posterior, split, model, inputs, seed)
     others = baseline_draws(baselines, split.draws["chain"], split.chains * split.draws_each, seed)
     check_sampled_model((mcmc, posterior), model, split.draws["chain"], inputs)
     # Finding the structure of the model draws from its prior.
@@ -108,7 +110,7 @@ def compare(
         verdict[0].upper() + verdict[1:],
         num_samples=sets["chain"].num_draws,
         num_stored=split.num_stored,
-        num_bytes=_num_bytes(chain, posterior, split, baselines or {}),
+        num_bytes=_num_bytes(chain, posterior, split, baselines),
         mixing=mixing,
         chain_name=chain.name,
         notes=notes + _notes(rows, chain, mixing, split) + _baseline_notes(rows, others),
