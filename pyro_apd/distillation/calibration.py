@@ -193,7 +193,8 @@ class _Inputs:
     def chosen(
         cls, space: FunctionSpace, probes: Probes, draws: DrawBlocks, count: int, num_candidates: int
     ) -> _Inputs:
-        """About ``count`` inputs of so many candidates, most of them where the chain's draws disagree: elsewhere they tell little.
+        """About ``count`` inputs of so many candidates, most of them where the chain's draws disagree: elsewhere they
+        tell little.
 
         Each of a group's candidates is taken in proportion to the disagreement there, at even distances of the
         cumulative sum, and weighted by the reciprocal of that.
