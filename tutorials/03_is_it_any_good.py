@@ -69,7 +69,6 @@ def judged(candidate, **settings):
 
 
 fidelity = judged(posterior)
-print("Without training:", judged(apd.distill(mcmc, seed=0, progress=False)).verdict, "\n")
 print(fidelity)
 
 # %% [markdown]
