@@ -19,6 +19,7 @@ from pyro_apd.distillation.source import HELD_OUT, Source, read_source, split_he
 from pyro_apd.distillation.training import Training, train
 from pyro_apd.models.bnn import BNN
 from pyro_apd.posterior.posterior import DistilledPosterior
+from pyro_apd.runtime.cpu_threads import cpu_threads, threads_for
 from pyro_apd.runtime.global_state import gradients, seeded
 from pyro_apd.runtime.hashing import fingerprint
 from pyro_apd.runtime.ranks import Ranks
@@ -127,15 +128,16 @@ def _fit_and_train(
     num_chains, num_draws, _ = source.theta_CSD.shape
     train_index, held_out_index = split_held_out(num_draws)
     task = DistillationTask.of(source, probe_inputs, train_index, held_out_index, ranks)
-    prepared = prepare(task, options)
-    training = train(
-        prepared.generator,
-        prepared.objective,
-        prepared.evaluator,
-        prepared.schedule,
-        progress=progress,
-        ranks=ranks,
-    )
+    with cpu_threads(threads_for(task.step_seconds, source.theta_CSD.device)):
+        prepared = prepare(task, options)
+        training = train(
+            prepared.generator,
+            prepared.objective,
+            prepared.evaluator,
+            prepared.schedule,
+            progress=progress,
+            ranks=ranks,
+        )
     metadata = {
         "num_chains": num_chains,
         "num_draws": num_draws,

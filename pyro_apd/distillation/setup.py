@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_apd.distillation.budget import PredictionCost, TrainingBudget
+from pyro_apd.distillation.budget import TrainingBudget
 from pyro_apd.distillation.calibration import Calibration
 from pyro_apd.distillation.critic import GAN_LOSSES
 from pyro_apd.distillation.evaluators import Evaluator, FunctionEvaluator, WeightEvaluator
@@ -27,6 +27,7 @@ from pyro_apd.generators import Generator, PaperGenerator
 from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.models.layout import Layout
 from pyro_apd.runtime.global_state import seeded
+from pyro_apd.runtime.operation_count import OperationCount
 from pyro_apd.runtime.ranks import Ranks
 from pyro_apd.runtime.seeds import derived_seed
 
@@ -42,6 +43,8 @@ _PAPER_STEPS = 2000
 _TINY, _TINY_STEPS, _ACCEPTED_DISTANCE = 2000, 200, 0.015
 # Weights that are compared where functions are not known, at most, and random projections of them.
 _MAX_ENTRIES, _NUM_FEATURES = 4096, 32
+# Of generating a weight and its gradient, on one thread.
+_WEIGHT_SECONDS = 5e-9
 # What a training changes of the default generator; what is left are integers and their units.
 TRAINED = ("modes", "spread", "noise_cap", "noise_rows", "noise_columns", "null_rows", "null_columns")
 
@@ -60,7 +63,7 @@ class DistillationTask:
     held_out: Iterator[Tensor]
     functions: tuple[FunctionSpace, Probes] | None
     budget: TrainingBudget
-    cost: PredictionCost
+    cost: OperationCount
     ranks: Ranks
 
     @classmethod
@@ -80,6 +83,12 @@ class DistillationTask:
         step = -(-len(held_out) // budget.num_evaluation_draws)
         draws = DrawBlocks(source.theta_CSD, train_index)
         return cls(source.layout, draws, held_out.rows(step), functions, budget, cost, ranks)
+
+    @property
+    def step_seconds(self) -> float:
+        """Estimated time of a training step on one thread, right to a factor of about two."""
+        by_input = self.budget.num_probes * self.cost.gradient_seconds
+        return self.budget.batch_size * (by_input + _WEIGHT_SECONDS * self.layout.size)
 
     def per_process(self, count: int) -> int:
         """The share of each process in ``count`` draws or inputs per step."""
@@ -186,15 +195,15 @@ def _prepare_paper(task: DistillationTask, options: DistillOptions) -> PreparedT
     return PreparedTraining(generator, objective, evaluator, replace(schedule, is_annealed=False))
 
 
-def _prediction_cost(source: Source, functions: tuple[FunctionSpace, Probes] | None) -> PredictionCost:
+def _prediction_cost(source: Source, functions: tuple[FunctionSpace, Probes] | None) -> OperationCount:
     """The cost of a prediction for one input, where functions are known."""
     if functions is None:
-        return PredictionCost()
+        return OperationCount()
     space, probes = functions
     example_SD = source.theta_CSD[0, :1]
     with seeded(derived_seed(0, "prediction cost"), example_SD.device):  # leaves the training's random numbers alone
         inputs = probes.draw(1)
-    return PredictionCost.of(lambda: space.views(example_SD, inputs))
+    return OperationCount.of(lambda: space.views(example_SD, inputs))
 
 
 def _identity(theta_SD: Tensor) -> Tensor:

@@ -32,13 +32,14 @@ from pyro_apd.kernels.engine.data_parallel import DataParallelGradient
 from pyro_apd.kernels.engine.gradients import GradientEstimator, PlainGradient
 from pyro_apd.kernels.engine.schedules import Schedule, as_schedule
 from pyro_apd.kernels.engine.starts import checked_start, starting_at
-from pyro_apd.kernels.engine.step import SMALL, Step, StepSettings, steps_per_program
+from pyro_apd.kernels.engine.step import SMALL, Step, StepSettings, step_seconds, steps_per_program
 from pyro_apd.kernels.engine.temperature import Temperature
 from pyro_apd.models.building import build_potential
 from pyro_apd.models.layout import Layout
 from pyro_apd.models.potential import Pieces, Potential
 from pyro_apd.models.tracing import StartMessenger
 from pyro_apd.runtime.checks import flag, integer, number
+from pyro_apd.runtime.cpu_threads import threads_for
 from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.seeds import checked_seed, derived_seed, fresh_seed
 
@@ -210,6 +211,7 @@ class StochasticGradientKernel(MCMCKernel):
             compile=self.compile if chains.data_ranks is None else False,
             expected_steps=num_draws * self.thinning * chains.num_counted,
             unroll=steps_per_program(self.thinning) if potential.layout.size * chains.num_counted <= SMALL else 1,
+            num_threads=threads_for(step_seconds(potential, chains.size), theta.device),
         )
         sampler = Sampler(type(self).__name__, self._update, self._dynamics, self._kinetic)
         warmup = WarmUp(num_warmup, self.temperature, chains, auto, self.warm_start)

@@ -110,6 +110,7 @@ def build_potential(
         if missing is None or error is missing:
             raise
         raise missing from error
+    potential.count_operations(structure.start)
     source.start(generator)  # the batch that was examined belongs to no epoch
     return potential, structure.start
 

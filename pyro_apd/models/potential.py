@@ -36,6 +36,8 @@ from pyro_apd.models.tracing import (
     run_from_prior,
     run_model,
 )
+from pyro_apd.runtime.global_state import seeded
+from pyro_apd.runtime.operation_count import OperationCount
 from pyro_apd.runtime.threads import one_thread
 
 logger = logging.getLogger("pyro_apd")
@@ -61,6 +63,7 @@ class Potential:
     :param bool capture: whether to try the captured graph; otherwise the model is traced at every step.
     :param bool latents_only: leave out the observed sites.
     :ivar str path: ``"captured"`` or ``"traced"``, from the first gradient on.
+    :ivar OperationCount operations: of a run of the model on a batch; zero where it is not known.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Potential:
         self._graphs: dict[tuple[Any, ...], GradientFunction] = {}
         self._priors: GaussianPriors | None = None
         self.path = "traced"
+        self.operations = OperationCount()
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -97,6 +101,11 @@ class Potential:
         """Another draw of the latents from the prior, or by the model's ``init_strategy``; constrained."""
         trace = run_from_prior(self.model, self._example)
         return {name: trace.nodes[name]["value"].detach() for name in self.layout.names}
+
+    def count_operations(self, start: Mapping[str, Tensor]) -> None:
+        """Sets :attr:`operations`, by a run of the model at constrained values of the latents."""
+        with seeded(0):  # for the rows of its own plates
+            self.operations = OperationCount.of(lambda: run_model(self.model, self._example, start))
 
     @property
     def num_data(self) -> int | None:

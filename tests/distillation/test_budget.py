@@ -3,7 +3,6 @@
 
 """Large networks: the work that suits them, the bytes of a file, and what of the draws is read at a time."""
 
-import sys
 import warnings
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from pyro_apd.distillation import DistillationWarning, distill
-from pyro_apd.distillation.budget import PredictionCost, TrainingBudget
+from pyro_apd.distillation.budget import TrainingBudget
 from pyro_apd.models.bnn import BNN
 from pyro_apd.models.layout import Layout
 
@@ -62,21 +61,6 @@ def test_work_falls_with_size_and_not_below_what_is_of_use():
     assert (larger.num_steps, larger.batch_size, larger.num_evaluation_draws) == (125, 32, 100)
     assert largest == TrainingBudget(50, 16, num_evaluation_draws=40, num_evaluations=5)
     assert TrainingBudget.of(1000, 4 * LARGE) == larger
-
-
-def test_products_of_an_input():
-    layer, filters = nn.Linear(30, 20), nn.Conv2d(1, 4, 3)
-    x, images = torch.ones(1, 30), torch.ones(1, 1, 10, 10)
-    assert PredictionCost.of(lambda: layer(x).relu()) == PredictionCost(600, 2 * 20 * 4)
-    assert PredictionCost.of(lambda: filters(images).flatten(1)) == PredictionCost(8 * 8 * 4 * 9, 8 * 8 * 4 * 4)
-    assert PredictionCost.of(lambda: 1 / 0) == PredictionCost()
-
-
-def test_without_torchs_dispatch_modes_nothing_is_known_of_the_work(monkeypatch):
-    """They are no public interface of torch; the test above notices if they change."""
-    layer, x = nn.Linear(30, 20), torch.ones(1, 30)
-    monkeypatch.setitem(sys.modules, "torch.utils._python_dispatch", None)
-    assert PredictionCost.of(lambda: layer(x)) == PredictionCost()
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["functions", "weights"])

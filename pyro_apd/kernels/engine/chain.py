@@ -28,6 +28,7 @@ from pyro_apd.kernels.engine.step import Measures, Stepper, StepSettings, StepSi
 from pyro_apd.kernels.engine.temperature import Kinetic, Temperature, ThermometerSet
 from pyro_apd.models.fixed_point import fixed_point_values
 from pyro_apd.models.potential import Inputs, Pieces, Potential
+from pyro_apd.runtime.cpu_threads import cpu_threads
 from pyro_apd.runtime.seeds import derived_generator, derived_seed
 
 
@@ -90,6 +91,7 @@ class Chain:
         self.draws: list[Tensor] = []
         self.trace: dict[str, list[Tensor]] = {"potential": [], "grad_norm": [], "step_size": []}
         self._sampler = sampler
+        self._num_threads = settings.num_threads
         self._theta: Pieces = tuple(piece.clone() for piece in potential.pieces(theta))
         self._like = theta.new_empty(0)
         self._is_cpu = theta.device.type == "cpu"
@@ -169,6 +171,10 @@ class Chain:
         :raises DivergenceError: if the chain diverged, or all of several did.
         :raises ValueError: if the schedule gives a step size that is not positive and finite.
         """
+        with cpu_threads(self._num_threads):
+            self._advance(num_steps)
+
+    def _advance(self, num_steps: int) -> None:
         while num_steps > 0:
             self.warmup.before_step(self)
             if self.step == 0:
@@ -210,7 +216,8 @@ class Chain:
 
     def observe(self) -> None:
         """Reads the thermometers, where it is time. To be called at each draw after warm-up."""
-        self._thermometers.observe(self.step, self.step_size, self._theta, self.auxiliary)
+        with cpu_threads(self._num_threads):
+            self._thermometers.observe(self.step, self.step_size, self._theta, self.auxiliary)
 
     def temperatures(self, target: float) -> list[Temperature]:
         """What the thermometers read over the kept draws, beside the ``target``."""

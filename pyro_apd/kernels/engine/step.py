@@ -25,7 +25,7 @@ from pyro_apd.kernels.engine.gradients import GradientEstimator
 from pyro_apd.kernels.engine.noise import Noise
 from pyro_apd.kernels.engine.schedules import Schedule
 from pyro_apd.models.capture import capture
-from pyro_apd.models.potential import GradientFunction, Inputs, Pieces
+from pyro_apd.models.potential import GradientFunction, Inputs, Pieces, Potential
 from pyro_apd.runtime.trees import tree_flatten, tree_unflatten
 
 logger = logging.getLogger("pyro_apd")
@@ -34,6 +34,8 @@ logger = logging.getLogger("pyro_apd")
 COMPILE_STEPS = 30_000
 #: Weights, over all chains, up to which calls from Python take a noticeable part of the time.
 SMALL = 200_000
+# Of noise and update, per weight.
+_UPDATE_SECONDS = 5e-9
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,24 @@ class StepSettings:
         :data:`COMPILE_STEPS`. By steps and not by time, so that a seed gives the same draws again.
     :ivar int expected_steps: steps that the run will take at least, over all chains.
     :ivar int unroll: steps in a compiled program, which share the cost of a call.
+    :ivar int num_threads: threads that torch uses for steps; None for as many as it is set to.
     """
 
     compile: bool | str = False
     expected_steps: int = 0
     unroll: int = 1
+    num_threads: int | None = None
 
 
 def steps_per_program(thinning: int) -> int:
     """Steps to compile into one program: an equal part of those per draw, of five at most, since compiling is slow."""
     return max(num for num in range(1, 6) if thinning % num == 0)
+
+
+def step_seconds(potential: Potential, num_chains: int) -> float:
+    """Estimated time of a step of all chains on one thread, right to a factor of about two."""
+    by_weight = _UPDATE_SECONDS * potential.layout.size
+    return num_chains * (potential.operations.gradient_seconds + by_weight)
 
 
 class StepSizes:
