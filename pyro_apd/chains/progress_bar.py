@@ -50,6 +50,11 @@ class ProgressBars:
             return False
         return num_done in (1, self._plan.total) or time.monotonic() - self._at > _BAR_EVERY
 
+    def announce(self, text: str) -> None:
+        """Shows what is being done before the next draw, in the first bar."""
+        if self._bar is not None:
+            self._bar.set_description(text, pos=0, refresh=True)
+
     def show(self, index: int, num_done: int, num_diverged: int, log: Mapping[str, str]) -> None:
         """Updates a bar."""
         if self._bar is None:

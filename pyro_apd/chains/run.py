@@ -38,6 +38,7 @@ from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.kernels.engine.temperature import Temperature
 from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
+from pyro_apd.runtime.announcements import listening
 from pyro_apd.runtime.file_lock import locked
 from pyro_apd.runtime.files import with_message
 from pyro_apd.runtime.seeds import derived_seed, fresh_seed
@@ -115,7 +116,8 @@ class Run:
                 continue
             if chain is None:
                 chain = begin(self.kernel, self.plan, chains, self.args, self.kwargs)
-            with ProgressBars(self.plan, 1, self.settings.disable_progbar) as self._bars:
+            bars = ProgressBars(self.plan, 1, self.settings.disable_progbar)
+            with bars as self._bars, listening(bars.announce):
                 self._bars.start(0, progress.num_done)
                 GroupRun(self.kernel, chain, self.plan, store, progress).run(self)
             chain = None

@@ -30,6 +30,7 @@ from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.kernels.engine.control_variates import ControlVariates
 from pyro_apd.kernels.engine.data_parallel import DataParallelGradient
 from pyro_apd.kernels.engine.gradients import GradientEstimator, PlainGradient
+from pyro_apd.kernels.engine.programs import Estimate
 from pyro_apd.kernels.engine.schedules import Schedule, as_schedule
 from pyro_apd.kernels.engine.starts import checked_start, starting_at
 from pyro_apd.kernels.engine.step import SMALL, Step, StepSettings, step_seconds, steps_per_program
@@ -80,9 +81,10 @@ class StochasticGradientKernel(MCMCKernel):
         None, the seed is taken from the global generator.
     :param bool control_variates: remove mini-batch noise near the state that sampling starts from, with two gradients
         per step (Baker et al. 2019; see :mod:`~pyro_apd.kernels.engine.control_variates`). It needs a start at a mode.
-    :param compile: compile each step, which takes some ten seconds at first. ``"auto"`` does so in runs long enough to
-        gain from it: where the planned steps, or those taken, reach 30,000 over all chains that advance together. What
-        was chosen is logged, and is ``diagnostics()["path"]``.
+    :param compile: compile each step, which takes some 15 seconds at first. ``"auto"`` does so where the planned steps
+        of a chain, or those taken, are so many that it saves twice its time by the estimate of
+        :mod:`~pyro_apd.kernels.engine.programs`. It is announced, and ``diagnostics()["path"]`` says what was done.
+    :param bool cuda_graphs: replay compiled steps on a GPU as a CUDA graph. Not measured yet, hence an option.
     :param bool capture: capture the potential as a graph of tensor operations (see :mod:`pyro_apd.models.potential`);
         otherwise the model is traced at every step.
     :raises ValueError: if a number is out of range.
@@ -109,6 +111,7 @@ class StochasticGradientKernel(MCMCKernel):
         seed: int | None = None,
         control_variates: bool = False,
         compile: bool | str = "auto",
+        cuda_graphs: bool = False,
         capture: bool = True,
     ) -> None:
         if not callable(model):
@@ -136,6 +139,7 @@ class StochasticGradientKernel(MCMCKernel):
         self.seed = checked_seed(seed)
         self.control_variates = flag("control_variates", control_variates)
         self.compile = compile if compile == "auto" else flag("compile", compile, hint="Or 'auto'.")
+        self.cuda_graphs = flag("cuda_graphs", cuda_graphs)
         self.capture = flag("capture", capture)
         self._initial_params: dict[str, Tensor] | None = None
         self._chain: Chain | None = None
@@ -207,10 +211,13 @@ class StochasticGradientKernel(MCMCKernel):
         schedule = auto or self.schedule
         assert schedule is not None
         num_draws = warmup_steps + (warmup_steps if num_samples is None else num_samples)
+        unroll = steps_per_program(self.thinning) if potential.layout.size * chains.num_counted <= SMALL else 1
         settings = StepSettings(
             compile=self.compile if chains.data_ranks is None else False,
-            expected_steps=num_draws * self.thinning * chains.num_counted,
-            unroll=steps_per_program(self.thinning) if potential.layout.size * chains.num_counted <= SMALL else 1,
+            expected_steps=num_draws * self.thinning,
+            estimate=Estimate(len(potential.layout), potential.layout.size, chains.num_counted, unroll),
+            cuda_graphs=self.cuda_graphs,
+            unroll=unroll,
             num_threads=threads_for(step_seconds(potential, chains.size), theta.device),
         )
         sampler = Sampler(type(self).__name__, self._update, self._dynamics, self._kinetic)

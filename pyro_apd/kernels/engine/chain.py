@@ -84,7 +84,6 @@ class Chain:
         self.layout = potential.layout
         self.estimator = estimator
         self.chains = chains
-        self._num_counted = chains.num_counted
         self.warmup = warmup
         self.auxiliary: dict[str, Pieces] = {}
         self.step = 0
@@ -179,8 +178,7 @@ class Chain:
             self.warmup.before_step(self)
             if self.step == 0:
                 self.estimator.prepare(self._theta)
-            taken = self.step * self._num_counted
-            num = self._stepper.num_at_once(num_steps, self.step, taken)
+            num = self._stepper.num_at_once(num_steps, self.step, self.step)
             num_steps -= num
             inputs = [self.potential.source.draw() for _ in range(num)]
             is_frozen = self._watch.is_frozen if self._watch.divergences else None
@@ -189,7 +187,7 @@ class Chain:
                 self.auxiliary,
                 self._step_sizes.of_steps(self.step, num, is_frozen),
                 inputs,
-                steps_taken=taken,
+                steps_taken=self.step,
                 is_measured=num_steps == 0,
             )
             self._inputs = inputs[-1]

@@ -47,7 +47,7 @@ class ChainSet:
 
     @property
     def num_counted(self) -> int:
-        """Chains whose steps count where it is decided whether compiling pays: all of the run that run at once."""
+        """Chains that count where it is decided whether compiling pays: all of the run that run at once."""
         return self.total or self.size
 
     @property

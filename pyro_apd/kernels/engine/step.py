@@ -12,9 +12,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,15 +22,12 @@ from torch import Tensor
 from pyro_apd.kernels.engine.cuda_graphs import replayed
 from pyro_apd.kernels.engine.gradients import GradientEstimator
 from pyro_apd.kernels.engine.noise import Noise
+from pyro_apd.kernels.engine.programs import Estimate, compiled
 from pyro_apd.kernels.engine.schedules import Schedule
-from pyro_apd.models.capture import capture
 from pyro_apd.models.potential import GradientFunction, Inputs, Pieces, Potential
-from pyro_apd.runtime.trees import tree_flatten, tree_unflatten
 
 logger = logging.getLogger("pyro_apd")
 
-#: Steps, over all chains, from which compiling pays: it takes some ten seconds, and saves about 0.3 ms per step.
-COMPILE_STEPS = 30_000
 #: Weights, over all chains, up to which calls from Python take a noticeable part of the time.
 SMALL = 200_000
 # Of noise and update, per weight.
@@ -79,15 +75,19 @@ Update = Callable[[Step], None]
 class StepSettings:
     """How steps are computed.
 
-    :ivar compile: True, False, or ``"auto"``: once ``expected_steps``, or the steps taken, reach
-        :data:`COMPILE_STEPS`. By steps and not by time, so that a seed gives the same draws again.
-    :ivar int expected_steps: steps that the run will take at least, over all chains.
+    :ivar compile: True, False, or ``"auto"``: once ``expected_steps``, or the steps taken, reach those from which it
+        pays. By an estimate and not by measured time, so that a seed gives the same draws again.
+    :ivar int expected_steps: steps that each chain will take at least.
+    :ivar Estimate estimate: of what compiling costs and saves.
+    :ivar bool cuda_graphs: replay compiled steps on a GPU as a CUDA graph.
     :ivar int unroll: steps in a compiled program, which share the cost of a call.
     :ivar int num_threads: threads that torch uses for steps; None for as many as it is set to.
     """
 
     compile: bool | str = False
     expected_steps: int = 0
+    estimate: Estimate = field(default_factory=lambda: Estimate(1, 1))
+    cuda_graphs: bool = False
     unroll: int = 1
     num_threads: int | None = None
 
@@ -188,7 +188,7 @@ class Stepper:
         """Moves ``theta`` and ``auxiliary`` in place by a step on each of the batches ``inputs``.
 
         :param sizes: epsilon for each step, ``(K,)`` or ``(K, C, 1)``.
-        :param steps_taken: over all chains, so far.
+        :param steps_taken: by each chain, so far.
         :param is_measured: whether to compute more than the energy.
         """
         state = (theta, auxiliary)
@@ -219,7 +219,8 @@ class Stepper:
         # The first step uses the captured graph, which checks the model and the start before anything is compiled.
         if not self._settings.compile or steps_taken == 0:
             return False
-        return self._settings.compile is True or max(self._settings.expected_steps, steps_taken) >= COMPILE_STEPS
+        num_steps = max(self._settings.expected_steps, steps_taken)
+        return self._settings.compile is True or num_steps >= self._settings.estimate.min_steps
 
     def _program(
         self, state: Any, sizes: Tensor, inputs: Sequence[Inputs], steps_taken: int
@@ -233,6 +234,13 @@ class Stepper:
         if key not in self._programs:
             self._programs[key] = self._build(state, sizes, tuple(inputs))
         return self._programs[key]
+
+    def _announcement(self, num_steps: int) -> str:
+        estimate, expected = self._settings.estimate, self._settings.expected_steps
+        text = f"Compiling {num_steps} step{'s' * (num_steps > 1)}, about {estimate.cost:.0f} s"
+        if expected >= estimate.min_steps:
+            text += f"; the run's {expected:,} steps then take about {estimate.saved(expected):.0f} s less"
+        return text
 
     def _build(self, state: Any, sizes: Tensor, inputs: tuple[Inputs, ...]) -> Callable[..., Any] | None:
         functions = [self.estimator.gradient_function(state[0], batch) for batch in inputs]
@@ -251,8 +259,10 @@ class Stepper:
         try:
             raw = self._noise.raw_like(len(inputs))
             is_small = sum(piece.numel() for piece in state[0]) <= SMALL
-            program = compiled(steps, state, raw, sizes, inputs, is_small=is_small)
-            if raw.is_cuda:
+            program = compiled(
+                steps, state, raw, sizes, inputs, is_small=is_small, announcement=self._announcement(len(inputs))
+            )
+            if raw.is_cuda and self._settings.cuda_graphs:
                 leaves = _leaves(state, raw, sizes, inputs)
                 num_kept = len(_leaves(state, raw, sizes, ())) - 2
                 program = replayed(program, leaves[:num_kept], leaves[num_kept:])
@@ -263,46 +273,6 @@ class Stepper:
         logger.info("Compiled %d steps in %.1f s.", len(inputs), time.monotonic() - began)
         self.path = "compiled"
         return program
-
-
-def compiled(function: Callable[..., Any], *examples: Any, is_small: bool = False) -> Callable[..., Any]:
-    """``function``, of trees of tensors, compiled for such trees: a function of their leaves.
-
-    It is captured as a flat graph, and that is given to the compiler. With :func:`torch.compile` the same graph
-    would be traced once more, and its arguments checked at each call for changes that cannot happen, which takes longer
-    than the arithmetic of a small step.
-
-    :param is_small: whether calls from Python take a noticeable part of the time: then they are compiled as well, which
-        takes the compiler twice as long.
-    """
-    leaves, spec = tree_flatten(examples)
-
-    def flat(*tensors: Tensor) -> Any:
-        return function(*tree_unflatten(list(tensors), spec))
-
-    copies = [leaf.clone() for leaf in leaves]  # the first call changes its arguments
-    graph = capture(flat, *copies)
-    for node in graph.graph.nodes:  # type: ignore[attr-defined]
-        node.meta.clear()  # shapes noted while capturing, which the compiler would use
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's, about itself
-        for options in ({"cpp_wrapper": True}, {}) if is_small else ({},):
-            try:
-                program = _inductor(graph, copies, options)
-                program(*copies)
-                return program
-            except Exception as error:  # not of torch's stable interface
-                logger.debug("Compiling in another way, since %s.", error)
-        program = torch.compile(graph.forward, fullgraph=True, dynamic=False)  # type: ignore[attr-defined]
-        program(*copies)
-    return program
-
-
-def _inductor(graph: Any, examples: list[Tensor], options: dict[str, Any]) -> Callable[..., Any]:
-    from torch._inductor import compile as compile_graph
-
-    compiled: Callable[..., Any] = compile_graph(graph, examples, options=options)  # type: ignore[arg-type]
-    return compiled
 
 
 def _leaves(state: Any, raw: Tensor, sizes: Tensor, inputs: Sequence[Inputs]) -> list[Tensor]:

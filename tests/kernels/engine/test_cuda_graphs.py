@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from pyro_apd.kernels import SGHMC
+from pyro_apd.kernels.engine import step as step_module
+from pyro_apd.kernels.engine.chain_set import ChainSet
 from pyro_apd.kernels.engine.cuda_graphs import replayed
 from tests.support.models import Conjugate
 
@@ -29,13 +31,23 @@ def test_a_graph_does_as_its_program_and_leaves_the_state_alone():
     assert float(first[0]) == 15.0  # not overwritten by the second call
 
 
+def test_graphs_are_an_option(monkeypatch):
+    problem = Conjugate()
+    x, y = problem.x.cuda(), problem.y.cuda()
+    monkeypatch.setattr(step_module, "replayed", lambda *args: pytest.fail("replayed"))
+    chain = SGHMC(problem.full, 1e-4, batch_size=50, seed=1, compile=True).begin((x, y), {}, warmup_steps=0)
+    with torch.no_grad():
+        chain.advance(5)
+    assert chain.path == "compiled"
+
+
 @pytest.mark.parametrize("num_chains", [None, 4])
 def test_chains_on_a_gpu(num_chains):
     problem = Conjugate()
     problem.x, problem.y = x, y = problem.x.cuda(), problem.y.cuda()
     chains = [
-        SGHMC(problem.full, 1e-4, batch_size=50, thinning=5, seed=1, compile=compile).begin(
-            (x, y), {}, warmup_steps=0, num_chains=num_chains
+        SGHMC(problem.full, 1e-4, batch_size=50, thinning=5, seed=1, compile=compile, cuda_graphs=True).begin(
+            (x, y), {}, warmup_steps=0, chains=ChainSet(count=num_chains)
         )
         for compile in (False, True)
     ]

@@ -7,6 +7,7 @@ Compiling takes ten seconds. Only what depends on the compiler compiles; elsewhe
 """
 
 import logging
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from torch.utils._pytree import tree_structure, tree_unflatten
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
+from pyro_apd.kernels.engine import programs
 from pyro_apd.kernels.engine import step as step_module
 from pyro_apd.kernels.engine.chain_set import ChainSet
-from pyro_apd.kernels.engine.step import compiled
+from pyro_apd.kernels.engine.programs import Estimate, compiled
+from pyro_apd.runtime.announcements import listening
 from tests.support.models import Classifier, Conjugate
 
 X, LABELS = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
@@ -26,12 +29,13 @@ X, LABELS = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torc
 def _calls_stay_in_python(monkeypatch):
     """Compiling them too takes twice as long, and has a test of its own."""
     monkeypatch.setattr(step_module, "SMALL", 0)
+    monkeypatch.setattr(programs, "_KEPT", OrderedDict())
 
 
 @pytest.fixture
 def programs_as_captured(monkeypatch):
     """All but the compiler: programs are captured, chosen and called as ever."""
-    monkeypatch.setattr(step_module, "_inductor", lambda graph, examples, options: graph)
+    monkeypatch.setattr(programs, "_inductor", lambda graph, examples, options: graph)
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def compilations(monkeypatch):
     """An entry for each program that would be compiled; it runs as it is."""
     found = []
 
-    def uncompiled(function, *examples, is_small):
+    def uncompiled(function, *examples, **settings):
         found.append(1)
         spec = tree_structure(examples)
         return lambda *leaves: function(*tree_unflatten(list(leaves), spec))
@@ -128,10 +132,11 @@ def test_a_ragged_batch_among_others_is_not_worth_a_program(compilations):
 
 @pytest.mark.slow
 def test_long_runs_compile_and_short_ones_do_not(compilations, monkeypatch):
-    monkeypatch.setattr(step_module, "COMPILE_STEPS", 40)
+    monkeypatch.setattr(Estimate, "min_steps", 40)
     advance(begin(SGLD, "auto", thinning=1), 20)
+    advance(begin(SGLD, "auto", num_chains=4, thinning=1), 20)
     assert not compilations
-    advance(begin(SGLD, "auto", num_chains=2, thinning=1), 21)
+    advance(begin(SGLD, "auto", num_chains=4, thinning=1), 42)
     assert compilations == [1]
     advance(begin(SGLD, "auto", thinning=4), 8)  # 10 draws of 4 are known of beforehand
     assert compilations == [1, 1]
@@ -143,8 +148,68 @@ def test_long_runs_compile_and_short_ones_do_not(compilations, monkeypatch):
     assert chain.path == "compiled"
 
 
+@pytest.mark.slow
+def test_a_second_run_of_the_same_shapes_takes_the_programs_of_the_first(monkeypatch):
+    found = []
+    monkeypatch.setattr(programs, "_inductor", lambda graph, examples, options: found.append(1) or graph)
+    advance(begin(SGLD, True), 10)
+    advance(begin(SGLD, True), 10)
+    assert len(found) == 1
+    moved = (X.flip(0) + 1, LABELS)
+    again, expected = begin(SGLD, True, data=moved), begin(SGLD, False, data=moved)
+    torch.testing.assert_close(advance(again, 10), advance(expected, 10), rtol=1e-4, atol=1e-5)
+    assert len(found) == 1
+    advance(begin(SGLD, True, num_chains=2), 10)
+    advance(begin(SGHMC, True), 10)
+    advance(begin(SGLD, True, temperature=0.5), 10)
+    assert len(found) == 4
+
+
+def test_a_program_that_is_kept_takes_the_constants_of_its_caller(monkeypatch):
+    found = []
+    monkeypatch.setattr(programs, "_inductor", lambda graph, examples, options: found.append(1) or graph)
+
+    def adding(constant):
+        return compiled(lambda x: (x + constant,), torch.zeros(2))
+
+    constants = torch.ones(2), torch.tensor([3.0, 4.0])
+    first, second = map(adding, constants)
+    assert first(torch.zeros(2))[0].tolist() == [1.0, 1.0]
+    assert second(torch.zeros(2))[0].tolist() == [3.0, 4.0]
+    constants[0].fill_(7.0)  # as parameters of a network may be
+    assert first(torch.zeros(2))[0].tolist() == [7.0, 7.0]
+    assert len(found) == 1
+    for size in range(3, 3 + programs.MAX_KEPT):
+        compiled(lambda x: (x + 1,), torch.zeros(size))
+    assert len(programs._KEPT) == programs.MAX_KEPT
+    adding(constants[1])
+    assert len(found) == 2 + programs.MAX_KEPT  # the oldest was given up
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("programs_as_captured")
+def test_compiling_is_announced_with_what_it_gains(caplog):
+    shown = []
+    with caplog.at_level(logging.INFO, "pyro_apd"), listening(shown.append):
+        advance(begin(SGLD, True), 5)
+        advance(begin(SGLD, True), 5)  # by the program of the first
+        assert shown == ["Compiling 2 steps, about 12 s"]
+        kernel = SGLD(Classifier(), 1e-3, batch_size=20, seed=1, thinning=5)
+        advance(kernel.begin((X, LABELS), {}, warmup_steps=0, num_samples=40_000), 11)
+    assert shown[1:] == ["Compiling 5 steps, about 15 s; the run's 200,000 steps then take about 144 s less"]
+    assert caplog.text.index(shown[0]) < caplog.text.index("Compiled 2 steps in")
+
+
+def test_what_compiling_saves():
+    one, four = Estimate(4, 3760, unroll=5), Estimate(4, 3760, num_chains=4, unroll=5)
+    assert one.cost == four.cost == 15
+    assert one.saved(10_000) == pytest.approx(7.2)
+    assert four.saved(10_000) == pytest.approx(7.2 + 3.9, abs=0.1)
+    assert one.saved(one.min_steps) == pytest.approx(2 * one.cost, rel=1e-3)
+
+
 def test_without_a_compiler_steps_are_taken_all_the_same(monkeypatch, caplog):
-    def broken(function, *examples, is_small):
+    def broken(function, *examples, **settings):
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(step_module, "compiled", broken)
