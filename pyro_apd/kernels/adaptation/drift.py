@@ -187,12 +187,17 @@ def too_short(
     step_size: float,
     sds: Mapping[str, float],
     needed: Mapping[str, float],
+    *,
+    is_automatic: bool = False,
+    is_optimised: bool = False,
 ) -> str:
     """The warning's text.
 
     :param drifts: what drifted; at least one.
     :param num_warmup: Langevin steps of the warm-up that was.
     :param sds: prior sd by site, and ``needed``, the Langevin steps that it takes to forget the start by.
+    :param is_automatic: whether the step size was chosen by ``"auto"``, and ``is_optimised``, whether chains started
+        from ``warm_start=``: what is on is not advised.
     """
     chains = sorted({drift.chain for drift in drifts if drift.chain is not None})
     where = f" of chains {chains}" if chains else ""
@@ -209,6 +214,10 @@ def too_short(
             f"Where the data say nothing, site '{slowest}' goes back to its prior of sd {sds[slowest]:.3g}, which "
             f"takes {needed[slowest]:.3g} Langevin steps at step_size={step_size:.3g} until 5 % of the start are left. "
         )
-    return (
-        text + "Give more warmup_steps (in draws: Langevin steps over `thinning`), warm_start=, or a larger step_size."
-    )
+    advice = ["more warmup_steps (in draws: Langevin steps over `thinning`)"]
+    if not is_optimised:
+        advice.append("warm_start=")
+    if not is_automatic:
+        advice.append("a larger step_size")
+    *others, last = advice
+    return f"{text}Give {', '.join([*others, f'or {last}']) if others else last}."

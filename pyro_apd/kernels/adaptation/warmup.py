@@ -142,7 +142,9 @@ class WarmUp:
             needed = {site: _steps_to_forget(chain, site, sd) for site, sd in sds.items()}
             if chain.num_chains is not None:
                 drifts = [replace(drift, chain=(drift.chain or 0) + self._chains.first) for drift in drifts]
-            warnings.warn(too_short(drifts, self._step_of_keeping or 0, chain.step_size, sds, needed), WarmupWarning)
+            kind = {"is_automatic": self.auto is not None, "is_optimised": bool(self.warm_start)}
+            text = too_short(drifts, self._step_of_keeping or 0, chain.step_size, sds, needed, **kind)
+            warnings.warn(text, WarmupWarning)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the continuation depends on."""

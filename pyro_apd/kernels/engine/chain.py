@@ -265,7 +265,8 @@ class Chain:
             row = ... if self.num_chains is None else chain
             for pieces in self.auxiliary.values():
                 for piece in pieces:
-                    piece[row] = 0.0
+                    if piece.is_floating_point():  # others are counts of steps
+                        piece[row] = 0.0
         self._step_sizes.reset()  # they become 0 for chains that are frozen
 
     def _error(self, chain: int) -> DivergenceError:

@@ -47,17 +47,22 @@ class Temperature:
     :ivar str kind: ``"configurational"`` or ``"kinetic"``.
     :ivar str site: a site's name, or ``"all"``.
     :ivar float mean: the temperature.
-    :ivar float standard_error: of the mean, by the means of blocks of readings; nan with fewer than 20.
+    :ivar float standard_error: of the mean, by the means of 20 blocks of readings; None with fewer readings.
     :ivar float target: the kernel's temperature.
+    :ivar int steps_needed: Langevin steps of kept draws from which there is a standard error; None where there is one.
     """
 
     kind: str
     site: str
     mean: float
-    standard_error: float
+    standard_error: float | None
     target: float
+    steps_needed: int | None = None
 
     def __str__(self) -> str:
+        if self.standard_error is None:
+            needed = "" if self.steps_needed is None else f", {self.steps_needed:,} Langevin steps of kept draws needed"
+            return f"{self.kind} {self.site}: too short to read{needed} (target {self.target:g})"
         return f"{self.kind} {self.site}: {self.mean:.3g} +- {self.standard_error:.2g} (target {self.target:g})"
 
 
@@ -84,15 +89,23 @@ class Thermometer:
         """Inverse of :meth:`state_dict`."""
         self._readings = list(state["readings"])
 
-    def readings(self, names: Sequence[str], target: float) -> list[Temperature]:
-        """Of all weights, then of each site; over all chains."""
+    def readings(self, names: Sequence[str], target: float, steps_needed: int | None = None) -> list[Temperature]:
+        """Of all weights, then of each site; over all chains.
+
+        :param steps_needed: Langevin steps that take enough readings for a standard error.
+        """
         if not self._readings:
             return []
         sums = torch.stack(self._readings, -2).double().cpu()
         sums = sums.reshape(-1, *sums.shape[-2:])  # (C, S, sites)
         series = [("all", sums.sum(-1) / sum(self._sizes))]
         series += [(name, sums[..., i] / self._sizes[i]) for i, name in enumerate(names)]
-        return [Temperature(self.kind, name, float(s.mean()), _standard_error(s), target) for name, s in series]
+        found = []
+        for name, values_CS in series:
+            error = _standard_error(values_CS)
+            needed = steps_needed if error is None else None
+            found.append(Temperature(self.kind, name, float(values_CS.mean()), error, target, needed))
+        return found
 
 
 class ThermometerSet:
@@ -118,11 +131,19 @@ class ThermometerSet:
         kinds = ["configurational"] if kinetic is None else ["configurational", "kinetic"]
         self._thermometers = [Thermometer(kind, sizes) for kind in kinds]
         self._read_step = 0
+        # Step of the first draw that was offered, and of the last.
+        self._first_step: int | None = None
+        self._last_step = 0
+        self._steps_per_draw = 1
 
     def observe(self, step: int, step_size: float, theta: Pieces, auxiliary: Mapping[str, Pieces]) -> None:
         """Takes a reading, where it is time. To be called at each draw after warm-up."""
-        # More and more rarely: a long run has enough readings, and each costs a gradient.
-        if step - self._read_step < max(READ_EVERY, step // 50):
+        if self._first_step is None:
+            self._first_step = step
+        else:
+            self._steps_per_draw = max(step - self._last_step, 1)
+        self._last_step = step
+        if step - self._read_step < _interval(step):
             return
         self._read_step = step
         inputs = self._source.draw()
@@ -137,7 +158,19 @@ class ThermometerSet:
     def temperatures(self, target: float) -> list[Temperature]:
         """The readings so far, beside the ``target``."""
         names = self._potential.layout.names
-        return [reading for t in self._thermometers for reading in t.readings(names, target)]
+        needed = self._steps_needed()
+        return [reading for t in self._thermometers for reading in t.readings(names, target, needed)]
+
+    def _steps_needed(self) -> int:
+        """Langevin steps from the end of the warm-up to the reading from which there is a standard error."""
+        first = step = self._first_step or 0
+        num_readings = 1 if first >= _interval(first) else 0
+        while num_readings < NUM_BLOCKS:
+            # The first draw at which a reading is due. Intervals grow by 2 % of the step that they end at.
+            wait = max(READ_EVERY, step // 49)
+            step += math.ceil(wait / self._steps_per_draw) * self._steps_per_draw
+            num_readings += 1
+        return step - first + self._steps_per_draw
 
     def state_dict(self) -> dict[str, Any]:
         """The readings so far, and where the mini-batches are."""
@@ -145,6 +178,7 @@ class ThermometerSet:
             "thermometers": [thermometer.state_dict() for thermometer in self._thermometers],
             "source": self._source.state_dict(),
             "read_step": self._read_step,
+            "draws": [self._first_step, self._last_step, self._steps_per_draw],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -153,12 +187,18 @@ class ThermometerSet:
             thermometer.load_state_dict(readings)
         self._source.load_state_dict(state["source"])
         self._read_step = int(state["read_step"])
+        self._first_step, self._last_step, self._steps_per_draw = state["draws"]
 
 
-def _standard_error(values_CS: Tensor) -> float:
-    """Of the mean, by batch means within chains."""
+def _interval(step: int) -> int:
+    """Steps between readings: more and more, as a long run has enough readings and each costs a gradient."""
+    return max(READ_EVERY, step // 50)
+
+
+def _standard_error(values_CS: Tensor) -> float | None:
+    """Of the mean, by batch means within chains; None where there are fewer readings than blocks."""
     length = values_CS.shape[1] // NUM_BLOCKS
     if length == 0:
-        return float("nan")
+        return None
     blocks = values_CS[:, : length * NUM_BLOCKS].reshape(-1, length).mean(1)
     return float(blocks.std()) / math.sqrt(len(blocks))

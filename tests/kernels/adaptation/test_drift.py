@@ -14,7 +14,14 @@ from pyro.infer import MCMC
 from pyro.infer.autoguide.initialization import init_to_value
 
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
-from pyro_apd.kernels.adaptation.drift import DriftWatch, WarmupWarning, fitted_change, steps_to_forget
+from pyro_apd.kernels.adaptation.drift import (
+    Drift,
+    DriftWatch,
+    WarmupWarning,
+    fitted_change,
+    steps_to_forget,
+    too_short,
+)
 from pyro_apd.kernels.adaptation.dynamics import Dynamics
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from tests.support.models import Conjugate
@@ -178,3 +185,29 @@ def test_stationary_chains_are_left_in_peace(kernel_class):
     named = [warning for warning in caught if issubclass(warning.category, WarmupWarning)]
     chains = str(named[0].message).split("of chains [")[1].split("]")[0].split(",") if named else []
     assert len(chains) <= 3
+
+
+def test_what_is_on_is_not_advised():
+    drifts = [Drift("potential", None, 3.0, 1.0)]
+
+    def advice(**settings):
+        return too_short(drifts, 100, 1e-3, {}, {}, **settings).partition("Give ")[2]
+
+    warmup = "more warmup_steps (in draws: Langevin steps over `thinning`)"
+    assert advice() == f"{warmup}, warm_start=, or a larger step_size."
+    assert advice(is_automatic=True) == f"{warmup}, or warm_start=."
+    assert advice(is_automatic=True, is_optimised=True) == f"{warmup}."
+
+
+@pytest.mark.parametrize(("step_size", "warm_start"), [("auto", 1), (1e-2, None)])
+def test_a_chain_knows_what_is_on(step_size, warm_start):
+    kernel = SGLD(wide, step_size, seed=0, compile=False, warm_start=warm_start)
+    chain = kernel.begin((torch.zeros(5),), {}, warmup_steps=1)
+    with torch.no_grad():
+        chain.advance(2)
+    chain.end_warmup()
+    chain.warmup._watch.drifts = lambda temperature: [Drift("potential", None, 3.0, 1.0)]
+    with pytest.warns(WarmupWarning) as caught:
+        kernel.end(chain)
+    text = str(caught[0].message)
+    assert ("warm_start=" in text, "larger step_size" in text) == (warm_start is None, step_size != "auto")

@@ -30,7 +30,6 @@ CASES = {
     "SGLD": lambda: network(SGLD),
     "SGHMC": lambda: network(SGHMC),
     "PSGLD": lambda: network(PSGLD),
-    "PSGLD with Gamma": lambda: network(PSGLD, use_gamma=True),
     "control variates": lambda: network(SGLD, control_variates=True),
     "full batch": lambda: (SGLD(PROBLEM.full, 1e-3, seed=1), (PROBLEM.x, PROBLEM.y)),
     "plate": lambda: (SGLD(PROBLEM.subsampling, 1e-3, seed=1), (PROBLEM.x, PROBLEM.y)),

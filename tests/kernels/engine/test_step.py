@@ -63,7 +63,7 @@ def advance(chain, num_steps):
     return chain.theta
 
 
-KERNELS = [(SGLD, {}), (SGHMC, {}), (PSGLD, {"use_gamma": True}), (SGLD, {"control_variates": True})]
+KERNELS = [(SGLD, {}), (SGHMC, {}), (PSGLD, {"decay": 0.9}), (SGLD, {"control_variates": True})]
 
 
 @pytest.mark.slow

@@ -126,7 +126,30 @@ def test_standard_error_allows_for_autocorrelation():
     assert thermometer.readings(["a"], 1.0)[0].standard_error == pytest.approx(exact, rel=0.4)
 
 
-def test_too_few_readings_have_no_error():
+def test_too_few_readings_say_how_many_steps_are_needed():
     thermometer = Thermometer("kinetic", [1])
     thermometer.add(torch.tensor([1.0]))
-    assert math.isnan(thermometer.readings(["a"], 1.0)[0].standard_error)
+    found = thermometer.readings(["a"], 1.0, 2000)[0]
+    assert found.standard_error is None
+    assert found.steps_needed == 2000
+    assert str(found) == "kinetic all: too short to read, 2,000 Langevin steps of kept draws needed (target 1)"
+
+
+@pytest.mark.parametrize(("warmup", "thinning"), [(0, 7), (30, 1), (400, 20), (20_000, 150)])
+def test_the_steps_needed_are_enough(warmup, thinning):
+    def read_until(num_steps):
+        chain = SGLD(PROBLEM.full, 1e-4, seed=3).begin((PROBLEM.x, PROBLEM.y), {}, warmup_steps=0, chains=ChainSet())
+        chain.step = warmup
+        with torch.no_grad():
+            chain.advance(1)  # captures
+            chain.step = warmup
+            while chain.step < warmup + num_steps:
+                chain.step += thinning
+                chain.observe()
+        return chain.temperatures(1.0)[0]
+
+    needed = read_until(max(200, 2 * thinning)).steps_needed
+    assert read_until(needed / 2).standard_error is None
+    enough = read_until(needed)
+    assert enough.standard_error is not None
+    assert enough.steps_needed is None
