@@ -1,7 +1,9 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The kernels against five posteriors with gold-standard draws: ``python -m benchmarks.posteriordb [--quick]``.
+"""The kernels against five posteriors with gold-standard draws.
+
+Run ``python -m benchmarks.posteriordb [--quick] [--auto]``.
 
 Models and data are in :mod:`benchmarks.posteriordb_models`. Each kernel runs through :class:`pyro.infer.MCMC` in two
 coordinate systems: ``plain``, the model as Stan writes it, and ``standardised``, where a least-squares fit of the data
@@ -25,6 +27,7 @@ import torch
 from pyro.infer import MCMC
 from torch import Tensor
 
+from benchmarks import posteriordb_auto
 from benchmarks.common import markdown_table, write_json
 from benchmarks.posteriordb_models import BATCHES, POSTERIORS, Posterior, arguments, data_folder, reference
 from benchmarks.tuning import KERNELS, SETTINGS, Plan, TracedPotential, explore, plan
@@ -36,8 +39,8 @@ QUANTILES = (0.05, 0.5, 0.95)
 MIN_ESS = 100
 
 
-def compare(draws: Mapping[str, Tensor], gold: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Draws ``(S,)`` against reference draws ``(10, 1000)``, both by scalar parameter.
+def compare(draws: Mapping[str, Tensor], gold: Mapping[str, Tensor], num_chains: int = 1) -> dict[str, Any]:
+    """Draws ``(S,)``, chain after chain, against reference draws ``(10, 1000)``, both by scalar parameter.
 
     :returns: by parameter ``mean_error`` in reference sds, ``sd_ratio``, ``quantile_error`` (5, 50, 95 %) in sds, and
         ``ess``.
@@ -50,7 +53,7 @@ def compare(draws: Mapping[str, Tensor], gold: Mapping[str, Tensor]) -> dict[str
             "mean_error": float((mine.mean() - flat.mean()) / sd),
             "sd_ratio": float(mine.std() / sd),
             "quantile_error": ((mine.quantile(quantiles) - flat.quantile(quantiles)) / sd).tolist(),
-            "ess": float(pyro.ops.stats.effective_sample_size(mine[None])),
+            "ess": float(pyro.ops.stats.effective_sample_size(mine.reshape(num_chains, -1))),
         }
     return rows
 
@@ -167,6 +170,21 @@ def benchmark(names: Sequence[str], seeds: Sequence[int], limit: int, kinds: Seq
                     }
 
 
+def _automatic(options: argparse.Namespace) -> None:
+    """Prints the table of :mod:`benchmarks.posteriordb_auto`, and writes its JSON where it is whole."""
+    kernels = options.kernels or list(posteriordb_auto.KERNELS)
+    seeds = [0] if options.quick else options.seeds
+    entries = []
+    print(markdown_table(posteriordb_auto.HEADER, []), flush=True)
+    for entry in posteriordb_auto.benchmark(options.only, kernels, seeds):
+        entries.append(entry)
+        print("| " + " | ".join(posteriordb_auto.cells(entry)) + " |", flush=True)
+    print(posteriordb_auto.summary(entries))
+    is_whole = options.only == list(POSTERIORS) and kernels == list(posteriordb_auto.KERNELS)
+    if is_whole and not options.quick:
+        write_json("posteriordb_auto", entries)
+
+
 def main() -> None:
     """Prints the table, and writes the JSON after each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -174,6 +192,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, 40,000 steps at most, nothing written")
     parser.add_argument("--only", nargs="+", choices=list(POSTERIORS), default=list(POSTERIORS))
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--auto", action="store_true", help="step_size='auto', see benchmarks.posteriordb_auto")
+    parser.add_argument("--kernels", nargs="+", choices=list(posteriordb_auto.KERNELS), help="with --auto; default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     is_whole = not options.quick and options.only == list(POSTERIORS) and options.kinds == kinds
@@ -181,6 +201,9 @@ def main() -> None:
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
+        if options.auto:
+            _automatic(options)
+            return
         entries = []
         print(markdown_table(HEADER, []), flush=True)
         seeds, limit = ([0], 40_000) if options.quick else (options.seeds, MAX_STEPS)

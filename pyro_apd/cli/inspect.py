@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pyro_apd.chains.summary import summary_lines
 from pyro_apd.generators import SubspaceGenerator
 from pyro_apd.posterior import artifact, integers
 from pyro_apd.posterior.artifact import Artifact
@@ -31,6 +32,7 @@ _PARTS = {
 _PARTS_LINE = 2
 # Longer values are shortened, and of more frozen tensors the first are named.
 _WIDTH, _NUM_NAMES = 100, 8
+_WARNING_WIDTH = 1000
 
 
 def describe(path: str | os.PathLike[str]) -> str:
@@ -64,11 +66,24 @@ def _lines(path: str | os.PathLike[str], contents: Artifact, table: dict[str, En
     lines.append(f"generator   {settings}")
     for name, entry in table.items():
         lines.append(f"  {_printable(name)} {list(entry.shape)} {entry.code}, {_num_bytes(entry):,} bytes")
-    lines += [f"metadata    {'' if contents.metadata else 'none'}".rstrip(), *_tree(contents.metadata)]
+    metadata = dict(contents.metadata)
+    sampler = metadata.pop("sampler", None)
+    if isinstance(sampler, dict):
+        lines += _sampler(sampler)
+    lines += [f"metadata    {'' if metadata else 'none'}".rstrip(), *_tree(metadata)]
     logs = ", ".join(f"{_printable(name)} ({len(values):,} numbers)" for name, values in contents.training_log.items())
     lines.append(f"training    {logs or 'no log'}")
     lines.append(f"frozen      {_frozen(contents, table)}")
     return lines
+
+
+def _sampler(summary: dict[str, Any]) -> list[str]:
+    """Kernel, step size and warnings of the run that was distilled; warnings are not shortened."""
+    try:
+        first, *others = summary_lines(summary)
+    except (TypeError, ValueError):  # other entries than this package writes
+        first, others = str(summary), []
+    return [f"sampler     {_printable(first)}", *(f"  {_printable(text, width=_WARNING_WIDTH)}" for text in others)]
 
 
 def _parts(path: str | os.PathLike[str], generator: SubspaceGenerator, table: dict[str, Entry]) -> str:
@@ -133,8 +148,8 @@ def _tree(value: dict[str, Any], indent: str = "  ") -> list[str]:
     return lines
 
 
-def _printable(value: object) -> str:
+def _printable(value: object, width: int = _WIDTH) -> str:
     """On one line, shortened, and without control characters: a file must not write to someone's terminal."""
     text = value if isinstance(value, str) else str(value)
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."
+    return text if len(text) <= width else f"{text[: width - 3]}..."

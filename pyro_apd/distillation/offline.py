@@ -142,6 +142,7 @@ def _fit_and_train(
         "num_chains": num_chains,
         "num_draws": num_draws,
         **({"missing_chains": list(source.missing_chains)} if source.missing_chains else {}),
+        **({"sampler": dict(source.sampler)} if source.sampler else {}),
         "held_out": HELD_OUT if len(held_out_index) < num_draws else None,
         "space": "weights" if task.functions is None else "functions",
         **({} if prepared.calibration is None else {"calibration": prepared.calibration.to_json()}),

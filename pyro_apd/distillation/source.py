@@ -15,6 +15,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_apd.chains.stores.base import DrawStore
+from pyro_apd.chains.summary import sampler_summary
 from pyro_apd.data.sources import shown_arguments
 from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
@@ -42,6 +43,7 @@ class Source:
     :ivar bool has_all_data: whether the arguments hold all data, rather than some that a loader or a file gave.
     :ivar list missing_chains: numbers of the chains of the run that have no draws here: they diverged, or stopped.
     :ivar frozen: frozen tensors of the model, where they are known from a run.
+    :ivar sampler: kernel, step size and warnings of the run, see :mod:`pyro_apd.chains.summary`.
     """
 
     theta_CSD: Tensor
@@ -52,6 +54,7 @@ class Source:
     has_all_data: bool = True
     missing_chains: Sequence[int] = ()
     frozen: FrozenTensors | None = None
+    sampler: Mapping[str, Any] = field(default_factory=dict)
 
     def frozen_tensors(self) -> FrozenTensors | None:
         """Frozen parameters and buffers of the model; None where they are not known."""
@@ -95,14 +98,14 @@ def read_source(
         for remark in chain_remarks(missing, getattr(source, "diverged_chains", ())):
             logger.warning("%s", remark)
         found = Source(theta_CSD, store.layout, model, args, kwargs, has_all_data, missing)
-        return replace(found, frozen=_checked_frozen(store, found))
+        return replace(found, frozen=_checked_frozen(store, found), sampler=sampler_summary(source))
     chains = read_chains(source, "source", group_by_chain=group_by_chain)
     _check_floating(chains.values)
     _check_count(chains.num_chains, chains.num_draws)
     layout = _find_layout(kernel, model, args, kwargs, chains.values)
     theta_CSD = layout.unconstrain(chains.values)
     _check_interior(layout, theta_CSD)
-    return Source(theta_CSD, layout, model, args, kwargs, has_all_data)
+    return Source(theta_CSD, layout, model, args, kwargs, has_all_data, sampler=sampler_summary(source))
 
 
 def split_held_out(num_draws: int) -> tuple[Tensor, Tensor]:

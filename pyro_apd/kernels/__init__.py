@@ -7,7 +7,18 @@ from pyro_apd.kernels.adaptation.drift import WarmupWarning
 from pyro_apd.kernels.engine import schedules
 from pyro_apd.kernels.engine.schedules import Constant, Cyclical, PolynomialDecay
 from pyro_apd.kernels.psgld import PSGLD
+from pyro_apd.kernels.recommended import recommended_kernel
 from pyro_apd.kernels.sghmc import SGHMC
 from pyro_apd.kernels.sgld import SGLD
 
-__all__ = ["PSGLD", "SGHMC", "SGLD", "Constant", "Cyclical", "PolynomialDecay", "WarmupWarning", "schedules"]
+__all__ = [
+    "PSGLD",
+    "SGHMC",
+    "SGLD",
+    "Constant",
+    "Cyclical",
+    "PolynomialDecay",
+    "WarmupWarning",
+    "recommended_kernel",
+    "schedules",
+]

@@ -93,6 +93,8 @@ class StochasticGradientKernel(MCMCKernel):
     model: Callable[..., Any] | None = None
     transforms: dict[str, Any] | None = None
     layout: Layout | None = None
+    #: Why :func:`~pyro_apd.kernels.recommended.recommended_kernel` chose this kernel; empty where it did not.
+    reason: str = ""
 
     def __init__(
         self,
@@ -250,7 +252,8 @@ class StochasticGradientKernel(MCMCKernel):
     def report(self, chain: Chain) -> dict[str, Any]:
         """Report of a chain at its end, as JSON values; see :meth:`diagnostics`."""
         tuning = {"tuning": self.tuning} if self.tuning else {}
-        return {"path": chain.path, "temperatures": [asdict(t) for t in chain.temperatures(self.temperature)], **tuning}
+        temperatures = [asdict(t) for t in chain.temperatures(self.temperature)]
+        return {"path": chain.path, "temperatures": temperatures, "warnings": list(chain.warmup.warnings), **tuning}
 
     def _open(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], seeds: list[int], strategy: Callable[..., Any]
@@ -332,8 +335,8 @@ class StochasticGradientKernel(MCMCKernel):
     def diagnostics(self) -> dict[str, Any]:
         """Of the finished chain: ``divergences`` (indices of draws; empty, as a chain that diverges raises) and, one
         entry per draw, ``potential`` (U on that draw's mini-batch), ``grad_norm`` and ``step_size``; ``path``, how
-        steps were computed; ``temperatures``, see :meth:`temperatures`; and ``tuning``, what ``step_size="auto"`` chose
-        and why. Warns if the warm-up was too short.
+        steps were computed; ``temperatures``, see :meth:`temperatures`; ``warnings``, the texts of its
+        warnings; and ``tuning``, what ``step_size="auto"`` chose and why. Warns if the warm-up was too short.
 
         :raises DivergenceError: if the chain diverged in its last steps.
         """

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from pyro_apd.chains.summary import sampler_summary, summary_lines
 from pyro_apd.diagnostics.arviz_export.export import sample_stats, versions
 from pyro_apd.diagnostics.comparison.evaluation import Inputs, check_sampled_model, find_inputs, model_of
 from pyro_apd.diagnostics.comparison.fidelity import compare
@@ -126,6 +127,7 @@ def _of_run(
         "divergences": int(stats["diverging"].sum()) if "diverging" in stats else None,
         "traces": pictures.of_chain(stats, chain.name),
         "settings": kernel_settings(mcmc),
+        "sampler": summary_lines(sampler_summary(mcmc)),
         "versions": versions(),
     }
 

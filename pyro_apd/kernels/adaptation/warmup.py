@@ -81,6 +81,8 @@ class WarmUp:
         self.temperature = temperature
         self.auto = auto
         self.warm_start = warm_start
+        #: Texts of the warnings given so far, for the run's report.
+        self.warnings: list[str] = []
         self._chains = chains
         self._watch: DriftWatch | None = None
         self._step_of_keeping: int | None = None
@@ -144,6 +146,7 @@ class WarmUp:
                 drifts = [replace(drift, chain=(drift.chain or 0) + self._chains.first) for drift in drifts]
             kind = {"is_automatic": self.auto is not None, "is_optimised": bool(self.warm_start)}
             text = too_short(drifts, self._step_of_keeping or 0, chain.step_size, sds, needed, **kind)
+            self.warnings.append(text)
             warnings.warn(text, WarmupWarning)
 
     def state_dict(self) -> dict[str, Any]:
