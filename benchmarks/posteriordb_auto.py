@@ -41,9 +41,7 @@ def run(name: str, kernel: str, seed: int) -> dict[str, Any]:
     spread = torch.linalg.cholesky(torch.linalg.inv(target.hessian(target.mode)))
     noise = torch.randn(NUM_CHAINS, len(spread), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     offset = 2 * math.sqrt(len(spread)) * noise / noise.norm(dim=1, keepdim=True) @ spread.T
-    sampler = KERNELS[kernel](
-        target.model, "auto", thinning=THINNING, init_strategy=target.init, seed=seed, compile=False
-    )
+    sampler = KERNELS[kernel](target.model, "auto", thinning=THINNING, init_strategy=target.init, seed=seed)
     start = target.layout.split(target.mode + offset)
     mcmc = apd.MCMC(sampler, NUM_DRAWS, NUM_WARMUP, num_chains=NUM_CHAINS, initial_params=start, disable_progbar=True)
     begun, entry = time.monotonic(), {"posterior": name, "kernel": kernel, "seed": seed}
@@ -53,9 +51,9 @@ def run(name: str, kernel: str, seed: int) -> dict[str, Any]:
             mcmc.run(*args)
         except DivergenceError as error:
             return entry | {"seconds": time.monotonic() - begun, "warnings": [str(error)], "misses": True}
-    shape = (mcmc.get_samples(group_by_chain=True)[next(iter(mcmc.get_samples()))]).shape[:2]
+    assert mcmc.store is not None
     draws = posterior.scalars(mcmc.get_samples(), args)
-    rows = compare(draws, gold, shape[0])
+    rows = compare(draws, gold, len(mcmc.store.complete_part()[0]))
     mean, sd, _, ess = worst({"parameters": rows})
     return entry | {
         "seconds": time.monotonic() - begun,

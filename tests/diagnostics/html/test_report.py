@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import re
+import sys
 from html.parser import HTMLParser
 from importlib import resources
 
@@ -142,6 +143,14 @@ def test_regression_page(case, tmp_path, unpainted):
     page = Page(report(draws, draws, case.regression, x, x.sum(-1), path=tmp_path / "r.html", ood={"far": 3 * x}))
     assert "mean epistemic variance" in page.text
     assert "RMSE" in page.text
+
+
+def test_kernel_step_size_and_warnings_are_told(case, tmp_path, unpainted, monkeypatch):
+    found = {"kernel": "SGHMC", "step_size": 0.25, "is_automatic": True, "warnings": ["too <short>"]}
+    monkeypatch.setattr(sys.modules[report.__module__], "sampler_summary", lambda mcmc: found)
+    page = Page(report(case.chain(), case.posterior(), path=tmp_path / "r.html"))
+    assert "SGHMC, step size 0.25, chosen during warm-up." in page.text
+    assert "warning: too &lt;short&gt;" in page.text
 
 
 @pytest.mark.slow
