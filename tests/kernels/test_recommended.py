@@ -41,6 +41,7 @@ def test_small_data_are_used_whole(caplog):
 @pytest.mark.usefixtures("little_is_affordable")
 def test_large_data_are_used_in_batches():
     kernel = recommended_kernel(PROBLEM.full, *DATA)
+    assert isinstance(kernel, apd.PSGLD)
     assert kernel.batch_size == recommended.BATCH_SIZE
     assert "mini-batches of 100" in kernel.reason
 
@@ -67,6 +68,7 @@ def test_rows_that_cannot_be_drawn_are_used_whole():
 )
 def test_batches_that_are_given_are_kept(model, args, settings):
     kernel = recommended_kernel(model, *args, **settings)
+    assert isinstance(kernel, apd.PSGLD)
     assert kernel.batch_size == settings.get("batch_size")
     assert "mini-batches that are given" in kernel.reason
 
