@@ -16,7 +16,7 @@ from pyro_apd._version import __version__ as __version__
 from pyro_apd.chains import MCMC, CheckpointError, WorkerError, open_store
 from pyro_apd.distillation import DistillationError, DistillationWarning, OnlineDistillation, distill, distill_online
 from pyro_apd.errors import ArtifactError, DataError, DivergenceError, ModelError
-from pyro_apd.kernels import PSGLD, SGHMC, SGLD, WarmupWarning, recommended_kernel, schedules
+from pyro_apd.kernels import PSGLD, SGHMC, SGLD, ExcursionWarning, WarmupWarning, recommended_kernel, schedules
 from pyro_apd.models.bnn import BNN
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.predictive.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs
@@ -43,6 +43,7 @@ __all__ = [
     "DistillationWarning",
     "DistilledPosterior",
     "DivergenceError",
+    "ExcursionWarning",
     "FunctionView",
     "ModelError",
     "OnlineDistillation",

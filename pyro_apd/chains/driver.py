@@ -373,8 +373,9 @@ class MCMC(pyro.infer.MCMC):
         """As Pyro's: effective sizes and R-hat by site, and what the kernel recorded, by chain.
 
         ``divergences`` (indices of draws), and one entry per draw ``potential``, ``grad_norm`` and ``step_size``; of a
-        chain that came to its end also ``path``, ``temperatures``, ``warnings`` and ``tuning``, as in the kernel's own.
-        A run that ended with fewer than four draws has only these. Before :meth:`run`, ``ValueError`` is raised.
+        chain that came to its end also ``path``, ``temperatures``, ``excursions``, ``warnings`` and ``tuning``, as in
+        the kernel's own. A run that ended with fewer than four draws has only these. Before :meth:`run`,
+        ``ValueError`` is raised.
         """
         self._check_has_run()
         if not self._is_ours:

@@ -133,6 +133,9 @@ class Run:
         report = dict(self.progress[first].report)
         if "temperatures" in report:
             report["temperatures"] = [Temperature(**reading) for reading in report["temperatures"]]
+        if "excursions" in report:
+            by_row = report["excursions"]
+            report["excursions"] = by_row[chain - first] if by_row else []
         return report
 
     def divergences(self) -> list[dict[str, Any]]:

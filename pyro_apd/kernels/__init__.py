@@ -4,6 +4,7 @@
 """MCMC kernels with mini-batch gradients for Pyro's drivers."""
 
 from pyro_apd.kernels.adaptation.drift import WarmupWarning
+from pyro_apd.kernels.adaptation.excursions import ExcursionWarning
 from pyro_apd.kernels.engine import schedules
 from pyro_apd.kernels.engine.schedules import Constant, Cyclical, PolynomialDecay
 from pyro_apd.kernels.psgld import PSGLD
@@ -17,6 +18,7 @@ __all__ = [
     "SGLD",
     "Constant",
     "Cyclical",
+    "ExcursionWarning",
     "PolynomialDecay",
     "WarmupWarning",
     "recommended_kernel",

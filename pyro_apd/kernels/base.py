@@ -223,7 +223,7 @@ class StochasticGradientKernel(MCMCKernel):
             num_threads=threads_for(step_seconds(potential, chains.size), theta.device),
         )
         sampler = Sampler(type(self).__name__, self._update, self._dynamics, self._kinetic)
-        warmup = WarmUp(num_warmup, self.temperature, chains, auto, self.warm_start)
+        warmup = WarmUp(num_warmup, self.temperature, chains, auto, self.warm_start, potential.layout.size)
         self._chain = Chain(potential, estimator, theta, chains, seeds, sampler, schedule, settings, warmup)
         self._start_chain(self._chain)
         return self._chain
@@ -252,8 +252,13 @@ class StochasticGradientKernel(MCMCKernel):
     def report(self, chain: Chain) -> dict[str, Any]:
         """Report of a chain at its end, as JSON values; see :meth:`diagnostics`."""
         tuning = {"tuning": self.tuning} if self.tuning else {}
-        temperatures = [asdict(t) for t in chain.temperatures(self.temperature)]
-        return {"path": chain.path, "temperatures": temperatures, "warnings": list(chain.warmup.warnings), **tuning}
+        return {
+            "path": chain.path,
+            "temperatures": [asdict(t) for t in chain.temperatures(self.temperature)],
+            "excursions": chain.warmup.excursions.marked(),
+            "warnings": list(chain.warmup.warnings),
+            **tuning,
+        }
 
     def _open(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], seeds: list[int], strategy: Callable[..., Any]
@@ -333,10 +338,11 @@ class StochasticGradientKernel(MCMCKernel):
         return self._log
 
     def diagnostics(self) -> dict[str, Any]:
-        """Of the finished chain: ``divergences`` (indices of draws; empty, as a chain that diverges raises) and, one
-        entry per draw, ``potential`` (U on that draw's mini-batch), ``grad_norm`` and ``step_size``; ``path``, how
-        steps were computed; ``temperatures``, see :meth:`temperatures`; ``warnings``, the texts of its
-        warnings; and ``tuning``, what ``step_size="auto"`` chose and why. Warns if the warm-up was too short.
+        """Of the finished chain: ``divergences`` (indices of draws; empty, as a chain that diverges raises),
+        ``excursions`` (indices of draws outside of what the chain's history allows, see
+        :mod:`pyro_apd.kernels.adaptation.excursions`) and, one entry per draw, ``potential`` (U on that draw's
+        mini-batch), ``grad_norm`` and ``step_size``; ``path``, how steps were computed; ``temperatures``, see
+        :meth:`temperatures`; ``warnings``, their texts; and ``tuning``, what ``step_size="auto"`` chose and why.
 
         :raises DivergenceError: if the chain diverged in its last steps.
         """
@@ -344,7 +350,10 @@ class StochasticGradientKernel(MCMCKernel):
         self.end(chain)
         series = {name: torch.stack(values) if values else torch.empty(0) for name, values in chain.trace.items()}
         statistics = {name: values.cpu() for name, values in series.items()}
-        return {"divergences": [], **statistics, **self.report(chain), "temperatures": self.temperatures()}
+        report = self.report(chain)
+        excursions = report["excursions"][0] if report["excursions"] else []
+        own = {"excursions": excursions, "temperatures": self.temperatures()}
+        return {"divergences": [], **statistics, **report, **own}
 
     def temperatures(self) -> list[Temperature]:
         """Temperatures of the chain that ran last, over all weights and by site, each with its standard error.

@@ -22,7 +22,13 @@ A posterior with several modes or with curvature that changes strongly is not Ga
 Gaussian approximations at the points where it was measured.
 
 The curvature of a network rises by orders of magnitude while it learns. So it is measured several times over the
-warm-up, at equal distances; the step size follows, and the median of the measures in the last quarter is kept.
+warm-up, at equal distances; the step size follows, and the median of the measures in the last quarter is kept. In the
+last quarter it is already in use, and is lowered to what is stable at the largest curvature met there.
+
+Where curvature varies strongly within the posterior, as with learned scales, a few measures miss its peaks, and a chain
+whose step is too large stays away from them until it is thrown out. So a chain that leaves what its own history allows
+(:mod:`pyro_apd.kernels.adaptation.excursions`) is put back, and the step size goes on with a quarter; it may grow again
+until the last quarter of the warm-up.
 """
 
 from __future__ import annotations
@@ -34,6 +40,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro_apd.kernels.adaptation.dynamics import Dynamics
+from pyro_apd.kernels.adaptation.excursions import REDUCTION, rise_to_equilibrium
 from pyro_apd.kernels.adaptation.spectrum import CurvatureSpectrum, LocalPotential, measure_spectrum
 from pyro_apd.runtime.checks import number
 from pyro_apd.runtime.seeds import derived_seed
@@ -49,6 +56,10 @@ _NUM_MEASURES, _MIN_APART = 12, 50
 _SETTLED = 0.75
 # Times that a chain may diverge while its step size is adapted.
 _MAX_BACK_OFFS = 8
+# What the step size is divided by then, and the growth per measure of what it may be after that or an excursion.
+_LOST, _RECOVERY = 10.0, 2.0
+# Steps after it in which excursions of further chains are still due to the step size from before.
+_GRACE = 100
 # What is aimed at, as a part of what is allowed: measures have errors.
 _MARGIN = 0.9
 # Limit of the change of the step size from one measure to the next, where the potential decides about it.
@@ -122,7 +133,9 @@ class AutoStep:
         self._choices: list[Choice] = []
         self._energies: list[float] = []
         self._lowest = 0.0
+        self._ceiling = self._stable = math.inf
         self._num_back_offs = 0
+        self._back_off_step = -_GRACE
         count = max(1, min(_NUM_MEASURES, num_warmup // _MIN_APART))
         early = [int(num_warmup * share) for share in _EARLY] if count > 1 else []
         self._marks = sorted({num_warmup * i // count for i in range(count + 1)}.union(early))
@@ -156,7 +169,13 @@ class AutoStep:
             choice = choose(measure_spectrum(local, seed).of_all_chains(local), local, self.max_inflation)
             if math.isfinite(choice.step_size):
                 self._choices.append(choice)
-            wanted, largest = choice.step_size, choice.largest_curvature
+                stable = stable_step_size(choice.largest_curvature, local.dynamics, self.max_inflation)
+                self._stable = min(self._stable, stable)
+                # What will be kept is in use from here on, so that an excursion at it is seen before draws are kept.
+                wanted = self._settled_step()
+            else:
+                wanted = choice.step_size
+            largest = choice.largest_curvature
         else:
             (by_chain,) = local.of_all_chains(local.largest_curvature(seed))
             largest = float(local.active(by_chain).max())
@@ -171,7 +190,8 @@ class AutoStep:
         drift, energies = local.of_all_chains(drift, energies)
         energy = float(local.active(energies).mean())
         fastest = 2 * _MAX_DRIFT / max(float(local.active(drift).max()), 1e-30)
-        self.step_size = self._guarded(min(wanted, fastest) if math.isfinite(fastest) else wanted, energy)
+        reach = rise_to_equilibrium(local.theta.shape[-1], local.temperature)
+        self.step_size = self._guarded(min(wanted, fastest) if math.isfinite(fastest) else wanted, energy, reach)
         self._energies.append(energy)
         if self.is_settled:
             self._settle()
@@ -180,42 +200,68 @@ class AutoStep:
                 "step_size='auto': %.3g for now; largest curvature %.3g, U %.4g.", self.step_size, largest, energy
             )
 
-    def back_off(self, step: int) -> bool:
-        """Divides the step size by ten after a chain diverged by Langevin ``step``; False if that is no longer allowed.
+    def back_off(self, step: int, *, is_lost: bool = True) -> bool:
+        """Lowers the step size after a chain diverged by Langevin ``step``; False if that is no longer allowed.
 
-        The next measures may not exceed it by much at once.
+        The next measures may not exceed it by much at once, and what is kept may not exceed it where that happened in
+        the part of the warm-up that decides.
+
+        :param is_lost: whether it diverged: then the step size is divided by 10; after an excursion, by 4.
         """
         if self.is_settled or self._num_back_offs == _MAX_BACK_OFFS:
             return False
-        self._num_back_offs += 1
-        self.step_size /= 10
+        if not is_lost and step < self._back_off_step + _GRACE:
+            # Thrown out by the step size from before: it is put back too, but this one has not failed.
+            return True
+        self._back_off_step = step
+        self._num_back_offs += is_lost
+        self.step_size /= _LOST if is_lost else REDUCTION
         self._lowest = min(self._lowest, self.step_size)
-        logger.info("step_size='auto': a chain diverged by step %d; going on with %.3g.", step, self.step_size)
+        self._ceiling = self.step_size
+        what = "diverged" if is_lost else "left what its history allows"
+        logger.info("step_size='auto': a chain %s by step %d; going on with %.3g.", what, step, self.step_size)
         return True
 
-    def _guarded(self, wanted: float, energy: float) -> float:
+    def _settled_step(self) -> float:
+        """The median choice, within what is stable at the largest curvature met and what led to no excursion."""
+        return min(self._median_choice().step_size, self._stable, self._ceiling)
+
+    def _guarded(self, wanted: float, energy: float, reach: float) -> float:
         """Limits the proposed step size while the potential is rising.
 
         With steps that are too large, networks with a learned noise scale explain everything as noise. The potential is
         flat there, so that even larger steps would be proposed. So above its potential at the start a chain slows down,
-        and one whose potential rose keeps its step size.
+        and one whose potential rose keeps its step size. A chain that comes from a mode has to rise, by ``reach`` above
+        its lowest potential at most: up to there it may grow.
         """
+        if self._marks[self._num_done - 1] < _SETTLED * self.num_warmup:
+            self._ceiling *= _RECOVERY
+        wanted = min(wanted, self._ceiling)
         if not self._energies:
             self._lowest = wanted / _MAX_CHANGE**3
             return wanted
+        if energy <= min(self._energies) + reach:
+            return min(wanted, self.step_size * _MAX_CHANGE)
         if energy > self._energies[0]:
             return min(wanted, max(self.step_size / _MAX_CHANGE, self._lowest))
         return min(wanted, self.step_size * (1.0 if energy > self._energies[-1] else _MAX_CHANGE))
 
     def _settle(self) -> None:
         if self._choices:
-            self.step_size = self._median_choice().step_size
+            self.step_size = self._settled_step()
             logger.info("%s", self.explanation())
 
     def _median_choice(self) -> Choice:
         """Of an even number, the smaller of the two in the middle."""
         ranked = sorted(self._choices, key=lambda choice: choice.step_size)
         return ranked[(len(ranked) - 1) // 2]
+
+    def _bound(self) -> str:
+        """What the step size that is kept is bound by."""
+        middle = self._median_choice()
+        if middle.step_size <= min(self._stable, self._ceiling):
+            return middle.bound
+        return "excursions" if self._ceiling < self._stable else "stability"
 
     def explanation(self) -> str:
         """What was chosen and why, in a sentence or two."""
@@ -227,7 +273,8 @@ class AutoStep:
         )
 
     def report(self) -> dict[str, Any]:
-        """What was chosen and why: ``step_size``, ``bound`` (``"inflation"`` or ``"stability"``), the predicted
+        """What was chosen and why: ``step_size``, ``bound`` (``"inflation"``, ``"stability"`` or
+        ``"excursions"``), the predicted
         ``inflation``, ``allowed``, ``largest_curvature`` (in the sampler's metric) and ``num_measures``. Empty before.
         """
         if not self.is_settled or not self._choices:
@@ -235,7 +282,7 @@ class AutoStep:
         middle = self._median_choice()
         return {
             "step_size": self.step_size,
-            "bound": middle.bound,
+            "bound": self._bound(),
             "inflation": middle.inflation,
             "allowed": self.max_inflation,
             "largest_curvature": middle.largest_curvature,
@@ -250,6 +297,9 @@ class AutoStep:
             "energies": list(self._energies),
             "lowest": self._lowest,
             "num_back_offs": self._num_back_offs,
+            "back_off_step": self._back_off_step,
+            "ceiling": self._ceiling,
+            "stable": self._stable,
             "choices": [vars(choice) | {} for choice in self._choices],
         }
 
@@ -259,6 +309,8 @@ class AutoStep:
         self._energies, self._lowest = [float(value) for value in state["energies"]], float(state["lowest"])
         self._choices = [Choice(**choice) for choice in state["choices"]]
         self._num_back_offs = int(state["num_back_offs"])
+        self._back_off_step = int(state["back_off_step"])
+        self._ceiling, self._stable = float(state["ceiling"]), float(state["stable"])
 
 
 def checked_max_inflation(max_inflation: float) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_apd.errors import DivergenceError
 from pyro_apd.kernels.adaptation.drift import DriftWatch, WarmupWarning, steps_to_forget, too_short
 from pyro_apd.kernels.adaptation.dynamics import Dynamics
+from pyro_apd.kernels.adaptation.excursions import ExcursionWarning, ExcursionWatch, excursion_message
 from pyro_apd.kernels.adaptation.spectrum import LocalPotential
 from pyro_apd.kernels.adaptation.step_size import AutoStep
 from pyro_apd.kernels.adaptation.warm_start import optimised
@@ -54,6 +55,9 @@ class AdaptedChain(Protocol):
     def divergences(self) -> Sequence[DivergenceError]:
         """Errors of the chains that diverged."""
 
+    def outside_history(self, *, may_wait: bool) -> Tensor:
+        """Which chains are on an excursion, ``()`` or ``(C,)``."""
+
     def dynamics(self) -> Dynamics:
         """The sampler's recursion at the present state."""
 
@@ -67,6 +71,8 @@ class WarmUp:
         have the others.
     :param AutoStep auto: finds the step size; None where it is given.
     :param int warm_start: steps of optimisation before the first Langevin step.
+    :param int num_latents: D.
+    :ivar ExcursionWatch excursions: tells when a chain leaves what its own history allows.
     """
 
     def __init__(
@@ -76,6 +82,7 @@ class WarmUp:
         chains: ChainSet,
         auto: AutoStep | None = None,
         warm_start: int = 0,
+        num_latents: int = 1,
     ) -> None:
         self.num_steps = num_steps
         self.temperature = temperature
@@ -83,6 +90,7 @@ class WarmUp:
         self.warm_start = warm_start
         #: Texts of the warnings given so far, for the run's report.
         self.warnings: list[str] = []
+        self.excursions = ExcursionWatch(num_latents, temperature)
         self._chains = chains
         self._watch: DriftWatch | None = None
         self._step_of_keeping: int | None = None
@@ -104,19 +112,30 @@ class WarmUp:
         """Whether processes have to check their chains at the same steps, also where one of them has all chains."""
         return self.auto is not None and not self.auto.is_settled and self._chains.is_distributed
 
-    def backs_off(self, chain: AdaptedChain, is_lost: bool) -> bool:
-        """Whether chains that diverged continue from their checkpoint, with a smaller step.
+    @property
+    def is_adapting(self) -> bool:
+        """Whether the step size may still change."""
+        return self.auto is not None and not self.auto.is_settled
+
+    def is_suspicious(self, energy: Tensor) -> bool:
+        """Whether a chain should be checked at once, while its step size can still be lowered. Waits for the device."""
+        return self.is_adapting and bool(self.excursions.beyond(energy).any())
+
+    def backs_off(self, chain: AdaptedChain, is_lost: bool, is_outside: bool = False) -> bool:
+        """Whether chains that diverged, or went on an excursion, continue from their checkpoint with a smaller step.
 
         A step size that is still being adapted may be too large; one that was given, or found, is final.
 
         :param is_lost: whether a chain here diverged; one of another process counts as well.
+        :param is_outside: whether one is on an excursion.
         :raises RankError: if another process is gone.
         """
         if self.auto is None or chain.step <= 1:
             return False
         if self.checks_in_sync:
-            is_lost = any(self._chains.peer_ranks.gathered(is_lost))
-        return is_lost and self.auto.back_off(chain.step)
+            lost, outside = zip(*self._chains.peer_ranks.gathered((is_lost, is_outside)), strict=True)
+            is_lost, is_outside = any(lost), any(outside)
+        return (is_lost or is_outside) and self.auto.back_off(chain.step, is_lost=is_lost)
 
     def begin_keeping(self, chain: AdaptedChain) -> None:
         """Marks the end of the warm-up: draws are kept from here on."""
@@ -127,16 +146,18 @@ class WarmUp:
         """Adds a draw to what is examined for drift."""
         if self._watch is not None:
             self._watch.add(chain.energy, pieces)
+            self.excursions.keep(chain.outside_history(may_wait=False))
 
     def report(self) -> dict[str, Any]:
         """What ``step_size="auto"`` chose and why; empty where the step size was given."""
         return {} if self.auto is None else self.auto.report()
 
     def finish(self, chain: AdaptedChain) -> None:
-        """Warns, once, if the kept draws drifted."""
+        """Warns, once, if the kept draws drifted, or if some were made on an excursion."""
         if self._is_over or self._watch is None:
             return
         self._is_over = True
+        self._warn_of_excursions(chain)
         frozen = {error.chain for error in chain.divergences}
         drifts = [drift for drift in self._watch.drifts(self.temperature) if drift.chain not in frozen]
         if drifts:
@@ -149,10 +170,18 @@ class WarmUp:
             self.warnings.append(text)
             warnings.warn(text, WarmupWarning)
 
+    def _warn_of_excursions(self, chain: AdaptedChain) -> None:
+        marked = {self._chains.first + i: draws for i, draws in enumerate(self.excursions.marked()) if draws}
+        if marked:
+            text = excursion_message(marked, self.excursions.num_kept, chain.step_size)
+            self.warnings.append(text)
+            warnings.warn(text, ExcursionWarning)
+
     def state_dict(self) -> dict[str, Any]:
         """All that the continuation depends on."""
         return {
             "auto": None if self.auto is None else self.auto.state_dict(),
+            "excursions": self.excursions.state_dict(),
             "watch": None if self._watch is None else self._watch.state_dict(),
             "step_of_keeping": self._step_of_keeping,
         }
@@ -162,6 +191,7 @@ class WarmUp:
         if self.auto is not None and state["auto"] is not None:
             self.auto.load_state_dict(state["auto"])
         self._step_of_keeping = state["step_of_keeping"]
+        self.excursions.load_state_dict(state["excursions"])
         if state["watch"] is not None:
             self._watch = DriftWatch(chain.layout.names)
             self._watch.load_state_dict(state["watch"])

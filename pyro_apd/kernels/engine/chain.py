@@ -195,7 +195,7 @@ class Chain:
             # On a CPU the potential can be read at once; elsewhere reading waits for the device. Where processes check
             # their chains together, none may do so earlier.
             reads_now = self._is_cpu and not self.warmup.checks_in_sync
-            is_lost = reads_now and not self._watch.is_finite(self.energy)
+            is_lost = reads_now and (not self._watch.is_finite(self.energy) or self.warmup.is_suspicious(self.energy))
             if is_lost or self.step == 1 or self.step - self._watch.checked_step >= CHECK_EVERY:
                 self.check()
         self.warmup.after_draw(self, self._theta)
@@ -242,11 +242,28 @@ class Chain:
         if self.step == 0 or not self._theta:
             return
         diverged = self._watch.diverged(self.energy, self._theta)
-        if self.warmup.backs_off(self, bool(diverged)):
-            self._put_back(diverged)
+        is_outside = self.outside_history(may_wait=True)
+        outside = torch.nonzero(is_outside.reshape(-1)).flatten().tolist()
+        if self.warmup.backs_off(self, bool(diverged), bool(outside)):
+            self._put_back([*diverged, *outside])
         elif diverged:
             self._stop(diverged)
-        self._watch.passed(self._theta, self.step, len(self.draws))
+        self.warmup.excursions.add(self.energy)
+        self._watch.passed(self._theta, self.step, len(self.draws), is_outside)
+
+    def outside_history(self, *, may_wait: bool) -> Tensor:
+        """Which chains are on an excursion, see :mod:`pyro_apd.kernels.adaptation.excursions`, ``()`` or ``(C,)``.
+
+        :param may_wait: whether to ask, also where the device has to be waited for, if an outlying mini-batch is all.
+        """
+        watch = self.warmup.excursions
+        is_outside = watch.beyond(self.energy)
+        if watch.limit is None:
+            return is_outside
+        is_outside = is_outside & ~self._watch.is_frozen.to(is_outside.device)
+        if (self._is_cpu or may_wait) and bool(is_outside.any()):
+            is_outside = is_outside & ~watch.beyond(self.estimator.gradient(self._watch.checkpoint, self._inputs)[1])
+        return is_outside
 
     def _stop(self, diverged: Sequence[int]) -> None:
         """Freezes chains at their checkpoint; raises where that leaves none."""

@@ -117,11 +117,18 @@ class DivergenceWatch:
             for piece, candidate, checkpoint in zip(theta, self._candidate, self._checkpoint, strict=True):
                 piece[row] = candidate[row] = checkpoint[row]
 
-    def passed(self, theta: Pieces, step: int, num_draws: int) -> None:
-        """Ends a check: the candidate becomes the checkpoint, and the present state the candidate."""
+    def passed(self, theta: Pieces, step: int, num_draws: int, is_outside: Tensor | None = None) -> None:
+        """Ends a check: the candidate becomes the checkpoint, and the present state the candidate.
+
+        :param is_outside: chains on an excursion, ``()`` or ``(C,)``, which keep candidate and checkpoint from before.
+        """
         for checkpoint, candidate, piece in zip(self._checkpoint, self._candidate, theta, strict=True):
-            checkpoint.copy_(candidate)
-            candidate.copy_(piece)
+            if is_outside is None:
+                checkpoint.copy_(candidate)
+                candidate.copy_(piece)
+            else:
+                checkpoint.copy_(torch.where(is_outside.unsqueeze(-1), checkpoint, candidate))
+                candidate.copy_(torch.where(is_outside.unsqueeze(-1), candidate, piece))
         self.checked_step = step
         self.num_safe_draws = num_draws
 

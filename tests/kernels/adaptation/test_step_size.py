@@ -154,12 +154,56 @@ def test_step_follows_the_curvature_and_then_stays():
 def test_a_step_does_not_leap():
     auto = AutoStep(0.1, 1000, seed=0)
     sizes = []
-    for energy, curvature in ((5.0, 1e4), (1.0, 1.0), (2.0, 1.0), (9.0, 1.0)):
+    for energy, curvature in ((50.0, 1e4), (1.0, 1.0), (20.0, 1.0), (90.0, 1.0)):
         auto.measure(Quadratic([1e-3, curvature], epoch=1, energy=energy).local(at=0.0))
         sizes.append(auto.step_size)
     assert sizes[1] == pytest.approx(4 * sizes[0])  # the potential fell: it may grow, by so much
     assert sizes[2] == sizes[1]  # the potential rose: it may not
     assert sizes[3] == pytest.approx(sizes[2] / 4)  # above the start: it shrinks
+
+
+def test_a_chain_that_rises_from_a_mode_may_take_larger_steps():
+    """By D T / 2 and ten standard deviations the potential may exceed its lowest value; here by 50 + 71."""
+    curvature = torch.ones(100)
+    sizes = []
+    auto = AutoStep(0.1, 1000, seed=0)
+    for energy, stiff in ((0.0, 1e4), (60.0, 1.0), (115.0, 1.0), (130.0, 1.0)):
+        curvature[0] = stiff
+        auto.measure(Quadratic(curvature, epoch=1, energy=energy).local(at=0.0))
+        sizes.append(auto.step_size)
+    assert sizes[1] == pytest.approx(4 * sizes[0])
+    assert sizes[2] == pytest.approx(16 * sizes[0])
+    assert sizes[3] == pytest.approx(4 * sizes[0])  # above what a chain at its target has: it shrinks
+
+
+def test_the_last_quarter_uses_what_is_stable_at_the_largest_curvature_met():
+    auto = AutoStep(0.1, 1200, seed=0)
+    for step in range(1201):
+        if auto.is_due(step):
+            stiff = 1e4 if step == 900 else 1e3
+            auto.measure(Quadratic(torch.cat([torch.ones(299), torch.tensor([stiff])]), epoch=1).local(at=0.0))
+    assert auto.step_size == pytest.approx(0.5 * 4 / 1e4, rel=0.02)
+    assert auto.report()["bound"] == "stability"
+
+
+def test_a_step_that_led_to_an_excursion_grows_again_until_the_last_quarter():
+    auto, sizes = AutoStep(0.1, 1200, seed=0), []
+    problem = Quadratic([1.0, 10.0], epoch=1)
+    for step in range(1201):
+        if auto.is_due(step):
+            auto.measure(problem.local(at=0.0))
+        if step in (250, 1050):
+            before = auto.step_size
+            assert auto.back_off(step, is_lost=False)
+            assert auto.step_size == pytest.approx(before / 4)
+            assert auto.back_off(step + 99, is_lost=False)  # of the larger step's doing
+            assert auto.step_size == pytest.approx(before / 4)
+        sizes.append(auto.step_size)
+    assert sizes[250] < sizes[350] < sizes[450]
+    assert sizes[1000] == pytest.approx(4 / 10 * (1 - 1 / 1.09), rel=1e-3)
+    assert sizes[1200] == pytest.approx(sizes[1000] / 4)
+    assert auto.report()["bound"] == "excursions"
+    assert auto.report()["step_size"] == auto.step_size
 
 
 def test_a_step_does_not_throw_a_chain_out():
