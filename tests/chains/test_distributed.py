@@ -283,9 +283,9 @@ def test_all_processes_slow_down_where_one_has_a_chain_that_runs_away(tmp_path, 
         backed_off = []
         back_off = AutoStep.back_off
 
-        def noted(self, step):
+        def noted(self, step, *, is_lost):
             backed_off.append(step)
-            return back_off(self, step)
+            return back_off(self, step, is_lost=is_lost)
 
         kernel = SGLD(quartic, "auto", thinning=50, seed=1)
         with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
