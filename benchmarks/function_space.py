@@ -31,14 +31,14 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from benchmarks.common import markdown_table, write_json
-from benchmarks.tuning import KERNELS, SETTINGS, Pilot, TracedPotential, explore, plan
+from benchmarks.tuning import KERNELS, MCLMC_STEPS, SETTINGS, Pilot, TracedPotential, explore, plan, shown
 
 CHAINS = 4
 #: NUTS takes at most 2**TREE_DEPTH - 1 leapfrog steps per draw: this limits its time, not its correctness.
 TREE_DEPTH = 6
 NOISE = 0.5
 #: By kernel and whether on mini-batches.
-SAMPLERS = (("SGLD", False), ("SGLD", True), ("SGHMC", False))
+SAMPLERS = (("SGLD", False), ("SGLD", True), ("SGHMC", False), ("MCLMC", False))
 
 
 def layer(name: str, x: Tensor, width: int) -> Tensor:
@@ -211,6 +211,8 @@ def sampled(problem: Problem, name: str, is_batched: bool, pilot: Pilot, steps: 
     batch_size = problem.batch_size if is_batched else None
     how = plan(name, pilot, len(problem.args[0]), batch_size)
     thinning = max(1, steps // 1_000)
+    if name == "MCLMC":
+        thinning = min(thinning, MCLMC_STEPS)
     results = []
     for seed in range(CHAINS):
         kernel = KERNELS[name](
@@ -237,7 +239,7 @@ def cells(problem: str, row: Mapping[str, Any]) -> list[str]:
     return [
         problem,
         row["sampler"],
-        f"{row['step_size']:.2g}" if "step_size" in row else "",
+        shown(row["step_size"]) if "step_size" in row else "",
         f"{row['steps']:,}" if "steps" in row else "",
         f"{sum(row['seconds']):.0f}" if "seconds" in row else "",
         f"{row['r_hat']:.3f}" if "r_hat" in row else "",

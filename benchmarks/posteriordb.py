@@ -30,7 +30,7 @@ from torch import Tensor
 from benchmarks import posteriordb_auto
 from benchmarks.common import markdown_table, write_json
 from benchmarks.posteriordb_models import BATCHES, POSTERIORS, Posterior, arguments, data_folder, reference
-from benchmarks.tuning import KERNELS, SETTINGS, Plan, TracedPotential, explore, plan
+from benchmarks.tuning import KERNELS, SETTINGS, Plan, TracedPotential, explore, plan, shown
 from pyro_apd.errors import DivergenceError
 
 NUM_DRAWS, TARGET_ESS, MAX_STEPS = 5_000, 2_500, 100_000
@@ -125,7 +125,7 @@ def cells(entry: Mapping[str, Any]) -> list[str]:
         entry["kernel"],
         entry["coordinates"],
         str(entry["batch_size"] or "all"),
-        f"{entry['step_size']:.2g}",
+        shown(entry["step_size"]),
         f"{entry['steps']:,}",
         f"{entry['steps_wanted']:.1g}",
         " ".join(f"{run['seconds']:.0f}" for run in runs),

@@ -19,16 +19,23 @@ from pyro.infer import MCMC
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from torch import Tensor
 
-from pyro_apd import PSGLD, SGHMC, SGLD
+from pyro_apd import MCLMC, PSGLD, SGHMC, SGLD
 from pyro_apd.models.layout import Layout
 
-KERNELS = {"SGLD": SGLD, "PSGLD": PSGLD, "SGHMC": SGHMC}
+KERNELS = {"SGLD": SGLD, "PSGLD": PSGLD, "SGHMC": SGHMC, "MCLMC": MCLMC}
 #: Share by which a Gaussian's variance may be widened in its stiffest direction.
 INFLATION = 0.1
 #: PSGLD remembers 1 / (1 - DECAY) steps; SGHMC's friction is the package's default.
 DECAY, FRICTION = 0.999, 0.1
+#: Steps of MCLMC per draw: no theory says how many there should be.
+MCLMC_STEPS = 20
 #: Keywords by kernel.
-SETTINGS: Mapping[str, dict[str, Any]] = {"SGLD": {}, "PSGLD": {"decay": DECAY}, "SGHMC": {"friction": FRICTION}}
+SETTINGS: Mapping[str, dict[str, Any]] = {
+    "SGLD": {},
+    "PSGLD": {"decay": DECAY},
+    "SGHMC": {"friction": FRICTION},
+    "MCLMC": {},
+}
 
 
 class TracedPotential:
@@ -118,11 +125,11 @@ def explore(target: TracedPotential, by_row: bool = True, num_points: int = 60) 
 class Plan:
     """How a kernel is run.
 
-    :ivar float step_size: epsilon.
+    :ivar step_size: epsilon, or ``"auto"``.
     :ivar float steps_each: Langevin steps per effective draw; infinite if the pilot chain cannot tell.
     """
 
-    step_size: float
+    step_size: float | str
     steps_each: float
 
 
@@ -133,8 +140,10 @@ def plan(kernel: str, pilot: Pilot, num_data: int, batch_size: int | None = None
     of a direction is widened by eps (L + C) / 4 in SGLD and PSGLD, and by eps (L / (2 - a) + C / a) / 4 in SGHMC at
     friction a, L and C being those of G^1/2 U'' G^1/2. The 95 % point along the pilot chain of the stiffest
     direction's widening is set to :data:`INFLATION`. An effective draw takes 4 / (eps L) steps in the slowest
-    direction, times a in SGHMC, but no fewer than 2 / a there.
+    direction, times a in SGHMC, but no fewer than 2 / a there. MCLMC finds its step size itself.
     """
+    if kernel == "MCLMC":
+        return Plan("auto", MCLMC_STEPS)
     noise = torch.zeros_like(pilot.row_covariance)
     if batch_size is not None:
         noise = num_data * (num_data / batch_size - 1) * pilot.row_covariance
@@ -149,3 +158,8 @@ def plan(kernel: str, pilot: Pilot, num_data: int, batch_size: int | None = None
     slowest = float(torch.linalg.eigvalsh(hessians.mean(0))[0])
     steps = 4 / (step_size * slowest) if slowest > 0 else math.inf
     return Plan(step_size, max(FRICTION * steps, 2 / FRICTION) if kernel == "SGHMC" else steps)
+
+
+def shown(step_size: float | str) -> str:
+    """A step size in a table."""
+    return step_size if isinstance(step_size, str) else f"{step_size:.2g}"

@@ -16,7 +16,16 @@ from pyro_apd._version import __version__ as __version__
 from pyro_apd.chains import MCMC, CheckpointError, WorkerError, open_store
 from pyro_apd.distillation import DistillationError, DistillationWarning, OnlineDistillation, distill, distill_online
 from pyro_apd.errors import ArtifactError, DataError, DivergenceError, ModelError
-from pyro_apd.kernels import PSGLD, SGHMC, SGLD, ExcursionWarning, WarmupWarning, recommended_kernel, schedules
+from pyro_apd.kernels import (
+    MCLMC,
+    PSGLD,
+    SGHMC,
+    SGLD,
+    ExcursionWarning,
+    WarmupWarning,
+    recommended_kernel,
+    schedules,
+)
 from pyro_apd.models.bnn import BNN
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.predictive.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs
@@ -32,6 +41,7 @@ _LAZY = {"active_learning", "adversarial", "baselines", "datasets", "diagnostics
 
 __all__ = [
     "BNN",
+    "MCLMC",
     "MCMC",
     "PSGLD",
     "SGHMC",

@@ -7,12 +7,14 @@ from pyro_apd.kernels.adaptation.drift import WarmupWarning
 from pyro_apd.kernels.adaptation.excursions import ExcursionWarning
 from pyro_apd.kernels.engine import schedules
 from pyro_apd.kernels.engine.schedules import Constant, Cyclical, PolynomialDecay
+from pyro_apd.kernels.mclmc import MCLMC
 from pyro_apd.kernels.psgld import PSGLD
 from pyro_apd.kernels.recommended import recommended_kernel
 from pyro_apd.kernels.sghmc import SGHMC
 from pyro_apd.kernels.sgld import SGLD
 
 __all__ = [
+    "MCLMC",
     "PSGLD",
     "SGHMC",
     "SGLD",

@@ -9,7 +9,6 @@ A sampler is a subclass with one method, :meth:`StochasticGradientKernel._update
 from __future__ import annotations
 
 import os
-import time
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -31,6 +30,7 @@ from pyro_apd.kernels.engine.control_variates import ControlVariates
 from pyro_apd.kernels.engine.data_parallel import DataParallelGradient
 from pyro_apd.kernels.engine.gradients import GradientEstimator, PlainGradient
 from pyro_apd.kernels.engine.programs import Estimate
+from pyro_apd.kernels.engine.progress import Progress
 from pyro_apd.kernels.engine.schedules import Schedule, as_schedule
 from pyro_apd.kernels.engine.starts import checked_start, starting_at
 from pyro_apd.kernels.engine.step import SMALL, Step, StepSettings, step_seconds, steps_per_program
@@ -150,9 +150,7 @@ class StochasticGradientKernel(MCMCKernel):
         self._last_params: dict[str, Tensor] | None = None
         self._warmup_steps = 0
         self._num_draws = 0
-        self._log: OrderedDict[str, str] = OrderedDict()
-        self._started_at = 0.0
-        self._logged_at = 0.0
+        self._progress = Progress()
         self._temperatures: list[Temperature] = []
 
     # -- Pyro's contract ----------------------------------------------------------------------------------------------
@@ -189,15 +187,14 @@ class StochasticGradientKernel(MCMCKernel):
         :param initial_params: unconstrained values by site; for C chains with a leading dimension of C.
         :raises: as :meth:`setup`.
         """
-        self._started_at, self._logged_at, self._log = time.monotonic(), 0.0, OrderedDict()
+        self._progress = Progress()
         run_seed = self._run_seed(is_numbered=chains is not None)
         if chains is None:
             chains = ChainSet(first=self._num_chains_begun)
         self._num_chains_begun += chains.size
         seeds = chains.seeds(run_seed)
-        potential, starts = self._open(
-            args, kwargs, seeds, starting_at(self.init_strategy, initial_params, chains.count)
-        )
+        strategy = starting_at(self.init_strategy, initial_params, chains.count)
+        potential, starts = self._open(args, kwargs, seeds, strategy)
         self.layout, self.transforms = potential.layout, potential.layout.transforms
         estimator = self._estimator(potential, chains)
         theta = starts[0] if chains.count is None else torch.stack(starts)
@@ -207,11 +204,7 @@ class StochasticGradientKernel(MCMCKernel):
             chains.data_ranks.broadcast(theta)
         num_warmup = warmup_steps * self.thinning
         potential.source.prefetch = self.prefetch
-        auto = None
-        if self.schedule is None:
-            auto = AutoStep(self.max_inflation, num_warmup, derived_seed(run_seed, "step size"))
-        schedule = auto or self.schedule
-        assert schedule is not None
+        schedule, warmup = self._warm_up(num_warmup, potential.layout.size, chains, run_seed)
         num_draws = warmup_steps + (warmup_steps if num_samples is None else num_samples)
         unroll = steps_per_program(self.thinning) if potential.layout.size * chains.num_counted <= SMALL else 1
         settings = StepSettings(
@@ -222,8 +215,7 @@ class StochasticGradientKernel(MCMCKernel):
             unroll=unroll,
             num_threads=threads_for(step_seconds(potential, chains.size), theta.device),
         )
-        sampler = Sampler(type(self).__name__, self._update, self._dynamics, self._kinetic)
-        warmup = WarmUp(num_warmup, self.temperature, chains, auto, self.warm_start, potential.layout.size)
+        sampler = Sampler(type(self).__name__, self._update, self._dynamics, self._kinetic, self._kept)
         self._chain = Chain(potential, estimator, theta, chains, seeds, sampler, schedule, settings, warmup)
         self._start_chain(self._chain)
         return self._chain
@@ -251,14 +243,10 @@ class StochasticGradientKernel(MCMCKernel):
 
     def report(self, chain: Chain) -> dict[str, Any]:
         """Report of a chain at its end, as JSON values; see :meth:`diagnostics`."""
+        temperatures = [asdict(t) for t in chain.temperatures(self.temperature)]
+        own = {"path": chain.path, "temperatures": temperatures, "excursions": chain.warmup.excursions.marked()}
         tuning = {"tuning": self.tuning} if self.tuning else {}
-        return {
-            "path": chain.path,
-            "temperatures": [asdict(t) for t in chain.temperatures(self.temperature)],
-            "excursions": chain.warmup.excursions.marked(),
-            "warnings": list(chain.warmup.warnings),
-            **tuning,
-        }
+        return {**own, "warnings": list(chain.warmup.warnings), **tuning}
 
     def _open(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], seeds: list[int], strategy: Callable[..., Any]
@@ -325,17 +313,9 @@ class StochasticGradientKernel(MCMCKernel):
     def logging(self) -> OrderedDict[str, str]:
         """What the progress bar shows: of several chains the mean, the number that diverged, and all steps per second.
 
-        It is updated a few times per second only: on a GPU, reading waits for the device.
+        It is updated a few times per second only.
         """
-        chain, now = self._running_chain(), time.monotonic()
-        if chain.step and now - self._logged_at > (0.1 if chain.energy.device.type == "cpu" else 0.5):
-            self._log["step size"] = f"{chain.step_size:.2e}"
-            self._log["potential"] = f"{float(chain.energy.mean()):.4g}"
-            self._log["|grad|"] = f"{float(chain.gradient_norm.mean()):.3g}"
-            self._log["diverged"] = f"{len(chain.divergences)}/{chain.num_chains or 1}"
-            self._log["steps/s"] = f"{chain.step * (chain.num_chains or 1) / max(now - self._started_at, 1e-9):.0f}"
-            self._logged_at = now
-        return self._log
+        return self._progress.row(self._running_chain())
 
     def diagnostics(self) -> dict[str, Any]:
         """Of the finished chain: ``divergences`` (indices of draws; empty, as a chain that diverges raises),
@@ -348,12 +328,10 @@ class StochasticGradientKernel(MCMCKernel):
         """
         chain = self._running_chain()
         self.end(chain)
-        series = {name: torch.stack(values) if values else torch.empty(0) for name, values in chain.trace.items()}
-        statistics = {name: values.cpu() for name, values in series.items()}
+        series = {name: torch.stack(v).cpu() if v else torch.empty(0) for name, v in chain.trace.items()}
         report = self.report(chain)
-        excursions = report["excursions"][0] if report["excursions"] else []
-        own = {"excursions": excursions, "temperatures": self.temperatures()}
-        return {"divergences": [], **statistics, **report, **own}
+        own = {"excursions": [*report["excursions"], []][0], "temperatures": self.temperatures()}
+        return {"divergences": [], **series, **report, **own}
 
     def temperatures(self) -> list[Temperature]:
         """Temperatures of the chain that ran last, over all weights and by site, each with its standard error.
@@ -383,6 +361,17 @@ class StochasticGradientKernel(MCMCKernel):
 
     #: Of a sampler with momenta: sums of their thermal motion, n T by site, from the auxiliary state and step size.
     _kinetic: Callable[[Mapping[str, Pieces], float], Tensor] | None = None
+
+    #: Names of the auxiliary state that a chain keeps when it is put back to a checkpoint; the rest becomes zero.
+    _kept: tuple[str, ...] = ()
+
+    def _warm_up(self, num_steps: int, num_latents: int, chains: ChainSet, run_seed: int) -> tuple[Schedule, WarmUp]:
+        """Step size by step, and what adapts the chains over ``num_steps`` Langevin steps of warm-up."""
+        seed = derived_seed(run_seed, "step size")
+        auto = AutoStep(self.max_inflation, num_steps, seed) if self.schedule is None else None
+        schedule = auto or self.schedule
+        assert schedule is not None
+        return schedule, WarmUp(num_steps, self.temperature, chains, auto, self.warm_start, num_latents)
 
     def _start_chain(self, chain: Chain) -> None:
         """Prepares what the sampler keeps beside theta, such as momenta, in ``chain.auxiliary``."""

@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.chains.driver import MCMC, open_store
 from pyro_apd.errors import DivergenceError, ModelError
-from pyro_apd.kernels import PSGLD, SGHMC, SGLD
+from pyro_apd.kernels import MCLMC, PSGLD, SGHMC, SGLD
 from tests.chains.test_driver import METHODS, forked, theta, wait_until
 from tests.support.exactness import assert_gaussian
 from tests.support.models import Classifier, Conjugate, constrained
 
 pytestmark = pytest.mark.slow
 
-KERNELS = [SGLD, PSGLD, SGHMC]
+KERNELS = [SGLD, PSGLD, SGHMC, MCLMC]
 PROBLEM = Conjugate()
 DATA = (PROBLEM.x, PROBLEM.y)
 
@@ -66,6 +66,7 @@ def test_mcmc_interface(kernel_class, method, num_chains, group_by_chain):
         (SGLD, "fork"),
         (PSGLD, "fork"),
         (SGHMC, "fork"),
+        (MCLMC, "fork"),
         (SGHMC, "spawn"),  # which has more state than the others; they are sent the same way
         pytest.param(SGLD, "spawn", marks=pytest.mark.thorough),
         pytest.param(PSGLD, "spawn", marks=pytest.mark.thorough),

@@ -17,11 +17,11 @@ from pyro.infer.mcmc.api import StreamingMCMC
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.errors import DataError, DivergenceError, ModelError
-from pyro_apd.kernels import PSGLD, SGHMC, SGLD
+from pyro_apd.kernels import MCLMC, PSGLD, SGHMC, SGLD
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from tests.support.models import Classifier, Conjugate, constrained, null
 
-KERNELS = [SGLD, PSGLD, SGHMC]
+KERNELS = [SGLD, PSGLD, SGHMC, MCLMC]
 PROBLEM = Conjugate()
 DATA = (PROBLEM.x, PROBLEM.y)
 
@@ -33,7 +33,9 @@ def kernel_class(request):
 
 @pytest.fixture(params=[SGLD, SGHMC], ids=lambda kernel: kernel.__name__)
 def diverging_kernel_class(request):
-    """PSGLD is not among them: its preconditioner shrinks as gradients grow, so that steps stay bounded."""
+    """PSGLD is not among them: its preconditioner shrinks as gradients grow, so that steps stay bounded. Nor is MCLMC,
+    whose speed is constant.
+    """
     return request.param
 
 
@@ -76,6 +78,7 @@ def test_streaming_interface(kernel_class, num_chains):
         (SGLD, "fork"),
         (PSGLD, "fork"),
         (SGHMC, "fork"),
+        (MCLMC, "fork"),
         (SGHMC, "spawn"),
         pytest.param(SGLD, "spawn", marks=pytest.mark.thorough),
         pytest.param(PSGLD, "spawn", marks=pytest.mark.thorough),

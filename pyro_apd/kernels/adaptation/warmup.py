@@ -161,8 +161,7 @@ class WarmUp:
         frozen = {error.chain for error in chain.divergences}
         drifts = [drift for drift in self._watch.drifts(self.temperature) if drift.chain not in frozen]
         if drifts:
-            sds = prior_sds(chain.potential)
-            needed = {site: _steps_to_forget(chain, site, sd) for site, sd in sds.items()}
+            sds, needed = prior_sds(chain.potential), self._steps_to_forget(chain)
             if chain.num_chains is not None:
                 drifts = [replace(drift, chain=(drift.chain or 0) + self._chains.first) for drift in drifts]
             kind = {"is_automatic": self.auto is not None, "is_optimised": bool(self.warm_start)}
@@ -195,6 +194,10 @@ class WarmUp:
         if state["watch"] is not None:
             self._watch = DriftWatch(chain.layout.names)
             self._watch.load_state_dict(state["watch"])
+
+    def _steps_to_forget(self, chain: AdaptedChain) -> dict[str, float]:
+        """Steps until the start is forgotten by the prior alone, by site; empty where no theory says."""
+        return {site: _steps_to_forget(chain, site, sd) for site, sd in prior_sds(chain.potential).items()}
 
     def _local_potential(self, chain: AdaptedChain) -> LocalPotential:
         is_active = torch.ones(self._chains.size, dtype=torch.bool)

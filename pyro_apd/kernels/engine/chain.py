@@ -40,12 +40,14 @@ class Sampler:
     :ivar update: the update equation.
     :ivar dynamics: the recursion that it is along one direction, at the chain's present state.
     :ivar kinetic: see :class:`~pyro_apd.kernels.engine.temperature.ThermometerSet`.
+    :ivar kept: names of the auxiliary state that stays when a chain is put back to its checkpoint.
     """
 
     name: str
     update: Update
     dynamics: Callable[[Chain], Dynamics]
     kinetic: Kinetic | None = None
+    kept: tuple[str, ...] = ()
 
 
 class Chain:
@@ -276,11 +278,12 @@ class Chain:
         self._put_back(diverged)
 
     def _put_back(self, diverged: Sequence[int]) -> None:
-        """Resets chains to their checkpoint, with an auxiliary state of zero."""
+        """Resets chains to their checkpoint, with an auxiliary state of zero but for what the sampler keeps."""
         self._watch.put_back(diverged, self._theta)
+        moving = [pieces for name, pieces in self.auxiliary.items() if name not in self._sampler.kept]
         for chain in diverged:
             row = ... if self.num_chains is None else chain
-            for pieces in self.auxiliary.values():
+            for pieces in moving:
                 for piece in pieces:
                     if piece.is_floating_point():  # others are counts of steps
                         piece[row] = 0.0

@@ -41,6 +41,7 @@ class Step:
     :ivar theta: the state, to be moved in place.
     :ivar auxiliary: what the sampler keeps beside it, to be changed in place.
     :ivar gradient: of U at theta, on this step's mini-batch.
+    :ivar Tensor energy: U at theta, on this step's mini-batch, ``()`` or ``(C,)``.
     :ivar noise: standard normal.
     :ivar Tensor size: epsilon, ``()``, or ``(C, 1)`` where chains may differ.
     :ivar gradient_at: gradient of U at another state, on the same mini-batch.
@@ -50,6 +51,7 @@ class Step:
     theta: Pieces
     auxiliary: Mapping[str, Pieces]
     gradient: Pieces
+    energy: Tensor
     noise: Pieces
     size: Tensor
     gradient_at: Callable[[Pieces], Pieces]
@@ -212,7 +214,9 @@ class Stepper:
             measures = (energy, torch.stack([(g * g).sum(-1) for g in gradient]).sum(0))
         pieces = tuple(noise.split(self._sizes, -1))
         num_data = self.estimator.num_data or 1
-        self._update(Step(theta, auxiliary, gradient, pieces, size, lambda at: gradients(at, inputs)[0], num_data))
+        self._update(
+            Step(theta, auxiliary, gradient, energy, pieces, size, lambda at: gradients(at, inputs)[0], num_data)
+        )
         return measures
 
     def _is_compiling(self, steps_taken: int) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.errors import DivergenceError
-from pyro_apd.kernels import PSGLD, SGHMC, SGLD
+from pyro_apd.kernels import MCLMC, PSGLD, SGHMC, SGLD
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from tests.support.models import Classifier, Conjugate, constrained
 
@@ -30,6 +30,7 @@ CASES = {
     "SGLD": lambda: network(SGLD),
     "SGHMC": lambda: network(SGHMC),
     "PSGLD": lambda: network(PSGLD),
+    "MCLMC": lambda: network(MCLMC),
     "control variates": lambda: network(SGLD, control_variates=True),
     "full batch": lambda: (SGLD(PROBLEM.full, 1e-3, seed=1), (PROBLEM.x, PROBLEM.y)),
     "plate": lambda: (SGLD(PROBLEM.subsampling, 1e-3, seed=1), (PROBLEM.x, PROBLEM.y)),

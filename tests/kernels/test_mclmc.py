@@ -1,0 +1,228 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""MCLMC against exact posteriors, and its warm-up: step size, preconditioner, L, mini-batches, resuming."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import MCMC
+
+from pyro_apd.chains.driver import MCMC as Driver
+from pyro_apd.errors import ModelError
+from pyro_apd.kernels import MCLMC
+from pyro_apd.kernels.adaptation.microcanonical import ENERGY_VARIANCE
+from pyro_apd.kernels.engine.chain_set import ChainSet
+from pyro_apd.kernels.mclmc import kicked
+from tests.support.exactness import assert_gaussian, draws_of_chains
+from tests.support.models import Classifier, Conjugate, constrained
+
+PROBLEM = Conjugate()
+DATA = (PROBLEM.x, PROBLEM.y)
+SDS = torch.logspace(0, -2, 10)
+MEAN = torch.linspace(-1, 1, 10) * SDS
+
+
+def gaussian():
+    """Of condition number 10,000."""
+    pyro.sample("w", dist.Normal(MEAN, SDS).to_event(1))
+
+
+def run(kernel, *args, num_samples=20, warmup_steps=40, num_chains=4, driver=Driver, **settings):
+    mcmc = driver(kernel, num_samples, warmup_steps, num_chains=num_chains, disable_progbar=True, **settings)
+    mcmc.run(*args)
+    return mcmc
+
+
+def unit(*shape, seed=0, dtype=torch.float64):
+    vector = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return vector / vector.norm(dim=-1, keepdim=True)
+
+
+def test_a_kick_is_the_stated_formula():
+    velocity, downhill = unit(5, 7), unit(5, 7, seed=1)
+    delta = torch.tensor([0.0, 1e-6, 0.1, 1.0, 10.0], dtype=torch.float64).unsqueeze(-1)
+    cosine = (velocity * downhill).sum(-1, keepdim=True)
+    scale = delta.cosh() + cosine * delta.sinh()
+    expected = (velocity + downhill * (delta.sinh() + cosine * (delta.cosh() - 1))) / scale
+    found, gain = kicked(velocity, downhill, delta)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gain, scale.log())
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("delta", [200.0, 1e10, 1e30])
+def test_the_largest_gradients_do_not_overflow(delta):
+    velocity = torch.stack([unit(7, dtype=torch.float32), -unit(7, seed=1, dtype=torch.float32)])
+    downhill = unit(7, seed=1, dtype=torch.float32).expand(2, 7)
+    found, gain = kicked(velocity, downhill, torch.full((2, 1), delta))
+    torch.testing.assert_close(found[0], downhill[0])
+    assert bool(torch.isfinite(found).all() & torch.isfinite(gain).all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_exact_gaussian_posterior_at_a_small_step(temperature):
+    """An energy variance of 2e-6 per weight, where discretisation cannot be seen."""
+    exact = Conjugate(temperature=temperature)
+    sd = math.sqrt(float(exact.covariance.trace()) / 3)
+    kernel = MCLMC(PROBLEM.full, 0.35 * sd, length=2.0 * sd, temperature=temperature, seed=1, compile=False)
+    assert_gaussian(draws_of_chains(kernel, DATA, num_chains=256, every=20, warmup=800), exact.mean, exact.covariance)
+
+
+@pytest.mark.slow
+def test_automatic_warm_up_on_an_ill_conditioned_gaussian():
+    """Variances are a few per cent too large at the energy error aimed at."""
+    kernel = MCLMC(gaussian, thinning=10, seed=0, compile=False)
+    draws = run(kernel, num_samples=60, warmup_steps=120, num_chains=48).get_samples(group_by_chain=True)["w"]
+    assert_gaussian(draws.double(), MEAN, torch.diag(SDS.square()), excess=0.08)
+    assert kernel.tuning["energy_variance"] == pytest.approx(ENERGY_VARIANCE, rel=0.5)
+
+
+@pytest.mark.slow
+def test_automatic_warm_up_through_pyros_driver():
+    kernel = MCLMC(PROBLEM.full, thinning=3, seed=0, compile=False)
+    mcmc = MCMC(kernel, num_samples=1000, warmup_steps=200, disable_progbar=True)
+    mcmc.run(*DATA)
+    draws = mcmc.get_samples()["w"].double()
+    white = (draws - PROBLEM.mean.double()) @ torch.linalg.inv(torch.linalg.cholesky(PROBLEM.covariance.double())).T
+    # Some 500 independent draws: five standard errors.
+    assert bool((white.mean(0).abs() < 0.22).all()), white.mean(0)
+    assert bool(((white.T @ white / len(white) - torch.eye(3)).abs() < 0.33).all())
+    assert kernel.tuning["energy_variance"] == pytest.approx(ENERGY_VARIANCE, rel=0.5)
+
+
+@pytest.mark.slow
+def test_a_preconditioner_is_of_the_draws_sds():
+    kernel = MCLMC(gaussian, thinning=10, seed=0, compile=False)
+    chain = kernel.begin((), {}, warmup_steps=150, chains=ChainSet(count=16))
+    with torch.no_grad():
+        chain.advance(1500)
+    ratios = chain.auxiliary["scale"][0] / SDS
+    assert bool((ratios.log().mean(0).abs() < 0.5).all()), ratios.log().mean(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_chains", [None, 2])
+@pytest.mark.parametrize("taken", [0, 7, 60, 130, 200, 230])
+def test_resumed_in_warm_up_bit_for_bit(num_chains, taken):
+    kernel = MCLMC(PROBLEM.full, seed=1, compile=False)
+    begin = {"warmup_steps": 200, "num_samples": 50, "chains": ChainSet(count=num_chains)}
+    chain, resumed = (kernel.begin(DATA, {}, **begin) for _ in range(2))
+    with torch.no_grad():
+        if taken:
+            chain.advance(taken)
+        state = chain.state_dict()
+        chain.advance(250 - taken)
+        resumed.load_state_dict(state)
+        resumed.advance(250 - taken)
+    assert torch.equal(resumed.theta, chain.theta)
+    assert resumed.warmup.report() == chain.warmup.report()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_the_driver_resumes_bit_for_bit(tmp_path):
+    def start(path, num_samples):
+        kernel = MCLMC(Classifier(), seed=3, compile=False)
+        return run(kernel, *network_data(), num_samples=num_samples, num_chains=2, checkpoint=path)
+
+    whole = start(tmp_path / "one", 30)
+    stopped = tmp_path / "other"
+
+    class StopError(Exception):
+        pass
+
+    def stop(kernel, params, stage, i):
+        if stage.lower().startswith("sample") and i == 12:
+            raise StopError
+
+    kernel = MCLMC(Classifier(), seed=3, compile=False)
+    with pytest.raises(StopError):
+        run(kernel, *network_data(), num_samples=30, num_chains=2, checkpoint=stopped, hook_fn=stop)
+    again = start(stopped, 30)
+    for name, value in whole.get_samples().items():
+        assert torch.equal(again.get_samples()[name], value)
+
+
+def network_data():
+    return torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
+
+
+@pytest.mark.slow
+def test_seeds_repeat_an_automatic_run():
+    one, again, other = (run(MCLMC(PROBLEM.full, seed=s), *DATA).get_samples()["w"] for s in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constrained_sites(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        draws = run(MCLMC(constrained, seed=0), torch.linspace(-1, 1, 20, dtype=dtype)).get_samples()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(value.dtype == dtype for value in draws.values())
+    assert bool((draws["scale"] > 0).all())
+
+
+@pytest.mark.thorough
+def test_compiled_steps_are_the_eager_ones():
+    def thetas(compile):
+        kernel = MCLMC(PROBLEM.full, 0.02, length=0.1, seed=1, thinning=5, compile=compile)
+        chain = kernel.begin(DATA, {}, warmup_steps=0, chains=ChainSet(count=3))
+        with torch.no_grad():
+            chain.advance(15)
+        return chain.theta, chain.path
+
+    (eager, _), (compiled, path) = thetas(False), thetas(True)
+    assert path == "compiled"
+    torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.thorough
+def test_noise_of_mini_batches_is_held_to_what_is_allowed():
+    """Rows with replacement: then batches are independent, as the theory has them."""
+    x = PROBLEM.x * torch.tensor([3.0, 1.0, 0.3])
+    precision = x.T @ x + torch.eye(3)
+    covariance, mean = torch.linalg.inv(precision), torch.linalg.solve(precision, x.T @ PROBLEM.y)
+    kernel = MCLMC(PROBLEM.full, batch_size=100, replacement=True, seed=0, compile=False, thinning=10)
+    mcmc = run(kernel, x, PROBLEM.y, num_samples=60, warmup_steps=150, num_chains=48)
+    assert_gaussian(mcmc.get_samples(group_by_chain=True)["w"].double(), mean, covariance, excess=0.1)
+    assert 0.0 < kernel.tuning["inflation"] <= 0.1
+
+
+@pytest.mark.slow
+def test_a_given_step_on_noisy_batches_warns():
+    kernel = MCLMC(PROBLEM.full, 0.05, length=10.0, batch_size=10, replacement=True, seed=0, max_inflation=0.01)
+    with pytest.warns(UserWarning, match="Mini-batches widen variances by up to"):
+        run(kernel, PROBLEM.x * torch.tensor([3.0, 1.0, 0.3]), PROBLEM.y, num_samples=5)
+
+
+def test_a_step_that_is_too_large_warns_of_a_better_one():
+    kernel = MCLMC(PROBLEM.full, 0.3, seed=0, compile=False)
+    with pytest.warns(UserWarning, match=r"energy error is .* per weight.*Try step_size=0\.0"):
+        run(kernel, *DATA, num_samples=100, warmup_steps=20)
+
+
+def test_one_latent_value_is_refused():
+    with pytest.raises(ModelError, match="one latent value"):
+        run(MCLMC(lambda: pyro.sample("w", dist.Normal(0.0, 1.0))))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"length": 0.0}, "length=0.0"),
+        ({"length": "long"}, "length='long'"),
+        ({"precondition": 1}, "precondition=1"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MCLMC(PROBLEM.full, **settings)
