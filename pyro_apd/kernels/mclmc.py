@@ -53,7 +53,8 @@ class MCLMC(StochasticGradientKernel):
     Gradients of **all the data** are the default, and what this kernel is for: a step costs a pass over the data, and
     few steps are needed. Noise of mini-batches that is not the same in all directions biases the draws
     (:mod:`~pyro_apd.kernels.adaptation.gradient_noise` has the theory). It is measured, and L and epsilon are lowered
-    until variances are at most ``max_inflation`` too large, which costs speed; where they are given, a run warns.
+    until the theory predicts variances at most ``max_inflation`` too large, which costs most of the speed. That
+    prediction is not exact, so for mini-batches take SGLD or SGHMC. Where L and epsilon are given, a run warns.
 
     :param step_size: epsilon, in units of the preconditioner :math:`\sigma`: ``"auto"``, or as for other kernels, with
         :math:`\sigma = 1`. With ``"auto"`` up to 500 steps of Adam come first, in addition to the warm-up's steps; so

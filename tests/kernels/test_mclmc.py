@@ -184,18 +184,6 @@ def test_compiled_steps_are_the_eager_ones():
     torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.thorough
-def test_noise_of_mini_batches_is_held_to_what_is_allowed():
-    """Rows with replacement: then batches are independent, as the theory has them."""
-    x = PROBLEM.x * torch.tensor([3.0, 1.0, 0.3])
-    precision = x.T @ x + torch.eye(3)
-    covariance, mean = torch.linalg.inv(precision), torch.linalg.solve(precision, x.T @ PROBLEM.y)
-    kernel = MCLMC(PROBLEM.full, batch_size=100, replacement=True, seed=0, compile=False, thinning=10)
-    mcmc = run(kernel, x, PROBLEM.y, num_samples=60, warmup_steps=150, num_chains=48)
-    assert_gaussian(mcmc.get_samples(group_by_chain=True)["w"].double(), mean, covariance, excess=0.1)
-    assert 0.0 < kernel.tuning["inflation"] <= 0.1
-
-
 @pytest.mark.slow
 def test_a_given_step_on_noisy_batches_warns():
     kernel = MCLMC(PROBLEM.full, 0.05, length=10.0, batch_size=10, replacement=True, seed=0, max_inflation=0.01)
