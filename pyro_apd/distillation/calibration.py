@@ -31,7 +31,9 @@ _NUMBERS, _MIN_DRAWS, _MAX_DRAWS, _FEW_DRAWS = 4_000_000, 100, 200, 40
 # Inputs of all groups: as many as take these multiplications for all draws, within bounds. They are chosen among so
 # many times as many at most, by how far these draws of the chain disagree there.
 _PRODUCTS, _MIN_PROBES, _MAX_PROBES = 24_000_000_000, 60, 1000
-_CANDIDATES, _NUM_CHOOSING = 20, 10
+_CANDIDATES, _NUM_CHOOSING = 4, 10
+# Inputs that are evaluated together: intermediate results of a block of draws take some ten megabytes.
+_INPUTS_AT_A_TIME = 250
 # Inputs are chosen in proportion to the disagreement, and this share of its mean.
 _EVENLY = 0.2
 # A network is costly from these multiplications per input on.
@@ -165,8 +167,9 @@ def _draws(generator: SubspaceGenerator, count: int, like: Tensor) -> Iterator[T
     """Draws in blocks, evenly spread over modes all together."""
     place_S1 = stratified(torch.empty(count, 1, dtype=like.dtype, device=like.device))
     for place_N1 in place_S1.split(draws_per_block(generator.latent_size * like.element_size())):
-        noise_NL = torch.randn(len(place_N1), generator.latent_size - 1, dtype=like.dtype, device=like.device)
-        yield generator(torch.cat([place_N1, noise_NL], 1))
+        # One at a time: random numbers of a tensor depend on its shape, and blocks must not change the result.
+        noise_NL = [torch.randn(generator.latent_size - 1, dtype=like.dtype, device=like.device) for _ in place_N1]
+        yield generator(torch.cat([place_N1, torch.stack(noise_NL)], 1))
 
 
 def _typical_noise(generator: SubspaceGenerator) -> Tensor:
@@ -201,7 +204,7 @@ class _Inputs:
         """
         groups = {k: rows for k, rows in probes.groups(num_candidates // len(_SHARES)).items() if k in _SHARES}
         every = cls._of(groups)
-        views = joined(space.views(theta_SD, every.rows) for theta_SD in draws.spaced(min(_NUM_CHOOSING, len(draws))))
+        views = _views(space, draws.spaced(min(_NUM_CHOOSING, len(draws))), every.rows)
         if not every.rows:
             return cls((), {"rows": len(views[0])}, views[0].new_full((len(views[0]),), 1 / len(views[0])))
         score_PF = space.disagreements(views).double()
@@ -223,6 +226,17 @@ class _Inputs:
 
     def disagreements(self, space: FunctionSpace, blocks: Iterable[Tensor]) -> dict[str, Tensor]:
         """By group, how far draws disagree on average, ``(F,)``."""
-        values_PF = space.disagreements(joined(space.views(theta_SD, self.rows) for theta_SD in blocks))
+        values_PF = space.disagreements(_views(space, blocks, self.rows))
         parts = (values_PF * self.weight_P.unsqueeze(1)).split(list(self.lengths.values()))
         return {name: part.sum(0).clamp_min(1e-30) for name, part in zip(self.lengths, parts, strict=True)}
+
+
+def _views(space: FunctionSpace, blocks: Iterable[Tensor], rows: tuple[Tensor, ...]) -> list[Tensor]:
+    """Function values of all draws at all inputs, of which some are evaluated at a time."""
+    spans = [slice(i, i + _INPUTS_AT_A_TIME) for i in range(0, len(rows[0]), _INPUTS_AT_A_TIME)] if rows else [slice(0)]
+
+    def at(theta_SD: Tensor) -> list[Tensor]:
+        parts = [space.views(theta_SD, tuple(value[span] for value in rows)) for span in spans]
+        return [torch.cat(views) for views in zip(*parts, strict=True)]
+
+    return joined(at(theta_SD) for theta_SD in blocks)
