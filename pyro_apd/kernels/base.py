@@ -82,7 +82,7 @@ class StochasticGradientKernel(MCMCKernel):
     :param bool control_variates: remove mini-batch noise near the state that sampling starts from, with two gradients
         per step (Baker et al. 2019; see :mod:`~pyro_apd.kernels.engine.control_variates`). It needs a start at a mode.
     :param compile: compile each step, which takes some 15 seconds at first. ``"auto"`` does so where the planned steps
-        of a chain, or those taken, are so many that it saves twice its time by the estimate of
+        of a chain, or those taken, are so many that it saves more than its time by the estimate of
         :mod:`~pyro_apd.kernels.engine.programs`. It is announced, and ``diagnostics()["path"]`` says what was done.
     :param bool cuda_graphs: replay compiled steps on a GPU as a CUDA graph. Not measured yet, hence an option.
     :param bool capture: capture the potential as a graph of tensor operations (see :mod:`pyro_apd.models.potential`);

@@ -32,8 +32,6 @@ _KEPT: OrderedDict[str, Program] = OrderedDict()
 _SAVED_PER_SITE, _SAVED_PER_WEIGHT = 0.18e-3, 35e-9
 # Compiling takes so long, and so much more per step in a program and site.
 _COMPILING, _COMPILING_PER_SITE = 10.0, 0.25
-# Estimates are right to a factor of about two.
-_MARGIN = 2.0
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,9 @@ class Estimate:
 
     @property
     def min_steps(self) -> int:
-        """Steps from which compiling pays, with a margin for the error of the estimate."""
-        return round(_MARGIN * self.cost / max(self.saved(1), 1e-9))
+        """Steps from which compiling pays. The estimate is low rather than high: the demo's 18,000 steps of four chains
+        took 43 s uncompiled beside another process, and about 20 s less when they were compiled."""
+        return round(self.cost / max(self.saved(1), 1e-9))
 
 
 def compiled(
