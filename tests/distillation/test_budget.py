@@ -65,15 +65,15 @@ def test_work_falls_with_size_and_not_below_what_is_of_use():
 
 @pytest.mark.parametrize("known", [True, False], ids=["functions", "weights"])
 def test_a_file_stays_within_its_budget(few, known):
-    size = of(known).num_bytes
+    size = of(known, num_steps=0).num_bytes
     for budget in (0.8 * size, 1.3 * size):
-        posterior = of(known, byte_budget=int(budget))
+        posterior = of(known, byte_budget=int(budget), num_steps=0)
         assert (size < posterior.num_bytes) == (size < budget)
         assert posterior.num_bytes < 1.05 * budget
         networks = int(budget) / (4 * posterior.layout.size)
-        assert of(known, byte_budget=networks).num_bytes == pytest.approx(posterior.num_bytes, abs=20)
+        assert of(known, byte_budget=networks, num_steps=0).num_bytes == pytest.approx(posterior.num_bytes, abs=20)
     with pytest.raises(ValueError, match=r"byte_budget: 500 bytes are too few .* the least is about .* bytes"):
-        of(known, byte_budget=500)
+        of(known, byte_budget=500, num_steps=0)
 
 
 def test_training_changes_the_law_and_keeps_the_integers(few):
