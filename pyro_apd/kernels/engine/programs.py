@@ -62,7 +62,7 @@ class Estimate:
     @property
     def min_steps(self) -> int:
         """Steps from which compiling pays. The estimate is low rather than high: sampling in the demo, 18,000 steps
-        of four chains, took 43 s uncompiled beside another process, and 21 to 24 s with compiling and nothing beside."""
+        of four chains, took 43 s uncompiled beside another process, and 21 to 24 s compiled with nothing beside."""
         return round(self.cost / max(self.saved(1), 1e-9))
 
 
