@@ -134,6 +134,15 @@ def test_no_steps_give_the_start():
     assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
 
 
+@pytest.mark.parametrize(("accepted", "num_steps"), [(None, 8), (1e-9, 8), (1e9, 0)])
+def test_steps_are_taken_only_where_the_start_is_not_near_enough(accepted, num_steps):
+    objective = Shift()
+    schedule = Schedule(8, 2e-2, is_annealed=False, accepted_distance=accepted)
+    generator = PaperGenerator(3, latent_size=2, width=4)
+    training = train(generator, objective, Mean(best=5.0), schedule, progress=False)
+    assert (objective.step, training.num_steps) == (num_steps, num_steps)
+
+
 def test_interruption_gives_the_best_so_far():
     _, training = run(Shift(fail_at=40, failure=KeyboardInterrupt()), Mean(2.0))
     assert training.stopped == "training was interrupted at step 39 of 60"
