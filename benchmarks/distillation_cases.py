@@ -21,13 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from benchmarks import large_networks
-from pyro_apd import BNN, MCMC, SGLD, datasets, open_store
+from pyro_apd import BNN, MCMC, SGHMC, SGLD, datasets, open_store
 from pyro_apd.chains.stores.base import DrawStore
+from pyro_apd.models.normalisation import with_group_norm
 
 CACHE = Path(os.environ.get("PYRO_APD_CACHE", Path.home() / ".cache" / "pyro_apd" / "benchmarks"))
 PERIOD, HELD_OUT = 10, 2
+# Steps of Adam before a chain that starts at a trained network.
+NUM_TRAINED = 1200
 # Sizes of generators and stored draws, in networks of float32.
 BUDGETS = (0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 12.0)
 
@@ -51,7 +55,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Chains:
-    """How a case is sampled: ``num_draws`` of each chain, ``thinning`` Langevin steps apart."""
+    """How a case is sampled: ``num_draws`` of each chain, ``thinning`` steps of the kernel apart."""
 
     step_size: float
     batch_size: int | None
@@ -59,6 +63,7 @@ class Chains:
     warmup: int
     num_draws: int
     num_chains: int = 1
+    kernel: type[SGLD] | type[SGHMC] = SGLD
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,8 @@ class Case:
 
     :ivar build: from a seed to the problem.
     :ivar tuple networks: sizes, in networks of float32, of the generators and stored draws to compare.
-    :ivar trained: makes the model with a trained network, where the chains start; from a draw of its prior a deep
-        network learns very slowly.
+    :ivar net: makes the network, which is trained before it is sampled; from a draw of its prior a deep one learns
+        very slowly. None if chains start at such draws.
     :ivar tuple without: beginnings of the names of methods that take too long.
     """
 
@@ -76,7 +81,7 @@ class Case:
     build: Callable[[int], Problem]
     chains: Chains
     networks: tuple[float, ...] = BUDGETS
-    trained: Callable[[], BNN] | None = None
+    net: Callable[[], nn.Module] | None = None
     without: tuple[str, ...] = ()
 
     def sample(self, problem: Problem, seed: int, quick: bool = False) -> DrawStore:
@@ -90,10 +95,13 @@ class Case:
             return open_store(folder / "draws")
         start: dict[str, Any] = {"compile": "auto"}
         model = problem.model
-        if self.trained is not None:
-            model = self.trained()
+        if self.net is not None:
+            torch.manual_seed(seed)
+            model = image_model(trained(self.net(), problem, 3 if quick else NUM_TRAINED))
             start = {"compile": False, "init_strategy": model.init_to_network}
-        kernel = SGLD(model, chains.step_size, batch_size=chains.batch_size, thinning=thinning, seed=seed, **start)
+        kernel = chains.kernel(
+            model, chains.step_size, batch_size=chains.batch_size, thinning=thinning, seed=seed, **start
+        )
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / "draws", ignore_errors=True)  # of an interrupted run
         mcmc = MCMC(
@@ -193,19 +201,59 @@ def uci(name: str) -> Callable[[int], Problem]:
     return build
 
 
-def large(name: str) -> Callable[[int], Problem]:
-    """A deep network of :mod:`benchmarks.large_networks` on 2,000 images of MNIST, compared on 250."""
+def images(net: Callable[[], nn.Module], padding: int = 0, num_rows: int = 500) -> Callable[[int], Problem]:
+    """A convolutional network, with group normalisation, on the images of MNIST: 50,000 to train on.
+
+    :param int padding: background around images.
+    :param int num_rows: for tests, and for choosing settings.
+    """
 
     def build(seed: int) -> Problem:
-        case = large_networks.CASES[name]
-        x, y, x_test, y_test = case.data()
-        return Problem(case.model(), (x, y), (x_test[:250], y_test[:250]), {}, (x_test[250:], y_test[250:]))
+        data = datasets.mnist(_root())
+
+        def rows(x: Tensor, y: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+            x_NCHW = functional.pad(x[span].view(-1, 1, 28, 28), (padding,) * 4, value=float(x.min()))
+            return x_NCHW, y[span]
+
+        return Problem(
+            image_model(net()),
+            rows(data.x_train, data.y_train, slice(50_000)),
+            rows(data.x_test, data.y_test, slice(num_rows)),
+            {},
+            rows(data.x_train, data.y_train, slice(50_000, 50_000 + num_rows)),
+        )
 
     return build
 
 
-def _trained(name: str) -> Callable[[], BNN]:
-    return lambda: large_networks.CASES[name].model(is_trained=True)
+def image_model(net: nn.Module) -> BNN:
+    """A network for images as a model."""
+    return BNN(net, likelihood="categorical", prior_scale="fan_in")
+
+
+def trained(net: nn.Module, problem: Problem, num_steps: int) -> nn.Module:
+    """A network after so many steps of Adam, with a rate that falls to zero in the second half."""
+    x, y = problem.train
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-3)
+    for step in range(num_steps):
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-3 * min(1.0, 2 * (1 - step / num_steps))
+        row = torch.randint(len(x), (32,))
+        loss = functional.cross_entropy(net(x[row]), y[row])
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    return net
+
+
+def conv_net() -> nn.Module:
+    """The paper's, with group normalisation in place of batch normalisation."""
+    return with_group_norm(large_networks.paper_conv_net())
+
+
+def resnet20() -> nn.Module:
+    """The same of ResNet-20."""
+    return with_group_norm(large_networks.resnet())
 
 
 def _root() -> str:
@@ -213,6 +261,7 @@ def _root() -> str:
 
 
 _MNIST = Chains(1e-6, 100, 200, 200, 800)
+_DEEP = Chains(5e-7, 32, 10, 100, 500, kernel=SGHMC)
 _SLOW = ("SWAG", "paper")
 CASES = {
     case.name: case
@@ -225,10 +274,7 @@ CASES = {
         Case("mnist", mnist(100), _MNIST, (*BUDGETS[:5], 3.2, *BUDGETS[5:])),
         Case("mnist400", mnist(400, 400), Chains(1e-6, 100, 150, 200, 600), without=("paper",)),
         Case("mlp1m", mnist(670, 670, num_rows=2000), Chains(1e-6, 100, 100, 200, 250), without=_SLOW),
-        Case("conv", large("conv"), Chains(1e-5, 32, 10, 20, 250), (1.0, 2.0, 4.0, 8.0), _trained("conv"), _SLOW),
-        Case(
-            "resnet20", large("resnet20"), Chains(1e-5, 32, 10, 50, 250), (1.0, 2.0, 4.0, 8.0), _trained("resnet20"),
-            _SLOW,
-        ),
+        Case("conv", images(conv_net), _DEEP, (1.0, 2.0, 4.0, 8.0), conv_net, _SLOW),
+        Case("resnet20", images(resnet20, padding=2), _DEEP, (1.0, 2.0, 4.0, 8.0), resnet20, _SLOW),
     )
 }  # fmt: skip

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_apd.distillation.failure import DistillationError, DistillationWarning, find_failures
+from pyro_apd.distillation.failure import DistillationError, DistillationWarning, find_failures, find_shortage
 from pyro_apd.distillation.options import DistillOptions
 from pyro_apd.distillation.setup import DistillationTask, prepare
 from pyro_apd.distillation.source import HELD_OUT, Source, read_source, split_held_out
@@ -78,6 +78,7 @@ def distill(
     :param byte_budget: size of the file, at most: networks at the precision of the draws as a float (``1.5``), or bytes
         as an integer. By default steps are as fine as keeps predictions close to the chain's resolution: about one
         network for a network of 80,000 weights, and a few for small ones, see ``docs/scaling.md``.
+        :class:`DistillationWarning` says where a budget is too small for the posterior.
     :param int rank: coordinates of a chain; by default 96 divided by the number of chains, at least 12, and two thirds
         of a chain's draws at most.
     :param str storage_dtype: precision of the numbers that are not integers, in memory and in the file that
@@ -86,7 +87,7 @@ def distill(
     :param tuple probe_inputs: arguments of the model at whose rows functions are compared, instead of variations of
         ``data``.
     :param bool group_by_chain: whether a dict has a leading dimension for chains.
-    :param bool strict: raise instead of warn if the generator collapsed, diverged or was interrupted.
+    :param bool strict: raise instead of warn if the generator collapsed, diverged or was interrupted, or is too small.
     :param bool progress: show a progress bar.
     :raises TypeError: if ``source`` is neither, or ``data`` is not a tuple.
     :raises ValueError: if draws are too few, malformed or not of the model's sites, or an argument is out of range.
@@ -138,6 +139,11 @@ def _fit_and_train(
             progress=progress,
             ranks=ranks,
         )
+    fitted = prepared.fitted
+    calibration = None if fitted is None else fitted.calibration
+    if fitted is not None and fitted.default_bytes is not None and options.byte_budget is not None:
+        at_start = calibration if training.best_step == 0 else None
+        training.shortage = find_shortage(options.byte_budget, fitted.default_bytes, training.metrics, at_start)
     metadata = {
         "num_chains": num_chains,
         "num_draws": num_draws,
@@ -145,7 +151,7 @@ def _fit_and_train(
         **({"sampler": dict(source.sampler)} if source.sampler else {}),
         "held_out": HELD_OUT if len(held_out_index) < num_draws else None,
         "space": "weights" if task.functions is None else "functions",
-        **({} if prepared.calibration is None else {"calibration": prepared.calibration.to_json()}),
+        **({} if calibration is None else {"calibration": calibration.to_json()}),
         "num_steps": training.num_steps,
         "best_step": training.best_step,
         "metrics": {name: float(f"{value:.4g}") for name, value in training.metrics.items()},
@@ -165,18 +171,21 @@ def _note_data_and_network(posterior: DistilledPosterior, source: Source) -> Non
 
 
 def report(training: Training, strict: bool) -> None:
-    """Warns the caller's caller if the generator collapsed, diverged or was interrupted; raises if ``strict``."""
+    """Warns the caller's caller if a generator failed, see :func:`distill`; raises if ``strict``."""
     failures = find_failures(training.metrics)
     if not training.metrics:
         failures.append("no state of the generator had finite metrics")
+    if training.shortage is not None:
+        failures.append(training.shortage)
     if training.stopped is not None:
         failures.insert(0, f"{training.stopped}; this is the best state before, of step {training.best_step}")
     if not failures:
         return
     metrics = ", ".join(f"{name} {value:.3g}" for name, value in sorted(training.metrics.items()))
+    advice = "more draws, more steps (num_steps) or more coordinates (rank)"
     message = (
-        f"Distillation failed: {'; '.join(failures)}. Metrics on held-out draws: {metrics or 'none'}. Use more draws, "
-        "more steps (num_steps) or more coordinates (rank), or compare with pyro_apd.diagnostics.compare first."
+        f"Distillation failed: {'; '.join(failures)}. Metrics on held-out draws: {metrics or 'none'}. Use "
+        f"{advice if training.shortage is None else 'more bytes'}, or compare with pyro_apd.diagnostics.compare first."
     )
     if strict:
         raise DistillationError(message)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from pyro_apd.distillation.budget import TrainingBudget
-from pyro_apd.distillation.calibration import Calibration
 from pyro_apd.distillation.critic import GAN_LOSSES
 from pyro_apd.distillation.evaluators import Evaluator, FunctionEvaluator, WeightEvaluator
 from pyro_apd.distillation.function_space import FunctionSpace, function_space
@@ -21,7 +20,7 @@ from pyro_apd.distillation.objective import AdversarialObjective, FunctionObject
 from pyro_apd.distillation.options import DistillOptions
 from pyro_apd.distillation.probes import Probes
 from pyro_apd.distillation.source import Source
-from pyro_apd.distillation.subspace import fit_default
+from pyro_apd.distillation.subspace import FittedSubspace, fit_default
 from pyro_apd.distillation.training import Schedule
 from pyro_apd.generators import Generator, PaperGenerator
 from pyro_apd.generators.draw_blocks import DrawBlocks
@@ -109,14 +108,14 @@ class DistillationTask:
 class PreparedTraining:
     """A generator with all that its training takes.
 
-    :ivar calibration: of the start, where functions are known.
+    :ivar fitted: the start of the default generator.
     """
 
     generator: Generator
     objective: Objective
     evaluator: Evaluator
     schedule: Schedule
-    calibration: Calibration | None = None
+    fitted: FittedSubspace | None = None
 
 
 def prepare(task: DistillationTask, options: DistillOptions) -> PreparedTraining:
@@ -138,7 +137,7 @@ def prepare(task: DistillationTask, options: DistillOptions) -> PreparedTraining
         )
         evaluator: Evaluator = WeightEvaluator(features, task.held_out)
         schedule = task.schedule(options.steps(0), _CRITIC_RATE)
-        return PreparedTraining(generator, objective, evaluator, schedule, fitted.calibration)
+        return PreparedTraining(generator, objective, evaluator, schedule, fitted)
     num_probes = task.per_process(task.budget.num_probes)
     objective = FunctionObjective(
         *task.functions,
@@ -153,7 +152,7 @@ def prepare(task: DistillationTask, options: DistillOptions) -> PreparedTraining
     )
     if options.num_steps is None:
         schedule = replace(schedule, accepted_distance=_ACCEPTED_DISTANCE)
-    return PreparedTraining(generator, objective, evaluator, schedule, fitted.calibration)
+    return PreparedTraining(generator, objective, evaluator, schedule, fitted)
 
 
 class WeightFeatures:

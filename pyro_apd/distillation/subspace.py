@@ -58,10 +58,15 @@ _LEAST_RANK = 4
 
 @dataclass(frozen=True)
 class FittedSubspace:
-    """A generator, and how it was calibrated; None where functions are not known."""
+    """A generator, and how it was calibrated.
+
+    :ivar calibration: None where functions are not known.
+    :ivar default_bytes: what the default without a budget takes, where the budget is smaller.
+    """
 
     generator: SubspaceGenerator
     calibration: Calibration | None
+    default_bytes: int | None = None
 
 
 def fit_default(
@@ -97,11 +102,14 @@ def fit_default(
     settings = _default_settings(draws, rank(1.0), length)
     fit = fit_with(settings)
     generator = fit.generator()
+    default_bytes = None
     if budget is not None:
-        share = budget / num_bytes(generator)
+        default_bytes = num_bytes(generator)
+        share = budget / default_bytes
         generator = _within(budget, fit, settings, settings_for(share, rank(share)), fit_with, draws)
     calibration = None if functions is None else calibrate(generator, functions, draws, num_products)
-    return FittedSubspace(generator, calibration)
+    is_smaller = budget is not None and default_bytes is not None and budget < default_bytes
+    return FittedSubspace(generator, calibration, default_bytes if is_smaller else None)
 
 
 def _rank(draws: DrawBlocks, share: float, length: float) -> int:

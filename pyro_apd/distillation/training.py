@@ -70,6 +70,7 @@ class Training:
     :ivar int best_step: the step at which it was reached.
     :ivar int num_steps: steps that were planned; none if the start needed none.
     :ivar dict log: lists of numbers by name, one number per evaluation.
+    :ivar str shortage: what the bytes of the generator are too few for, or None.
     :ivar str stopped: why training ended early, or None.
     :ivar bool is_interrupted: whether the reason was Ctrl-C.
     """
@@ -78,6 +79,7 @@ class Training:
     best_step: int = 0
     num_steps: int = 0
     log: dict[str, list[float]] = field(default_factory=dict)
+    shortage: str | None = None
     stopped: str | None = None
     is_interrupted: bool = False
 

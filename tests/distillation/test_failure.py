@@ -1,0 +1,78 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a generator is not accepted for."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pyro_apd.distillation import DistillationError, DistillationWarning, distill, failure
+from pyro_apd.distillation.calibration import Calibration
+from pyro_apd.distillation.failure import find_failures, find_shortage
+from pyro_apd.models.bnn import BNN
+
+
+@pytest.mark.parametrize(
+    ("metrics", "word"),
+    [
+        ({"distance": 1.0, "spread_ratio": 0.3}, "collapsed: its spread between draws is 0.30 times"),
+        ({"distance": 1.0, "spread_ratio": 1.0, "mi_ratio": 0.1}, "collapsed: its mutual information is 0.10 times"),
+        ({"distance": 1.0, "spread_ratio": 9.0}, "diverged"),
+        ({"distance": 1.0, "spread_ratio": math.nan}, "diverged"),
+    ],
+)
+def test_failures_are_found(metrics, word):
+    (failure,) = find_failures(metrics)
+    assert word in failure
+
+
+def test_good_metrics_are_no_failure():
+    assert find_failures({"distance": 0.1, "spread_ratio": 0.9, "mi_ratio": 1.2}) == []
+
+
+def calibrated(excess):
+    return Calibration(1.0, 1.0, {"rows": math.log(excess), "near": 2.0, "far": -2.0})
+
+
+def test_a_budget_is_too_small_by_disagreement_on_the_data_or_by_distance():
+    found = find_shortage(0.7, 76_672, {"distance": 1.7}, calibrated(3.85))
+    assert found == (
+        "byte_budget=0.7 is too small for this posterior: on the data, draws disagree 3.85 times as much as the "
+        "chain's, and the distance to held-out draws is 1.7 of their spread; the default, without a budget, takes "
+        "about 76,672 bytes"
+    )
+    assert "3.85" in find_shortage(0.7, 76_672, {"distance": 0.01}, calibrated(3.85))
+    assert "disagree" not in find_shortage(0.7, 76_672, {"distance": 1.7}, None)
+
+
+def test_a_budget_that_suffices_is_accepted():
+    assert find_shortage(2.0, 76_672, {"distance": 0.02}, calibrated(1.1)) is None
+    assert find_shortage(2.0, 76_672, {"distance": 0.02}, None) is None
+    assert find_shortage(2.0, 76_672, {}, calibrated(0.8)) is None
+
+
+@pytest.fixture
+def chain():
+    """A model with three classes, its data and draws."""
+    net = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 3))
+    model = BNN(net, prior_scale="fan_in")
+    generator = torch.Generator().manual_seed(2)
+    data = torch.randn(40, 20, generator=generator), torch.arange(40) % 3
+    draws = {
+        name: 0.1 * torch.randn(50, *prior.batch_shape, *prior.event_shape, generator=generator).cumsum(0)
+        for name, prior in model.priors.items()
+    }
+    return {"source": draws, "model": model, "data": data, "num_steps": 0, "seed": 0, "progress": False}
+
+
+def test_only_a_budget_below_the_default_is_called_too_small(chain, monkeypatch):
+    monkeypatch.setattr(failure, "ACCEPTED_DISTANCE", 0.0)
+    enough = distill(**chain).num_bytes
+    distill(**chain, byte_budget=2 * enough)  # warnings are errors
+    with pytest.warns(DistillationWarning, match=r"byte_budget=\d+ is too small .* Use more bytes, or compare"):
+        distill(**chain, byte_budget=enough // 2)
+    with pytest.raises(DistillationError, match="is too small for this posterior"):
+        distill(**chain, byte_budget=enough // 2, strict=True)
