@@ -39,13 +39,18 @@ class RowArguments:
         self.rows: tuple[Tensor, ...] = tuple(value for _, value in tensors if len(value) == num_rows)
 
     def __call__(self, *rows: Tensor) -> Any:
+        args, kwargs = self.of(*rows)
+        return self._model(*args, **kwargs)
+
+    def of(self, *rows: Tensor) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments and keyword arguments of the model with these rows in place of its own."""
         args, kwargs = list(self._args), dict(self._kwargs)
         for key, value in zip(self._keys, rows, strict=True):
             if isinstance(key, int):
                 args[key] = value
             else:
                 kwargs[key] = value
-        return self._model(*args, **kwargs)
+        return args, kwargs
 
 
 class Probes:

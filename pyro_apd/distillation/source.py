@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from pyro_apd.chains.stores.base import DrawStore
 from pyro_apd.chains.summary import sampler_summary
 from pyro_apd.data.sources import shown_arguments
+from pyro_apd.distillation.probes import RowArguments
 from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
 from pyro_apd.predictive.chain_draws import chain_remarks
@@ -29,6 +31,8 @@ logger = logging.getLogger("pyro_apd")
 MIN_DRAWS = 10
 #: Of every ``period`` draws of a chain, ``length`` from ``start`` on are held out; of fewer, none can be spared.
 HELD_OUT = {"period": 25, "start": 10, "length": 5}
+# Rows by which the sites and frozen tensors of a model are found.
+_FEW_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,9 @@ class Source:
         """Frozen parameters and buffers of the model; None where they are not known."""
         if self.frozen is not None or self.model is None:
             return self.frozen
-        return FrozenTensors.of(self.model, self.layout.names, self.args, self.kwargs)
+        few = None if self.args is None else _few_rows(self.model, self.args, self.kwargs)
+        found = None if few is None else FrozenTensors.of(self.model, self.layout.names, tuple(few[0]), few[1])
+        return found or FrozenTensors.of(self.model, self.layout.names, self.args, self.kwargs)
 
 
 def read_source(
@@ -180,8 +186,40 @@ def _find_layout(
     if isinstance(layout, Layout) and set(layout.names) == set(draws):
         return layout
     if model is not None and args is not None:
-        with preserved_param_store(), torch.no_grad(), poutine.block(), seeded(0):
-            trace = poutine.trace(model).get_trace(*args, **kwargs)
-        return Layout.from_trace(trace, list(draws))
+        found = _layout_of_few_rows(model, args, kwargs, draws)
+        return _traced_layout(partial(model, *args, **kwargs), draws) if found is None else found
     logger.info("The supports of sites are not known without model and data: every site counts as real.")
     return Layout({name: value.shape[2:] for name, value in draws.items()})
+
+
+def _layout_of_few_rows(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], draws: Mapping[str, Tensor]
+) -> Layout | None:
+    """The layout by a run on a few rows; None where the model takes no others than all, or its latents have a row
+    each."""
+    few = _few_rows(model, args, kwargs)
+    if few is None:
+        return None
+    try:
+        layout = _traced_layout(partial(model, *few[0], **few[1]), draws)
+    except Exception as error:
+        logger.debug("The model cannot be run on a subset of rows (%s).", error)
+        return None
+    is_same = all(layout[name].shape == value.shape[2:] for name, value in draws.items())
+    return layout if is_same else None
+
+
+def _few_rows(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]] | None:
+    """A few rows of a model's arguments, since a run on all may not fit into memory; None if there are no rows."""
+    try:
+        rows = RowArguments(model, args, kwargs)
+    except ValueError:
+        return None
+    return rows.of(*(value[:_FEW_ROWS] for value in rows.rows))
+
+
+def _traced_layout(model: Callable[[], Any], draws: Mapping[str, Tensor]) -> Layout:
+    with preserved_param_store(), torch.no_grad(), poutine.block(), seeded(0):
+        return Layout.from_trace(poutine.trace(model).get_trace(), list(draws))

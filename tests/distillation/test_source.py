@@ -76,6 +76,37 @@ def test_supports_come_from_the_model():
     assert source.theta_CSD.shape == (1, 12, 1 + 2 + 1)
 
 
+class Counting(pyro.nn.PyroModule):
+    """Notes how many rows it is run on; has a frozen parameter, and a latent that may have a row each."""
+
+    def __init__(self, num_local=0):
+        super().__init__()
+        self.centre = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.num_local, self.seen = num_local, []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        w = pyro.sample("w", dist.Normal(self.centre, 1.0).to_event(1))
+        size = (self.num_local and len(x)) or 1
+        pyro.sample("local", dist.HalfNormal(torch.ones(size)).to_event(1))
+        return x @ w
+
+
+def test_sites_and_frozen_tensors_are_found_on_a_few_rows_of_many():
+    model = Counting()
+    source = read_source({"w": torch.randn(12, 3), "local": torch.rand(12, 1)}, model, (torch.randn(50_000, 3),))
+    assert not source.layout["local"].is_real
+    assert set(source.frozen_tensors().read) == {"centre"}
+    assert max(model.seen) < 10
+
+
+def test_latents_with_a_row_each_take_all_rows():
+    model = Counting(num_local=1)
+    source = read_source({"w": torch.randn(12, 3), "local": torch.rand(12, 40)}, model, (torch.randn(40, 3),))
+    assert source.layout["local"].shape == (40,)
+    assert not source.layout["local"].is_real
+
+
 def test_without_a_model_sites_are_real_and_this_is_said(caplog):
     with caplog.at_level("INFO", "pyro_apd"):
         assert read_source(draws()).layout.is_real
