@@ -316,4 +316,5 @@ def capped(scale: Tensor, cap: Tensor) -> Tensor:
 
 def reduced(values_ROK: Tensor, reduction_R: Tensor) -> Tensor:
     """Integers with their magnitudes reduced, by one number for each first index."""
-    return torch.sign(values_ROK) * (values_ROK.abs() - reduction_R[:, None, None]).clamp_min(0.0)
+    reduction_R11 = reduction_R[:, None, None]
+    return values_ROK - torch.clamp(values_ROK, -reduction_R11, reduction_R11)
