@@ -11,14 +11,15 @@ the data, kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_apd.distillation.function_space import FunctionSpace, joined
+from pyro_apd.distillation.chosen_inputs import NUM_CHOOSING, ChosenInputs
+from pyro_apd.distillation.function_space import FunctionSpace
 from pyro_apd.distillation.probes import Probes
 from pyro_apd.generators.base import stratified
 from pyro_apd.generators.draw_blocks import DrawBlocks, draws_per_block
@@ -31,18 +32,12 @@ _NUMBERS, _MIN_DRAWS, _MAX_DRAWS, _FEW_DRAWS = 4_000_000, 100, 200, 40
 # Inputs of all groups: as many as take these multiplications for all draws, within bounds. They are chosen among so
 # many times as many at most, by how far these draws of the chain disagree there.
 _PRODUCTS, _MIN_PROBES, _MAX_PROBES = 24_000_000_000, 60, 1000
-_CANDIDATES, _NUM_CHOOSING = 4, 10
-# Inputs that are evaluated together: intermediate results of a block of draws take some ten megabytes.
-_INPUTS_AT_A_TIME = 250
-# Inputs are chosen in proportion to the disagreement, and this share of its mean.
-_EVENLY = 0.2
+_CANDIDATES = 4
 # A network is costly from these multiplications per input on.
 _COSTLY = 1_000_000
 # Weights of inputs: rows of the data, mixtures of rows and rows with noise, and noise alone. With four times the weight
 # of those near the data, draws of small networks disagree up to 20 % too much on the data.
 _WEIGHTS = {"rows": 1.0, "near": 1.0, "far": 0.5}
-# Of the inputs, relative numbers.
-_SHARES = {"rows": 2.0, "near": 1.0, "far": 1.0}
 # The search starts at the best of these, found by this share of the draws: squares of the factor, and caps in
 # logarithms of the typical noise. Of small networks all are tried, of others those with the last square.
 _SQUARES, _CAPS = (0.0, 0.25), (-3.0, -2.0, -1.0, 0.0, 1.0)
@@ -91,8 +86,8 @@ def calibrate(
     by_size = max(_MIN_DRAWS, min(_MAX_DRAWS, _NUMBERS // generator.output_size))
     count = min(_FEW_DRAWS if num_products > _COSTLY else by_size, len(draws))
     num_probes = max(_MIN_PROBES, min(_MAX_PROBES, _PRODUCTS // max(1, num_products * count)))
-    num_candidates = min(_CANDIDATES * num_probes, _PRODUCTS // max(1, num_products * _NUM_CHOOSING))
-    inputs = _Inputs.chosen(space, probes, draws, num_probes, max(num_probes, num_candidates))
+    num_candidates = min(_CANDIDATES * num_probes, _PRODUCTS // max(1, num_products * NUM_CHOOSING))
+    inputs = ChosenInputs.chosen(space, probes, draws, num_probes, max(num_probes, num_candidates))
     seed, like = fresh_seed(), generator.step.detach()
     spread_CR, noise = generator.spread.clone(), _typical_noise(generator)
 
@@ -178,66 +173,3 @@ def _typical_noise(generator: SubspaceGenerator) -> Tensor:
         (part.noise_rows.median() * part.noise_columns.median()).reshape(1) for part in generator.parts_in_order()
     ]
     return torch.cat(scales).median().clamp_min(1e-20)
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """Inputs at which draws are compared, by group, one after the other.
-
-    :ivar rows: arguments of the model.
-    :ivar lengths: inputs of each group.
-    :ivar weight_P: such that weighted sums have the expectation of means over all inputs of a group.
-    """
-
-    rows: tuple[Tensor, ...]
-    lengths: dict[str, int]
-    weight_P: Tensor
-
-    @classmethod
-    def chosen(
-        cls, space: FunctionSpace, probes: Probes, draws: DrawBlocks, count: int, num_candidates: int
-    ) -> _Inputs:
-        """About ``count`` inputs of so many candidates, most of them where the chain's draws disagree: elsewhere they
-        tell little.
-
-        Each of a group's candidates is taken in proportion to the disagreement there, at even distances of the
-        cumulative sum, and weighted by the reciprocal of that.
-        """
-        groups = {k: rows for k, rows in probes.groups(num_candidates // len(_SHARES)).items() if k in _SHARES}
-        every = cls._of(groups)
-        views = _views(space, draws.spaced(min(_NUM_CHOOSING, len(draws))), every.rows)
-        if not every.rows:
-            return cls((), {"rows": len(views[0])}, views[0].new_full((len(views[0]),), 1 / len(views[0])))
-        score_PF = space.disagreements(views).double()
-        weights, kept = [], {}
-        for (name, rows), score_NF in zip(groups.items(), score_PF.split(list(every.lengths.values())), strict=True):
-            wanted = max(1, round(count * _SHARES[name] / sum(_SHARES[other] for other in groups)))
-            score_N = (score_NF / score_NF.mean(0).clamp_min(1e-30)).nan_to_num(nan=0.0, posinf=0.0).mean(1) + _EVENLY
-            total_N = score_N.cumsum(0)
-            place_K = (torch.arange(wanted, device=total_N.device) + 0.5) * (total_N[-1] / wanted)
-            index_K = torch.searchsorted(total_N, place_K).clamp(max=len(total_N) - 1)
-            kept[name] = tuple(value[index_K] for value in rows)
-            weights.append((total_N[-1] / (len(total_N) * wanted * score_N[index_K])).to(views[0].dtype))
-        return replace(cls._of(kept), weight_P=torch.cat(weights))
-
-    @classmethod
-    def _of(cls, groups: dict[str, tuple[Tensor, ...]]) -> _Inputs:
-        rows = tuple(torch.cat(parts) for parts in zip(*groups.values(), strict=True))
-        return cls(rows, {name: len(parts[0]) if parts else 0 for name, parts in groups.items()}, torch.ones(0))
-
-    def disagreements(self, space: FunctionSpace, blocks: Iterable[Tensor]) -> dict[str, Tensor]:
-        """By group, how far draws disagree on average, ``(F,)``."""
-        values_PF = space.disagreements(_views(space, blocks, self.rows))
-        parts = (values_PF * self.weight_P.unsqueeze(1)).split(list(self.lengths.values()))
-        return {name: part.sum(0).clamp_min(1e-30) for name, part in zip(self.lengths, parts, strict=True)}
-
-
-def _views(space: FunctionSpace, blocks: Iterable[Tensor], rows: tuple[Tensor, ...]) -> list[Tensor]:
-    """Function values of all draws at all inputs, of which some are evaluated at a time."""
-    spans = [slice(i, i + _INPUTS_AT_A_TIME) for i in range(0, len(rows[0]), _INPUTS_AT_A_TIME)] if rows else [slice(0)]
-
-    def at(theta_SD: Tensor) -> list[Tensor]:
-        parts = [space.views(theta_SD, tuple(value[span] for value in rows)) for span in spans]
-        return [torch.cat(views) for views in zip(*parts, strict=True)]
-
-    return joined(at(theta_SD) for theta_SD in blocks)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_apd.distillation.calibration import Calibration, calibrate
+from pyro_apd.distillation.chosen_inputs import ChosenInputs, values_at
 from pyro_apd.distillation.function_space import FunctionSpace
 from pyro_apd.distillation.layer_inputs import LayerInputs, layer_inputs
 from pyro_apd.distillation.options import DistillOptions
@@ -42,6 +43,10 @@ _NUM_ENTRIES = 512
 # Chains with fewer draws than this are fitted as one. Of more draws than this per chain some are taken, evenly spaced,
 # since the cost grows with their square.
 _MIN_DRAWS, _MAX_DRAWS = 20, 1024
+# Where each weight is used so often for one input, as in convolutions, functions change within a few draws by
+# directions in which weights hardly vary. Coordinates then follow functions, too: at inputs of so many multiplications
+# for all draws; they are more, and each draw is a mode.
+_MANY_USES, _STIFF_RANK, _PRODUCTS, _FEWEST_INPUTS, _MOST_INPUTS = 20, 215, 1_000_000_000_000, 20, 200
 # Share of a budget that modes may take.
 _SHARE_OF_MODES = 0.12
 # Sites with fewer rows or columns are numbers like any other.
@@ -90,16 +95,23 @@ def fit_default(
     length = correlation_length(draws)
     found = _matrices(layout, seen, draws)
 
+    is_stiff = functions is not None and num_products > _MANY_USES * size
+    functions_CTF = _functions(functions, draws, num_products) if functions is not None and is_stiff else None
+
     def rank(share: float) -> int:
+        if is_stiff and options.rank is None:
+            return max(1, min(_STIFF_RANK, draws.shape[1] - 1, size))
         wanted = _rank(draws, share, length) if options.rank is None else options.rank
         return max(1, min(wanted, int(draws.shape[1] / _DRAWS_PER_COORDINATE), size))
 
     def fit_with(settings: SubspaceSettings) -> SubspaceFit:
-        fit = SubspaceFit(draws, [one.matrix for one in found], [one.moment_II for one in found], settings)
+        settings = replace(settings, is_dithered=is_stiff)
+        matrices, moments = [one.matrix for one in found], [one.moment_II for one in found]
+        fit = SubspaceFit(draws, matrices, moments, settings, functions_CTF)
         fit.read()
         return fit
 
-    settings = _default_settings(draws, rank(1.0), length)
+    settings = _default_settings(draws, rank(1.0), 0.0 if is_stiff else length)
     fit = fit_with(settings)
     generator = fit.generator()
     default_bytes = None
@@ -234,6 +246,18 @@ def _num_bytes_accepted(byte_budget: float | int | None, size: int, dtype: torch
     if byte_budget is None or isinstance(byte_budget, int):
         return byte_budget
     return byte_budget * size * dtype.itemsize
+
+
+@torch.no_grad()
+def _functions(functions: tuple[FunctionSpace, Probes], draws: DrawBlocks, num_products: int) -> Tensor:
+    """What draws predict ``(C, T, F)`` at inputs where they disagree, with torch's global random numbers."""
+    space, probes = functions
+    wanted = _PRODUCTS // (num_products * len(draws))
+    count = max(_FEWEST_INPUTS, min(_MOST_INPUTS, wanted))
+    chosen = ChosenInputs.chosen(space, probes, draws, count, 4 * count)
+    values_PSF = values_at(space, draws.rows(), chosen.rows)[-1]
+    num_chains, num_draws, _ = draws.shape
+    return values_PSF.transpose(0, 1).reshape(num_chains, num_draws, -1)
 
 
 def _seen_inputs(

@@ -39,6 +39,7 @@ class SubspaceSettings:
     :ivar float step: of pinned coordinates; those of a layer have a variance of one in all.
     :ivar float null_step: of null parts, relative to the root mean square of their deviations.
     :ivar int segment_length: successive draws of a chain that make a mode.
+    :ivar bool is_dithered: round bases at random, up or down, so that what is smaller than a step is kept on average.
     :ivar float frame_step: of frames, relative to the root mean square of their entries.
     """
 
@@ -49,6 +50,7 @@ class SubspaceSettings:
     null_step: float = 0.3
     frame_step: float = 0.4
     segment_length: int = 4
+    is_dithered: bool = False
 
 
 class SubspaceFit:
@@ -57,6 +59,7 @@ class SubspaceFit:
     :param DrawBlocks draws: by chain.
     :param matrices: where weights are; other entries count as a layer of their own.
     :param moments: second moment ``(I, I)`` of the inputs of each matrix, the bias's constant input included.
+    :param functions_CTF: what each draw predicts, which coordinates follow beside the weights; None for weights alone.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class SubspaceFit:
         matrices: Sequence[WeightMatrix],
         moments: Sequence[Tensor],
         settings: SubspaceSettings,
+        functions_CTF: Tensor | None = None,
     ) -> None:
         self._draws = draws
+        self._functions_CTF = functions_CTF
         self._settings = settings
         num_chains, num_draws, size = draws.shape
         rank = max(1, min(settings.rank, num_draws - 1))
@@ -125,6 +130,8 @@ class SubspaceFit:
                 part.null_step.copy_(unit)
         if not bool(differs):
             raise ValueError("All draws are the same, so there is no posterior to distil. Check that the chain moved.")
+        if self._functions_CTF is not None:
+            gram_CTT += _gram_of_functions(self._functions_CTF)
         rank = self._model.rank
         vectors_CTR = torch.linalg.eigh(gram_CTT)[1][..., -rank:].flip(-1)
         largest = vectors_CTR.abs().argmax(1, keepdim=True)
@@ -189,8 +196,12 @@ class SubspaceFit:
         for part, found in zip(self._parts, self._pinned_parts, strict=True):
             part.mean.copy_((found.mean_COK * (MEAN_STEPS / step)).round())
             scaled_ROK = found.basis_CROK.flatten(0, 1) / step
-            part.basis.copy_(scaled_ROK.round())
-            part.reduction.copy_(_reductions(scaled_ROK))
+            if self._settings.is_dithered:
+                part.basis.copy_((scaled_ROK + torch.rand_like(scaled_ROK) - 0.5).round())
+                part.reduction.zero_()
+            else:
+                part.basis.copy_(scaled_ROK.round())
+                part.reduction.copy_(_reductions(scaled_ROK))
             decoded_ROK = reduced(part.basis.to(scaled_ROK.dtype), part.reduction) * step
             left_OK = (found.variance_OK - decoded_ROK.square().sum(0) / self._model.num_chains).clamp_min(0)
             tiny = torch.finfo(left_OK.dtype).tiny
@@ -199,6 +210,7 @@ class SubspaceFit:
             part.forget()
 
     def _round_null(self, part: MatrixPart, null: _Null, null_step: float) -> None:
+        null_step = max(null_step, _FINE)  # finer ones would not fit into the integers
         scaled = null.integers.to(null.row_O.dtype) * (_FINE / null_step)
         part.null.copy_(scaled.round())
         part.null_reduction.copy_(_reductions(scaled))
@@ -292,6 +304,13 @@ def _moments(values_SOI: Tensor, left_CRT: Tensor) -> tuple[Tensor, Tensor, Tens
     shape = values_SOI.shape[1:]
     basis_CROI = (left_CRT @ values_CTW).unflatten(-1, shape)
     return mean_C1W.reshape(-1, *shape), basis_CROI, values_CTW.square().mean((0, 1)).reshape(shape)
+
+
+def _gram_of_functions(functions_CTF: Tensor) -> Tensor:
+    """Products of draws ``(C, T, T)`` as functions, with a mean square of one as for a layer's weights."""
+    centred_CTF = functions_CTF.double() - functions_CTF.double().mean(1, keepdim=True)
+    gram_CTT = centred_CTF @ centred_CTF.mT
+    return gram_CTT / gram_CTT.diagonal(dim1=1, dim2=2).mean().clamp_min(1e-300)
 
 
 def _short(values: Tensor) -> Tensor:

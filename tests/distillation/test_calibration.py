@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import pyro_apd as apd
-from pyro_apd.distillation.calibration import _Inputs, calibrate
+from pyro_apd.distillation.calibration import calibrate
 from pyro_apd.distillation.function_space import function_space
 from pyro_apd.distillation.source import Source
 from pyro_apd.generators.draw_blocks import DrawBlocks
@@ -72,19 +72,3 @@ def test_random_numbers_are_those_of_the_global_generator(case):
         torch.manual_seed(3)
         found.append(calibrate(generator, functions, draws))
     assert found[0] == found[1]
-
-
-def test_weighted_inputs_stand_for_all_candidates(case):
-    _, (space, probes), draws = case
-    found, wanted = [], []
-    for seed in range(20):
-        torch.manual_seed(seed)
-        inputs = _Inputs.chosen(space, probes, draws, 80, 800)
-        assert inputs.lengths == {"rows": 40, "near": 20, "far": 20}
-        assert len(inputs.weight_P) == len(inputs.rows[0]) == 80
-        found.append(inputs.disagreements(space, draws.rows())["rows"])
-        every = space.views(torch.cat(list(draws.rows())), probes.groups(800)["rows"])
-        wanted.append(space.disagreements(every).mean(0))
-        torch.testing.assert_close(found[-1], wanted[-1], rtol=0.1, atol=0)
-    # Without bias: closer than any one of them must be.
-    torch.testing.assert_close(torch.stack(found).mean(0), torch.stack(wanted).mean(0), rtol=0.02, atol=0)

@@ -3,8 +3,12 @@
 
 import pytest
 import torch
+from torch import nn
 
+import pyro_apd as apd
+from pyro_apd.distillation.function_space import function_space
 from pyro_apd.distillation.options import DistillOptions
+from pyro_apd.distillation.source import Source
 from pyro_apd.distillation.subspace import fit_default, num_bytes
 from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.models.layout import Layout
@@ -71,3 +75,16 @@ def test_a_posterior_of_few_numbers():
     generator = fitted(DrawBlocks(torch.randn(1, 50, 2)), layout)
     torch.manual_seed(0)
     assert generator(generator.latents(10, generator.step)).shape == (10, 2)
+
+
+@pytest.mark.parametrize(("num_uses", "is_each"), [(1, False), (30, True)])
+def test_where_weights_are_used_often_each_draw_is_a_mode(num_uses, is_each):
+    torch.manual_seed(0)
+    model = apd.BNN(nn.Linear(8, 5), likelihood="categorical")
+    layout = Layout({"net.weight": (5, 8), "net.bias": (5,)})
+    theta_CSD = torch.linspace(-1, 1, 60).reshape(1, 60, 1) * torch.randn(layout.size) + 0.02 * torch.randn(
+        1, 60, layout.size
+    )
+    functions = function_space(Source(theta_CSD, layout, model, (torch.randn(60, 8),)), None)
+    found = fit_default(layout, DrawBlocks(theta_CSD), functions, DistillOptions(), num_uses * layout.size)
+    assert (found.generator.num_modes == 60) == is_each

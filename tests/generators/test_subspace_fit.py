@@ -122,3 +122,44 @@ def test_constant_entries_stay_constant():
         found_SD = generator(generator.latents(50, generator.step))
     assert (found_SD[:, -1] - 2.5).abs().max() < 1e-3
     assert bool(found_SD.isfinite().all())
+
+
+def test_coordinates_follow_functions_too():
+    theta_CSD = draws(num_draws=60)
+    of_draws_CTF = torch.randn(1, 60, 2, generator=torch.Generator().manual_seed(5))
+
+    def explained(functions_CTF):
+        fit = SubspaceFit(DrawBlocks(theta_CSD), [MATRIX], [moment()], SubspaceSettings(rank=3), functions_CTF)
+        fit.read()
+        coordinates_TR = fit._coordinates_CTR[0] / 60**0.5
+        centred_TF = of_draws_CTF[0] - of_draws_CTF[0].mean(0)
+        return float((coordinates_TR.mT @ centred_TF).square().sum() / centred_TF.square().sum())
+
+    assert explained(None) < 0.3
+    assert explained(of_draws_CTF) > 0.8
+
+
+def test_what_is_smaller_than_a_step_is_kept_on_average():
+    theta_CSD = draws(num_draws=40, dtype=torch.float64)
+    settings = {"rank": 5, "segment_length": 1, "step": 10.0, "null_step": 10.0}
+
+    def first_basis(**more):
+        torch.manual_seed(0)
+        generators = [fitted(theta_CSD, **settings, **more).parts[0] for _ in range(300)]
+        return torch.stack([part.basis[0].double() for part in generators])
+
+    exact_OK = fitted(theta_CSD, rank=5, segment_length=1, step=1e-4).parts[0]
+    assert not first_basis().any()
+    found_OK = first_basis(is_dithered=True)
+    assert set(found_OK.unique().tolist()) <= {-1.0, 0.0, 1.0}
+    wanted_OK = exact_OK.basis[0].double() * 1e-4 / 10.0
+    torch.testing.assert_close(found_OK.mean(0), wanted_OK, atol=0.06, rtol=0)
+
+
+def test_null_parts_stay_right_however_fine_their_step():
+    theta_CSD = draws(num_draws=40, dtype=torch.float64)
+    theta_CSD[..., : UNITS * INPUTS] *= 1 + 9 * (torch.arange(UNITS * INPUTS) % 7 == 0)  # far from the mean square
+    options = {"pinned": 2, "rank": 30, "path_rank": 30, "segment_length": 1, "step": 1e-3}
+    coarse, fine = (fitted(theta_CSD, **options, null_step=null_step) for null_step in (0.1, 0.005))
+    theirs_SD, ours_SD = (generator(latents_of_modes(generator)) for generator in (coarse, fine))
+    torch.testing.assert_close(ours_SD, theirs_SD, atol=1e-6, rtol=0)
