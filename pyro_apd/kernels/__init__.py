@@ -5,6 +5,7 @@
 
 from pyro_apd.kernels.adaptation.drift import WarmupWarning
 from pyro_apd.kernels.adaptation.excursions import ExcursionWarning
+from pyro_apd.kernels.adaptation.mixing import MixingWarning, TemperatureWarning
 from pyro_apd.kernels.engine import schedules
 from pyro_apd.kernels.engine.schedules import Constant, Cyclical, PolynomialDecay
 from pyro_apd.kernels.mclmc import MCLMC
@@ -21,7 +22,9 @@ __all__ = [
     "Constant",
     "Cyclical",
     "ExcursionWarning",
+    "MixingWarning",
     "PolynomialDecay",
+    "TemperatureWarning",
     "WarmupWarning",
     "recommended_kernel",
     "schedules",

@@ -148,8 +148,7 @@ class StochasticGradientKernel(MCMCKernel):
         self._num_chains_begun = 0
         self._home = (os.getpid(), torch.initial_seed())
         self._last_params: dict[str, Tensor] | None = None
-        self._warmup_steps = 0
-        self._num_draws = 0
+        self._warmup_steps = self._num_draws = 0
         self._progress = Progress()
         self._temperatures: list[Temperature] = []
 
@@ -215,7 +214,7 @@ class StochasticGradientKernel(MCMCKernel):
             unroll=unroll,
             num_threads=threads_for(step_seconds(potential, chains.size), theta.device),
         )
-        sampler = Sampler(type(self).__name__, self._update, self._dynamics, self._kinetic, self._kept)
+        sampler = Sampler(type(self).__name__, self._update, self._dynamics, self._kinetic, self._kept, self._restored)
         self._chain = Chain(potential, estimator, theta, chains, seeds, sampler, schedule, settings, warmup)
         self._start_chain(self._chain)
         return self._chain
@@ -362,8 +361,9 @@ class StochasticGradientKernel(MCMCKernel):
     #: Of a sampler with momenta: sums of their thermal motion, n T by site, from the auxiliary state and step size.
     _kinetic: Callable[[Mapping[str, Pieces], float], Tensor] | None = None
 
-    #: Names of the auxiliary state that a chain keeps when it is put back to a checkpoint; the rest becomes zero.
+    #: Auxiliary state that stays where a chain is put back to a checkpoint, and that which is put back; the rest is 0.
     _kept: tuple[str, ...] = ()
+    _restored: tuple[str, ...] = ()
 
     def _warm_up(self, num_steps: int, num_latents: int, chains: ChainSet, run_seed: int) -> tuple[Schedule, WarmUp]:
         """Step size by step, and what adapts the chains over ``num_steps`` Langevin steps of warm-up."""

@@ -69,11 +69,13 @@ class PSGLD(StochasticGradientKernel):
         self.decay = number("decay", decay, above=0, below=1)
         self.stability = number("stability", stability, above=0)
 
+    _kept, _restored = ("steps",), ("second_moment",)
+
     def _start_chain(self, chain: Chain) -> None:
         chain.auxiliary["second_moment"] = chain.zeros()
         taken = torch.zeros((*chain.theta.shape[:-1], 1), dtype=torch.int64, device=chain.theta.device)
         # In tensors, since steps may be compiled. The second is the number of steps that V is adapted for; the third
-        # counts those since V started, also where a chain was put back.
+        # counts those since V started.
         num_adapted = max(int(_ADAPTED * chain.warmup.num_steps), round(1 / (1 - self.decay)))
         averaged = taken.to(chain.theta.dtype)
         chain.auxiliary["steps"] = (taken, torch.full_like(taken, num_adapted), averaged)

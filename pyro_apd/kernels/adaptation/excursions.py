@@ -13,8 +13,9 @@ deviation w = T sqrt(D / 2). For log-concave densities the standard deviation is
   down to the 16 % quantile, which excursions do not widen;
 * or D T / 2 + 10 w above the lowest of them: a chain that starts at a mode has to rise by D T / 2.
 
-A mini-batch with an outlying row is not an excursion: where batches can be read, an earlier state is asked about the
-same batch, and must be within the limit there.
+A mini-batch with an outlying row is not an excursion, nor is a state at which single rows are far off: where batches
+can be read, an earlier state is asked about the same batch, and must be within the limit there; and the mean over eight
+other batches must be beyond it too.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from torch import Tensor
 
 # Spreads above the median that a chain may be.
 _SPREADS = 10.0
-# The potentials at so many checks count, and so many must be there.
+# The potentials at so many checks count, and so many are a history. Before, they only set a limit to steps that are
+# still being adapted, whose first may be far too large.
 _WINDOW, _MIN_KNOWN = 64, 8
 # Quantile whose distance from the median is one sd of a Gaussian.
 _LOW = 0.16
@@ -69,12 +71,16 @@ class ExcursionWatch:
         if self._energies:
             energy = torch.where(self.beyond(energy) | ~torch.isfinite(energy), self._energies[-1], energy)
         self._energies = [*self._energies[1 - _WINDOW :], energy.clone()]
-        if len(self._energies) >= _MIN_KNOWN:
-            known = torch.stack(self._energies).sort(0).values
-            last = len(known) - 1
-            low, middle = known[round(_LOW * last)], known[round(0.5 * last)]
-            spread = (middle - low).clamp_min(self._width)
-            self.limit = torch.maximum(middle + _SPREADS * spread, known[0] + self._rise)
+        known = torch.stack(self._energies).sort(0).values
+        last = len(known) - 1
+        low, middle = known[round(_LOW * last)], known[round(0.5 * last)]
+        spread = (middle - low).clamp_min(self._width)
+        self.limit = torch.maximum(middle + _SPREADS * spread, known[0] + self._rise)
+
+    @property
+    def has_history(self) -> bool:
+        """Whether enough is known to call a draw an excursion."""
+        return len(self._energies) >= _MIN_KNOWN
 
     def restart(self) -> None:
         """Forgets what was seen, for example because the chains were moved."""

@@ -104,7 +104,7 @@ class MicrocanonicalWarmUp(WarmUp):
         if settings.adapts_step:
             warm_start = max(warm_start, min(NUM_OPTIMISED, int(OPTIMISED_SHARE * num_steps)))
         super().__init__(num_steps, temperature, chains, None, warm_start, num_latents)
-        self._settings = settings
+        self._settings, self.is_automatic = settings, settings.adapts_step
         self.step_size, self._largest = math.nan, math.inf
         self._apart = min(max(num_steps // _SHARE, _MIN_APART), _MAX_APART)
         self._next_reading = 0

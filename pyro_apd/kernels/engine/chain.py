@@ -8,6 +8,7 @@ Kernels hold settings and follow Pyro's contract; what changes from step to step
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,14 @@ from pyro_apd.errors import DivergenceError
 from pyro_apd.kernels.adaptation.dynamics import Dynamics
 from pyro_apd.kernels.adaptation.warmup import WarmUp
 from pyro_apd.kernels.engine.chain_set import ChainSet
-from pyro_apd.kernels.engine.divergence import CHECK_EVERY, DivergenceReport, DivergenceWatch, LastStep, of_chain
+from pyro_apd.kernels.engine.divergence import (
+    CHECK_EVERY,
+    DivergenceReport,
+    DivergenceWatch,
+    LastStep,
+    Rewind,
+    of_chain,
+)
 from pyro_apd.kernels.engine.gradients import GradientEstimator
 from pyro_apd.kernels.engine.noise import Noise
 from pyro_apd.kernels.engine.schedules import Schedule
@@ -30,6 +38,9 @@ from pyro_apd.models.fixed_point import fixed_point_values
 from pyro_apd.models.potential import Inputs, Pieces, Potential
 from pyro_apd.runtime.cpu_threads import cpu_threads
 from pyro_apd.runtime.seeds import derived_generator, derived_seed
+
+# Mini-batches that are asked whether a state is on an excursion, or only a row of its last batch is far off.
+_NUM_OTHERS = 8
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,7 @@ class Sampler:
     :ivar dynamics: the recursion that it is along one direction, at the chain's present state.
     :ivar kinetic: see :class:`~pyro_apd.kernels.engine.temperature.ThermometerSet`.
     :ivar kept: names of the auxiliary state that stays when a chain is put back to its checkpoint.
+    :ivar restored: names of that which is put back too.
     """
 
     name: str
@@ -48,6 +60,7 @@ class Sampler:
     dynamics: Callable[[Chain], Dynamics]
     kinetic: Kinetic | None = None
     kept: tuple[str, ...] = ()
+    restored: tuple[str, ...] = ()
 
 
 class Chain:
@@ -223,6 +236,11 @@ class Chain:
         """What the thermometers read over the kept draws, beside the ``target``."""
         return self._thermometers.temperatures(target)
 
+    @functools.cached_property
+    def _rewind(self) -> Rewind:
+        # Kernels add auxiliary state after the chain is made.
+        return Rewind([piece for name in self._sampler.restored for piece in self.auxiliary[name]])
+
     def fixed_point_values(self) -> dict[str, Any]:
         """What identifies the posterior, see :mod:`pyro_apd.models.fixed_point`; of a chain before its first step."""
         return fixed_point_values(self.potential, self._like)
@@ -247,10 +265,13 @@ class Chain:
         is_outside = self.outside_history(may_wait=True)
         outside = torch.nonzero(is_outside.reshape(-1)).flatten().tolist()
         if self.warmup.backs_off(self, bool(diverged), bool(outside)):
-            self._put_back([*diverged, *outside])
+            # Where one is put back all are: others may be on their way out by the same step size.
+            self._put_back(torch.nonzero(~self._watch.is_frozen.reshape(-1)).flatten().tolist())
         elif diverged:
             self._stop(diverged)
         self.warmup.excursions.add(self.energy)
+        if self.warmup.is_adapting:
+            self._rewind.passed()
         self._watch.passed(self._theta, self.step, len(self.draws), is_outside)
 
     def outside_history(self, *, may_wait: bool) -> Tensor:
@@ -260,12 +281,20 @@ class Chain:
         """
         watch = self.warmup.excursions
         is_outside = watch.beyond(self.energy)
-        if watch.limit is None:
-            return is_outside
+        if watch.limit is None or not (watch.has_history or self.warmup.is_adapting):
+            return torch.zeros_like(is_outside)
         is_outside = is_outside & ~self._watch.is_frozen.to(is_outside.device)
         if (self._is_cpu or may_wait) and bool(is_outside.any()):
             is_outside = is_outside & ~watch.beyond(self.estimator.gradient(self._watch.checkpoint, self._inputs)[1])
+            if self.potential.source.epoch_length != 1 and bool(is_outside.any()):
+                is_outside = is_outside & watch.beyond(self._energy_on_others())
         return is_outside
+
+    def _energy_on_others(self) -> Tensor:
+        """U at the present state, averaged over further mini-batches, ``()`` or ``(C,)``."""
+        theta = self.theta
+        batches = [self.potential.source.draw() for _ in range(_NUM_OTHERS)]
+        return torch.stack([self.estimator.gradient(theta, batch)[1] for batch in batches]).mean(0)
 
     def _stop(self, diverged: Sequence[int]) -> None:
         """Freezes chains at their checkpoint; raises where that leaves none."""
@@ -278,9 +307,11 @@ class Chain:
         self._put_back(diverged)
 
     def _put_back(self, diverged: Sequence[int]) -> None:
-        """Resets chains to their checkpoint, with an auxiliary state of zero but for what the sampler keeps."""
+        """Resets chains to their checkpoint, with an auxiliary state of zero but for what stays or is put back."""
         self._watch.put_back(diverged, self._theta)
-        moving = [pieces for name, pieces in self.auxiliary.items() if name not in self._sampler.kept]
+        self._rewind.put_back(diverged, self.num_chains is None)
+        staying = (*self._sampler.kept, *self._sampler.restored)
+        moving = [pieces for name, pieces in self.auxiliary.items() if name not in staying]
         for chain in diverged:
             row = ... if self.num_chains is None else chain
             for pieces in moving:
@@ -309,6 +340,7 @@ class Chain:
             "noise": self._noise.state_dict(),
             "estimator": self.estimator.state_dict(),
             "divergence": self._watch.state_dict(),
+            "rewind": self._rewind.state_dict(),
             "thermometers": self._thermometers.state_dict(),
             "warmup": self.warmup.state_dict(),
         }
@@ -325,6 +357,7 @@ class Chain:
         if state["estimator"] is not None:
             self.estimator.load_state_dict(state["estimator"])
         self._watch.load_state_dict(state["divergence"])
+        self._rewind.load_state_dict(state["rewind"])
         self._thermometers.load_state_dict(state["thermometers"])
         self.warmup.load_state_dict(state["warmup"], self)
         self._step_sizes.reset()

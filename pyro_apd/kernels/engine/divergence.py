@@ -154,6 +154,41 @@ class DivergenceWatch:
         self.divergences = [DivergenceError.from_json(error) for error in state["divergences"]]
 
 
+class Rewind:
+    """Puts auxiliary state back to what it was at the checkpoint of theta.
+
+    :param pieces: the state, ``(n,)`` or ``(C, n)`` each, which is changed in place.
+    """
+
+    def __init__(self, pieces: Sequence[Tensor]) -> None:
+        self._pieces = list(pieces)
+        self._candidate = [piece.clone() for piece in pieces]
+        self._checkpoint = [piece.clone() for piece in pieces]
+
+    def put_back(self, chains: Sequence[int], is_single: bool) -> None:
+        """Sets chains to their checkpoint."""
+        for chain in chains:
+            row = ... if is_single else chain
+            for piece, candidate, checkpoint in zip(self._pieces, self._candidate, self._checkpoint, strict=True):
+                piece[row] = candidate[row] = checkpoint[row]
+
+    def passed(self) -> None:
+        """Ends a check: the candidate becomes the checkpoint, and the present state the candidate."""
+        for piece, candidate, checkpoint in zip(self._pieces, self._candidate, self._checkpoint, strict=True):
+            checkpoint.copy_(candidate)
+            candidate.copy_(piece)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later checks depend on."""
+        return {name: [piece.clone() for piece in getattr(self, f"_{name}")] for name in ("candidate", "checkpoint")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        for name in ("candidate", "checkpoint"):
+            for piece, saved in zip(getattr(self, f"_{name}"), state[name], strict=True):
+                piece.copy_(saved)
+
+
 @dataclass(frozen=True)
 class DivergenceReport:
     """Writes the error of a chain that diverged.

@@ -33,10 +33,12 @@ def test_the_limit_is_ten_standard_deviations_of_a_gaussians_potential():
     assert float(watching([400.0, *[520.0] * 9]).limit) == 620.0
 
 
-def test_little_history_or_temperature_zero_sets_no_limit():
-    assert watching([1.0] * 7).limit is None
+def test_the_start_sets_a_limit_and_temperature_zero_none():
+    assert watching([]).limit is None
+    assert not bool(watching([]).beyond(torch.tensor(1e9)))
+    assert float(watching([1.0]).limit) == 201.0
+    assert [watching([1.0] * num).has_history for num in (7, 8)] == [False, True]
     assert watching([1.0] * 20, temperature=0.0).limit is None
-    assert not bool(watching([1.0] * 7).beyond(torch.tensor(1e9)))
 
 
 def test_excursions_do_not_raise_the_limit_and_chains_have_their_own():
@@ -99,11 +101,23 @@ def test_a_chain_that_is_thrown_out_in_warm_up_is_put_back_with_a_smaller_step(k
         before = chain.step_size
         throw_out(chain, row)
         chain.advance(10)
-        assert float(chain.theta[row].abs().max()) < 6
+        assert float(chain.theta.abs().max()) < 6
         assert chain.step_size == pytest.approx(before / 4)
         chain.advance(1400)
     assert chain.step_size > before / 2  # it grew again
     assert chain.divergences == []
+
+
+def test_a_first_step_that_throws_the_chain_out_is_taken_back(monkeypatch):
+    """Before there is any history but the start."""
+    kernel = SGLD(gaussian, "auto", seed=0, compile=False)
+    chain = kernel.begin((), {}, warmup_steps=2000, chains=ChainSet(count=2))
+    monkeypatch.setattr(chain.warmup.auto, "measure", lambda local, heat: None)
+    chain.warmup.auto.step_size = 6.0
+    with torch.no_grad():
+        chain.advance(20)
+    assert chain.step_size < 4
+    assert float(chain.theta.abs().max()) < 10
 
 
 @pytest.mark.slow
@@ -158,3 +172,22 @@ def test_an_outlying_row_in_a_mini_batch_is_no_excursion():
     potential = mcmc.diagnostics()["potential"]["chain 0"]
     assert float(potential.max()) > float(potential.median()) + 1e4
     assert mcmc.diagnostics()["excursions"]["chain 0"] == []
+
+
+@pytest.mark.parametrize("is_outside", [False, True])
+def test_a_state_at_which_one_row_is_far_off_is_no_excursion(is_outside, monkeypatch):
+    """U on the last batch is beyond the limit; what it is on others decides."""
+    kernel = SGLD(with_rows, 0.02, batch_size=4, seed=0)
+    chain = kernel.begin((torch.zeros(40),), {}, warmup_steps=100, chains=ChainSet(count=2))
+    with torch.no_grad():
+        chain.advance(451)
+        chain._measures.energy.fill_(1e6)
+        others = torch.full((2,), 1e6 if is_outside else 0.0)
+        monkeypatch.setattr(chain, "_energy_on_others", lambda: others)
+        assert chain.outside_history(may_wait=True).tolist() == [is_outside] * 2
+
+
+def with_rows(y):
+    gaussian()
+    with pyro.plate("data", len(y)):
+        pyro.sample("obs", dist.Normal(0.0, 1.0), obs=y)
