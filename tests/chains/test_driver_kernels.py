@@ -70,6 +70,7 @@ def test_mcmc_interface(kernel_class, method, num_chains, group_by_chain):
         (SGHMC, "spawn"),  # which has more state than the others; they are sent the same way
         pytest.param(SGLD, "spawn", marks=pytest.mark.thorough),
         pytest.param(PSGLD, "spawn", marks=pytest.mark.thorough),
+        pytest.param(MCLMC, "spawn", marks=pytest.mark.thorough),
     ],
 )
 def test_parallel_chains_are_the_sequential_ones(kernel_class, context):

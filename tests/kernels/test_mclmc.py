@@ -14,9 +14,8 @@ from pyro.infer import MCMC
 from pyro_apd.chains.driver import MCMC as Driver
 from pyro_apd.errors import ModelError
 from pyro_apd.kernels import MCLMC
-from pyro_apd.kernels.adaptation.microcanonical import ENERGY_VARIANCE
+from pyro_apd.kernels.adaptation.microcanonical_settings import ENERGY_VARIANCE
 from pyro_apd.kernels.engine.chain_set import ChainSet
-from pyro_apd.kernels.mclmc import kicked
 from tests.support.exactness import assert_gaussian, draws_of_chains
 from tests.support.models import Classifier, Conjugate, constrained
 
@@ -35,32 +34,6 @@ def run(kernel, *args, num_samples=20, warmup_steps=40, num_chains=4, driver=Dri
     mcmc = driver(kernel, num_samples, warmup_steps, num_chains=num_chains, disable_progbar=True, **settings)
     mcmc.run(*args)
     return mcmc
-
-
-def unit(*shape, seed=0, dtype=torch.float64):
-    vector = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    return vector / vector.norm(dim=-1, keepdim=True)
-
-
-def test_a_kick_is_the_stated_formula():
-    velocity, downhill = unit(5, 7), unit(5, 7, seed=1)
-    delta = torch.tensor([0.0, 1e-6, 0.1, 1.0, 10.0], dtype=torch.float64).unsqueeze(-1)
-    cosine = (velocity * downhill).sum(-1, keepdim=True)
-    scale = delta.cosh() + cosine * delta.sinh()
-    expected = (velocity + downhill * (delta.sinh() + cosine * (delta.cosh() - 1))) / scale
-    found, gain = kicked(velocity, downhill, delta)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(gain, scale.log())
-    torch.testing.assert_close(found.norm(dim=-1), torch.ones(5, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("delta", [200.0, 1e10, 1e30])
-def test_the_largest_gradients_do_not_overflow(delta):
-    velocity = torch.stack([unit(7, dtype=torch.float32), -unit(7, seed=1, dtype=torch.float32)])
-    downhill = unit(7, seed=1, dtype=torch.float32).expand(2, 7)
-    found, gain = kicked(velocity, downhill, torch.full((2, 1), delta))
-    torch.testing.assert_close(found[0], downhill[0])
-    assert bool(torch.isfinite(found).all() & torch.isfinite(gain).all())
 
 
 @pytest.mark.slow
@@ -147,6 +120,54 @@ def test_a_checkpoint_of_the_driver_resumes_bit_for_bit(tmp_path):
         assert torch.equal(again.get_samples()[name], value)
 
 
+@pytest.mark.slow
+def test_tails_of_a_region_that_narrows():
+    """A scale and 8 latents of that scale. Steps that are too long for the narrow part are taken back, so that no chain
+    is thrown out of the target: shares outside of the scale's quantiles, and the largest of its draws.
+    """
+
+    def funnel():
+        scale = pyro.sample("log_scale", dist.Normal(0.0, 1.0))
+        pyro.sample("w", dist.Normal(0.0, scale.exp().unsqueeze(-1).expand(8)).to_event(1))
+
+    kernel = MCLMC(funnel, 0.35, length=6.0, seed=0, compile=False)
+    draws = draws_of_chains(kernel, (), num_chains=256, num_draws=30, every=40, warmup=300)[..., 0]
+    assert kernel.layout.names == ("log_scale", "w")
+    assert float(draws.std()) == pytest.approx(1.0, abs=0.1)
+    for is_outside in (draws > 1.645, draws < -1.645):
+        assert float(is_outside.double().mean()) == pytest.approx(0.05, abs=0.02)
+    assert float(draws.abs().max()) < 5.0
+
+
+def test_a_lost_step_is_taken_back():
+    kernel = MCLMC(gaussian, 1e-3, length=1.0, seed=0, compile=False)
+    chain = kernel.begin((), {}, warmup_steps=0, num_samples=10, chains=ChainSet(count=2))
+    with torch.no_grad():
+        chain.advance(3)
+        here = chain.theta
+        chain.auxiliary["energy"][0][1] -= 1e3  # the second chain's next error is as large
+        velocity = chain.auxiliary["velocity"][0].clone()
+        chain.advance(1)
+        torch.testing.assert_close(chain.theta[1], here[1] - 1e-3 * velocity[1])
+        assert bool((chain.auxiliary["velocity"][0][1] == 0).all())
+        assert bool((chain.auxiliary["velocity"][0][0] != 0).any())
+        chain.advance(1)
+    torch.testing.assert_close(chain.auxiliary["velocity"][0].norm(dim=-1), torch.ones(2))
+    # The error counts as the largest that is not lost.
+    assert chain.auxiliary["energy"][1][1] == pytest.approx(25.0, rel=1e-3)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("settings", [{}, {"adjusted": True}])
+def test_a_spawned_run_with_an_automatic_step_is_the_sequential_one(settings):
+    one, other = (
+        run(MCLMC(PROBLEM.full, seed=3, **settings), *DATA, num_chains=2, chain_method=method, mp_context="spawn")
+        for method in ("sequential", "parallel")
+    )
+    assert torch.equal(one.get_samples()["w"], other.get_samples()["w"])
+    assert one.diagnostics()["tuning"] == other.diagnostics()["tuning"]
+
+
 def network_data():
     return torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
 
@@ -209,6 +230,10 @@ def test_one_latent_value_is_refused():
         ({"length": "long"}, "length='long'"),
         ({"precondition": 1}, "precondition=1"),
         ({"temperature": 0.0}, "temperature=0.0"),
+        ({"adjusted": "yes"}, "adjusted='yes'"),
+        ({"adjusted": True, "leaps": 0}, "leaps=0"),
+        ({"leaps": 3}, "leaps=3 is for adjusted trajectories"),
+        ({"adjusted": True, "length": 2.0}, "length=2.0 has no meaning with adjusted=True"),
     ],
 )
 def test_settings_out_of_range(settings, message):

@@ -82,6 +82,7 @@ def test_streaming_interface(kernel_class, num_chains):
         (SGHMC, "spawn"),
         pytest.param(SGLD, "spawn", marks=pytest.mark.thorough),
         pytest.param(PSGLD, "spawn", marks=pytest.mark.thorough),
+        pytest.param(MCLMC, "spawn", marks=pytest.mark.thorough),
     ],
 )
 def test_parallel_chains_differ_and_seeds_repeat_them(kernel_class, context, monkeypatch):

@@ -8,7 +8,7 @@ After Robnik, De Luca, Silverstein & Seljak (JMLR 2023) and Sommer et al. (ICLR 
 * **Start.** With an automatic step size, some steps of Adam come first: far from a mode, energy errors mislead.
 * **Step size.** Microcanonical dynamics keeps its energy; steps of a finite size epsilon do not. The variance of the
   error of a step grows as the sixth power of epsilon, and the bias of the draws grows with it. Epsilon is the one at
-  which that variance is :data:`ENERGY_VARIANCE` per weight.
+  which that variance is ``ENERGY_VARIANCE`` per weight.
 * **Preconditioner.** The standard deviations of each chain's own states, measured over three windows of the warm-up.
 * **L**, the length over which the direction of motion is forgotten: the root of the sum of the variances at first, and
   at last a quarter of the distance that a chain covers in an integrated autocorrelation time.
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pyro_apd.kernels.adaptation.excursions import REDUCTION
 from pyro_apd.kernels.adaptation.gradient_noise import GradientNoise, batch_noise
-from pyro_apd.kernels.adaptation.microcanonical_settings import MicrocanonicalSettings
+from pyro_apd.kernels.adaptation.microcanonical_settings import ENERGY_VARIANCE, MicrocanonicalSettings
 from pyro_apd.kernels.adaptation.state_statistics import (
     MAX_CHANGE,
     RunningMoments,
@@ -46,9 +46,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("pyro_apd")
 
-#: Variance of the energy error of a step, per weight, that the step size is chosen for.
-ENERGY_VARIANCE = 5e-4
-#: The same, from where on a given step size is warned of: variances came out 17 % too large there.
+#: Variance of the energy error, per weight, from where on a given step size is warned of: variances came out 17 % too
+#: large there.
 MAX_ENERGY_VARIANCE = 1e-2
 #: Most steps of Adam before an automatic warm-up, and the largest share of the warm-up's steps that they may be.
 NUM_OPTIMISED, OPTIMISED_SHARE = 500, 0.25
@@ -235,7 +234,7 @@ class MicrocanonicalWarmUp(WarmUp):
             return
         size = 0.1 * math.sqrt(chain.theta.shape[-1])
         for _ in range(_NUM_TRIALS):
-            change = step_change(self._trial(chain, size, 2), ENERGY_VARIANCE, 1.0, MAX_CHANGE)
+            change = step_change(self._trial(chain, size, 2), self._settings.energy_variance, 1.0, MAX_CHANGE)
             size *= change
             if 0.5 < change < 2:
                 break
@@ -251,12 +250,12 @@ class MicrocanonicalWarmUp(WarmUp):
             variances = self._trial(chain, self._size(chain), 4)
         size = self._size(chain)
         if not self._is_last_part:
-            size *= step_change(variances, ENERGY_VARIANCE, _GAIN, _MAX_RISE)
+            size *= step_change(variances, self._settings.energy_variance, _GAIN, _MAX_RISE)
         else:
             ratios = variances / size**6
             self._ratios += ratios[torch.isfinite(ratios)].tolist()
             if self._ratios:
-                size = (ENERGY_VARIANCE / max(mean_without_outliers(self._ratios), 1e-300)) ** (1 / 6)
+                size = (self._settings.energy_variance / max(mean_without_outliers(self._ratios), 1e-300)) ** (1 / 6)
         if self._settings.adapts_step:
             self._set_size(size)
 
@@ -379,7 +378,7 @@ class MicrocanonicalWarmUp(WarmUp):
 
     def _energy_variances(self, chain: MicrocanonicalChain) -> Tensor:
         """Per weight and chain, ``(C,)``, since the last reading; nan where there was no step."""
-        total, count = chain.auxiliary["energy"][1:]
+        total, count = chain.auxiliary["energy"][1:3]
         return (total / count).reshape(-1) / chain.theta.shape[-1]
 
     def _trial(self, chain: MicrocanonicalChain, size: float, num_steps: int) -> Tensor:

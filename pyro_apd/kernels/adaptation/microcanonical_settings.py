@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+#: Variance of the energy error of a step, per weight, that the step size is chosen for.
+ENERGY_VARIANCE = 5e-4
 #: Squared energy errors ``(C,)`` of a step of each chain, the mean over so many trial steps of a size on one batch.
 Trial = Callable[[Any, float, int], Tensor]
 
@@ -22,6 +24,7 @@ class MicrocanonicalSettings:
     :ivar bool adapts_step: whether to find the step size; so ``adapts_length`` for L, and ``preconditions``.
     :ivar float max_inflation: share by which mini-batches may widen variances.
     :ivar trial: energy errors of trial steps.
+    :ivar float energy_variance: variance of the energy error of a step, per weight, that is aimed at.
     """
 
     adapts_step: bool
@@ -29,3 +32,4 @@ class MicrocanonicalSettings:
     preconditions: bool
     max_inflation: float
     trial: Trial
+    energy_variance: float = ENERGY_VARIANCE

@@ -44,7 +44,7 @@ class Step:
     :ivar Tensor energy: U at theta, on this step's mini-batch, ``()`` or ``(C,)``.
     :ivar noise: standard normal.
     :ivar Tensor size: epsilon, ``()``, or ``(C, 1)`` where chains may differ.
-    :ivar gradient_at: gradient of U at another state, on the same mini-batch.
+    :ivar evaluate: gradient of U, and U, at another state on the same mini-batch.
     :ivar int num_data: N, or 1 where the model has no data.
     """
 
@@ -54,7 +54,7 @@ class Step:
     energy: Tensor
     noise: Pieces
     size: Tensor
-    gradient_at: Callable[[Pieces], Pieces]
+    evaluate: Callable[[Pieces], tuple[Pieces, Tensor]]
     num_data: int
 
 
@@ -214,9 +214,7 @@ class Stepper:
             measures = (energy, torch.stack([(g * g).sum(-1) for g in gradient]).sum(0))
         pieces = tuple(noise.split(self._sizes, -1))
         num_data = self.estimator.num_data or 1
-        self._update(
-            Step(theta, auxiliary, gradient, energy, pieces, size, lambda at: gradients(at, inputs)[0], num_data)
-        )
+        self._update(Step(theta, auxiliary, gradient, energy, pieces, size, lambda at: gradients(at, inputs), num_data))
         return measures
 
     def _is_compiling(self, steps_taken: int) -> bool:
