@@ -1,12 +1,12 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""NUTS against the mini-batch kernels, in function space: ``python -m benchmarks.function_space [--quick]``.
+"""NUTS against the kernels, in function space: ``python -m benchmarks.function_space [--part ...] [--quick]``.
 
-Two Bayesian networks small enough for NUTS, with one hidden layer of tanh units, all weights N(0, 1) and each layer
-divided by the root of its fan-in: 1-16-1 regression on 50 points with a gap, noise sd 0.5, and 2-10-2 classification of
-80 points on two arcs. Weights are not compared, because hidden units can be permuted. Functions are, over a grid of
-inputs inside and outside the data.
+Part ``networks`` is :mod:`benchmarks.function_space_networks`. Part ``small``: two Bayesian networks small enough for
+NUTS, with one hidden layer of tanh units, all weights N(0, 1) and each layer divided by the root of its fan-in: 1-16-1
+regression on 50 points with a gap, noise sd 0.5, and 2-10-2 classification of 80 points on two arcs. Weights are not
+compared, because hidden units can be permuted. Functions are, over a grid of inputs inside and outside the data.
 
 Four chains of Pyro's NUTS are the reference. The resolution is the difference between each chain and the other three.
 Step sizes and the pilot chain are those of :mod:`benchmarks.tuning`, and do not use the reference. Chains of every
@@ -30,6 +30,7 @@ from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
+from benchmarks import function_space_networks
 from benchmarks.common import markdown_table, write_json
 from benchmarks.tuning import KERNELS, MCLMC_STEPS, SETTINGS, Pilot, TracedPotential, explore, plan, shown
 
@@ -285,9 +286,21 @@ def one_problem(problem: Problem, num_draws: int, steps: int) -> dict[str, Any]:
 def main() -> None:
     """Prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--part", choices=["small", "networks", *function_space_networks.NETWORKS, "all"], default="all"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer draws and steps, nothing written")
-    is_quick = parser.parse_args().quick
+    options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.part in ("small", "all"):
+        small(options.quick)
+    if options.part != "small":
+        part = "all" if options.part == "networks" else options.part
+        function_space_networks.main(part, options.quick)
+
+
+def small(is_quick: bool) -> None:
+    """Prints the table of the small networks and writes its JSON."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
