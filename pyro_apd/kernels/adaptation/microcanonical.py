@@ -9,7 +9,8 @@ After Robnik, De Luca, Silverstein & Seljak (JMLR 2023) and Sommer et al. (ICLR 
 * **Step size.** Microcanonical dynamics keeps its energy; steps of a finite size epsilon do not. The variance of the
   error of a step grows as the sixth power of epsilon, and the bias of the draws grows with it. Epsilon is the one at
   which that variance is ``ENERGY_VARIANCE`` per weight.
-* **Preconditioner.** The standard deviations of each chain's own states, measured over three windows of the warm-up.
+* **Preconditioner.** The standard deviations of each chain's own states, measured over three windows of the warm-up; on
+  mini-batches the noise of their gradients, see :mod:`~pyro_apd.kernels.adaptation.batch_noise`.
 * **L**, the length over which the direction of motion is forgotten: the root of the sum of the variances at first, and
   at last a quarter of the distance that a chain covers in an integrated autocorrelation time.
 
@@ -29,8 +30,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from pyro_apd.kernels.adaptation.batch_noise import BatchNoise
 from pyro_apd.kernels.adaptation.excursions import REDUCTION
-from pyro_apd.kernels.adaptation.gradient_noise import GradientNoise, batch_noise
+from pyro_apd.kernels.adaptation.gradient_noise import GradientNoise
 from pyro_apd.kernels.adaptation.microcanonical_settings import ENERGY_VARIANCE, MicrocanonicalSettings
 from pyro_apd.kernels.adaptation.state_statistics import (
     MAX_CHANGE,
@@ -109,7 +111,7 @@ class MicrocanonicalWarmUp(WarmUp):
         self._next_reading = 0
         self._is_settled = False
         self._num_windows, self._num_back_offs = 0, 0
-        self._moments = RunningMoments()
+        self._moments, self._noise = RunningMoments(), BatchNoise(temperature)
         self._ratios: list[float] = []
         self._points: list[Tensor] = []
         self._point_steps: list[int] = []
@@ -178,6 +180,7 @@ class MicrocanonicalWarmUp(WarmUp):
             "num_windows": self._num_windows,
             "num_back_offs": self._num_back_offs,
             "moments": self._moments.state_dict(),
+            "noise": self._noise.state_dict(),
             "ratios": list(self._ratios),
             "points": list(self._points),
             "stride": self._stride,
@@ -192,6 +195,7 @@ class MicrocanonicalWarmUp(WarmUp):
         self._next_reading, self._is_settled = int(state["next_reading"]), bool(state["is_settled"])
         self._num_windows, self._num_back_offs = int(state["num_windows"]), int(state["num_back_offs"])
         self._moments.load_state_dict(state["moments"])
+        self._noise.load_state_dict(state["noise"])
         self._ratios, self._points = [float(value) for value in state["ratios"]], list(state["points"])
         self._stride, self._point_steps = int(state["stride"]), [int(step) for step in state["point_steps"]]
         self._found = dict(state["found"])
@@ -222,6 +226,7 @@ class MicrocanonicalWarmUp(WarmUp):
             self._follow(chain)
             if share > _WINDOWS[0] and not self._is_last_part:
                 self._moments.add(chain.theta)
+                self._noise.add(chain)
                 if share >= _WINDOWS[1 + self._num_windows]:
                     self._end_window(chain)
         self._next_reading = min(chain.step + self._apart, self.num_steps)
@@ -267,6 +272,7 @@ class MicrocanonicalWarmUp(WarmUp):
         if scale is None:
             return
         if self._settings.preconditions:
+            scale = self._noise.preconditioner(scale)
             chain.auxiliary["scale"][0].copy_(scale)
             # What was found in the metric of before says nothing in this one.
             self._largest = math.inf
@@ -315,7 +321,7 @@ class MicrocanonicalWarmUp(WarmUp):
         """On mini-batches: measures the gradient's noise, and lowers L and epsilon where it would widen the draws."""
         if chain.potential.source.epoch_length == 1 or not math.isfinite(self._size(chain)):
             return
-        noise_C2 = self._noise(chain)
+        noise_C2 = self._noise.measured(chain)
         if not bool(torch.isfinite(noise_C2).all()):
             return  # a batch with NaN, which the chain's next check reports
         length, num, allowed = chain.auxiliary["length"][0], chain.theta.shape[-1], self._settings.max_inflation
@@ -334,16 +340,6 @@ class MicrocanonicalWarmUp(WarmUp):
         self._found["inflation"] = float(self._of_active(chain, torch.tensor(inflations)).mean())
         self._found["allowed"] = allowed
 
-    def _noise(self, chain: MicrocanonicalChain) -> Tensor:
-        """The noise of each chain, ``(C, 2)``: where it matters, and its mean over directions."""
-        scale = chain.auxiliary["scale"][0] / self.temperature
-        source, theta = chain.potential.source, chain.theta
-
-        def gradient() -> Tensor:
-            return chain.estimator.gradient(theta, source.draw())[0] * scale
-
-        return torch.stack(batch_noise(gradient, source.epoch_length, theta.shape[-1]), -1).reshape(-1, 2)
-
     @torch.no_grad()
     def _warn_of_noise(self, chain: MicrocanonicalChain) -> None:
         """Warns of mini-batches that widen the draws by more than is allowed."""
@@ -351,7 +347,7 @@ class MicrocanonicalWarmUp(WarmUp):
         if chain.potential.source.epoch_length == 1:
             return
         if inflation is None:
-            hottest, mean = self._of_active_here(chain, self._noise(chain)).mean(0).tolist()
+            hottest, mean = self._of_active_here(chain, self._noise.measured(chain)).mean(0).tolist()
             length = float(chain.auxiliary["length"][0].mean())
             inflation = GradientNoise(hottest, mean, chain.theta.shape[-1]).inflation(chain.step_size, length)
         if inflation > allowed:
