@@ -85,6 +85,25 @@ def test_the_choice_is_by_rows_times_weights():
     assert "no data rows" in recommend(Problem(None, 1_000, has_batches=False)).reason
 
 
+@pytest.mark.parametrize(
+    ("num_weights", "expected"),
+    [(4, apd.SGHMC), (99, apd.SGHMC), (100, apd.MCLMC), (2_000, apd.MCLMC), (2_001, apd.SGHMC)],
+)
+def test_networks_of_some_hundred_weights_get_the_microcanonical_kernel(num_weights, expected):
+    found = recommend(Problem(200, num_weights, has_batches=False))
+    assert found.kernel is expected
+    assert found.reason.startswith(f"{expected.__name__} on all rows")
+    assert recommend(Problem(200, num_weights, has_batches=False, is_cold=True)).kernel is apd.SGHMC
+
+
+def test_a_mode_is_not_for_the_microcanonical_kernel():
+    def model():
+        pyro.sample("w", dist.Normal(torch.zeros(150), 1.0).to_event(1))
+
+    assert isinstance(recommended_kernel(model), apd.MCLMC)
+    assert isinstance(recommended_kernel(model, temperature=0.0), apd.SGHMC)
+
+
 def test_a_kernel_of_ones_own_has_no_reason():
     assert apd.SGLD(PROBLEM.full, 1e-3).reason == ""
 
