@@ -266,8 +266,8 @@ def test_the_step_size_is_that_of_the_same_chains_in_one_process():
 def test_all_processes_slow_down_where_one_has_a_chain_that_runs_away(tmp_path, monkeypatch):
     measure = AutoStep.measure
 
-    def too_bold(self, target):
-        measure(self, target)
+    def too_bold(self, *states):
+        measure(self, *states)
         if self._num_done == 1:
             self.step_size *= 1e3
 
