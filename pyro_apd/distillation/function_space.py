@@ -118,6 +118,8 @@ def function_space(source: Source, probe_inputs: Sequence[Any] | None) -> tuple[
 class _WholeData(Probes):
     """The data unchanged, for a model that takes no other inputs."""
 
+    has_rows = False
+
     def __init__(self, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._call = (model, tuple(args), dict(kwargs))
 

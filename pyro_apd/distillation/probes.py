@@ -64,6 +64,9 @@ class Probes:
     :param bool unchanged: take all probes from the rows, unchanged.
     """
 
+    #: Whether probes are rows, of which a model takes any number; otherwise it takes all data as they are.
+    has_rows = True
+
     def __init__(self, rows: Sequence[Tensor], *, unchanged: bool = False) -> None:
         self._rows = tuple(rows)
         self._unchanged = unchanged

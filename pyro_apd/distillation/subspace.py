@@ -95,7 +95,8 @@ def fit_default(
     length = correlation_length(draws)
     found = _matrices(layout, seen, draws)
 
-    is_stiff = functions is not None and num_products > _MANY_USES * size
+    # What all data together take says nothing about the uses of a weight.
+    is_stiff = functions is not None and functions[1].has_rows and num_products > _MANY_USES * size
     functions_CTF = _functions(functions, draws, num_products) if functions is not None and is_stiff else None
 
     def rank(share: float) -> int:

@@ -8,6 +8,7 @@ from torch import nn
 import pyro_apd as apd
 from pyro_apd.distillation.function_space import function_space
 from pyro_apd.distillation.options import DistillOptions
+from pyro_apd.distillation.probes import Probes
 from pyro_apd.distillation.source import Source
 from pyro_apd.distillation.subspace import fit_default, num_bytes
 from pyro_apd.generators.draw_blocks import DrawBlocks
@@ -77,8 +78,8 @@ def test_a_posterior_of_few_numbers():
     assert generator(generator.latents(10, generator.step)).shape == (10, 2)
 
 
-@pytest.mark.parametrize(("num_uses", "is_each"), [(1, False), (30, True)])
-def test_where_weights_are_used_often_each_draw_is_a_mode(num_uses, is_each):
+@pytest.mark.parametrize(("num_uses", "has_rows", "is_each"), [(1, True, False), (30, True, True), (30, False, False)])
+def test_where_weights_are_used_often_for_a_row_each_draw_is_a_mode(num_uses, has_rows, is_each, monkeypatch):
     torch.manual_seed(0)
     model = apd.BNN(nn.Linear(8, 5), likelihood="categorical")
     layout = Layout({"net.weight": (5, 8), "net.bias": (5,)})
@@ -86,5 +87,6 @@ def test_where_weights_are_used_often_each_draw_is_a_mode(num_uses, is_each):
         1, 60, layout.size
     )
     functions = function_space(Source(theta_CSD, layout, model, (torch.randn(60, 8),)), None)
+    monkeypatch.setattr(Probes, "has_rows", has_rows)
     found = fit_default(layout, DrawBlocks(theta_CSD), functions, DistillOptions(), num_uses * layout.size)
     assert (found.generator.num_modes == 60) == is_each
