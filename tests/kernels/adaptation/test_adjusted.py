@@ -36,7 +36,7 @@ def test_the_variance_gives_the_acceptance():
 @pytest.mark.slow
 def test_automatic_warm_up_on_an_ill_conditioned_gaussian():
     kernel = MCLMC(gaussian, adjusted=True, seed=0)
-    mcmc = MCMC(kernel, 40, 300, num_chains=96, disable_progbar=True)
+    mcmc = MCMC(kernel, 80, 300, num_chains=96, disable_progbar=True)
     mcmc.run()
     assert_gaussian(mcmc.get_samples(group_by_chain=True)["w"].double(), MEAN, torch.diag(SDS.square()))
     assert kernel.tuning["acceptance"] == pytest.approx(ACCEPTANCE, abs=0.07)
