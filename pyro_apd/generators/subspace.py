@@ -249,7 +249,8 @@ class MatrixPart(Part):
         self.frame_step = nn.Parameter(torch.ones(()))
         if not self.is_full:
             null = 1 + path_rank
-            self.register_buffer("null", torch.zeros(num_chains * null, matrix.units, matrix.columns, dtype=torch.int8))
+            shape = (num_chains * null, matrix.units, matrix.columns)
+            self.register_buffer("null", torch.zeros(shape, dtype=torch.int16))
             self.null_step = nn.Parameter(torch.ones(()))
             self.null_reduction = nn.Parameter(torch.zeros(num_chains * null))
             self.null_rows = nn.Parameter(torch.zeros(matrix.units))

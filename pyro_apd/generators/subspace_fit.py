@@ -111,6 +111,7 @@ class SubspaceFit:
             if isinstance(part, EntriesPart):
                 part.unit.copy_(1 / self._deviation(part))
             null, count = self._draws[torch.zeros(1, dtype=torch.long)].new_zeros(()), 0
+            largest = torch.zeros_like(null)
             for _, values_SOI in self._blocks(part):
                 differs |= (values_SOI != values_SOI[0]).any()
                 pinned_CTW = self._pinned(part, values_SOI).flatten(1).unflatten(0, (num_chains, num_draws))
@@ -119,6 +120,7 @@ class SubspaceFit:
                 if isinstance(part, MatrixPart) and not part.is_full:
                     some_CTOI = values_SOI.unflatten(0, (num_chains, num_draws))[:, spaced_T]
                     left_SOI = self._null(part, some_CTOI.flatten(0, 1))
+                    largest = torch.maximum(largest, left_SOI.abs().amax())
                     null = null + left_SOI.unflatten(0, (num_chains, -1)).var(1).sum()
                     count += values_SOI[0].numel() * num_chains
             total = own_CTT.diagonal(dim1=1, dim2=2).sum() / (num_chains * num_draws)
@@ -126,6 +128,7 @@ class SubspaceFit:
             gram_CTT += own_CTT / total.clamp_min(1e-300)
             if count and isinstance(part, MatrixPart):
                 unit = (null / count).sqrt().clamp_min(torch.finfo(self._draws.dtype).tiny)
+                unit = torch.maximum(unit, 1.1 * largest / (_FINE * _LARGEST_INT16))  # means may be far larger
                 self._null_units[part] = unit
                 part.null_step.copy_(unit)
         if not bool(differs):
@@ -170,8 +173,8 @@ class SubspaceFit:
         sums by column ``(I,)``."""
         mean_COI, path_CROI, variance_OI = _moments(null_SOI, left_CRT[:, : part.path_rank])
         path_CPOI = torch.cat([mean_COI.unsqueeze(1), path_CROI], 1)
-        integers = (path_CPOI / (_FINE * part.null_step)).round().clamp(-127, 127)
-        part.null[:, rows] = integers.to(torch.int8).flatten(0, 1)
+        integers = (path_CPOI / (_FINE * part.null_step)).round().clamp(-_LARGEST_INT16, _LARGEST_INT16)
+        part.null[:, rows] = integers.to(torch.int16).flatten(0, 1)
         return variance_OI.mean(1), variance_OI.sum(0)
 
     @torch.no_grad()
@@ -210,7 +213,7 @@ class SubspaceFit:
             part.forget()
 
     def _round_null(self, part: MatrixPart, null: _Null, null_step: float) -> None:
-        null_step = max(null_step, _FINE)  # finer ones would not fit into the integers
+        null_step = max(null_step, _FINE)  # of which the integers are
         scaled = null.integers.to(null.row_O.dtype) * (_FINE / null_step)
         part.null.copy_(scaled.round())
         part.null_reduction.copy_(_reductions(scaled))

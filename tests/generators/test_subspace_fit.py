@@ -163,3 +163,17 @@ def test_null_parts_stay_right_however_fine_their_step():
     coarse, fine = (fitted(theta_CSD, **options, null_step=null_step) for null_step in (0.1, 0.005))
     theirs_SD, ours_SD = (generator(latents_of_modes(generator)) for generator in (coarse, fine))
     torch.testing.assert_close(ours_SD, theirs_SD, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("sd", [1.0, 0.1, 0.01, 1e-4])
+def test_narrow_posteriors_keep_their_means(sd):
+    """As where a chain begins at a trained network: weights are many times as large as their deviations."""
+    generator = torch.Generator().manual_seed(3)
+    mean_D = torch.randn(SIZE, generator=generator, dtype=torch.float64)
+    theta_CSD = mean_D + sd * torch.randn(1, 60, SIZE, generator=generator, dtype=torch.float64)
+    model = fitted(theta_CSD, pinned=2, rank=10, null_step=0.1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        found_SD = model(model.latents(400, model.step))
+    error_D = found_SD.mean(0) - theta_CSD[0].mean(0)
+    assert float(error_D.abs().max()) < 0.5 * sd + 2e-3
