@@ -12,8 +12,8 @@ from pyro_apd.distillation.calibration import Calibration
 
 #: Spread of the generator's draws relative to the chain's: below it collapsed, above it diverged.
 ACCEPTED_SPREAD = (0.5, 3.0)
-#: Of a generator within a budget: distance to held-out draws in units of their spread, and disagreement of its draws on
-#: the data relative to the chain's. Without a budget the first is below .13, even with few draws, and the second 1.05.
+#: Of a generator in fewer bytes than the default: distance to held-out draws in units of their spread, and disagreement
+#: of its draws on the data relative to the chain's.
 ACCEPTED_DISTANCE, ACCEPTED_EXCESS = 0.3, 1.25
 
 

@@ -101,7 +101,8 @@ def fit_default(
 
     def rank(share: float) -> int:
         if is_stiff and options.rank is None:
-            return max(1, min(_STIFF_RANK, draws.shape[1] - 1, size))
+            of_chain = max(_MIN_RANK, _STIFF_RANK // draws.shape[0])
+            return max(1, min(of_chain, draws.shape[1] - 1, size))
         wanted = _rank(draws, share, length) if options.rank is None else options.rank
         return max(1, min(wanted, int(draws.shape[1] / _DRAWS_PER_COORDINATE), size))
 

@@ -3,28 +3,17 @@
 
 import pytest
 import torch
-from torch import nn
 
-import pyro_apd as apd
 from pyro_apd.distillation.calibration import calibrate
-from pyro_apd.distillation.function_space import function_space
-from pyro_apd.distillation.source import Source
-from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.generators.subspace_fit import SubspaceFit, SubspaceSettings
 from pyro_apd.generators.weight_matrices import WeightMatrix
-from pyro_apd.models.layout import Layout
+from tests.support.function_spaces import linear_classifier
 
 
 @pytest.fixture
 def case():
     """Draws of a linear classifier, how they are compared, and a generator of them with too much noise."""
-    torch.manual_seed(0)
-    model = apd.BNN(nn.Linear(8, 5), likelihood="categorical")
-    layout = Layout({"net.weight": (5, 8), "net.bias": (5,)})
-    theta_CSD = 0.4 * torch.randn(1, 80, layout.size)
-    x = torch.randn(60, 8)
-    functions = function_space(Source(theta_CSD, layout, model, (x,)), None)
-    draws = DrawBlocks(theta_CSD)
+    draws, x, functions = linear_classifier()
     moment = torch.cat([x, torch.ones(60, 1)], 1).mT @ torch.cat([x, torch.ones(60, 1)], 1) / 60
     fit = SubspaceFit(draws, [WeightMatrix(0, 5, 8, 40)], [moment], SubspaceSettings(rank=20))
     fit.read()

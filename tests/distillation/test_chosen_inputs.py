@@ -3,25 +3,16 @@
 
 import pytest
 import torch
-from torch import nn
 
-import pyro_apd as apd
 from pyro_apd.distillation.chosen_inputs import ChosenInputs, values_at
-from pyro_apd.distillation.function_space import function_space
-from pyro_apd.distillation.source import Source
-from pyro_apd.generators.draw_blocks import DrawBlocks
-from pyro_apd.models.layout import Layout
+from tests.support.function_spaces import linear_classifier
 
 
 @pytest.fixture
 def case():
     """How draws of a linear classifier are compared, its inputs, and the draws."""
-    torch.manual_seed(0)
-    model = apd.BNN(nn.Linear(8, 5), likelihood="categorical")
-    layout = Layout({"net.weight": (5, 8), "net.bias": (5,)})
-    theta_CSD = 0.4 * torch.randn(1, 80, layout.size)
-    space, probes = function_space(Source(theta_CSD, layout, model, (torch.randn(60, 8),)), None)
-    return space, probes, DrawBlocks(theta_CSD)
+    draws, _, (space, probes) = linear_classifier()
+    return space, probes, draws
 
 
 def test_weighted_inputs_stand_for_all_candidates(case):

@@ -77,7 +77,7 @@ def test_supports_come_from_the_model():
 
 
 class Counting(pyro.nn.PyroModule):
-    """Notes how many rows it is run on; has a frozen parameter, and a latent that may have a row each."""
+    """Keeps the numbers of rows that it was run on. A parameter is frozen; a latent has one entry, or one per row."""
 
     def __init__(self, num_local=0):
         super().__init__()

@@ -16,7 +16,7 @@ from pyro_apd.errors import ModelError
 from pyro_apd.kernels import MCLMC
 from pyro_apd.kernels.adaptation.microcanonical_settings import ENERGY_VARIANCE
 from pyro_apd.kernels.engine.chain_set import ChainSet
-from tests.support.exactness import assert_gaussian, draws_of_chains
+from tests.support.exactness import assert_gaussian, assert_resumes, draws_of_chains
 from tests.support.models import Classifier, Conjugate, constrained
 
 PROBLEM = Conjugate()
@@ -84,16 +84,7 @@ def test_a_preconditioner_is_of_the_draws_sds():
 def test_resumed_in_warm_up_bit_for_bit(num_chains, taken):
     kernel = MCLMC(PROBLEM.full, seed=1, compile=False)
     begin = {"warmup_steps": 200, "num_samples": 50, "chains": ChainSet(count=num_chains)}
-    chain, resumed = (kernel.begin(DATA, {}, **begin) for _ in range(2))
-    with torch.no_grad():
-        if taken:
-            chain.advance(taken)
-        state = chain.state_dict()
-        chain.advance(250 - taken)
-        resumed.load_state_dict(state)
-        resumed.advance(250 - taken)
-    assert torch.equal(resumed.theta, chain.theta)
-    assert resumed.warmup.report() == chain.warmup.report()
+    assert_resumes(kernel, begin, DATA, taken, 250)
 
 
 @pytest.mark.slow

@@ -47,3 +47,17 @@ def assert_gaussian(draws_CSn, mean, covariance, *, excess=0.0):
     assert (off_nn > -STANDARD_ERRORS * error_nn - excess * (1 - torch.eye(len(root)))).all(), (off_nn, error_nn)
     assert (off_nn < STANDARD_ERRORS * error_nn + excess).all(), (off_nn, error_nn)
     assert error_nn.max() < 0.04, "too few draws to tell a wrong temperature"
+
+
+def assert_resumes(kernel, begin, data, taken, total):
+    """A chain that goes on from its state after ``taken`` steps is the same bit for bit after ``total``."""
+    chain, resumed = (kernel.begin(data, {}, **begin) for _ in range(2))
+    with torch.no_grad():
+        if taken:
+            chain.advance(taken)
+        state = chain.state_dict()
+        chain.advance(total - taken)
+        resumed.load_state_dict(state)
+        resumed.advance(total - taken)
+    assert torch.equal(resumed.theta, chain.theta)
+    assert resumed.warmup.report() == chain.warmup.report()

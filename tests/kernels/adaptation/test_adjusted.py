@@ -13,7 +13,7 @@ from pyro_apd.errors import ModelError
 from pyro_apd.kernels import MCLMC
 from pyro_apd.kernels.adaptation.adjusted import ACCEPTANCE, TRAJECTORY_VARIANCE
 from pyro_apd.kernels.engine.chain_set import ChainSet
-from tests.support.exactness import assert_gaussian
+from tests.support.exactness import assert_gaussian, assert_resumes
 from tests.support.models import Conjugate
 
 PROBLEM = Conjugate()
@@ -60,16 +60,7 @@ def test_mini_batches_are_refused():
 def test_resumed_bit_for_bit(taken):
     kernel = MCLMC(PROBLEM.full, seed=1, adjusted=True)
     begin = {"warmup_steps": 120, "num_samples": 50, "chains": ChainSet(count=2)}
-    chain, resumed = (kernel.begin(DATA, {}, **begin) for _ in range(2))
-    with torch.no_grad():
-        if taken:
-            chain.advance(taken)
-        state = chain.state_dict()
-        chain.advance(150 - taken)
-        resumed.load_state_dict(state)
-        resumed.advance(150 - taken)
-    assert torch.equal(resumed.theta, chain.theta)
-    assert resumed.warmup.report() == chain.warmup.report()
+    assert_resumes(kernel, begin, DATA, taken, 150)
 
 
 @pytest.mark.thorough

@@ -121,7 +121,7 @@ def test_an_automatic_step_says_where_it_cannot_be_trusted(model):
 def test_a_step_that_was_given_is_the_users_and_says_nothing():
     kernel = SGLD(funnel, 1e-3, thinning=5, seed=0, compile=False)
     mcmc = MCMC(kernel, 60, 20, num_chains=2, chain_method="vectorized", disable_progbar=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", MixingWarning)
-        warnings.simplefilter("error", TemperatureWarning)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         mcmc.run()
+    assert not [w for w in caught if w.category in (MixingWarning, TemperatureWarning)]
