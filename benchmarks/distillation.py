@@ -8,8 +8,9 @@
 Names are those of :data:`benchmarks.distillation_cases.CASES`, ``uci`` and ``all``. Chains are sampled once and cached
 (see :mod:`benchmarks.distillation_cases`). Every method is fitted to the same draws and compared with the same number
 of draws that were held out from all methods. Other draws of the chain are compared in the same way; their difference is
-the resolution of the comparison. Results are stored one by one; stored results are computed again only with
-``--again``. Seconds are CPU seconds of the process. All results that are stored make one figure,
+the resolution of the comparison. Results are stored one by one, by seed and method, with date and commit (see
+:mod:`benchmarks.distillation_records`): a run of some methods leaves the others as they are. What is stored is computed
+again only with ``--again``. Seconds are CPU seconds of the process. All results that are stored make one figure,
 ``results/distillation_frontier.png``.
 
 ``--rows validation`` compares on rows that are neither for training nor for testing, and without the
@@ -19,14 +20,12 @@ out-of-distribution sets. Settings are to be chosen by these.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import RESULTS, write_json
+from benchmarks.common import RESULTS
 from benchmarks.distillation_cases import CASES, Case, Problem, split
 from benchmarks.distillation_figure import frontier
 from benchmarks.distillation_methods import (
@@ -42,6 +41,7 @@ from benchmarks.distillation_methods import (
     swag,
     timed,
 )
+from benchmarks.distillation_records import Records
 from benchmarks.distillation_tables import brief, summary, table
 from benchmarks.distillation_targets import at_equal_bytes, targets
 from pyro_apd.diagnostics.comparison.evaluation import Evaluation, Inputs, evaluate, similarities
@@ -110,8 +110,8 @@ def novelty(train_ND: Tensor, held_ND: Tensor, theta_SD: Tensor) -> dict[str, fl
     }
 
 
-def run_seed(case: Case, seed: int, options: argparse.Namespace, stored: dict[str, Any]) -> None:
-    """Fits and compares what is missing for a case and seed; fills in ``stored``, and writes it after each."""
+def run_seed(case: Case, seed: int, options: argparse.Namespace, records: Records) -> None:
+    """Fits and compares what is missing for a case and seed; adds each result to the records."""
     problem = case.build(seed)
     store = case.sample(problem, seed, options.quick)
     train_CTD, held_CHD = split(store.theta_CSD)
@@ -120,15 +120,15 @@ def run_seed(case: Case, seed: int, options: argparse.Namespace, stored: dict[st
     num_draws = min(NUM_DRAWS, len(held_ND))
     reference = predictions(problem, store.layout, _spaced(held_ND, num_draws), options.rows)
     material = Material(problem, store.layout, train_CTD.contiguous(), seed)
-    stored["held-out SGLD"] = compared(reference, reference)
-    stored["other draws"] = compared(
-        reference, predictions(problem, store.layout, _spaced(material.interleaved(), num_draws), options.rows)
-    )
+    others = predictions(problem, store.layout, _spaced(material.interleaved(), num_draws), options.rows)
+    records.add(seed, "held-out SGLD", compared(reference, reference))
+    records.add(seed, "other draws", compared(reference, others))
     wanted = [(f"{name}, {k:g}", method, k) for name, method in METHODS.items() for k in case.networks]
     wanted += [(name, method, 0.0) for name, method in FIXED.items()]
     for label, method, networks in wanted:
         is_wanted = not options.methods or label.startswith(tuple(options.methods))
-        if label in stored or not is_wanted or label.startswith(case.without):
+        is_stored = label in records.of(seed) and not options.again
+        if is_stored or not is_wanted or label.startswith(case.without):
             continue
         before = _reset_peak()
         fitted, seconds = timed(method, material, networks)
@@ -139,15 +139,10 @@ def run_seed(case: Case, seed: int, options: argparse.Namespace, stored: dict[st
         theta_SD = fitted.sample(num_draws)
         figures = compared(reference, predictions(problem, store.layout, theta_SD, options.rows))
         figures |= novelty(material.interleaved(), held_ND, theta_SD)
-        stored[label] = {
-            "networks": fitted.num_bytes / (4 * material.size),
-            "bytes": fitted.num_bytes,
-            "seconds": seconds,
-            "peak_bytes": beyond,
-            **figures,
-        }
+        sizes = {"networks": fitted.num_bytes / (4 * material.size), "bytes": fitted.num_bytes}
+        records.add(seed, label, {**sizes, "seconds": seconds, "peak_bytes": beyond, **figures})
+        stored = records.of(seed)
         print(f"{case.name} seed {seed} {label}: {seconds:.1f} s, {brief(stored[label], stored)}", flush=True)
-        options.save()
 
 
 def _memory(name: str) -> int:
@@ -193,15 +188,10 @@ def main() -> None:
     for name in names:
         case, path = CASES[name], RESULTS / f"distillation_{name}.json"
         is_stored = options.rows == "test" and not options.quick
-        known = json.loads(path.read_text()) if is_stored and path.exists() and not options.again else {}
-
-        def save(known: dict[str, Any] = known, name: str = name, is_stored: bool = is_stored) -> None:
-            if is_stored:
-                write_json(f"distillation_{name}", known)
-
-        options.save = save
+        records = Records(path if is_stored else None)
         for seed in options.seeds[:1] if options.quick else options.seeds:
-            run_seed(case, seed, options, known.setdefault(str(seed), {}))
+            run_seed(case, seed, options, records)
+        known = records.by_seed
         print(table(case, known), flush=True)
         print(summary(case, known), flush=True)
         print(targets(case, known), flush=True)

@@ -11,16 +11,57 @@ from typing import Any
 from benchmarks.common import markdown_table
 from benchmarks.distillation_cases import Case
 
+# Rows of a table: the chain first, then ours, then what it is compared with; by size within a method.
+METHOD_ORDER = (
+    "held-out SGLD",
+    "other draws",
+    "default",
+    "generator",
+    "int4, error feedback",
+    "int3, error feedback",
+    "int2, error feedback",
+    "int8, thinned",
+    "int8, herded",
+    "stored, thinned",
+    "stored, herded",
+    "SWAG",
+    "flow matching",
+    "low rank + diagonal",
+    "mean field",
+    "paper",
+)
 
-def brief(figures: Mapping[str, float], stored: Mapping[str, Any]) -> str:
+
+def ordered(by_seed: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Labels of all results, in the order of a table."""
+
+    def place(label: str) -> tuple[int, float]:
+        known = [i for i, name in enumerate(METHOD_ORDER) if label == name or label.startswith(f"{name}, ")]
+        size = label.rpartition(", ")[2]
+        return known[0] if known else len(METHOD_ORDER), float(size) if size.replace(".", "").isdigit() else 0.0
+
+    return sorted(dict.fromkeys(label for stored in by_seed.values() for label in stored), key=place)
+
+
+def _with_seeds(label: str, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
+    """The label, with the seeds that have it where these are not all."""
+    seeds = [seed for seed, stored in by_seed.items() if label in stored]
+    if len(seeds) == len(by_seed):
+        return label
+    return f"{label} (seed{'s' * (len(seeds) > 1)} {', '.join(seeds)})"
+
+
+def brief(figures: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
     """The differences for the goals."""
     return ", ".join(f"{name} {text}" for name, text, _ in differences(figures, stored["held-out SGLD"]))
 
 
-def differences(figures: Mapping[str, float], chain: Mapping[str, float]) -> list[tuple[str, str, float]]:
+def differences(figures: Mapping[str, Any], chain: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     """Name, text and size of each difference from the chain: points for shares, per cent for the rest."""
     found: list[tuple[str, str, float]] = []
     for name, value in figures.items():
+        if isinstance(value, str):  # date and commit
+            continue
         if name == "mi_correlation":
             found.append((name, f"{value:.3f}", value))
         elif name in chain and chain[name] and not name.startswith(("weight_sd", "agreement", "total_variation")):
@@ -32,7 +73,7 @@ def differences(figures: Mapping[str, float], chain: Mapping[str, float]) -> lis
 
 def table(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
     """Means over seeds, one row per method."""
-    labels = list(dict.fromkeys(label for stored in by_seed.values() for label in stored))
+    labels = ordered(by_seed)
     chain_names = [name for name, _, _ in differences(*[next(iter(by_seed.values()))["held-out SGLD"]] * 2)]
     header = [
         "method",
@@ -45,7 +86,8 @@ def table(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for label in labels:
         runs = [(stored[label], stored["held-out SGLD"]) for stored in by_seed.values() if label in stored]
-        cells = [label, _mean(runs, "networks", "{:.2f}"), _mean(runs, "seconds", "{:.1f}")]
+        cells = [_with_seeds(label, by_seed)]
+        cells += [_mean(runs, "networks", "{:.2f}"), _mean(runs, "seconds", "{:.1f}")]
         cells.append(f"{sum(run[0].get('peak_bytes', 0) for run in runs) / len(runs) / 1e6:.0f}")
         for name in chain_names:
             sizes = [dict((n, s) for n, _, s in differences(*run)).get(name, float("nan")) for run in runs]
@@ -71,13 +113,14 @@ def summary(case: Case, by_seed: Mapping[str, Mapping[str, Any]]) -> str:
     header = ["method", "networks", "CPU s", "accuracy", "one draw", "NLL", "MI", "MI, OOD", "AUROC by entropy, OOD"]
     header += ["AUROC by MI, OOD", "MI input by input", "TV", "nearest", "support"]
     rows = []
-    for label in dict.fromkeys(label for stored in by_seed.values() for label in stored):
+    for label in ordered(by_seed):
         runs = [(stored[label], stored["held-out SGLD"]) for stored in by_seed.values() if label in stored]
         if label == "held-out SGLD":
             continue
         sizes = [{name: size for name, _, size in differences(*run)} for run in runs]
         mean = {name: sum(size[name] for size in sizes) / len(sizes) for name in sizes[0]}
-        cells = [label, _mean(runs, "networks", "{:.2f}"), _mean(runs, "seconds", "{:.1f}")]
+        cells = [_with_seeds(label, by_seed)]
+        cells += [_mean(runs, "networks", "{:.2f}"), _mean(runs, "seconds", "{:.1f}")]
         total, model = ("entropy", "mi") if "mean_mi" in mean else ("sd", "epistemic")
         first = "rmse" if "rmse" in mean else "accuracy"
         names = (first, "one_draw_accuracy", "nll", f"mean_{model}")

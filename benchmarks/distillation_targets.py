@@ -20,6 +20,7 @@ _OURS, _FEEDBACK = ("generator,", "default"), ("int4,", "int3,", "int2,")
 # What is compared with stored draws of the same bytes.
 _OWN = ("networks", "seconds", "total_variation", "mean_shift", "mi_correlation", "epistemic_correlation")
 _COMPARED = ("nll", "mean", "by_input", "prediction")
+_NAMES = {"nll": "NLL", "mean": "MI or variance", "by_input": "input by input", "prediction": "prediction"}
 
 
 @dataclass(frozen=True)
@@ -86,56 +87,123 @@ def measures(label: str, by_seed: Runs) -> dict[str, float]:
 
 
 def targets(case: Case, by_seed: Runs) -> str:
-    """For each target of the case, the largest of our runs within its bytes, and whether it meets it."""
-    header = ["bytes, networks", "run", "networks", "NLL %", "RMSE %", "MI or variance %", "by input"]
-    header += ["OOD %", "AUROC", "fit, CPU s", "verdict"]
-    rows = []
+    """Of each target, the largest of our runs within its bytes, and whether it meets it: table and list."""
+    names = ("NLL %", "RMSE %", "MI or variance %", "by input", "OOD %", "AUROC", "fit, CPU s")
+    rows, verdicts = [], []
     for target in TARGETS.get(case.name, ()):
+        size = f"<= {target.networks:g}"
         found = {label: measures(label, by_seed) for label in _labels(by_seed, _OURS)}
         within = {label: run for label, run in found.items() if run["networks"] <= target.networks}
         if not within:
-            rows.append([f"<= {target.networks:g}", "none", *[""] * 8, "missed"])
+            rows.append([size, "none", "", *("" for _ in names), "missed"])
+            verdicts.append(f"* {case.name}, {size} networks: missed, no run")
             continue
         label = max(within, key=lambda label: within[label]["networks"])
-        run, others = within[label], measures(_OTHERS, by_seed)
-        cells = [_cell(run, name, getattr(target, name)) for name in ("nll", "rmse", "mean")]
-        smallest = target.by_input
-        if target.below_others is not None:
-            smallest = others["by_input"] - target.below_others
-        by_input = f"{run['by_input']:.4f}"
-        if smallest is not None:
-            by_input += f" (>= {smallest:.4f}) {'met' if run['by_input'] >= smallest else 'missed'}"
-        cells += [by_input, *(_cell(run, name, getattr(target, name)) for name in ("ood", "auroc", "seconds"))]
-        missed = sum(cell.endswith("missed") for cell in cells)
-        verdict = f"missed {missed}" if missed else "met"
-        rows.append([f"<= {target.networks:g}", label, f"{run['networks']:.2f}", *cells, verdict])
-    return f"\n#### {case.name}: targets\n\n{markdown_table(header, rows)}" if rows else ""
+        cells = _judged(target, within[label], by_seed)
+        missed = [f"{name} {cell}" for name, cell in zip(names, cells, strict=True) if cell.endswith("missed")]
+        verdict = f"missed {len(missed)}" if missed else "met"
+        rows.append([size, label, f"{within[label]['networks']:.2f}", *cells, verdict])
+        verdicts.append(f"* {case.name}, {size} networks: {'; '.join(missed) or 'met'}")
+    if not rows:
+        return ""
+    table = markdown_table(["bytes, networks", "run", "networks", *names, "verdict"], rows)
+    return f"\n#### {case.name}: targets\n\n{table}\n\n" + "\n".join(verdicts)
+
+
+def _judged(target: Target, run: Mapping[str, float], by_seed: Runs) -> list[str]:
+    """Each metric of a run with its limit, and whether it is met."""
+    smallest = target.by_input
+    if target.below_others is not None:
+        smallest = measures(_OTHERS, by_seed)["by_input"] - target.below_others
+    by_input = f"{run['by_input']:.4f}"
+    if smallest is not None:
+        by_input += f" (>= {smallest:.4f}) {'met' if run['by_input'] >= smallest else 'missed'}"
+    before = [_cell(run, name, getattr(target, name)) for name in ("nll", "rmse", "mean")]
+    return [*before, by_input, *(_cell(run, name, getattr(target, name)) for name in ("ood", "auroc", "seconds"))]
 
 
 def at_equal_bytes(case: Case, by_seed: Runs) -> str:
-    """At each size, the generator and the best of stored draws with error feedback, metric by metric.
+    """At each size, the generator and the best of stored draws with error feedback, metric by metric; where they draw
+    level.
 
     Prediction: total variation of the averaged prediction; of a regression, its shift in standard deviations.
     """
-    header = ["networks", "NLL %", "MI or variance %", "by input", "prediction", "generator is nearer in"]
+    pairs = _pairs(case, by_seed)
+    header = ["networks", "NLL %", "MI or variance %", "by input", "prediction", "generator is nearer in", "seeds"]
     rows = []
-    for networks in case.networks:
-        label = f"generator, {networks:g}"
-        stored = [name for name in _labels(by_seed, _FEEDBACK) if name.endswith(f", {networks:g}")]
-        if label not in _labels(by_seed, _OURS) or not stored:
-            continue
-        own, others = measures(label, by_seed), {name: measures(name, by_seed) for name in stored}
-        cells, nearer = [], 0
-        for name in _COMPARED:
-            best = min(others, key=lambda other: _error(others[other], name))
-            nearer += _error(own, name) < _error(others[best], name)
+    for networks, pair in pairs.items():
+        cells = []
+        for name, (own, (bits, other)) in pair.metrics.items():
             form = ".4f" if name in ("by_input", "prediction") else "+.1f"
-            cells.append(f"{own[name]:{form}}; {others[best][name]:{form}} ({best.partition(',')[0]})")
-        rows.append([f"{networks:g}", *cells, f"{nearer} of {len(_COMPARED)}"])
+            cells.append(f"{own:{form}}; {other:{form}} ({bits})")
+        nearer = sum(_distance(own, name) < _distance(other, name) for name, (own, (_, other)) in pair.metrics.items())
+        rows.append([f"{networks:g}", *cells, f"{nearer} of {len(_COMPARED)}", ", ".join(pair.seeds)])
     if not rows:
         return ""
     title = f"\n#### {case.name}: generator; best of stored draws with error feedback, of the same bytes"
-    return f"{title}\n\n{markdown_table(header, rows)}"
+    return f"{title}\n\n{markdown_table(header, rows)}\n\n{level(case, by_seed)}"
+
+
+def level(case: Case, by_seed: Runs) -> str:
+    """From which size on stored draws with error feedback are as near to the chain as the generator, by metric.
+
+    As near: at this size and all larger ones, the best of them differs from the held-out draws no more than the
+    generator of the same bytes does, or than other draws of the chain do.
+    """
+    pairs, found = _pairs(case, by_seed), []
+    for name in _COMPARED:
+        first = None
+        for networks, pair in sorted(pairs.items(), reverse=True):
+            own, (_, other) = pair.metrics[name]
+            if _distance(other, name) > max(_distance(own, name), _distance(pair.others[name], name)):
+                break
+            first = networks
+        if not pairs:
+            continue
+        found.append(f"{_NAMES[name]} {f'{first:g}' if first else f'not up to {max(pairs):g}'}")
+    return f"Error-feedback draws are level from this many networks on: {', '.join(found)}." if found else ""
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Of one size: metric by metric, the generator and the best stored draws; other draws; over which seeds."""
+
+    metrics: Mapping[str, tuple[float, tuple[str, float]]]
+    others: Mapping[str, float]
+    seeds: Sequence[str]
+
+
+def _pairs(case: Case, by_seed: Runs) -> dict[float, _Pair]:
+    """By size; of seeds that have both."""
+    found = {}
+    for networks in case.networks:
+        label, size = f"generator, {networks:g}", f", {networks:g}"
+        shared = {
+            seed: stored
+            for seed, stored in by_seed.items()
+            if label in stored and any(key.startswith(_FEEDBACK) and key.endswith(size) for key in stored)
+        }
+        if not shared:
+            continue
+        own, others = measures(label, shared), measures(_OTHERS, shared) if _has(_OTHERS, shared) else {}
+        # Of bits that all these seeds have.
+        stored_runs = {
+            name: measures(name, shared)
+            for name in _labels(shared, _FEEDBACK)
+            if name.endswith(size) and _has(name, shared)
+        }
+        if not stored_runs:
+            continue
+        metrics = {}
+        for name in _COMPARED:
+            best = min(stored_runs, key=lambda other, name=name: _error(stored_runs[other], name))
+            metrics[name] = (own[name], (best.partition(",")[0], stored_runs[best][name]))
+        found[networks] = _Pair(metrics, {name: others.get(name, math.nan) for name in _COMPARED}, tuple(shared))
+    return found
+
+
+def _has(label: str, by_seed: Runs) -> bool:
+    return all(label in stored for stored in by_seed.values())
 
 
 def _labels(by_seed: Runs, starts: tuple[str, ...]) -> Sequence[str]:
@@ -151,4 +219,11 @@ def _cell(run: Mapping[str, float], name: str, limit: float | None) -> str:
 
 
 def _error(run: Mapping[str, float], name: str) -> float:
-    return 1 - run[name] if name == "by_input" else abs(run[name])
+    return _distance(run[name], name)
+
+
+def _distance(value: float, name: str) -> float:
+    """From a perfect copy of the chain; zero where there is no value."""
+    if math.isnan(value):
+        return 0.0
+    return 1 - value if name == "by_input" else abs(value)

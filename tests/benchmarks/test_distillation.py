@@ -12,7 +12,8 @@ import torch
 from benchmarks import common, distillation, distillation_cases
 from benchmarks.distillation_figure import frontier
 from benchmarks.distillation_methods import Material, flow_matching, ours, stored
-from benchmarks.distillation_targets import at_equal_bytes, measures, targets
+from benchmarks.distillation_tables import summary
+from benchmarks.distillation_targets import at_equal_bytes, level, measures, targets
 from pyro_apd.models.layout import Layout
 
 NUM_DRAWS = 20
@@ -46,7 +47,7 @@ def test_it_runs_quickly_and_stores_nothing(small, monkeypatch, capsys):
     rows = {line.split("|")[1].strip(): line for line in whole.splitlines() if line.startswith("| ")}
     assert "| int8, thinned, 4 |" in summary
     assert list(rows) == [
-        "method", "---", "held-out SGLD", "other draws", "stored, thinned, 4", "int8, thinned, 4",
+        "method", "---", "held-out SGLD", "other draws", "int8, thinned, 4", "stored, thinned, 4",
         "mean field",
     ]  # fmt: skip
     header = [cell.strip() for cell in rows["method"].split("|")[1:-1]]
@@ -146,15 +147,17 @@ def test_targets_are_met_or_missed():
         "generator, 8": run_of(8.0),
     }
     case = distillation_cases.CASES["digits"]
-    row = targets(case, {"0": stored_runs}).splitlines()[-1]
+    *_, row, _, verdict = targets(case, {"0": stored_runs}).splitlines()
     assert row.split("|")[2].strip() == "generator, 5"
     assert row.split("|")[-2].strip() == "met"
+    assert verdict == "* digits, <= 5 networks: met"
     # Means over seeds count: an error of the other sign is balanced, and seconds are not.
     second = {**stored_runs, "generator, 5": run_of(4.9, nll=0.202, seconds=9.0)}
-    row = targets(case, {"0": stored_runs, "1": second}).splitlines()[-1]
+    *_, row, _, verdict = targets(case, {"0": stored_runs, "1": second}).splitlines()
     assert "+0.50 (1) met" in row
     assert "5.0 (3) missed" in row
     assert row.split("|")[-2].strip() == "missed 1"
+    assert verdict == "* digits, <= 5 networks: fit, CPU s 5.0 (3) missed"
     assert "| none |" in targets(case, {"0": {name: stored_runs[name] for name in ("held-out SGLD", "other draws")}})
 
 
@@ -173,10 +176,40 @@ def test_the_generator_is_compared_with_the_best_stored_draws_of_its_bytes():
         "int3, error feedback, 4": run_of(4.0),
     }
     lines = at_equal_bytes(distillation_cases.CASES["mnist"], {"0": stored_runs}).splitlines()
-    assert len(lines) == 6
-    cells = [cell.strip() for cell in lines[-1].split("|")[1:-1]]
+    assert len(lines) == 8
+    cells = [cell.strip() for cell in lines[5].split("|")[1:-1]]
     assert cells == [
-        "2", "+0.5; +5.0 (int2)", "+0.0; +1.0 (int2)", "0.9800; 0.9900 (int3)", "0.0050; 0.0060 (int2)", "3 of 4",
+        "2", "+0.5; +5.0 (int2)", "+0.0; +1.0 (int2)", "0.9800; 0.9900 (int3)", "0.0050; 0.0060 (int2)", "3 of 4", "0",
+    ]  # fmt: skip
+    assert lines[-1] == (
+        "Error-feedback draws are level from this many networks on: NLL not up to 2, MI or variance not up to 2, "
+        "input by input 2, prediction not up to 2."
+    )
+
+
+def test_stored_draws_are_level_where_they_stay_as_near_as_the_generator_or_the_chain():
+    """Nearer at 1.5 and not at 2 is not level; as near as other draws of the chain is."""
+    reference, others = run_of(0, by_input=1.0, tv=0.0), run_of(0, by_input=0.98, tv=0.004)
+    stored_runs = {"held-out SGLD": reference, "other draws": others}
+    for networks, generator, bits in ((1.5, 0.90, 0.91), (2, 0.99, 0.95), (4, 0.99, 0.981), (8, 0.99, 0.992)):
+        stored_runs[f"generator, {networks:g}"] = run_of(networks, by_input=generator, tv=0.005)
+        stored_runs[f"int2, error feedback, {networks:g}"] = run_of(networks, by_input=bits, tv=0.006)
+    case = distillation_cases.CASES["mnist"]
+    assert level(case, {"0": stored_runs}) == (
+        "Error-feedback draws are level from this many networks on: NLL 1.5, MI or variance 1.5, input by input 4, "
+        "prediction not up to 8."
+    )
+    # Only seeds that have both are compared.
+    far = {"held-out SGLD": reference, "other draws": others, "generator, 8": run_of(8, by_input=0.1)}
+    assert level(case, {"0": stored_runs, "1": far}) == level(case, {"0": stored_runs})
+
+
+def test_tables_are_in_one_order_and_name_seeds_that_are_not_all():
+    runs = {"held-out SGLD": run_of(0, by_input=1.0), "generator, 12": run_of(12), "generator, 2": run_of(2)}
+    second = {"held-out SGLD": runs["held-out SGLD"], "default": run_of(1), "other draws": run_of(0)}
+    lines = summary(distillation_cases.CASES["mnist"], {"0": runs, "1": second}).splitlines()[5:]
+    assert [line.split("|")[1].strip() for line in lines] == [
+        "other draws (seed 1)", "default (seed 1)", "generator, 2 (seed 0)", "generator, 12 (seed 0)",
     ]  # fmt: skip
 
 
