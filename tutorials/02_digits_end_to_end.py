@@ -187,7 +187,8 @@ print(fidelity)
 
 # %% [markdown]
 # For a network as small as this, and several chains in different modes, draws in two bits are about as good as the
-# generator. For larger networks they need two to three times the bytes ([results](../benchmarks/RESULTS.md)).
+# generator. For larger networks they need three to four times the bytes to be as near to the chain, input by input
+# ([results](../benchmarks/RESULTS.md)).
 #
 # The figure shows each test image's mutual information by chain and generator, and how well both separate digits from
 # other images.
