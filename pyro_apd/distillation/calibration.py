@@ -163,9 +163,12 @@ def _draws(generator: SubspaceGenerator, count: int, like: Tensor) -> Iterator[T
     """Draws in blocks, evenly spread over modes all together."""
     place_S1 = stratified(torch.empty(count, 1, dtype=like.dtype, device=like.device))
     for place_N1 in place_S1.split(draws_per_block(generator.latent_size * like.element_size())):
-        # One at a time: random numbers of a tensor depend on its shape, and blocks must not change the result.
-        noise_NL = [torch.randn(generator.latent_size - 1, dtype=like.dtype, device=like.device) for _ in place_N1]
-        yield generator(torch.cat([place_N1, torch.stack(noise_NL)], 1))
+        latent_NL = place_N1.new_empty(len(place_N1), generator.latent_size)
+        latent_NL[:, :1] = place_N1
+        for latent_L in latent_NL:
+            # One at a time: random numbers of a tensor depend on its shape, and blocks must not change the result.
+            latent_L[1:] = torch.randn(generator.latent_size - 1, dtype=like.dtype, device=like.device)
+        yield generator(latent_NL)
 
 
 def _typical_noise(generator: SubspaceGenerator) -> Tensor:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -43,11 +43,11 @@ class LayerInputs:
 
 
 def layer_inputs(
-    model: Callable[..., Any], layout: Layout, theta_SD: Tensor, args: Sequence[Any]
+    model: Callable[..., Any], layout: Layout, theta_SD: Iterable[Tensor], args: Sequence[Any]
 ) -> dict[str, LayerInputs]:
     """Inputs by the site of the weights, averaged over draws; without sites whose products are not seen.
 
-    :param theta_SD: a few draws.
+    :param theta_SD: a few draws, one after the other.
     :param args: arguments of the model, with a few hundred rows.
     """
     uses: dict[str, list[_Use]] = {}
@@ -65,32 +65,44 @@ def layer_inputs(
 
 @dataclass
 class _Use:
-    """One product of a weight with inputs ``(N, I)``, already averaged."""
+    """Products of a weight with inputs ``(N, I)``, averaged over these, and summed over ``count`` products."""
 
     moment_II: Tensor
     mean_I: Tensor
     bias: str | None
     is_transposed: bool
+    count: int = 1
 
     @property
     def form(self) -> tuple[str | None, bool, int]:
         """What uses of the same matrix have in common."""
         return (self.bias, self.is_transposed, len(self.moment_II))
 
+    def add_to(self, uses: list[_Use]) -> None:
+        """Adds it to those of the same form: all moments together may be far larger than the network."""
+        for use in uses:
+            if use.form == self.form:
+                use.moment_II += self.moment_II
+                use.mean_I += self.mean_I
+                use.count += self.count
+                return
+        uses.append(self)
+
 
 def _combined(layout: Layout, site: Site, uses: Sequence[_Use]) -> LayerInputs | None:
+    """The average; None where products have several forms."""
     first = uses[0]
-    if any(use.form != first.form for use in uses):
+    if len(uses) > 1:
         return None
     inputs = len(first.moment_II)
     units = site.size // inputs
     if units < _MIN_UNITS:
         return None
-    moment_II = torch.stack([use.moment_II for use in uses]).mean(0)
+    moment_II = first.moment_II / first.count
     bias = -1
     if first.bias is not None and layout[first.bias].size == units:
         bias = layout[first.bias].start
-        mean_I1 = torch.stack([use.mean_I for use in uses]).mean(0).unsqueeze(1)
+        mean_I1 = (first.mean_I / first.count).unsqueeze(1)
         one = torch.ones(1, 1, dtype=moment_II.dtype, device=moment_II.device)
         moment_II = torch.cat([torch.cat([moment_II, mean_I1], 1), torch.cat([mean_I1.mT, one], 1)])
     return LayerInputs(WeightMatrix(site.start, units, inputs, bias, first.is_transposed), moment_II)
@@ -155,7 +167,8 @@ def _recorder(layout: Layout, values: Mapping[str, Tensor], uses: dict[str, list
             step = max(1, len(inputs_NI) // _MAX_ROWS)
             inputs_NI = inputs_NI[::step].double()
             moment_II = inputs_NI.mT @ inputs_NI / max(1, len(inputs_NI))
-            uses.setdefault(name, []).append(_Use(moment_II, inputs_NI.mean(0), self._name(bias), is_transposed))
+            found = _Use(moment_II, inputs_NI.mean(0), self._name(bias), is_transposed)
+            found.add_to(uses.setdefault(name, []))
 
     recorder: AbstractContextManager[Any] = Recorder()
     return recorder

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -113,14 +114,19 @@ def fit_default(
         fit.read()
         return fit
 
-    settings = _default_settings(draws, rank(1.0), 0.0 if is_stiff else length)
-    fit = fit_with(settings)
-    generator = fit.generator()
-    default_bytes = None
-    if budget is not None:
+    def fitted() -> tuple[SubspaceGenerator, int | None]:
+        """The generator, and the bytes of the default where there is a budget; what the fit held is freed."""
+        fit = fit_with(settings)
+        generator = fit.generator(is_last=budget is None)
+        if budget is None:
+            return generator, None
         default_bytes = num_bytes(generator)
         share = budget / default_bytes
-        generator = _within(budget, fit, settings, settings_for(share, rank(share)), fit_with, draws)
+        within = _within(budget, fit, settings, settings_for(share, rank(share)), fit_with, draws)
+        return within, default_bytes
+
+    settings = _default_settings(draws, rank(1.0), 0.0 if is_stiff else length)
+    generator, default_bytes = fitted()
     calibration = None if functions is None else calibrate(generator, functions, draws, num_products)
     is_smaller = budget is not None and default_bytes is not None and budget < default_bytes
     return FittedSubspace(generator, calibration, default_bytes if is_smaller else None)
@@ -267,7 +273,7 @@ def _seen_inputs(
 ) -> Mapping[str, LayerInputs]:
     space, probes = functions
     inputs = probes.groups(_NUM_ROWS)["rows"]
-    theta_SD = torch.cat(list(draws.spaced(min(_NUM_DRAWS, len(draws)))))
+    theta_SD = chain.from_iterable(draws.spaced(min(_NUM_DRAWS, len(draws))))
     return layer_inputs(space.model, layout, theta_SD, inputs)
 
 

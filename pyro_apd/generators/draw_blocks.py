@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Bytes of a block: a thirty-second of the draws, within these bounds. Large blocks read files faster.
-_MIN_BYTES, _MAX_BYTES = 8 * 2**20, 256 * 2**20
+# Bytes of a block: a thirty-second of the draws, within these bounds. Large blocks read files faster, and
+# a fit holds several copies of one.
+_MIN_BYTES, _MAX_BYTES = 8 * 2**20, 32 * 2**20
 # Bytes of draws that are evaluated by the network together; a training step needs several times as much memory.
 _DRAWS_BYTES = 8 * 2**20
 

@@ -67,16 +67,18 @@ class Coded:
 
 def encode(tensors: Sequence[Tensor]) -> bytes:
     """The code of ``int8`` and ``int16`` tensors; the same tensors always give the same bytes."""
-    factors, classes, folded = [], [], []
+    total = sum(tensor.numel() for tensor in tensors)
+    class_N, folded_N, factors, start = np.empty(total, np.uint8), np.empty(total, np.uint16), [], 0
     for tensor in tensors:
         values = tensor.detach().cpu().contiguous().numpy().reshape(Coded(tuple(tensor.shape), tensor.dtype).dims)
         first, last = _factors(values)
         factors.append(np.concatenate([first, last]))
-        classes.append(_classes(first, last, values.shape[1]))
-        wide = values.astype(np.int16, copy=False).reshape(-1)
-        folded.append(((wide << 1) ^ (wide >> 15)).view(np.uint16))
-    class_N, folded_N = _joined(classes), _joined(folded)
-    del classes, folded
+        place, flat = slice(start, start + values.size), values.reshape(-1)
+        class_N[place] = _classes(first, last, values.shape[1])
+        for block in _blocks(values.size):
+            wide = flat[block].astype(np.int16, copy=False)
+            folded_N[start + block.start : start + block.stop] = ((wide << 1) ^ (wide >> 15)).view(np.uint16)
+        start = place.stop
     symbol_N = np.empty(len(class_N), np.uint8)
     counts = np.zeros(len(_CLASSES) * (_ESCAPE + 1), np.int64)
     for block in _blocks(len(class_N)):

@@ -281,7 +281,7 @@ class MatrixPart(Part):
         split = self.matrix.units * len(self.frame)
         pinned_SOK = latent_SL[:, :split].unflatten(1, (self.matrix.units, -1))
         null_SOI = None if self.is_full else latent_SL[:, split:].unflatten(1, (self.matrix.units, -1))
-        for rows in self.matrix.row_blocks(len(theta_SD)):
+        for rows in self.matrix.row_blocks(max(len(theta_SD), self._decoded_draws())):
             coordinates_SOK = self.pinned(drawn, pinned_SOK[:, rows], rows, step, noise_cap)
             if null_SOI is None:
                 rows_SOI = coordinates_SOK @ dual_KI
@@ -289,6 +289,11 @@ class MatrixPart(Part):
                 left_SOI = self.left(drawn, null_SOI[:, rows], rows, step)
                 rows_SOI = left_SOI + (coordinates_SOK - left_SOI @ frame_KI.mT) @ dual_KI
             self.matrix.scatter(rows_SOI, rows, theta_SD)
+
+    def _decoded_draws(self) -> int:
+        """Draws whose rows have as many numbers as the integers of a row that are decoded for each call."""
+        found = 0 if self.basis.numel() <= _KEPT_NUMBERS else self.basis[:, 0].numel() // self.matrix.columns
+        return found if self.is_full or self.null.numel() <= _KEPT_NUMBERS else max(found, len(self.null))
 
     def left(self, drawn: tuple[Tensor, Tensor], latent_SOI: Tensor, rows: slice, step: Tensor) -> Tensor:
         """What the null part is taken from, ``(S, O, I)``: mean, path and noise."""

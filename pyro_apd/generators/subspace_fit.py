@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ _SMALLEST_DEVIATION = 2e-6
 _NO_CAP = 1e6
 # Rounds in which the scales of columns are adjusted to the projection.
 _COLUMN_ROUNDS = 10
+# Numbers of bases and paths that are rounded together.
+_NUMBERS_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -155,18 +158,16 @@ class SubspaceFit:
         num_draws = self._draws.shape[1]
         left_CRT = self._coordinates_CTR.mT / num_draws
         for part in self._parts:
-            pinned, null = [], []
+            moments, null = _Moments.empty(part, left_CRT), []
             for rows, values_SOI in self._blocks(part):
-                found = _moments(self._pinned(part, values_SOI), left_CRT)
-                pinned.append(found)
+                moments.set(rows, *_moments(self._pinned(part, values_SOI), left_CRT))
                 if isinstance(part, MatrixPart) and not part.is_full:
                     null.append(self._fine_null(part, rows, self._null(part, values_SOI), left_CRT))
-            means, bases, variances = zip(*pinned, strict=True)
-            self._pinned_parts.append(_Moments(torch.cat(means, 1), torch.cat(bases, 2), torch.cat(variances, 0)))
+            self._pinned_parts.append(moments)
             if null and isinstance(part, MatrixPart):
                 sums_I = torch.stack([columns_I for _, columns_I in null]).sum(0)
                 row_O = torch.cat([mean_O for mean_O, _ in null])
-                self._null_parts[part] = _Null(part.null.clone(), row_O, sums_I / len(row_O))
+                self._null_parts[part] = _Null(part.null, row_O, sums_I / len(row_O))
 
     def _fine_null(self, part: MatrixPart, rows: slice, null_SOI: Tensor, left_CRT: Tensor) -> tuple[Tensor, Tensor]:
         """Keeps mean and path of some rows in fine integers, and returns means of the variance by row ``(O,)`` and
@@ -178,12 +179,19 @@ class SubspaceFit:
         return variance_OI.mean(1), variance_OI.sum(0)
 
     @torch.no_grad()
-    def generator(self, step: float | None = None, null_step: float | None = None) -> SubspaceGenerator:
+    def generator(
+        self, step: float | None = None, null_step: float | None = None, is_last: bool = False
+    ) -> SubspaceGenerator:
         """The generator at these steps, see :class:`SubspaceSettings`; it shares its tensors with that of the last
-        call."""
+        call.
+
+        :param bool is_last: no other steps will be asked for: the fine integers of null parts need not be kept.
+        """
         self._round_pinned(self._settings.step if step is None else step)
         for part, null in self._null_parts.items():
             assert isinstance(part, MatrixPart)
+            if part.null is null.integers and not is_last:
+                part.null = torch.empty_like(null.integers)
             self._round_null(part, null, self._settings.null_step if null_step is None else null_step)
         self._model.noise_cap.fill_(_NO_CAP)
         return self._model
@@ -192,21 +200,20 @@ class SubspaceFit:
         largest = 0.0
         for part, found in zip(self._parts, self._pinned_parts, strict=True):
             means = MEAN_STEPS * float(found.mean_COK.abs().amax()) if isinstance(part, MatrixPart) else 0.0
-            largest = max(largest, float(found.basis_CROK.abs().amax()), means)
+            least, most = found.basis_CROK.aminmax()  # without a copy
+            largest = max(largest, -float(least), float(most), means)
         step = max(step, largest / _LARGEST_INT16)
         step = float(_short(torch.tensor(step, dtype=torch.float64)))
         self._model.step.fill_(step)
         for part, found in zip(self._parts, self._pinned_parts, strict=True):
             part.mean.copy_((found.mean_COK * (MEAN_STEPS / step)).round())
-            scaled_ROK = found.basis_CROK.flatten(0, 1) / step
-            if self._settings.is_dithered:
-                part.basis.copy_((scaled_ROK + torch.rand_like(scaled_ROK) - 0.5).round())
-                part.reduction.zero_()
-            else:
-                part.basis.copy_(scaled_ROK.round())
-                part.reduction.copy_(_reductions(scaled_ROK))
-            decoded_ROK = reduced(part.basis.to(scaled_ROK.dtype), part.reduction) * step
-            left_OK = (found.variance_OK - decoded_ROK.square().sum(0) / self._model.num_chains).clamp_min(0)
+            scaled = partial(_scaled_bases, found.basis_CROK, step)
+            part.reduction.copy_(_rounded(part.basis, scaled, self._settings.is_dithered))
+            left_OK = torch.empty_like(found.variance_OK)
+            for rows in _row_blocks(part.basis):
+                decoded_ROK = reduced(part.basis[:, rows].to(left_OK.dtype), part.reduction) * step
+                square_OK = decoded_ROK.square().sum(0) / self._model.num_chains
+                left_OK[rows] = (found.variance_OK[rows] - square_OK).clamp_min(0)
             tiny = torch.finfo(left_OK.dtype).tiny
             part.noise_rows.copy_((left_OK.mean(1) / left_OK.mean().clamp_min(tiny)).sqrt())
             part.noise_columns.copy_(left_OK.mean(0).sqrt())
@@ -214,20 +221,23 @@ class SubspaceFit:
 
     def _round_null(self, part: MatrixPart, null: _Null, null_step: float) -> None:
         null_step = max(null_step, _FINE)  # of which the integers are
-        scaled = null.integers.to(null.row_O.dtype) * (_FINE / null_step)
-        part.null.copy_(scaled.round())
-        part.null_reduction.copy_(_reductions(scaled))
+        dtype = null.row_O.dtype
+
+        def scaled(rows: slice) -> Tensor:
+            return null.integers[:, rows].to(dtype) * (_FINE / null_step)
+
+        part.null_reduction.copy_(_rounded(part.null, scaled))
         part.null_step.copy_(self._null_units[part] * null_step)
-        path_ROI = (
-            (reduced(part.null.to(scaled.dtype), part.null_reduction) * part.null_step)
-            .unflatten(0, (self._model.num_chains, -1))[:, 1:]
-            .flatten(0, 1)
-        )
-        square_OI = path_ROI.square().sum(0) / self._model.num_chains
+        square_O, square_I = torch.empty_like(null.row_O), torch.zeros_like(null.column_I)
+        for rows in _row_blocks(part.null):
+            decoded_ROI = reduced(part.null[:, rows].to(dtype), part.null_reduction) * part.null_step
+            path_ROI = decoded_ROI.unflatten(0, (self._model.num_chains, -1))[:, 1:].flatten(0, 1)
+            square_OI = path_ROI.square().sum(0) / self._model.num_chains
+            square_O[rows] = square_OI.mean(1)
+            square_I += square_OI.sum(0)
         part.forget()
-        self._fit_null_noise(
-            part, (null.row_O - square_OI.mean(1)).clamp_min(0), (null.column_I - square_OI.mean(0)).clamp_min(0)
-        )
+        square_I /= len(square_O)
+        self._fit_null_noise(part, (null.row_O - square_O).clamp_min(0), (null.column_I - square_I).clamp_min(0))
 
     def _fit_null_noise(self, part: MatrixPart, row_O: Tensor, wanted_I: Tensor) -> None:
         """Scales of noise such that its variance by row and by column is right after the projection."""
@@ -289,6 +299,23 @@ class _Moments:
     basis_CROK: Tensor
     variance_OK: Tensor
 
+    @classmethod
+    def empty(cls, part: Part, left_CRT: Tensor) -> _Moments:
+        """To be filled block by block."""
+        num_chains, rank, _ = left_CRT.shape
+        shape = part.mean.shape[1:]
+        return cls(
+            left_CRT.new_empty(num_chains, *shape),
+            left_CRT.new_empty(num_chains, rank, *shape),
+            left_CRT.new_empty(shape),
+        )
+
+    def set(self, rows: slice, mean_COK: Tensor, basis_CROK: Tensor, variance_OK: Tensor) -> None:
+        """Of some rows."""
+        self.mean_COK[:, rows] = mean_COK
+        self.basis_CROK[:, :, rows] = basis_CROK
+        self.variance_OK[rows] = variance_OK
+
 
 @dataclass(frozen=True)
 class _Null:
@@ -333,8 +360,29 @@ def _frame(moment_II: Tensor, settings: SubspaceSettings) -> tuple[Tensor, float
     return integers_IK.mT.to(torch.int8).contiguous(), step
 
 
-def _reductions(scaled_ROK: Tensor) -> Tensor:
-    integers_ROK = scaled_ROK.round()
-    is_nonzero = integers_ROK != 0
-    excess_R = ((integers_ROK.abs() - scaled_ROK.abs()) * is_nonzero).sum((1, 2))
-    return (excess_R / is_nonzero.sum((1, 2)).clamp_min(1)).clamp(0.0, 0.5)
+def _scaled_bases(basis_CROK: Tensor, step: float, rows: slice) -> Tensor:
+    return basis_CROK[:, :, rows].flatten(0, 1) / step
+
+
+def _rounded(integers_ROK: Tensor, scaled: Callable[[slice], Tensor], is_dithered: bool = False) -> Tensor:
+    """Rounds a block of rows at a time into ``integers``; returns what their magnitudes lose, ``(R,)``."""
+    excess_R = torch.zeros(len(integers_ROK), dtype=torch.float64, device=integers_ROK.device)
+    count_R = torch.zeros_like(excess_R, dtype=torch.long)
+    for rows in _row_blocks(integers_ROK):
+        scaled_ROK = scaled(rows)
+        if is_dithered:
+            integers_ROK[:, rows] = (scaled_ROK + torch.rand_like(scaled_ROK) - 0.5).round().to(integers_ROK.dtype)
+            continue
+        rounded_ROK = scaled_ROK.round()
+        integers_ROK[:, rows] = rounded_ROK.to(integers_ROK.dtype)
+        is_nonzero = rounded_ROK != 0
+        excess_R += ((rounded_ROK.abs() - scaled_ROK.abs()) * is_nonzero).sum((1, 2))
+        count_R += is_nonzero.sum((1, 2))
+    return (excess_R / count_R.clamp_min(1)).clamp(0.0, 0.5)
+
+
+def _row_blocks(integers_ROK: Tensor) -> Iterator[slice]:
+    num_coordinates, num_rows, num_columns = integers_ROK.shape
+    length = max(1, _NUMBERS_AT_ONCE // (num_coordinates * num_columns))
+    for start in range(0, num_rows, length):
+        yield slice(start, start + length)

@@ -4,9 +4,11 @@
 import pytest
 import torch
 
+from pyro_apd.generators import subspace, subspace_fit, weight_matrices
 from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.generators.subspace_fit import SubspaceFit, SubspaceSettings
 from pyro_apd.generators.weight_matrices import WeightMatrix
+from pyro_apd.runtime.dispatch import dispatch_mode
 
 UNITS, INPUTS = 5, 6
 MATRIX = WeightMatrix(0, UNITS, INPUTS, UNITS * INPUTS)
@@ -177,3 +179,71 @@ def test_narrow_posteriors_keep_their_means(sd):
         found_SD = model(model.latents(400, model.step))
     error_D = found_SD.mean(0) - theta_CSD[0].mean(0)
     assert float(error_D.abs().max()) < 0.5 * sd + 2e-3
+
+
+UNITS_WIDE, INPUTS_WIDE = 200, 30
+
+
+def wide_fit():
+    """A matrix with a null part whose paths are far more numbers than anything else."""
+    generator = torch.Generator().manual_seed(3)
+    theta_CSD = torch.randn(1, 40, UNITS_WIDE * INPUTS_WIDE, generator=generator)
+    matrix = WeightMatrix(0, UNITS_WIDE, INPUTS_WIDE)
+    settings = SubspaceSettings(pinned=10, rank=10)
+    fit = SubspaceFit(DrawBlocks(theta_CSD), [matrix], [torch.eye(INPUTS_WIDE).double()], settings)
+    fit.read()
+    return fit
+
+
+def largest_float_of(function):
+    """The largest number of entries of a floating-point tensor that an operation returns."""
+    largest = 0
+
+    class Recorder(dispatch_mode()):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and found.is_floating_point():
+                largest = max(largest, found.numel())
+            return found
+
+    with Recorder():
+        function()
+    return largest
+
+
+def test_bases_and_paths_are_never_all_in_floating_point_while_they_are_rounded(monkeypatch):
+    fit = wide_fit()
+    monkeypatch.setattr(subspace_fit, "_NUMBERS_AT_ONCE", 4096)
+    assert largest_float_of(fit.generator) <= UNITS_WIDE * INPUTS_WIDE
+
+
+def test_rounding_by_blocks_gives_what_rounding_at_once_gives(monkeypatch):
+    expected = wide_fit().generator().state_dict()
+    monkeypatch.setattr(subspace_fit, "_NUMBERS_AT_ONCE", 500)
+    for is_last in (False, True):
+        found = wide_fit().generator(is_last=is_last).state_dict()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_the_last_rounding_takes_no_second_tensor_for_null_parts():
+    fit = wide_fit()
+    fine = fit._parts[0].null
+    assert fit.generator(is_last=True).parts[0].null is fine
+    fit = wide_fit()
+    first = fit.generator().parts[0].null.clone()
+    coarse = fit.generator(null_step=0.8).parts[0].null.clone()
+    assert not torch.equal(first, coarse)
+    assert torch.equal(fit.generator().parts[0].null, first)
+
+
+def test_large_integers_are_decoded_for_a_draw_by_blocks_of_rows(monkeypatch):
+    generator = wide_fit().generator()
+    latent_SL = torch.randn(1, generator.latent_size, generator=torch.Generator().manual_seed(0))
+    expected_SD = generator(latent_SL)
+    monkeypatch.setattr(subspace, "_KEPT_NUMBERS", 0)
+    monkeypatch.setattr(weight_matrices, "_NUMBERS_AT_ONCE", 4096)
+    with torch.no_grad():
+        assert largest_float_of(lambda: generator(latent_SL)) <= generator.latent_size
+        torch.testing.assert_close(generator(latent_SL), expected_SD)
