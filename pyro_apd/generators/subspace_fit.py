@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_apd.generators.draw_blocks import DrawBlocks
+from pyro_apd.generators.moments import Moments, NullMoments, gram_of_functions, moments_of_block
+from pyro_apd.generators.rounding import rounded, row_blocks, scaled_bases
 from pyro_apd.generators.subspace import MEAN_STEPS, EntriesPart, MatrixPart, Part, SubspaceGenerator, reduced
 from pyro_apd.generators.weight_matrices import WeightMatrix
 
@@ -28,8 +30,6 @@ _SMALLEST_DEVIATION = 2e-6
 _NO_CAP = 1e6
 # Rounds in which the scales of columns are adjusted to the projection.
 _COLUMN_ROUNDS = 10
-# Numbers of bases and paths that are rounded together.
-_NUMBERS_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class SubspaceFit:
             draws.device, draws.dtype
         )
         self._parts = self._model.parts_in_order()
-        self._pinned_parts: list[_Moments] = []
-        self._null_parts: dict[Part, _Null] = {}
+        self._pinned_parts: list[Moments] = []
+        self._null_parts: dict[Part, NullMoments] = {}
         self._null_units: dict[Part, Tensor] = {}
         with torch.no_grad():
             for part, (frame, step), moment in zip(self._parts, frames, moments, strict=False):
@@ -137,7 +137,7 @@ class SubspaceFit:
         if not bool(differs):
             raise ValueError("All draws are the same, so there is no posterior to distil. Check that the chain moved.")
         if self._functions_CTF is not None:
-            gram_CTT += _gram_of_functions(self._functions_CTF)
+            gram_CTT += gram_of_functions(self._functions_CTF)
         rank = self._model.rank
         vectors_CTR = torch.linalg.eigh(gram_CTT)[1][..., -rank:].flip(-1)
         largest = vectors_CTR.abs().argmax(1, keepdim=True)
@@ -158,21 +158,21 @@ class SubspaceFit:
         num_draws = self._draws.shape[1]
         left_CRT = self._coordinates_CTR.mT / num_draws
         for part in self._parts:
-            moments, null = _Moments.empty(part, left_CRT), []
+            moments, null = Moments.empty(part, left_CRT), []
             for rows, values_SOI in self._blocks(part):
-                moments.set(rows, *_moments(self._pinned(part, values_SOI), left_CRT))
+                moments.set(rows, *moments_of_block(self._pinned(part, values_SOI), left_CRT))
                 if isinstance(part, MatrixPart) and not part.is_full:
                     null.append(self._fine_null(part, rows, self._null(part, values_SOI), left_CRT))
             self._pinned_parts.append(moments)
             if null and isinstance(part, MatrixPart):
                 sums_I = torch.stack([columns_I for _, columns_I in null]).sum(0)
                 row_O = torch.cat([mean_O for mean_O, _ in null])
-                self._null_parts[part] = _Null(part.null, row_O, sums_I / len(row_O))
+                self._null_parts[part] = NullMoments(part.null, row_O, sums_I / len(row_O))
 
     def _fine_null(self, part: MatrixPart, rows: slice, null_SOI: Tensor, left_CRT: Tensor) -> tuple[Tensor, Tensor]:
         """Keeps mean and path of some rows in fine integers, and returns means of the variance by row ``(O,)`` and
         sums by column ``(I,)``."""
-        mean_COI, path_CROI, variance_OI = _moments(null_SOI, left_CRT[:, : part.path_rank])
+        mean_COI, path_CROI, variance_OI = moments_of_block(null_SOI, left_CRT[:, : part.path_rank])
         path_CPOI = torch.cat([mean_COI.unsqueeze(1), path_CROI], 1)
         integers = (path_CPOI / (_FINE * part.null_step)).round().clamp(-_LARGEST_INT16, _LARGEST_INT16)
         part.null[:, rows] = integers.to(torch.int16).flatten(0, 1)
@@ -207,10 +207,10 @@ class SubspaceFit:
         self._model.step.fill_(step)
         for part, found in zip(self._parts, self._pinned_parts, strict=True):
             part.mean.copy_((found.mean_COK * (MEAN_STEPS / step)).round())
-            scaled = partial(_scaled_bases, found.basis_CROK, step)
-            part.reduction.copy_(_rounded(part.basis, scaled, self._settings.is_dithered))
+            scaled = partial(scaled_bases, found.basis_CROK, step)
+            part.reduction.copy_(rounded(part.basis, scaled, self._settings.is_dithered))
             left_OK = torch.empty_like(found.variance_OK)
-            for rows in _row_blocks(part.basis):
+            for rows in row_blocks(part.basis):
                 decoded_ROK = reduced(part.basis[:, rows].to(left_OK.dtype), part.reduction) * step
                 square_OK = decoded_ROK.square().sum(0) / self._model.num_chains
                 left_OK[rows] = (found.variance_OK[rows] - square_OK).clamp_min(0)
@@ -219,17 +219,17 @@ class SubspaceFit:
             part.noise_columns.copy_(left_OK.mean(0).sqrt())
             part.forget()
 
-    def _round_null(self, part: MatrixPart, null: _Null, null_step: float) -> None:
+    def _round_null(self, part: MatrixPart, null: NullMoments, null_step: float) -> None:
         null_step = max(null_step, _FINE)  # of which the integers are
         dtype = null.row_O.dtype
 
         def scaled(rows: slice) -> Tensor:
             return null.integers[:, rows].to(dtype) * (_FINE / null_step)
 
-        part.null_reduction.copy_(_rounded(part.null, scaled))
+        part.null_reduction.copy_(rounded(part.null, scaled))
         part.null_step.copy_(self._null_units[part] * null_step)
         square_O, square_I = torch.empty_like(null.row_O), torch.zeros_like(null.column_I)
-        for rows in _row_blocks(part.null):
+        for rows in row_blocks(part.null):
             decoded_ROI = reduced(part.null[:, rows].to(dtype), part.null_reduction) * part.null_step
             path_ROI = decoded_ROI.unflatten(0, (self._model.num_chains, -1))[:, 1:].flatten(0, 1)
             square_OI = path_ROI.square().sum(0) / self._model.num_chains
@@ -291,58 +291,6 @@ class SubspaceFit:
             yield rows, matrix.gather(weights, bias[0] if bias else None)
 
 
-@dataclass(frozen=True)
-class _Moments:
-    """Of pinned coordinates: means of chains, bases, and the mean variance within chains."""
-
-    mean_COK: Tensor
-    basis_CROK: Tensor
-    variance_OK: Tensor
-
-    @classmethod
-    def empty(cls, part: Part, left_CRT: Tensor) -> _Moments:
-        """To be filled block by block."""
-        num_chains, rank, _ = left_CRT.shape
-        shape = part.mean.shape[1:]
-        return cls(
-            left_CRT.new_empty(num_chains, *shape),
-            left_CRT.new_empty(num_chains, rank, *shape),
-            left_CRT.new_empty(shape),
-        )
-
-    def set(self, rows: slice, mean_COK: Tensor, basis_CROK: Tensor, variance_OK: Tensor) -> None:
-        """Of some rows."""
-        self.mean_COK[:, rows] = mean_COK
-        self.basis_CROK[:, :, rows] = basis_CROK
-        self.variance_OK[rows] = variance_OK
-
-
-@dataclass(frozen=True)
-class _Null:
-    """Of a null part: integers of mean and path with a fine step, and its variance by row and by column."""
-
-    integers: Tensor
-    row_O: Tensor
-    column_I: Tensor
-
-
-def _moments(values_SOI: Tensor, left_CRT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of chains ``(C, O, I)``, bases ``(C, R, O, I)`` and variance ``(O, I)``."""
-    values_CTW = values_SOI.flatten(1).unflatten(0, (len(left_CRT), -1))
-    mean_C1W = values_CTW.mean(1, keepdim=True)
-    values_CTW = values_CTW - mean_C1W
-    shape = values_SOI.shape[1:]
-    basis_CROI = (left_CRT @ values_CTW).unflatten(-1, shape)
-    return mean_C1W.reshape(-1, *shape), basis_CROI, values_CTW.square().mean((0, 1)).reshape(shape)
-
-
-def _gram_of_functions(functions_CTF: Tensor) -> Tensor:
-    """Products of draws ``(C, T, T)`` as functions, with a mean square of one as for a layer's weights."""
-    centred_CTF = functions_CTF.double() - functions_CTF.double().mean(1, keepdim=True)
-    gram_CTT = centred_CTF @ centred_CTF.mT
-    return gram_CTT / gram_CTT.diagonal(dim1=1, dim2=2).mean().clamp_min(1e-300)
-
-
 def _short(values: Tensor) -> Tensor:
     """To eight binary digits, which every precision of a file keeps: units need not be exact, but must not change."""
     return values.bfloat16().to(values.dtype)
@@ -358,31 +306,3 @@ def _frame(moment_II: Tensor, settings: SubspaceSettings) -> tuple[Tensor, float
     step = max(settings.frame_step / size**0.5, float(vectors_IK.abs().amax()) / 127)
     integers_IK = (vectors_IK / step).round()
     return integers_IK.mT.to(torch.int8).contiguous(), step
-
-
-def _scaled_bases(basis_CROK: Tensor, step: float, rows: slice) -> Tensor:
-    return basis_CROK[:, :, rows].flatten(0, 1) / step
-
-
-def _rounded(integers_ROK: Tensor, scaled: Callable[[slice], Tensor], is_dithered: bool = False) -> Tensor:
-    """Rounds a block of rows at a time into ``integers``; returns what their magnitudes lose, ``(R,)``."""
-    excess_R = torch.zeros(len(integers_ROK), dtype=torch.float64, device=integers_ROK.device)
-    count_R = torch.zeros_like(excess_R, dtype=torch.long)
-    for rows in _row_blocks(integers_ROK):
-        scaled_ROK = scaled(rows)
-        if is_dithered:
-            integers_ROK[:, rows] = (scaled_ROK + torch.rand_like(scaled_ROK) - 0.5).round().to(integers_ROK.dtype)
-            continue
-        rounded_ROK = scaled_ROK.round()
-        integers_ROK[:, rows] = rounded_ROK.to(integers_ROK.dtype)
-        is_nonzero = rounded_ROK != 0
-        excess_R += ((rounded_ROK.abs() - scaled_ROK.abs()) * is_nonzero).sum((1, 2))
-        count_R += is_nonzero.sum((1, 2))
-    return (excess_R / count_R.clamp_min(1)).clamp(0.0, 0.5)
-
-
-def _row_blocks(integers_ROK: Tensor) -> Iterator[slice]:
-    num_coordinates, num_rows, num_columns = integers_ROK.shape
-    length = max(1, _NUMBERS_AT_ONCE // (num_coordinates * num_columns))
-    for start in range(0, num_rows, length):
-        yield slice(start, start + length)

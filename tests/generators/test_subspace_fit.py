@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from pyro_apd.generators import subspace, subspace_fit, weight_matrices
+from pyro_apd.generators import rounding, subspace, weight_matrices
 from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.generators.subspace_fit import SubspaceFit, SubspaceSettings
 from pyro_apd.generators.weight_matrices import WeightMatrix
@@ -214,13 +214,13 @@ def largest_float_of(function):
 
 def test_bases_and_paths_are_never_all_in_floating_point_while_they_are_rounded(monkeypatch):
     fit = wide_fit()
-    monkeypatch.setattr(subspace_fit, "_NUMBERS_AT_ONCE", 4096)
+    monkeypatch.setattr(rounding, "_NUMBERS_AT_ONCE", 4096)
     assert largest_float_of(fit.generator) <= UNITS_WIDE * INPUTS_WIDE
 
 
 def test_rounding_by_blocks_gives_what_rounding_at_once_gives(monkeypatch):
     expected = wide_fit().generator().state_dict()
-    monkeypatch.setattr(subspace_fit, "_NUMBERS_AT_ONCE", 500)
+    monkeypatch.setattr(rounding, "_NUMBERS_AT_ONCE", 500)
     for is_last in (False, True):
         found = wide_fit().generator(is_last=is_last).state_dict()
         for name, value in expected.items():
