@@ -25,6 +25,8 @@ _MIN_ENTRIES, _MIN_COLUMNS = 2048, 16
 # Rows whose largest entry is smaller are kept as zeros, since their scale would be a subnormal number.
 _TINY = 2.0**-100
 _LEVELS = 127
+# Entries down to this share of a tensor's largest are changed by this share of themselves at most.
+_SMALL, _SMALL_CHANGES = 1e-6, 2.0**-4
 
 
 def check_dtype(dtype: object, name: str = "dtype") -> str:
@@ -116,7 +118,10 @@ def _narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
     if value.numel() == 0:
         return value.to(dtype)
     narrow = value.to(dtype)
-    error = (narrow.to(value.dtype) - value).abs().amax()
-    if bool(error <= torch.finfo(dtype).eps * value.abs().amax()):  # which NaN fails
+    error, size = (narrow.to(value.dtype) - value).abs(), value.abs()
+    is_close = error.amax() <= torch.finfo(dtype).eps * size.amax()  # which NaN fails
+    # Small entries may be scales: those of a few millionths of the largest would become zero.
+    is_kept = (error <= _SMALL_CHANGES * size) | (size < _SMALL * size.amax())
+    if bool(is_close & is_kept.all()):
         return narrow
     return value.float()

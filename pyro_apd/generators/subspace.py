@@ -245,7 +245,7 @@ class MatrixPart(Part):
         self.latent_size = matrix.units * (pinned if self.is_full else pinned + matrix.columns)
         self.path_rank = path_rank
         self.num_chains = num_chains
-        self.register_buffer("frame", torch.zeros(pinned, matrix.columns, dtype=torch.int8))
+        self.register_buffer("frame", torch.zeros(pinned, matrix.columns, dtype=torch.int16))
         self.frame_step = nn.Parameter(torch.ones(()))
         if not self.is_full:
             null = 1 + path_rank
@@ -266,11 +266,7 @@ class MatrixPart(Part):
         key = ("dual", dtype, self.frame.device)
         frame_KI = self.frame.to(dtype) * self.frame_step.detach().to(dtype)
         if key not in self._kept:
-            exact_KI = frame_KI.double()
-            gram_KK = exact_KI @ exact_KI.mT
-            ridge = 1e-12 * gram_KK.diagonal().mean().clamp_min(1e-300)
-            gram_KK.diagonal().add_(ridge)
-            self._kept[key] = torch.linalg.solve(gram_KK, exact_KI).to(dtype)
+            self._kept[key] = dual_frame(frame_KI.double()).to(dtype)
         return frame_KI, self._kept[key]
 
     def write(
@@ -313,6 +309,14 @@ class MatrixPart(Part):
         left = peak(self.null_step) * (1 + coordinate) * (peak(self.null) + peak(self.null_reduction))
         left += LARGEST_LATENT * peak(self.null_rows) * peak(self.null_columns)
         return bound + left * (1 + across * self.matrix.columns * peak(frame_KI))
+
+
+def dual_frame(frame_KI: Tensor) -> Tensor:
+    """The dual ``(K, I)`` of a frame in double precision, with which coordinates become rows."""
+    gram_KK = frame_KI @ frame_KI.mT
+    gram_KK.diagonal().add_(1e-12 * gram_KK.diagonal().mean().clamp_min(1e-300))
+    dual_KI: Tensor = torch.linalg.solve(gram_KK, frame_KI)
+    return dual_KI
 
 
 def capped(scale: Tensor, cap: Tensor) -> Tensor:

@@ -15,7 +15,15 @@ from torch import Tensor
 from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.generators.moments import Moments, NullMoments, gram_of_functions, moments_of_block
 from pyro_apd.generators.rounding import rounded, row_blocks, scaled_bases
-from pyro_apd.generators.subspace import MEAN_STEPS, EntriesPart, MatrixPart, Part, SubspaceGenerator, reduced
+from pyro_apd.generators.subspace import (
+    MEAN_STEPS,
+    EntriesPart,
+    MatrixPart,
+    Part,
+    SubspaceGenerator,
+    dual_frame,
+    reduced,
+)
 from pyro_apd.generators.weight_matrices import WeightMatrix
 
 # Frames have at least this share of their matrix's columns less than all; else they have all.
@@ -25,6 +33,11 @@ _NUM_NULL_DRAWS = 64
 # Steps of null parts are at least this fine while they are fitted, relative to the root mean square.
 _FINE = 0.1
 _LARGEST_INT16 = 32000
+# Frames are so fine that outputs of a layer whose pinned coordinates are all noise have this variance at most, relative
+# to what it should be. Weights of so many draws tell how far coordinates vary.
+_MOST_LEAKED, _NUM_FRAME_DRAWS = 1.1, 32
+# Units are at least this, relative to the largest of a matrix.
+_SMALLEST_UNIT = 1e-5
 # Deviations of numbers without a matrix are at least this, relative to the numbers.
 _SMALLEST_DEVIATION = 2e-6
 _NO_CAP = 1e6
@@ -79,8 +92,8 @@ class SubspaceFit:
         num_chains, num_draws, size = draws.shape
         rank = max(1, min(settings.rank, num_draws - 1))
         num_modes = max(1, num_draws // settings.segment_length)
-        frames = [_frame(moment, settings) for moment in moments]
-        entries = [[*matrix.entry, len(frame)] for matrix, (frame, _) in zip(matrices, frames, strict=True)]
+        counts = [_num_pinned(len(moment), settings) for moment in moments]
+        entries = [[*matrix.entry, count] for matrix, count in zip(matrices, counts, strict=True)]
         self._model = SubspaceGenerator(size, entries, num_chains, num_modes, rank, min(settings.path_rank, rank)).to(
             draws.device, draws.dtype
         )
@@ -89,13 +102,17 @@ class SubspaceFit:
         self._null_parts: dict[Part, NullMoments] = {}
         self._null_units: dict[Part, Tensor] = {}
         with torch.no_grad():
-            for part, (frame, step), moment in zip(self._parts, frames, moments, strict=False):
+            for part, moment in zip(self._parts, moments, strict=False):
                 assert isinstance(part, MatrixPart)
+                moment = moment.double()
+                frame, step = _frame(moment, settings, self._some_rows(part))
                 part.frame.copy_(frame)
-                part.frame_step.copy_(_short(part.frame_step.new_tensor(step)))
-                frame_KI, _ = part.frames(draws.dtype)
-                part.unit.copy_(((frame_KI @ moment.to(frame_KI)) * frame_KI).sum(1).clamp_min(0).sqrt())
-                part.unit.clamp_(min=1e-6 * float(part.unit.amax()))
+                part.frame_step.fill_(step)
+                frame_KI, _ = part.frames(torch.float64)
+                unit_K = ((frame_KI @ moment) * frame_KI).sum(1).clamp_min(0).sqrt()
+                # Inputs that are all zero have no units.
+                largest = unit_K.amax() if bool(unit_K.amax() > 0) else torch.ones_like(unit_K[0])
+                part.unit.copy_(unit_K.clamp_min(_SMALLEST_UNIT * largest))
 
     def read(self) -> None:
         """Reads the draws, twice."""
@@ -127,8 +144,9 @@ class SubspaceFit:
                     null = null + left_SOI.unflatten(0, (num_chains, -1)).var(1).sum()
                     count += values_SOI[0].numel() * num_chains
             total = own_CTT.diagonal(dim1=1, dim2=2).sum() / (num_chains * num_draws)
-            part.unit.copy_(_short(part.unit / total.clamp_min(1e-300).sqrt().to(part.unit.dtype)))
-            gram_CTT += own_CTT / total.clamp_min(1e-300)
+            total = total.where(total > 0, 1.0)  # of weights that never move
+            part.unit.copy_(_short(part.unit / total.sqrt().to(part.unit.dtype)))
+            gram_CTT += own_CTT / total
             if count and isinstance(part, MatrixPart):
                 unit = (null / count).sqrt().clamp_min(torch.finfo(self._draws.dtype).tiny)
                 unit = torch.maximum(unit, 1.1 * largest / (_FINE * _LARGEST_INT16))  # means may be far larger
@@ -266,6 +284,15 @@ class SubspaceFit:
         frame_KI, dual_KI = part.frames(values_SOI.dtype)
         return values_SOI - (values_SOI @ frame_KI.mT) @ dual_KI
 
+    def _some_rows(self, part: MatrixPart) -> Tensor:
+        """Rows of a few draws, ``(N, I)``, as deviations from their means."""
+        num_chains, num_draws, _ = self._draws.shape
+        spaced_T = torch.linspace(0, num_draws - 1, min(num_draws, _NUM_FRAME_DRAWS)).round().long()
+        _, values_SOI = next(self._blocks(part))
+        values_CTOI = values_SOI.unflatten(0, (num_chains, num_draws))[:, spaced_T]
+        deviations_NI: Tensor = (values_CTOI - values_CTOI.mean(1, keepdim=True)).flatten(0, 2)
+        return deviations_NI
+
     def _deviation(self, part: EntriesPart) -> Tensor:
         """Of each entry; at least a few units in the last place of its mean, since some entries never move."""
         num_chains, num_draws, _ = self._draws.shape
@@ -296,13 +323,33 @@ def _short(values: Tensor) -> Tensor:
     return values.bfloat16().to(values.dtype)
 
 
-def _frame(moment_II: Tensor, settings: SubspaceSettings) -> tuple[Tensor, float]:
-    """Integers ``(K, I)`` of the principal directions of a layer's inputs, and their step."""
+def _num_pinned(size: int, settings: SubspaceSettings) -> int:
+    return size if size * _ALMOST_ALL <= settings.pinned else settings.pinned
+
+
+def _frame(moment_II: Tensor, settings: SubspaceSettings, rows_NI: Tensor) -> tuple[Tensor, float]:
+    """Integers ``(K, I)`` of the principal directions of a layer's inputs, and their step.
+
+    Rounded directions are not orthogonal, so that noise of a coordinate of which outputs hardly depend leaks into those
+    on which they depend. Inputs whose mean is many times their deviation need finer frames than others.
+
+    :param rows_NI: deviations of rows of the weights from their means, which tell how far coordinates vary.
+    """
     size = len(moment_II)
-    pinned = size if size * _ALMOST_ALL <= settings.pinned else settings.pinned
-    vectors_IK = torch.linalg.eigh(moment_II.double())[1][:, -pinned:].flip(1)
+    values_I, vectors_II = torch.linalg.eigh(moment_II)
+    pinned = _num_pinned(size, settings)
+    vectors_IK = vectors_II[:, -pinned:].flip(1)
     largest = vectors_IK.abs().argmax(0, keepdim=True)
-    vectors_IK = vectors_IK * vectors_IK.gather(0, largest).sign()
-    step = max(settings.frame_step / size**0.5, float(vectors_IK.abs().amax()) / 127)
-    integers_IK = (vectors_IK / step).round()
-    return integers_IK.mT.to(torch.int8).contiguous(), step
+    vectors_KI = (vectors_IK * vectors_IK.gather(0, largest).sign()).mT
+    variance_K = (rows_NI.double() @ vectors_KI.mT).square().mean(0)
+    accepted = _MOST_LEAKED * (variance_K * values_I[-pinned:].flip(0).clamp_min(0)).sum()
+    finest = float(vectors_KI.abs().amax()) / _LARGEST_INT16
+    step = max(settings.frame_step / size**0.5, float(vectors_KI.abs().amax()) / 127)
+    while True:
+        step = float(_short(torch.tensor(max(step, 1.01 * finest), dtype=torch.float64)))
+        integers_KI = (vectors_KI / step).round()
+        dual_KI = dual_frame(integers_KI * step)
+        found = (variance_K * ((dual_KI @ moment_II) * dual_KI).sum(1)).sum()
+        if bool(found <= accepted) or step <= 1.02 * finest:
+            return integers_KI.to(torch.int16), step
+        step /= 4

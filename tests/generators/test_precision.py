@@ -3,6 +3,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyro_apd.generators import precision
 
@@ -76,6 +78,13 @@ def test_numbers_beyond_float16_keep_their_digits():
         "zero": torch.float16,
     }
     assert torch.equal(stored["large"], values["large"])
+
+
+@given(exponent=st.floats(-4.5, 0.0), share=st.floats(-5.9, 0.0))
+def test_small_scales_beside_large_ones_do_not_become_zero(exponent, share):
+    values = 10**exponent * torch.tensor([1.0, 10**share])
+    narrow = precision.decode(precision.encode({"a": values}, "float16"), "float16")["a"]
+    torch.testing.assert_close(narrow, values, atol=0, rtol=0.07)
 
 
 def test_double_precision_is_kept_by_float32_only():

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from pyro_apd.generators import rounding, subspace, weight_matrices
+from pyro_apd.generators import precision, rounding, subspace, weight_matrices
 from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.generators.subspace_fit import SubspaceFit, SubspaceSettings
 from pyro_apd.generators.weight_matrices import WeightMatrix
@@ -179,6 +179,65 @@ def test_narrow_posteriors_keep_their_means(sd):
         found_SD = model(model.latents(400, model.step))
     error_D = found_SD.mean(0) - theta_CSD[0].mean(0)
     assert float(error_D.abs().max()) < 0.5 * sd + 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mean", [0.0, 10.0, 1000.0])
+def test_outputs_are_right_where_inputs_have_a_large_mean(mean, dtype):
+    """As of a table that was not standardised: outputs depend on one direction far more than on the others."""
+    generator = torch.Generator().manual_seed(4)
+    inputs_NI = torch.randn(200, 24, generator=generator, dtype=torch.float64)
+    inputs_NI += mean * (1 + torch.rand(24, generator=generator, dtype=torch.float64))
+    moment_II = inputs_NI.mT @ inputs_NI
+    root_II = torch.linalg.cholesky(torch.linalg.inv(moment_II + torch.eye(24)))
+    theta_SOI = torch.randn(60, UNITS, 24, generator=generator, dtype=torch.float64) @ root_II.mT
+    draws_CSD = theta_SOI.flatten(1).unsqueeze(0).to(dtype)
+    fit = SubspaceFit(DrawBlocks(draws_CSD), [WeightMatrix(0, UNITS, 24)], [moment_II / 200], SubspaceSettings(rank=10))
+    fit.read()
+    model = fit.generator()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        found_SOI = model(model.latents(500, model.step)).double().unflatten(1, (UNITS, 24))
+    outputs_SON, wanted_SON = found_SOI @ inputs_NI.mT, theta_SOI @ inputs_NI.mT
+    variance = wanted_SON.var(0).sum()
+    assert float(outputs_SON.var(0).sum() / variance) == pytest.approx(1, abs=0.2)
+    assert float((outputs_SON.mean(0) - wanted_SON.mean(0)).square().sum() / variance) < 0.02
+
+
+def test_frames_are_no_finer_than_inputs_ask_for():
+    assert int(fitted(draws()).parts[0].frame.abs().max()) <= 127
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.25])
+def test_a_matrix_that_never_moves_stays_what_it_is(constant):
+    theta_CSD = draws()
+    theta_CSD[..., : UNITS * INPUTS + UNITS] = constant
+    model = fitted(theta_CSD)
+    found_SD = model(model.latents(50, model.step))
+    torch.testing.assert_close(
+        found_SD[:, : UNITS * INPUTS + UNITS],
+        theta_CSD[0, :1, : UNITS * INPUTS + UNITS].expand(50, -1),
+        atol=2e-3,
+        rtol=0,
+    )
+    assert bool((found_SD[:, -3:].std(0) > 0.5).all())
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 1.0])
+def test_weights_of_inputs_that_are_all_zero_keep_their_spread(scale):
+    """In memory and in a file: they tell how far predictions differ where inputs are not zero."""
+    theta_CSD = draws(num_draws=100)
+    square_I = torch.full((INPUTS + 1,), scale, dtype=torch.float64)
+    square_I[:3] = 0
+    fit = SubspaceFit(DrawBlocks(theta_CSD), [MATRIX], [square_I.diag()], SubspaceSettings(rank=10))
+    fit.read()
+    model = fit.generator()
+    for dtype in ("float32", "int8"):
+        model.load_state_dict(precision.decode(precision.encode(model.state_dict(), dtype), dtype))
+        torch.manual_seed(0)
+        found_SD = model(model.latents(500, model.step)).detach()
+        ratio_D = found_SD.std(0) / theta_CSD[0].std(0)
+        assert float(ratio_D.log().abs().max()) < 0.7, dtype
 
 
 UNITS_WIDE, INPUTS_WIDE = 200, 30
