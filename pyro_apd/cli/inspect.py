@@ -22,7 +22,7 @@ from pyro_apd.runtime.tensor_file import Entry
 # Parts of the default generator, by the last names of their tensors.
 _PARTS = {
     "frames": {"frame", "frame_step", "unit"},
-    "means": {"mean"},
+    "means": {"mean", "offset", "offset_step"},
     "bases": {"basis", "reduction"},
     "null parts": {"null", "null_step", "null_reduction", "null_rows", "null_columns"},
     "modes": {"modes", "spread"},

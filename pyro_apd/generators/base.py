@@ -87,7 +87,10 @@ def check_in_order(spans: Sequence[tuple[slice, Sequence[int]]], what: str) -> N
 
 def peak(values: Tensor) -> float:
     """The largest absolute value."""
-    return float(values.detach().abs().amax()) if values.numel() else 0.0
+    if values.numel() == 0:
+        return 0.0
+    least, most = values.aminmax()  # without a copy
+    return max(-float(least.detach()), float(most.detach()))
 
 
 def linear_bound(linear: nn.Linear, inputs: float) -> float:

@@ -14,7 +14,7 @@ from pyro_apd.generators.subspace import Part
 
 @dataclass(frozen=True)
 class Moments:
-    """Of pinned coordinates: means of chains, bases, and the mean variance within chains."""
+    """Of pinned coordinates about the centres of chains: means, bases, and the mean variance within chains."""
 
     mean_COK: Tensor
     basis_CROK: Tensor

@@ -41,7 +41,8 @@ class SubspaceGenerator(Generator):
 
     :param int output_size: D, numbers of a draw.
     :param matrices: ``(start, units, inputs, bias, is_transposed, K)`` each, see :class:`WeightMatrix`; all inputs are
-        pinned if K is the number of columns. Numbers outside of matrices are pinned, each in its own unit.
+        pinned if K is the number of columns. A seventh integer of 1 gives it an offset, to which all else is added:
+        for weights that are many times their deviation. Numbers outside of matrices are pinned, each in its own unit.
     :param int num_chains: C. Chains have frames in common, and means, bases and modes of their own.
     :param int num_modes: M, per chain.
     :param int rank: R, coordinates.
@@ -72,10 +73,10 @@ class SubspaceGenerator(Generator):
         self.parts = nn.ModuleList()
         placed = []
         for entry in matrices:
-            if len(entry) != 6:
-                raise ValueError(f"A matrix must have six integers; got {entry!r:.80}.")
+            if len(entry) not in (6, 7):
+                raise ValueError(f"A matrix must have six integers, or seven with an offset; got {entry!r:.80}.")
             placed.append(WeightMatrix.checked(entry[:5], output_size))
-            self.parts.append(MatrixPart(placed[-1], num_chains, rank, self.path_rank, entry[5]))
+            self.parts.append(MatrixPart(placed[-1], num_chains, rank, self.path_rank, *entry[5:]))
         for span in other_spans(placed, output_size):
             self.parts.append(EntriesPart(span, num_chains, rank))
         self.latent_size = 1 + rank + sum(part.latent_size for part in self.parts_in_order())
@@ -135,9 +136,11 @@ class Part(nn.Module, ABC):
     ``mean`` and ``basis`` are integers; ``reduction`` is what their magnitudes lose, see :mod:`.rounding`.
 
     :ivar int latent_size: normal numbers that its noise takes.
+    :ivar tuple shape: of its weights, ``(O, I)``.
     """
 
     latent_size: int
+    shape: tuple[int, int]
     mean: Tensor
     basis: Tensor
 
@@ -213,6 +216,7 @@ class EntriesPart(Part):
         self.register_buffer("mean", self.mean.to(torch.int32))
         self.span = span
         self.latent_size = span.stop - span.start
+        self.shape = (1, self.latent_size)
 
     def write(
         self, theta_SD: Tensor, drawn: tuple[Tensor, Tensor], latent_SL: Tensor, step: Tensor, noise_cap: Tensor
@@ -229,18 +233,26 @@ class EntriesPart(Part):
 class MatrixPart(Part):
     """A matrix of weights: pinned coordinates in a frame, and a null part, unless the frame has all directions.
 
-    The frame ``(K, I)`` is held in integers of its own step. Its rows need not be orthogonal.
+    The frame ``(K, I)`` is held in integers of its own step. Its rows need not be orthogonal. An offset, where there is
+    one, has integers of 32 bits in two halves: the lower ones of all chains, then the higher ones.
     """
 
     frame: Tensor
     null: Tensor
+    offset: Tensor
 
-    def __init__(self, matrix: WeightMatrix, num_chains: int, rank: int, path_rank: int, pinned: int) -> None:
+    def __init__(
+        self, matrix: WeightMatrix, num_chains: int, rank: int, path_rank: int, pinned: int, has_offset: int = 0
+    ) -> None:
         checks.integer("Generator setting K of a matrix", pinned)
+        checks.integer("Generator setting offset of a matrix", has_offset, at_least=0)
+        if has_offset > 1:
+            raise ValueError(f"Generator setting offset of a matrix must be 0 or 1; got {has_offset}.")
         if pinned > matrix.columns:
             raise ValueError(f"Matrix {matrix.entry} has {matrix.columns} columns, and {pinned} of them are pinned.")
         super().__init__(num_chains, rank, matrix.units, pinned)
         self.matrix = matrix
+        self.shape = (matrix.units, matrix.columns)
         self.is_full = pinned == matrix.columns
         self.latent_size = matrix.units * (pinned if self.is_full else pinned + matrix.columns)
         self.path_rank = path_rank
@@ -255,11 +267,31 @@ class MatrixPart(Part):
             self.null_reduction = nn.Parameter(torch.zeros(num_chains * null))
             self.null_rows = nn.Parameter(torch.zeros(matrix.units))
             self.null_columns = nn.Parameter(torch.zeros(matrix.columns))
+        self.has_offset = False
+        if has_offset:
+            self.add_offset()
+
+    def add_offset(self) -> None:
+        """Gives the matrix an offset, of zeros."""
+        shape = (2 * self.num_chains, self.matrix.units, self.matrix.columns)
+        self.register_buffer("offset", torch.zeros(shape, dtype=torch.int16, device=self.frame.device))
+        self.offset_step = nn.Parameter(torch.ones_like(self.frame_step))
+        self.has_offset = True
+
+    def set_offset(self, rows: slice, integers_COI: Tensor) -> None:
+        """Sets the offset of some rows to integers of 32 bits, in units of ``offset_step``."""
+        high_COI = (integers_COI + 2**15) >> 16
+        self.offset[:, rows] = torch.cat([integers_COI - (high_COI << 16), high_COI]).to(torch.int16)
+
+    def offsets(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Offsets ``(C, O, I)`` of some rows."""
+        low_COI, high_COI = self.offset[:, rows].to(torch.int32).chunk(2)
+        return ((high_COI << 16) + low_COI).to(dtype) * self.offset_step.detach().to(dtype)
 
     @property
     def entry(self) -> list[int]:
         """As in the settings of the generator."""
-        return [*self.matrix.entry, len(self.frame)]
+        return [*self.matrix.entry, len(self.frame), *([1] if self.has_offset else [])]
 
     def frames(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The frame ``(K, I)``, and its dual ``(K, I)``, with which coordinates become rows."""
@@ -284,11 +316,15 @@ class MatrixPart(Part):
             else:
                 left_SOI = self.left(drawn, null_SOI[:, rows], rows, step)
                 rows_SOI = left_SOI + (coordinates_SOK - left_SOI @ frame_KI.mT) @ dual_KI
+            if self.has_offset:
+                rows_SOI = rows_SOI + (drawn[0] @ self.offsets(rows, step.dtype).flatten(1)).view_as(rows_SOI)
             self.matrix.scatter(rows_SOI, rows, theta_SD)
 
     def _decoded_draws(self) -> int:
         """Draws whose rows have as many numbers as the integers of a row that are decoded for each call."""
         found = 0 if self.basis.numel() <= _KEPT_NUMBERS else self.basis[:, 0].numel() // self.matrix.columns
+        if self.has_offset:
+            found = max(found, self.num_chains)
         return found if self.is_full or self.null.numel() <= _KEPT_NUMBERS else max(found, len(self.null))
 
     def left(self, drawn: tuple[Tensor, Tensor], latent_SOI: Tensor, rows: slice, step: Tensor) -> Tensor:
@@ -304,6 +340,9 @@ class MatrixPart(Part):
         frame_KI, dual_KI = self.frames(step.dtype)
         across = len(self.frame) * peak(dual_KI)
         bound = across * self._pinned_bound(coordinate, step)
+        if self.has_offset:
+            rows = self.matrix.row_blocks(self.num_chains)
+            bound += max(peak(self.offsets(block, self.offset_step.dtype)) for block in rows)
         if self.is_full:
             return bound
         left = peak(self.null_step) * (1 + coordinate) * (peak(self.null) + peak(self.null_reduction))

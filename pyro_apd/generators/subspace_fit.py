@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pyro_apd.generators.base import peak
 from pyro_apd.generators.draw_blocks import DrawBlocks
+from pyro_apd.generators.frames import LARGEST_INT16, fitted_frame, num_pinned, short
 from pyro_apd.generators.moments import Moments, NullMoments, gram_of_functions, moments_of_block
 from pyro_apd.generators.rounding import rounded, row_blocks, scaled_bases
 from pyro_apd.generators.subspace import (
@@ -21,21 +24,19 @@ from pyro_apd.generators.subspace import (
     MatrixPart,
     Part,
     SubspaceGenerator,
-    dual_frame,
     reduced,
 )
 from pyro_apd.generators.weight_matrices import WeightMatrix
 
-# Frames have at least this share of their matrix's columns less than all; else they have all.
-_ALMOST_ALL = 0.8
 # Draws of a chain by which the size of a null part is found.
 _NUM_NULL_DRAWS = 64
 # Steps of null parts are at least this fine while they are fitted, relative to the root mean square.
 _FINE = 0.1
-_LARGEST_INT16 = 32000
-# Frames are so fine that outputs of a layer whose pinned coordinates are all noise have this variance at most, relative
-# to what it should be. Weights of so many draws tell how far coordinates vary.
-_MOST_LEAKED, _NUM_FRAME_DRAWS = 1.1, 32
+# Offsets have this step, relative to the step of null parts, and so many bits at most.
+_OFFSET_STEP, _OFFSET_BITS = 1 / 8, {torch.float32: 24, torch.float64: 30}
+_LARGEST_INT32 = 2.0e9
+# Draws of a chain that tell how far coordinates vary, by which frames are chosen.
+_NUM_FRAME_DRAWS = 32
 # Units are at least this, relative to the largest of a matrix.
 _SMALLEST_UNIT = 1e-5
 # Deviations of numbers without a matrix are at least this, relative to the numbers.
@@ -92,7 +93,7 @@ class SubspaceFit:
         num_chains, num_draws, size = draws.shape
         rank = max(1, min(settings.rank, num_draws - 1))
         num_modes = max(1, num_draws // settings.segment_length)
-        counts = [_num_pinned(len(moment), settings) for moment in moments]
+        counts = [num_pinned(len(moment), settings.pinned) for moment in moments]
         entries = [[*matrix.entry, count] for matrix, count in zip(matrices, counts, strict=True)]
         self._model = SubspaceGenerator(size, entries, num_chains, num_modes, rank, min(settings.path_rank, rank)).to(
             draws.device, draws.dtype
@@ -101,11 +102,13 @@ class SubspaceFit:
         self._pinned_parts: list[Moments] = []
         self._null_parts: dict[Part, NullMoments] = {}
         self._null_units: dict[Part, Tensor] = {}
+        self._centres: dict[Part, Tensor] = {}
+        self._square_deviations: dict[Part, Tensor] = {}
         with torch.no_grad():
             for part, moment in zip(self._parts, moments, strict=False):
                 assert isinstance(part, MatrixPart)
                 moment = moment.double()
-                frame, step = _frame(moment, settings, self._some_rows(part))
+                frame, step = fitted_frame(moment, len(part.frame), settings.frame_step, self._some_rows(part))
                 part.frame.copy_(frame)
                 part.frame_step.fill_(step)
                 frame_KI, _ = part.frames(torch.float64)
@@ -114,12 +117,15 @@ class SubspaceFit:
                 largest = unit_K.amax() if bool(unit_K.amax() > 0) else torch.ones_like(unit_K[0])
                 part.unit.copy_(unit_K.clamp_min(_SMALLEST_UNIT * largest))
 
+    @torch.no_grad()
     def read(self) -> None:
         """Reads the draws, twice."""
         self._find_coordinates()
         self._find_bases()
+        for part, found in zip(self._parts, self._pinned_parts, strict=True):
+            if isinstance(part, MatrixPart) and self._takes_offset(part, found):
+                part.add_offset()
 
-    @torch.no_grad()
     def _find_coordinates(self) -> None:
         """The first pass: units of layers, and the coordinates of the draws."""
         num_chains, num_draws, _ = self._draws.shape
@@ -132,8 +138,8 @@ class SubspaceFit:
                 part.unit.copy_(1 / self._deviation(part))
             null, count = self._draws[torch.zeros(1, dtype=torch.long)].new_zeros(()), 0
             largest = torch.zeros_like(null)
-            for _, values_SOI in self._blocks(part):
-                differs |= (values_SOI != values_SOI[0]).any()
+            for _, centre_COI, values_SOI in self._centred(part):
+                differs |= (values_SOI != 0).any() | (centre_COI != centre_COI[0]).any()
                 pinned_CTW = self._pinned(part, values_SOI).flatten(1).unflatten(0, (num_chains, num_draws))
                 pinned_CTW = pinned_CTW - pinned_CTW.mean(1, keepdim=True)
                 own_CTT += pinned_CTW @ pinned_CTW.mT
@@ -145,11 +151,11 @@ class SubspaceFit:
                     count += values_SOI[0].numel() * num_chains
             total = own_CTT.diagonal(dim1=1, dim2=2).sum() / (num_chains * num_draws)
             total = total.where(total > 0, 1.0)  # of weights that never move
-            part.unit.copy_(_short(part.unit / total.sqrt().to(part.unit.dtype)))
+            part.unit.copy_(short(part.unit / total.sqrt().to(part.unit.dtype)))
             gram_CTT += own_CTT / total
             if count and isinstance(part, MatrixPart):
                 unit = (null / count).sqrt().clamp_min(torch.finfo(self._draws.dtype).tiny)
-                unit = torch.maximum(unit, 1.1 * largest / (_FINE * _LARGEST_INT16))  # means may be far larger
+                unit = torch.maximum(unit, 1.1 * largest / (_FINE * LARGEST_INT16))  # some may be far larger
                 self._null_units[part] = unit
                 part.null_step.copy_(unit)
         if not bool(differs):
@@ -170,17 +176,20 @@ class SubspaceFit:
         self._model.modes.copy_(means_CMR.flatten(0, 1))
         self._model.spread.copy_(torch.cat(around, 1).square().mean(1).sqrt())
 
-    @torch.no_grad()
     def _find_bases(self) -> None:
         """The second pass: means, bases and paths in these coordinates."""
         num_draws = self._draws.shape[1]
         left_CRT = self._coordinates_CTR.mT / num_draws
         for part in self._parts:
-            moments, null = Moments.empty(part, left_CRT), []
-            for rows, values_SOI in self._blocks(part):
+            moments, null, squares = Moments.empty(part, left_CRT), [], []
+            self._centres[part] = left_CRT.new_empty(len(left_CRT), *part.shape)
+            for rows, centre_COI, values_SOI in self._centred(part):
+                self._centres[part][:, rows] = centre_COI
+                squares.append(values_SOI.square().mean((0, 2)))
                 moments.set(rows, *moments_of_block(self._pinned(part, values_SOI), left_CRT))
                 if isinstance(part, MatrixPart) and not part.is_full:
                     null.append(self._fine_null(part, rows, self._null(part, values_SOI), left_CRT))
+            self._square_deviations[part] = torch.cat(squares).mean()
             self._pinned_parts.append(moments)
             if null and isinstance(part, MatrixPart):
                 sums_I = torch.stack([columns_I for _, columns_I in null]).sum(0)
@@ -192,7 +201,7 @@ class SubspaceFit:
         sums by column ``(I,)``."""
         mean_COI, path_CROI, variance_OI = moments_of_block(null_SOI, left_CRT[:, : part.path_rank])
         path_CPOI = torch.cat([mean_COI.unsqueeze(1), path_CROI], 1)
-        integers = (path_CPOI / (_FINE * part.null_step)).round().clamp(-_LARGEST_INT16, _LARGEST_INT16)
+        integers = (path_CPOI / (_FINE * part.null_step)).round().clamp(-LARGEST_INT16, LARGEST_INT16)
         part.null[:, rows] = integers.to(torch.int16).flatten(0, 1)
         return variance_OI.mean(1), variance_OI.sum(0)
 
@@ -205,26 +214,61 @@ class SubspaceFit:
 
         :param bool is_last: no other steps will be asked for: the fine integers of null parts need not be kept.
         """
+        null_step = max(self._settings.null_step if null_step is None else null_step, _FINE)  # of which integers are
+        for part in self._parts:
+            if isinstance(part, MatrixPart) and part.has_offset:
+                self._round_offset(part, null_step)
         self._round_pinned(self._settings.step if step is None else step)
         for part, null in self._null_parts.items():
             assert isinstance(part, MatrixPart)
             if part.null is null.integers and not is_last:
                 part.null = torch.empty_like(null.integers)
-            self._round_null(part, null, self._settings.null_step if null_step is None else null_step)
+            self._round_null(part, null, null_step)
         self._model.noise_cap.fill_(_NO_CAP)
         return self._model
 
+    def _takes_offset(self, part: MatrixPart, found: Moments) -> bool:
+        """Whether means are so many times the deviation that they would make all steps coarser, or exceed 16 bits; or
+        nothing moves, by which a step is chosen."""
+        square, largest = float(self._square_deviations[part]), peak(self._centres[part])
+        if square == 0:
+            return largest > 0
+        pinned = MEAN_STEPS * peak(self._mean(part, found)) / self._settings.step
+        null = 0.0 if part.is_full else largest / (float(self._null_units[part]) * _FINE)
+        return max(pinned, null) > LARGEST_INT16
+
+    def _round_offset(self, part: MatrixPart, null_step: float) -> None:
+        centre_COI = self._centres[part]
+        finest = peak(centre_COI) / 2 ** _OFFSET_BITS[self._draws.dtype]
+        step = max(float(self._square_deviations[part]) ** 0.5 * null_step * _OFFSET_STEP, finest)
+        step = 2.0 ** math.ceil(math.log2(step))
+        part.offset_step.fill_(step)
+        for rows in row_blocks(centre_COI):
+            part.set_offset(rows, (centre_COI[:, rows].double() / step).round().to(torch.int32))
+
+    def _mean(self, part: Part, found: Moments) -> Tensor:
+        """Mean pinned coordinates ``(C, O, K)`` in double precision, less what the offset has."""
+        mean_COK = torch.empty_like(found.mean_COK, dtype=torch.float64)
+        for rows in row_blocks(self._centres[part]):
+            mean_COK[:, rows] = self._pinned(part, self._without_offset(part, rows)) + found.mean_COK[:, rows]
+        return mean_COK
+
+    def _without_offset(self, part: Part, rows: slice) -> Tensor:
+        """What means of some rows ``(C, O, I)`` are beside deviations and offset, in double precision."""
+        centre_COI = self._centres[part][:, rows].double()
+        if isinstance(part, MatrixPart) and part.has_offset:
+            centre_COI = centre_COI - part.offsets(rows, centre_COI.dtype)
+        return centre_COI
+
     def _round_pinned(self, step: float) -> None:
-        largest = 0.0
-        for part, found in zip(self._parts, self._pinned_parts, strict=True):
-            means = MEAN_STEPS * float(found.mean_COK.abs().amax()) if isinstance(part, MatrixPart) else 0.0
-            least, most = found.basis_CROK.aminmax()  # without a copy
-            largest = max(largest, -float(least), float(most), means)
-        step = max(step, largest / _LARGEST_INT16)
-        step = float(_short(torch.tensor(step, dtype=torch.float64)))
+        means = [self._mean(part, found) for part, found in zip(self._parts, self._pinned_parts, strict=True)]
+        for part, found, mean_COK in zip(self._parts, self._pinned_parts, means, strict=True):
+            largest = LARGEST_INT16 if isinstance(part, MatrixPart) else _LARGEST_INT32
+            step = max(step, MEAN_STEPS * peak(mean_COK) / largest, peak(found.basis_CROK) / LARGEST_INT16)
+        step = float(short(torch.tensor(step, dtype=torch.float64)))
         self._model.step.fill_(step)
-        for part, found in zip(self._parts, self._pinned_parts, strict=True):
-            part.mean.copy_((found.mean_COK * (MEAN_STEPS / step)).round())
+        for part, found, mean_COK in zip(self._parts, self._pinned_parts, means, strict=True):
+            part.mean.copy_((mean_COK * (MEAN_STEPS / step)).round())
             scaled = partial(scaled_bases, found.basis_CROK, step)
             part.reduction.copy_(rounded(part.basis, scaled, self._settings.is_dithered))
             left_OK = torch.empty_like(found.variance_OK)
@@ -238,11 +282,14 @@ class SubspaceFit:
             part.forget()
 
     def _round_null(self, part: MatrixPart, null: NullMoments, null_step: float) -> None:
-        null_step = max(null_step, _FINE)  # of which the integers are
         dtype = null.row_O.dtype
+        mean_step = self._null_units[part].double() * null_step
 
         def scaled(rows: slice) -> Tensor:
-            return null.integers[:, rows].to(dtype) * (_FINE / null_step)
+            scaled_ROI = null.integers[:, rows].to(dtype) * (_FINE / null_step)
+            mean_COI = self._null(part, self._without_offset(part, rows)) / mean_step
+            scaled_ROI.unflatten(0, (self._model.num_chains, -1))[:, 0] += mean_COI
+            return scaled_ROI
 
         part.null_reduction.copy_(rounded(part.null, scaled))
         part.null_step.copy_(self._null_units[part] * null_step)
@@ -303,6 +350,14 @@ class SubspaceFit:
             found.append(deviation_I.maximum(_SMALLEST_DEVIATION * values_CTI.abs().amax((0, 1))))
         return torch.cat(found).clamp_min(1e-30)
 
+    def _centred(self, part: Part) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows of a part, centres ``(C, O, I)`` near the means of chains, and deviations from these ``(S, O, I)``."""
+        for rows, values_SOI in self._blocks(part):
+            values_CTOI = values_SOI.unflatten(0, self._draws.shape[:2])
+            first_C1OI = values_CTOI[:, :1]
+            centre_C1OI = first_C1OI + (values_CTOI - first_C1OI).mean(1, keepdim=True)
+            yield rows, centre_C1OI.squeeze(1), (values_CTOI - centre_C1OI).flatten(0, 1)
+
     def _blocks(self, part: Part) -> Iterator[tuple[slice, Tensor]]:
         """Rows of a part, with their values in all draws ``(S, O, I)``."""
         if isinstance(part, EntriesPart):
@@ -316,40 +371,3 @@ class SubspaceFit:
             rows = slice(start, min(start + length, matrix.units))
             weights, *bias = [next(self._draws.columns([span]))[1] for span in matrix.row_spans(rows)]
             yield rows, matrix.gather(weights, bias[0] if bias else None)
-
-
-def _short(values: Tensor) -> Tensor:
-    """To eight binary digits, which every precision of a file keeps: units need not be exact, but must not change."""
-    return values.bfloat16().to(values.dtype)
-
-
-def _num_pinned(size: int, settings: SubspaceSettings) -> int:
-    return size if size * _ALMOST_ALL <= settings.pinned else settings.pinned
-
-
-def _frame(moment_II: Tensor, settings: SubspaceSettings, rows_NI: Tensor) -> tuple[Tensor, float]:
-    """Integers ``(K, I)`` of the principal directions of a layer's inputs, and their step.
-
-    Rounded directions are not orthogonal, so that noise of a coordinate of which outputs hardly depend leaks into those
-    on which they depend. Inputs whose mean is many times their deviation need finer frames than others.
-
-    :param rows_NI: deviations of rows of the weights from their means, which tell how far coordinates vary.
-    """
-    size = len(moment_II)
-    values_I, vectors_II = torch.linalg.eigh(moment_II)
-    pinned = _num_pinned(size, settings)
-    vectors_IK = vectors_II[:, -pinned:].flip(1)
-    largest = vectors_IK.abs().argmax(0, keepdim=True)
-    vectors_KI = (vectors_IK * vectors_IK.gather(0, largest).sign()).mT
-    variance_K = (rows_NI.double() @ vectors_KI.mT).square().mean(0)
-    accepted = _MOST_LEAKED * (variance_K * values_I[-pinned:].flip(0).clamp_min(0)).sum()
-    finest = float(vectors_KI.abs().amax()) / _LARGEST_INT16
-    step = max(settings.frame_step / size**0.5, float(vectors_KI.abs().amax()) / 127)
-    while True:
-        step = float(_short(torch.tensor(max(step, 1.01 * finest), dtype=torch.float64)))
-        integers_KI = (vectors_KI / step).round()
-        dual_KI = dual_frame(integers_KI * step)
-        found = (variance_K * ((dual_KI @ moment_II) * dual_KI).sum(1)).sum()
-        if bool(found <= accepted) or step <= 1.02 * finest:
-            return integers_KI.to(torch.int16), step
-        step /= 4

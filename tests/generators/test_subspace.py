@@ -219,6 +219,31 @@ def test_gradients_reach_latents_and_the_law():
         assert generator.get_parameter(name).grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("pinned", [2, 5])
+def test_an_offset_is_added_to_the_draws_of_its_chain(pinned):
+    plain = make(matrices=[(0, 3, 4, 12, 0, pinned)])
+    moved = make(matrices=[(0, 3, 4, 12, 0, pinned, 1)])
+    assert moved.config["matrices"] == [[0, 3, 4, 12, 0, pinned, 1]]
+    moved.load_state_dict({**moved.state_dict(), **plain.state_dict()})
+    part = moved.parts_in_order()[0]
+    integers_COI = torch.tensor([2**30, -(2**30), 32768, -32768, 32767, -1, 0, 65535] * 4)[:30].view(2, 3, 5)
+    for rows in (slice(0, 2), slice(2, 3)):
+        part.set_offset(rows, integers_COI[:, rows].to(torch.int32))
+    part.offset_step.data.fill_(2.0**-12)
+    part.forget()
+    assert part.offset.dtype == torch.int16
+    latent_SL = torch.stack([latent_of(moved, mode) for mode in range(4)])
+    added_SD = moved(latent_SL) - plain(latent_SL)
+    expected_COI = (integers_COI.double() * 2.0**-12).repeat_interleave(2, 0)
+    torch.testing.assert_close(
+        part.matrix.gather(added_SD[:, :12], added_SD[:, 12:15]), expected_COI, rtol=0, atol=1e-9
+    )
+    assert not added_SD[:, 15:].any()
+    assert moved.bound() >= float(expected_COI.abs().max())
+    with pytest.raises(RuntimeError, match="offset"):
+        make(matrices=[(0, 3, 4, 12, 0, pinned, 1)]).load_state_dict(plain.state_dict())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -227,6 +252,9 @@ def test_gradients_reach_latents_and_the_law():
         ({"path_rank": -1}, "path_rank"),
         ({"path_rank": 4}, "path_rank is 4, more than rank, which is 3"),
         ({"matrices": [(0, 3, 4, 12, 0)]}, "six integers"),
+        ({"matrices": [(0, 3, 4, 12, 0, 2, 1, 1)]}, "six integers, or seven with an offset"),
+        ({"matrices": [(0, 3, 4, 12, 0, 2, 2)]}, "offset of a matrix must be 0 or 1; got 2"),
+        ({"matrices": [(0, 3, 4, 12, 0, 2, -1)]}, "offset of a matrix"),
         ({"matrices": [(0, 3, 4, 12, 0, 0)]}, "K of a matrix"),
         ({"matrices": [(0, 3, 4, 12, 0, 6)]}, "5 columns, and 6 of them are pinned"),
         ({"matrices": [(0, 3, 4, 12, 0, 2), (3, 3, 4, -1, 0, 2)]}, "Matrices overlap"),

@@ -167,18 +167,59 @@ def test_null_parts_stay_right_however_fine_their_step():
     torch.testing.assert_close(ours_SD, theirs_SD, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("sd", [1.0, 0.1, 0.01, 1e-4])
-def test_narrow_posteriors_keep_their_means(sd):
+def means_of_chains(model):
+    """Means of the generator's chains, whose modes are their middle."""
+    latent_SL = latents_of_modes(model)
+    return model(latent_SL).detach().double().unflatten(0, (model.num_chains, -1)).mean(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("pinned", [2, 7])
+@pytest.mark.parametrize("ratio", [1.0, 1e2, 1e3, 1e4, 1e5, 1e6])
+def test_narrow_posteriors_keep_their_means(ratio, pinned, dtype):
     """As where a chain begins at a trained network: weights are many times as large as their deviations."""
     generator = torch.Generator().manual_seed(3)
-    mean_D = torch.randn(SIZE, generator=generator, dtype=torch.float64)
-    theta_CSD = mean_D + sd * torch.randn(1, 60, SIZE, generator=generator, dtype=torch.float64)
-    model = fitted(theta_CSD, pinned=2, rank=10, null_step=0.1)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        found_SD = model(model.latents(400, model.step))
-    error_D = found_SD.mean(0) - theta_CSD[0].mean(0)
-    assert float(error_D.abs().max()) < 0.5 * sd + 2e-3
+    mean_CD = torch.randn(2, SIZE, generator=generator, dtype=torch.float64)
+    noise_CSD = torch.randn(2, 60, SIZE, generator=generator, dtype=torch.float64)
+    theta_CSD = (mean_CD.unsqueeze(1) + noise_CSD / ratio).to(dtype)
+    model = fitted(theta_CSD, pinned=pinned, rank=10, null_step=0.1)
+    assert model.parts[0].has_offset == (ratio > 1)
+    error_CD = (means_of_chains(model) - theta_CSD.double().mean(1)).abs() * ratio
+    resolution = 3 * torch.finfo(dtype).eps * float(mean_CD.abs().max()) * ratio
+    assert float(error_CD.max()) < (0.02 if ratio > 1 else 0.05) + resolution
+
+
+def test_one_matrix_that_hardly_moves_leaves_the_others_fine():
+    second = WeightMatrix(SIZE, UNITS, INPUTS, SIZE + UNITS * INPUTS)
+
+    def fit_beside(first_CSD):
+        both_CSD = torch.cat([first_CSD, draws(seed=1)], -1)
+        fit = SubspaceFit(DrawBlocks(both_CSD), [MATRIX, second], [moment(), moment()], SubspaceSettings(rank=8))
+        fit.read()
+        model = fit.generator()
+        error_D = (means_of_chains(model) - both_CSD.double().mean(1)).abs()[0]
+        assert float(error_D[: UNITS * INPUTS].max()) < 1e-6 * float(first_CSD.abs().max())
+        assert float(error_D[SIZE : SIZE + UNITS * INPUTS].max()) < 0.02
+        return model.requires_grad_(False)
+
+    mean_D = draws(seed=2)[0, 0]
+    for constant in (1e-3, 1.0, 1e4):
+        model = fit_beside((constant * mean_D).expand(1, 40, -1))
+        assert float(model.step) == pytest.approx(SubspaceSettings().step, rel=0.01)
+        assert [part.has_offset for part in model.parts[:2]] == [True, False]
+        torch.manual_seed(0)
+        found_SD = model(model.latents(20, model.step)).detach()[:, : UNITS * INPUTS]
+        assert float(found_SD.std(0).max()) <= 1e-6 * constant
+
+
+def test_numbers_without_a_matrix_keep_their_means_however_fine_the_steps():
+    theta_CSD = draws().double() * 1e-5 + 1.0
+    fit = SubspaceFit(DrawBlocks(theta_CSD), [], [], SubspaceSettings(rank=8))
+    fit.read()
+    for step in (1e-3, 1e-6, 1e-9):
+        model = fit.generator(step)
+        error_CD = means_of_chains(model) - theta_CSD.double().mean(1)
+        assert float(error_CD.abs().max()) < 5e-7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -202,10 +243,6 @@ def test_outputs_are_right_where_inputs_have_a_large_mean(mean, dtype):
     variance = wanted_SON.var(0).sum()
     assert float(outputs_SON.var(0).sum() / variance) == pytest.approx(1, abs=0.2)
     assert float((outputs_SON.mean(0) - wanted_SON.mean(0)).square().sum() / variance) < 0.02
-
-
-def test_frames_are_no_finer_than_inputs_ask_for():
-    assert int(fitted(draws()).parts[0].frame.abs().max()) <= 127
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.25])
@@ -243,10 +280,10 @@ def test_weights_of_inputs_that_are_all_zero_keep_their_spread(scale):
 UNITS_WIDE, INPUTS_WIDE = 200, 30
 
 
-def wide_fit():
+def wide_fit(mean=0.0):
     """A matrix with a null part whose paths are far more numbers than anything else."""
     generator = torch.Generator().manual_seed(3)
-    theta_CSD = torch.randn(1, 40, UNITS_WIDE * INPUTS_WIDE, generator=generator)
+    theta_CSD = mean + torch.randn(1, 40, UNITS_WIDE * INPUTS_WIDE, generator=generator)
     matrix = WeightMatrix(0, UNITS_WIDE, INPUTS_WIDE)
     settings = SubspaceSettings(pinned=10, rank=10)
     fit = SubspaceFit(DrawBlocks(theta_CSD), [matrix], [torch.eye(INPUTS_WIDE).double()], settings)
@@ -271,17 +308,21 @@ def largest_float_of(function):
     return largest
 
 
-def test_bases_and_paths_are_never_all_in_floating_point_while_they_are_rounded(monkeypatch):
-    fit = wide_fit()
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_bases_and_paths_are_never_all_in_floating_point_while_they_are_rounded(monkeypatch, mean):
+    fit = wide_fit(mean)
     monkeypatch.setattr(rounding, "_NUMBERS_AT_ONCE", 4096)
     assert largest_float_of(fit.generator) <= UNITS_WIDE * INPUTS_WIDE
 
 
-def test_rounding_by_blocks_gives_what_rounding_at_once_gives(monkeypatch):
-    expected = wide_fit().generator().state_dict()
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_rounding_by_blocks_gives_what_rounding_at_once_gives(monkeypatch, mean):
+    generator = wide_fit(mean).generator()
+    assert generator.parts[0].has_offset == (mean > 0)
+    expected = generator.state_dict()
     monkeypatch.setattr(rounding, "_NUMBERS_AT_ONCE", 500)
     for is_last in (False, True):
-        found = wide_fit().generator(is_last=is_last).state_dict()
+        found = wide_fit(mean).generator(is_last=is_last).state_dict()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
 
