@@ -99,7 +99,7 @@ def calibrate(
         def residuals(square: float, log_cap: float) -> Tensor:
             _set(generator, spread_CR, square, log_cap)
             with seeded(seed, like.device):
-                own = inputs.disagreements(space, _draws(generator, count, like))
+                own = inputs.disagreements(space, blocks_of_draws(generator, count))
             ratios = {name: (own[name] / chain[name]).log().double().cpu() for name in own}
             ratios = {name: ratio.nan_to_num(nan=10.0, posinf=10.0, neginf=-10.0) for name, ratio in ratios.items()}
             weighted = torch.cat([(_WEIGHTS[name] / len(ratio)) ** 0.5 * ratio for name, ratio in ratios.items()])
@@ -159,8 +159,10 @@ def _set(generator: SubspaceGenerator, spread_CR: Tensor, square: float, log_cap
     generator.noise_cap.fill_(min(max(log_cap, -20.0), 20.0)).exp_()  # so that squares of ratios to it are finite
 
 
-def _draws(generator: SubspaceGenerator, count: int, like: Tensor) -> Iterator[Tensor]:
-    """Draws in blocks, evenly spread over modes all together."""
+@torch.no_grad()
+def blocks_of_draws(generator: SubspaceGenerator, count: int) -> Iterator[Tensor]:
+    """Draws in blocks, evenly spread over modes all together, with torch's global random numbers."""
+    like = generator.step
     place_S1 = stratified(torch.empty(count, 1, dtype=like.dtype, device=like.device))
     for place_N1 in place_S1.split(draws_per_block(generator.latent_size * like.element_size())):
         latent_NL = place_N1.new_empty(len(place_N1), generator.latent_size)

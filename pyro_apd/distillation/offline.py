@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_apd.distillation.failure import DistillationError, DistillationWarning, find_failures, find_shortage
+from pyro_apd.distillation.calibration import blocks_of_draws
+from pyro_apd.distillation.failure import (
+    DistillationError,
+    DistillationWarning,
+    Quality,
+    find_disagreement,
+    find_failures,
+    find_shortage,
+)
 from pyro_apd.distillation.options import DistillOptions
-from pyro_apd.distillation.setup import DistillationTask, prepare
+from pyro_apd.distillation.setup import DistillationTask, PreparedTraining, prepare
 from pyro_apd.distillation.source import HELD_OUT, Source, read_source, split_held_out
 from pyro_apd.distillation.training import Training, train
 from pyro_apd.models.bnn import BNN
@@ -78,7 +86,7 @@ def distill(
     :param byte_budget: size of the file, at most: networks at the precision of the draws as a float (``1.5``), or bytes
         as an integer. By default steps are as fine as keeps predictions close to the chain's resolution: about one
         network for a network of 80,000 weights, and a few for small ones, see ``docs/scaling.md``.
-        :class:`DistillationWarning` says where a budget is too small for the posterior.
+        :class:`DistillationWarning` says where a budget, or the number of draws, is too small for the posterior.
     :param int rank: coordinates of a chain; by default 96 divided by the number of chains, at least 12, and two thirds
         of a chain's draws at most.
     :param str storage_dtype: precision of the numbers that are not integers, in memory and in the file that
@@ -141,9 +149,7 @@ def _fit_and_train(
         )
     fitted = prepared.fitted
     calibration = None if fitted is None else fitted.calibration
-    if fitted is not None and fitted.default_bytes is not None and options.byte_budget is not None:
-        at_start = calibration if training.best_step == 0 else None
-        training.shortage = find_shortage(options.byte_budget, fitted.default_bytes, training.metrics, at_start)
+    _judge(training, prepared, options.byte_budget)
     metadata = {
         "num_chains": num_chains,
         "num_draws": num_draws,
@@ -158,6 +164,26 @@ def _fit_and_train(
     }
     generator = prepared.generator.requires_grad_(False).eval()
     return DistilledPosterior(source.layout, generator, metadata=metadata, training_log=training.log), training
+
+
+def _judge(training: Training, prepared: PreparedTraining, byte_budget: float | int | None) -> None:
+    """Notes whether the default generator is too small, or its draws disagree too much or too little on the data."""
+    fitted = prepared.fitted
+    if fitted is None:
+        return
+    at_start = fitted.calibration if training.best_step == 0 else None
+
+    def default() -> Quality:
+        assert fitted.default is not None
+        found = fitted.default()
+        count = prepared.schedule.num_evaluation_draws
+        return Quality(prepared.evaluator.metrics(blocks_of_draws(found.generator, count)), found.calibration)
+
+    if fitted.default_bytes is not None and byte_budget is not None:
+        own = Quality(training.metrics, at_start)
+        training.shortage = find_shortage(byte_budget, fitted.default_bytes, own, default)
+    elif at_start is not None:
+        training.disagreement = find_disagreement(at_start)
 
 
 def _note_data_and_network(posterior: DistilledPosterior, source: Source) -> None:
@@ -176,16 +202,20 @@ def report(training: Training, strict: bool) -> None:
     if not training.metrics:
         failures.append("no state of the generator had finite metrics")
     if training.shortage is not None:
-        failures.append(training.shortage)
+        failures.append(training.shortage.reason)
+    if training.disagreement is not None:
+        failures.append(training.disagreement)
     if training.stopped is not None:
         failures.insert(0, f"{training.stopped}; this is the best state before, of step {training.best_step}")
     if not failures:
         return
     metrics = ", ".join(f"{name} {value:.3g}" for name, value in sorted(training.metrics.items()))
     advice = "more draws, more steps (num_steps) or more coordinates (rank)"
+    if training.shortage is not None:
+        advice = training.shortage.advice
     message = (
         f"Distillation failed: {'; '.join(failures)}. Metrics on held-out draws: {metrics or 'none'}. Use "
-        f"{advice if training.shortage is None else 'more bytes'}, or compare with pyro_apd.diagnostics.compare first."
+        f"{advice}, or compare with pyro_apd.diagnostics.compare first."
     )
     if strict:
         raise DistillationError(message)

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_apd.distillation.budget import TrainingBudget
 from pyro_apd.distillation.critic import GAN_LOSSES
 from pyro_apd.distillation.evaluators import Evaluator, FunctionEvaluator, WeightEvaluator
+from pyro_apd.distillation.failure import find_disagreement
 from pyro_apd.distillation.function_space import FunctionSpace, function_space
 from pyro_apd.distillation.objective import AdversarialObjective, FunctionObjective, Objective
 from pyro_apd.distillation.options import DistillOptions
@@ -38,7 +39,7 @@ _CRITIC_RATE, _PAPER_RATE = 1e-3, 1e-4
 _FUNCTION_RATE, _MAX_SUM_CHANGE = 3e-3, 0.6
 _PAPER_STEPS = 2000
 # Networks with fewer numbers are trained for so many steps by default, about five seconds, where the start is farther
-# from held-out draws than the error of the distance, about a hundredth.
+# from held-out draws than the error of the distance, about a hundredth, or its draws disagree wrongly on the data.
 _TINY, _TINY_STEPS, _ACCEPTED_DISTANCE = 2000, 200, 0.015
 # Weights that are compared where functions are not known, at most, and random projections of them.
 _MAX_ENTRIES, _NUM_FEATURES = 4096, 32
@@ -150,7 +151,7 @@ def prepare(task: DistillationTask, options: DistillOptions) -> PreparedTraining
     schedule = task.schedule(
         options.steps(_TINY_STEPS if task.layout.size < _TINY else 0), _FUNCTION_RATE, _MAX_SUM_CHANGE
     )
-    if options.num_steps is None:
+    if options.num_steps is None and find_disagreement(fitted.calibration) is None:
         schedule = replace(schedule, accepted_distance=_ACCEPTED_DISTANCE)
     return PreparedTraining(generator, objective, evaluator, schedule, fitted)
 

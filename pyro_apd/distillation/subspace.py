@@ -68,11 +68,13 @@ class FittedSubspace:
 
     :ivar calibration: None where functions are not known.
     :ivar default_bytes: what the default without a budget takes, where the budget is smaller.
+    :ivar callable default: fits that default and calibrates it.
     """
 
     generator: SubspaceGenerator
     calibration: Calibration | None
     default_bytes: int | None = None
+    default: Callable[[], FittedSubspace] | None = None
 
 
 def fit_default(
@@ -125,11 +127,20 @@ def fit_default(
         within = _within(budget, fit, settings, settings_for(share, rank(share)), fit_with, draws)
         return within, default_bytes
 
+    def calibrated(generator: SubspaceGenerator) -> FittedSubspace:
+        calibration = None if functions is None else calibrate(generator, functions, draws, num_products)
+        return FittedSubspace(generator, calibration)
+
+    def default() -> FittedSubspace:
+        """Fitted again, since generators of one fit share their tensors."""
+        return calibrated(fit_with(settings).generator(is_last=True))
+
     settings = _default_settings(draws, rank(1.0), 0.0 if is_stiff else length)
     generator, default_bytes = fitted()
-    calibration = None if functions is None else calibrate(generator, functions, draws, num_products)
-    is_smaller = budget is not None and default_bytes is not None and budget < default_bytes
-    return FittedSubspace(generator, calibration, default_bytes if is_smaller else None)
+    result = calibrated(generator)
+    if budget is None or default_bytes is None or budget >= default_bytes:
+        return result
+    return replace(result, default_bytes=default_bytes, default=default)
 
 
 def _rank(draws: DrawBlocks, share: float, length: float) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_apd.distillation.evaluators import Evaluator
+from pyro_apd.distillation.failure import Shortage
 from pyro_apd.distillation.objective import Objective
 from pyro_apd.generators import Generator
 from pyro_apd.generators.draw_blocks import draws_per_block
@@ -70,7 +71,8 @@ class Training:
     :ivar int best_step: the step at which it was reached.
     :ivar int num_steps: steps that were planned; none if the start needed none.
     :ivar dict log: lists of numbers by name, one number per evaluation.
-    :ivar str shortage: what the bytes of the generator are too few for, or None.
+    :ivar Shortage shortage: why the bytes of the generator are too few, or None.
+    :ivar str disagreement: what is wrong with its draws on the data, or None.
     :ivar str stopped: why training ended early, or None.
     :ivar bool is_interrupted: whether the reason was Ctrl-C.
     """
@@ -79,7 +81,8 @@ class Training:
     best_step: int = 0
     num_steps: int = 0
     log: dict[str, list[float]] = field(default_factory=dict)
-    shortage: str | None = None
+    shortage: Shortage | None = None
+    disagreement: str | None = None
     stopped: str | None = None
     is_interrupted: bool = False
 
