@@ -33,6 +33,8 @@ MIN_DRAWS = 10
 HELD_OUT = {"period": 25, "start": 10, "length": 5}
 # Rows by which the sites and frozen tensors of a model are found.
 _FEW_ROWS = 4
+# Largest numbers of draws, as a power of the largest number of their dtype.
+_LARGEST_POWER = 0.4
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def read_source(
         theta_CSD = store.unconstrained()
         _check_count(*theta_CSD.shape[:2])
         _check_finite(store, theta_CSD)
+        _check_size(store.layout, theta_CSD)
         missing = list(getattr(source, "missing_chains", ()))
         for remark in chain_remarks(missing, getattr(source, "diverged_chains", ())):
             logger.warning("%s", remark)
@@ -111,6 +114,7 @@ def read_source(
     layout = _find_layout(kernel, model, args, kwargs, chains.values)
     theta_CSD = layout.unconstrain(chains.values)
     _check_interior(layout, theta_CSD)
+    _check_size(layout, theta_CSD)
     return Source(theta_CSD, layout, model, args, kwargs, has_all_data, sampler=sampler_summary(source))
 
 
@@ -136,6 +140,10 @@ def _check_floating(values: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"Draws of site '{name}' are {value.dtype}; a generator makes floating-point numbers only."
             )
+        if value.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"Draws of site '{name}' are {value.dtype}; a generator is fitted to float32 or float64. Convert them."
+            )
 
 
 def _check_count(num_chains: int, num_draws: int) -> None:
@@ -144,6 +152,18 @@ def _check_count(num_chains: int, num_draws: int) -> None:
             f"`source` holds {num_chains * num_draws} draws ({num_chains} chains of {num_draws}); at least {MIN_DRAWS} "
             "are needed to fit a generator, and a few hundred to fit it well. Run the chain for longer."
         )
+
+
+def _check_size(layout: Layout, theta_CSD: Tensor) -> None:
+    """Squares of draws, and sums of these, must neither overflow nor become zero."""
+    largest = torch.finfo(theta_CSD.dtype).max ** _LARGEST_POWER
+    for name, value in layout.split(theta_CSD).items():
+        size = max((float(row.abs().max()) for row in value.flatten(0, 1) if row.numel()), default=0.0)
+        if size > largest or 0 < size < 1 / largest:
+            raise ValueError(
+                f"Draws of site '{name}' are up to {size:.3g} (unconstrained); of {theta_CSD.dtype}, {1 / largest:.1g} "
+                f"to {largest:.1g} are accepted. Scale the site, or use draws in double precision."
+            )
 
 
 def _check_finite(store: DrawStore, theta_CSD: Tensor) -> None:

@@ -250,3 +250,18 @@ def test_unfit_stores(tmp_path):
         read_source(stored(tmp_path / "s", value=float("nan")))
     with pytest.raises(ValueError, match="holds 8 draws"):
         read_source(stored(tmp_path / "t", num_draws=4))
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e18), (torch.float32, 1e-25), (torch.float64, 1e150)])
+def test_draws_whose_squares_are_no_numbers_are_refused(dtype, scale):
+    draws = {"a": torch.randn(20, 3, dtype=dtype), "b": scale * torch.ones(20, 2, dtype=dtype)}
+    with pytest.raises(ValueError, match=r"site 'b' are up to 1e[+-]\d+ .*are accepted"):
+        read_source(draws)
+    read_source({**draws, "b": 0 * draws["b"]})
+    read_source({**draws, "b": draws["b"] / scale * 1e14})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_draws_in_half_precision_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"site 'a' are {dtype}; .* float32 or float64"):
+        read_source({"a": torch.randn(20, 3).to(dtype)})
