@@ -280,10 +280,10 @@ def test_weights_of_inputs_that_are_all_zero_keep_their_spread(scale):
 UNITS_WIDE, INPUTS_WIDE = 200, 30
 
 
-def wide_fit(mean=0.0):
+def wide_fit(mean=0.0, dtype=torch.float32):
     """A matrix with a null part whose paths are far more numbers than anything else."""
     generator = torch.Generator().manual_seed(3)
-    theta_CSD = mean + torch.randn(1, 40, UNITS_WIDE * INPUTS_WIDE, generator=generator)
+    theta_CSD = mean + torch.randn(1, 40, UNITS_WIDE * INPUTS_WIDE, generator=generator, dtype=dtype)
     matrix = WeightMatrix(0, UNITS_WIDE, INPUTS_WIDE)
     settings = SubspaceSettings(pinned=10, rank=10)
     fit = SubspaceFit(DrawBlocks(theta_CSD), [matrix], [torch.eye(INPUTS_WIDE).double()], settings)
@@ -325,6 +325,17 @@ def test_rounding_by_blocks_gives_what_rounding_at_once_gives(monkeypatch, mean)
         found = wide_fit(mean).generator(is_last=is_last).state_dict()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_rounding_again_gives_the_same(mean, dtype):
+    """Nothing that the passes found is changed where it is rounded."""
+    fit = wide_fit(mean, dtype)
+    first = {name: value.clone() for name, value in fit.generator().state_dict().items()}
+    fit.generator(step=0.01, null_step=0.8)
+    for name, value in fit.generator().state_dict().items():
+        assert torch.equal(value, first[name]), name
 
 
 def test_the_last_rounding_takes_no_second_tensor_for_null_parts():
