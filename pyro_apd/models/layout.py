@@ -9,6 +9,7 @@ model. Only this module knows which entry belongs to which site.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,10 +39,10 @@ class Site:
     support: Constraint
     start: int
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of entries in the flat vector."""
-        return int(torch.Size(self.unconstrained_shape).numel())
+        return math.prod(self.unconstrained_shape)
 
     @property
     def stop(self) -> int:

@@ -60,7 +60,7 @@ class ExcursionWatch:
         self.temperature = temperature
         self._width = temperature * math.sqrt(num_latents / 2)
         self._rise = rise_to_equilibrium(num_latents, temperature)
-        self._energies: list[Tensor] = []
+        self._energies: Tensor | None = None  # at the last checks, (K,) or (K, C)
         self._flags: list[Tensor] = []
         self.limit: Tensor | None = None
 
@@ -68,10 +68,11 @@ class ExcursionWatch:
         """The potential at a check, ``()`` or ``(C,)``. What is beyond the limit does not raise the limit."""
         if self.temperature == 0:
             return
-        if self._energies:
+        if self._energies is not None:
             energy = torch.where(self.beyond(energy) | ~torch.isfinite(energy), self._energies[-1], energy)
-        self._energies = [*self._energies[1 - _WINDOW :], energy.clone()]
-        known = torch.stack(self._energies).sort(0).values
+        before = energy.new_empty((0, *energy.shape)) if self._energies is None else self._energies[1 - _WINDOW :]
+        self._energies = torch.cat([before, energy.unsqueeze(0)])
+        known = self._energies.sort(0).values
         last = len(known) - 1
         low, middle = known[round(_LOW * last)], known[round(0.5 * last)]
         spread = (middle - low).clamp_min(self._width)
@@ -80,11 +81,11 @@ class ExcursionWatch:
     @property
     def has_history(self) -> bool:
         """Whether enough is known to call a draw an excursion."""
-        return len(self._energies) >= _MIN_KNOWN
+        return self._energies is not None and len(self._energies) >= _MIN_KNOWN
 
     def restart(self) -> None:
         """Forgets what was seen, for example because the chains were moved."""
-        self._energies, self.limit = [], None
+        self._energies, self.limit = None, None
 
     def beyond(self, energy: Tensor) -> Tensor:
         """Which chains are beyond the limit, ``()`` or ``(C,)``."""
@@ -108,11 +109,13 @@ class ExcursionWatch:
 
     def state_dict(self) -> dict[str, Any]:
         """All that was seen."""
-        return {"energies": list(self._energies), "flags": list(self._flags), "limit": self.limit}
+        energies = [] if self._energies is None else list(self._energies)
+        return {"energies": energies, "flags": list(self._flags), "limit": self.limit}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
-        self._energies, self._flags, self.limit = list(state["energies"]), list(state["flags"]), state["limit"]
+        self._energies = torch.stack(list(state["energies"])) if state["energies"] else None
+        self._flags, self.limit = list(state["flags"]), state["limit"]
 
 
 def excursion_message(marked: Mapping[int, Sequence[int]], num_draws: int, step_size: float) -> str:

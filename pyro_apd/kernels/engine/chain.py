@@ -272,7 +272,7 @@ class Chain:
         self.warmup.excursions.add(self.energy)
         if self.warmup.is_adapting:
             self._rewind.passed()
-        self._watch.passed(self._theta, self.step, len(self.draws), is_outside)
+        self._watch.passed(self._theta, self.step, len(self.draws), is_outside if outside else None)
 
     def outside_history(self, *, may_wait: bool) -> Tensor:
         """Which chains are on an excursion, see :mod:`pyro_apd.kernels.adaptation.excursions`, ``()`` or ``(C,)``.
