@@ -118,6 +118,8 @@ class MCLMC(StochasticGradientKernel):
         self.length = length if length == "auto" else number("length", length, above=0, hint="Or 'auto'.")
         self.precondition = flag("precondition", precondition)
         number("temperature", self.temperature, above=0, hint="For a mode, use SGLD.")
+        if self.noise != "normal":
+            raise ValueError(f"noise={self.noise!r}: MCLMC needs normal noise. Leave noise out, or use SGLD or SGHMC.")
 
     def _warm_up(self, num_steps: int, num_latents: int, chains: ChainSet, run_seed: int) -> tuple[Schedule, WarmUp]:
         settings = MicrocanonicalSettings(

@@ -115,6 +115,19 @@ def build_potential(
     return potential, structure.start
 
 
+def checked_model(model: Any) -> Callable[..., Any]:
+    """A Pyro model as it is.
+
+    :raises ValueError: if it is not callable, or a class.
+    """
+    if not callable(model):
+        raise ValueError(f"model={model!r} must be a Pyro model, that is a callable; got {type(model).__name__}.")
+    if isinstance(model, type):
+        raise ValueError(f"model={model.__name__} is a class; give an instance of it, such as {model.__name__}().")
+    checked: Callable[..., Any] = model
+    return checked
+
+
 def _batches_not_finite(
     source: MinibatchSource, inputs: Inputs, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Iterator[Inputs]:

@@ -221,6 +221,7 @@ def test_one_latent_value_is_refused():
         ({"length": "long"}, "length='long'"),
         ({"precondition": 1}, "precondition=1"),
         ({"temperature": 0.0}, "temperature=0.0"),
+        ({"noise": "three-point", "thinning": 20}, "noise='three-point': MCLMC needs normal noise"),
         ({"adjusted": "yes"}, "adjusted='yes'"),
         ({"adjusted": True, "leaps": 0}, "leaps=0"),
         ({"leaps": 3}, "leaps=3 is for adjusted trajectories"),

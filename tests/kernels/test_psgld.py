@@ -25,10 +25,12 @@ MEAN = torch.tensor([1.0, -2.0, 3.0])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature", [1.0, 0.25])
-def test_ill_conditioned_gaussian(temperature):
+@pytest.mark.parametrize(
+    ("temperature", "noise"), [(1.0, {}), (0.25, {}), (1.0, {"noise": "three-point", "thinning": 20})]
+)
+def test_ill_conditioned_gaussian(temperature, noise):
     step_size = 0.015 * temperature**0.5  # the preconditioner follows the gradients, which shrink with temperature
-    kernel = PSGLD(gaussian, step_size, seed=0, temperature=temperature, compile=False)
+    kernel = PSGLD(gaussian, step_size, seed=0, temperature=temperature, compile=False, **noise)
     draws = draws_of_chains(kernel, (), num_draws=8, every=120, warmup=400)  # chains start at the target
     assert_gaussian(draws, MEAN, torch.diag(temperature / CURVATURE), excess=0.05)
 

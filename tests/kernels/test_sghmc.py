@@ -38,9 +38,13 @@ def discretised(covariance, step_size, friction, temperature):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("friction", "temperature"), [(0.1, 1.0), (0.1, 0.25), (0.5, 1.0)])
-def test_exact_gaussian_posterior(friction, temperature):
-    kernel = SGHMC(PROBLEM.full, 4e-4, friction=friction, temperature=temperature, seed=1, compile=False)
+@pytest.mark.parametrize(
+    ("friction", "temperature", "noise"),
+    [(0.1, 1.0, "normal"), (0.1, 0.25, "normal"), (0.5, 1.0, "normal"), (0.5, 1.0, "three-point")],
+)
+def test_exact_gaussian_posterior(friction, temperature, noise):
+    settings = {"friction": friction, "temperature": temperature, "noise": noise, "thinning": 20}
+    kernel = SGHMC(PROBLEM.full, 4e-4, seed=1, compile=False, **settings)
     exact = Conjugate(temperature=temperature)
     expected = discretised(exact.covariance, 4e-4, friction, temperature)
     assert abs(expected.trace() / exact.covariance.trace() - 1) < 0.03

@@ -59,6 +59,21 @@ def test_exact_gaussian_posterior(style, temperature):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("style", ["full batch", "(ii) batch_size"])
+def test_three_point_noise_has_the_same_covariance(style):
+    model, args, settings = STYLES[style]
+    draws = draws_of(model, args, noise="three-point", thinning=20, **settings)
+    excess = 0.0 if style == "full batch" else 0.02
+    assert_gaussian(draws, PROBLEM.mean, discretised(PROBLEM.covariance, STEP_SIZE), excess=excess)
+
+
+def test_three_point_noise_needs_many_steps_per_draw():
+    with pytest.raises(ValueError, match="thinning=19"):
+        SGLD(PROBLEM.full, STEP_SIZE, noise="three-point", thinning=19)
+    assert SGLD(PROBLEM.full, STEP_SIZE, noise="three-point", thinning=20).noise == "three-point"
+
+
+@pytest.mark.slow
 def test_discretisation_bias_is_the_one_stated():
     step_size = 2.0 / PROBLEM.largest_curvature
     expected = discretised(PROBLEM.covariance, step_size)

@@ -113,7 +113,7 @@ class Chain:
         self._inputs: Inputs = ()
         self._step_sizes = StepSizes(schedule, theta)
         noise_seeds = [derived_seed(seed, "noise") for seed in seeds]
-        self._noise = Noise(theta, noise_seeds, settings.unroll, per_chain=chains.is_distributed)
+        self._noise = Noise(theta, noise_seeds, settings.unroll, chains.is_distributed, settings.noise)
         potential.source.device = theta.device
         potential.source.at_once = settings.unroll
         potential.source.start(self._generators(seeds, "batches"))

@@ -41,6 +41,17 @@ def starting_at(
     return start
 
 
+def checked_strategy(strategy: Any) -> Callable[..., Any]:
+    """An ``init_strategy`` as it is.
+
+    :raises ValueError: if it is not callable.
+    """
+    if not callable(strategy):
+        raise ValueError(f"init_strategy={strategy!r} must be a callable, such as pyro.infer.autoguide.init_to_median.")
+    checked: Callable[..., Any] = strategy
+    return checked
+
+
 def checked_start(given: Mapping[str, Tensor], layout: Layout, like: Tensor) -> Tensor:
     """``initial_params`` as one vector.
 

@@ -42,7 +42,7 @@ class Step:
     :ivar auxiliary: what the sampler keeps beside it, to be changed in place.
     :ivar gradient: of U at theta, on this step's mini-batch.
     :ivar Tensor energy: U at theta, on this step's mini-batch, ``()`` or ``(C,)``.
-    :ivar noise: standard normal.
+    :ivar noise: independent, of mean 0 and variance 1.
     :ivar Tensor size: epsilon, ``()``, or ``(C, 1)`` where chains may differ.
     :ivar evaluate: gradient of U, and U, at another state on the same mini-batch.
     :ivar int num_data: N, or 1 where the model has no data.
@@ -83,6 +83,7 @@ class StepSettings:
     :ivar Estimate estimate: of what compiling costs and saves.
     :ivar bool cuda_graphs: replay compiled steps on a GPU as a CUDA graph.
     :ivar int unroll: steps in a compiled program, which share the cost of a call.
+    :ivar str noise: kind of :class:`~pyro_apd.kernels.engine.noise.Noise`.
     :ivar int num_threads: threads that torch uses for steps; None for as many as it is set to.
     """
 
@@ -91,6 +92,7 @@ class StepSettings:
     estimate: Estimate = field(default_factory=lambda: Estimate(1, 1))
     cuda_graphs: bool = False
     unroll: int = 1
+    noise: str = "normal"
     num_threads: int | None = None
 
 

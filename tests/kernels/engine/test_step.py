@@ -64,6 +64,7 @@ def advance(chain, num_steps):
 
 
 KERNELS = [(SGLD, {}), (SGHMC, {}), (PSGLD, {"decay": 0.9}), (SGLD, {"control_variates": True})]
+KERNELS += [(SGLD, {"noise": "three-point", "thinning": 20})]
 
 
 @pytest.mark.slow
