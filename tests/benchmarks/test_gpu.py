@@ -44,3 +44,10 @@ def test_waiting_is_refused_and_allowed_again(monkeypatch):
     with gpu.refusing_to_wait(False):
         pass
     assert modes == ["error", 1]
+
+
+def test_graphs_are_replayed_only_where_asked_for():
+    bench = gpu.Bench(torch.device("cpu"), is_quick=True)
+    assert not bench.kernel().cuda_graphs
+    assert not bench.kernel(**gpu.PATHS["compiled"]).cuda_graphs
+    assert bench.kernel(**gpu.PATHS["CUDA graphs"]).cuda_graphs
