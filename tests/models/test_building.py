@@ -11,7 +11,7 @@ from pyro import poutine
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_apd.errors import DataError, ModelError
-from pyro_apd.models.building import build_potential
+from pyro_apd.models.building import build_potential, checked_model
 
 N, B = 24, 6
 _GENERATOR = torch.Generator().manual_seed(1)
@@ -139,3 +139,11 @@ def test_a_plate_of_some_rows_of_a_batch_is_refused():
 
     with pytest.raises(ModelError, match=r"size cannot be zero.*mask=keep"):
         build_potential(model, (X, Y, torch.arange(N) == 3), {}, batch_size=B)
+
+
+def test_what_is_no_model():
+    with pytest.raises(ValueError, match=r"model=3 must be a Pyro model, that is a callable; got int"):
+        checked_model(3)
+    with pytest.raises(ValueError, match=r"model=Module is a class; give an instance of it, such as Module\(\)"):
+        checked_model(torch.nn.Module)
+    assert checked_model(weights) is weights

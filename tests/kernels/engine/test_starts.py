@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 import pyro_apd as apd
 from pyro_apd.errors import ModelError
-from pyro_apd.kernels.engine.starts import checked_start, starting_at
+from pyro_apd.kernels.engine.starts import checked_start, checked_strategy, starting_at
 from pyro_apd.models.layout import Layout
 
 X, Y = torch.randn(20, 2), torch.randn(20)
@@ -66,3 +66,9 @@ def test_starts_are_checked():
         checked_start({"w": [1, 2, 3]}, layout, torch.zeros(2))
     with pytest.raises(ValueError, match="NaN"):
         checked_start({"w": [1, np.nan]}, layout, torch.zeros(2))
+
+
+def test_a_strategy_must_be_callable():
+    with pytest.raises(ValueError, match=r"init_strategy='median' must be a callable, such as .*init_to_median"):
+        checked_strategy("median")
+    assert checked_strategy(init_to_sample) is init_to_sample
