@@ -21,7 +21,6 @@ from torch import Tensor
 from pyro_apd.distillation.chosen_inputs import NUM_CHOOSING, ChosenInputs
 from pyro_apd.distillation.function_space import FunctionSpace
 from pyro_apd.distillation.probes import Probes
-from pyro_apd.generators.base import stratified
 from pyro_apd.generators.draw_blocks import DrawBlocks, draws_per_block
 from pyro_apd.generators.subspace import SubspaceGenerator
 from pyro_apd.runtime.global_state import seeded
@@ -45,8 +44,8 @@ _SHARE_AT_START = 0.3
 _SMALL = 20_000
 # Rounds of Gauss-Newton; steps of its differences, and its largest steps, in squares of the factor and logs of the cap.
 _ROUNDS = 2
-_DIFFERENCES, _LARGEST = (0.2, 0.5), (0.4, 1.5)
-_MAX_FACTOR = 1.1
+_DIFFERENCES, _DIFFERENCES_OF_GAIN, _LARGEST = (0.2, 0.5), (0.05,), (0.4, 1.5)
+_MAX_FACTOR, _MIN_GAIN, _MAX_GAIN = 1.1, 0.9, 1.3
 _RIDGE = 1e-4
 
 
@@ -54,7 +53,7 @@ _RIDGE = 1e-4
 class Calibration:
     """What was found.
 
-    :ivar float spread: factor of the spread around modes.
+    :ivar float spread: factor of the spread around modes; of the modes where each draw is one.
     :ivar float noise_cap: cap of noise, in units of the pinned coordinates.
     :ivar dict residuals: logarithm of the ratio of the generator's disagreement to the chain's, by group of inputs.
     """
@@ -78,6 +77,9 @@ def calibrate(
 ) -> Calibration:
     """Sets spread and cap of noise by the draws of the chain, with torch's global random numbers.
 
+    Where each draw is a mode there is no spread, and the modes are multiplied instead: the directions that are left out
+    take a share of the disagreement with them, which noise does not bring back.
+
     :param functions: how draws are compared, and the inputs.
     :param DrawBlocks draws: of the chain.
     :param int num_products: multiplications of a network per input.
@@ -88,8 +90,8 @@ def calibrate(
     num_probes = max(_MIN_PROBES, min(_MAX_PROBES, _PRODUCTS // max(1, num_products * count)))
     num_candidates = min(_CANDIDATES * num_probes, _PRODUCTS // max(1, num_products * NUM_CHOOSING))
     inputs = ChosenInputs.chosen(space, probes, draws, num_probes, max(num_probes, num_candidates))
-    seed, like = fresh_seed(), generator.step.detach()
-    spread_CR, noise = generator.spread.clone(), _typical_noise(generator)
+    seed, device = fresh_seed(), generator.step.device
+    scale, noise = _Scale.of(generator), _typical_noise(generator)
 
     def search(count: int) -> tuple[Callable[[float, float], Tensor], list[_Tried]]:
         """A function from a point to residuals, with so many draws, and what it has tried."""
@@ -97,9 +99,9 @@ def calibrate(
         found: list[_Tried] = []
 
         def residuals(square: float, log_cap: float) -> Tensor:
-            _set(generator, spread_CR, square, log_cap)
-            with seeded(seed, like.device):
-                own = inputs.disagreements(space, blocks_of_draws(generator, count))
+            _set(generator, scale, square, log_cap)
+            with seeded(seed, device):
+                own = inputs.disagreements(space, blocks_of_draws(generator, count, len(draws)))
             ratios = {name: (own[name] / chain[name]).log().double().cpu() for name in own}
             ratios = {name: ratio.nan_to_num(nan=10.0, posinf=10.0, neginf=-10.0) for name, ratio in ratios.items()}
             weighted = torch.cat([(_WEIGHTS[name] / len(ratio)) ** 0.5 * ratio for name, ratio in ratios.items()])
@@ -110,17 +112,44 @@ def calibrate(
         return residuals, found
 
     residuals, found = search(max(2, round(_SHARE_AT_START * count)))
-    for square in _SQUARES if generator.output_size < _SMALL else _SQUARES[-1:]:
+    for square in scale.squares(generator.output_size):
         for cap in _CAPS:
             residuals(square, float(noise.log()) + cap)
     point = torch.tensor(min(found).point, dtype=torch.float64)
     residuals, found = search(count)
     for _ in range(_ROUNDS):
-        point = _improved(residuals, point)
+        point = _improved(residuals, point, scale)
     residuals(*point.tolist())
     best = min(found)
-    _set(generator, spread_CR, *best.point)
+    _set(generator, scale, *best.point)
     return Calibration(best.square**0.5, float(generator.noise_cap), best.means)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """What the first number is a factor of: the spread, or the modes where there is none.
+
+    :ivar Tensor unscaled: what it was.
+    :ivar tuple bounds: of the square of the factor.
+    :ivar tuple differences: for derivatives: of the square, and of the logarithm of the cap unless noise has no effect.
+    """
+
+    unscaled: Tensor
+    is_of_spread: bool
+    bounds: tuple[float, float]
+    differences: tuple[float, ...]
+
+    @classmethod
+    def of(cls, generator: SubspaceGenerator) -> _Scale:
+        if bool(generator.spread.any()):
+            return cls(generator.spread.clone(), True, (0.0, _MAX_FACTOR**2), _DIFFERENCES)
+        return cls(generator.modes.clone(), False, (_MIN_GAIN**2, _MAX_GAIN**2), _DIFFERENCES_OF_GAIN)
+
+    def squares(self, size: int) -> tuple[float, ...]:
+        """With which the search starts."""
+        if not self.is_of_spread:
+            return (1.0,)
+        return _SQUARES if size < _SMALL else _SQUARES[-1:]
 
 
 @dataclass(frozen=True, order=True)
@@ -137,33 +166,42 @@ class _Tried:
         return (self.square, self.log_cap)
 
 
-def _improved(residuals: Callable[[float, float], Tensor], point: Tensor) -> Tensor:
+def _improved(residuals: Callable[[float, float], Tensor], point: Tensor, scale: _Scale) -> Tensor:
     """A step of Gauss-Newton, with differences for the derivatives."""
     here = residuals(*point.tolist())
     columns = []
-    for i, (difference, bound) in enumerate(zip(_DIFFERENCES, (_MAX_FACTOR**2, torch.inf), strict=True)):
+    for i, (difference, bound) in enumerate(zip(scale.differences, (scale.bounds[1], torch.inf), strict=False)):
         difference = difference if point[i] + difference <= bound else -difference
         moved = point.clone()
         moved[i] += difference
         columns.append((residuals(*moved.tolist()) - here) / difference)
     slope = torch.stack(columns, 1)
-    step = -torch.linalg.solve(slope.mT @ slope + _RIDGE * torch.eye(2, dtype=slope.dtype), slope.mT @ here)
-    largest = torch.tensor(_LARGEST, dtype=step.dtype)
-    point = point + step.clamp(-largest, largest)
-    point[0] = point[0].clamp(0.0, _MAX_FACTOR**2)
+    ridge = _RIDGE * torch.eye(len(columns), dtype=slope.dtype)
+    step = -torch.linalg.solve(slope.mT @ slope + ridge, slope.mT @ here)
+    largest = torch.tensor(_LARGEST[: len(columns)], dtype=torch.float64)
+    point = point.clone()
+    point[: len(columns)] += step.clamp(-largest, largest)
+    point[0] = point[0].clamp(*scale.bounds)
     return point
 
 
-def _set(generator: SubspaceGenerator, spread_CR: Tensor, square: float, log_cap: float) -> None:
-    generator.spread.copy_(spread_CR * square**0.5)
+def _set(generator: SubspaceGenerator, scale: _Scale, square: float, log_cap: float) -> None:
+    scaled = generator.spread if scale.is_of_spread else generator.modes
+    scaled.copy_(scale.unscaled * square**0.5)
     generator.noise_cap.fill_(min(max(log_cap, -20.0), 20.0)).exp_()  # so that squares of ratios to it are finite
 
 
 @torch.no_grad()
-def blocks_of_draws(generator: SubspaceGenerator, count: int) -> Iterator[Tensor]:
-    """Draws in blocks, evenly spread over modes all together, with torch's global random numbers."""
+def blocks_of_draws(generator: SubspaceGenerator, count: int, num_draws: int) -> Iterator[Tensor]:
+    """Draws in blocks, of the modes of the chain's draws that they are compared with, with global random numbers.
+
+    Which of the chain's draws are taken then matters less: the same are on both sides.
+
+    :param int num_draws: of the chain, of which ``count`` are taken, evenly spaced.
+    """
     like = generator.step
-    place_S1 = stratified(torch.empty(count, 1, dtype=like.dtype, device=like.device))
+    row_S = torch.linspace(0, num_draws - 1, count, dtype=torch.float64).round()  # as DrawBlocks.spaced
+    place_S1 = torch.special.ndtri((row_S + 0.5) / num_draws).to(like).unsqueeze(1)
     for place_N1 in place_S1.split(draws_per_block(generator.latent_size * like.element_size())):
         latent_NL = place_N1.new_empty(len(place_N1), generator.latent_size)
         latent_NL[:, :1] = place_N1

@@ -177,7 +177,7 @@ def _judge(training: Training, prepared: PreparedTraining, byte_budget: float | 
         assert fitted.default is not None
         found = fitted.default()
         count = prepared.schedule.num_evaluation_draws
-        return Quality(prepared.evaluator.metrics(blocks_of_draws(found.generator, count)), found.calibration)
+        return Quality(prepared.evaluator.metrics(blocks_of_draws(found.generator, count, count)), found.calibration)
 
     if fitted.default_bytes is not None and byte_budget is not None:
         own = Quality(training.metrics, at_start)
