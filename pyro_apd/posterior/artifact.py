@@ -64,6 +64,8 @@ MAX_NUM_SAMPLES = 1_000_000
 # So that drawing by default from a file does not fill memory: bytes of these draws, by byte of the file's tensors, and
 # for any file. A hundred draws take up to 400 times the bytes of one network in a byte per weight.
 _DRAWN_PER_BYTE, _DRAWN_ALWAYS = 1000, 256 * 2**20
+# Larger numbers are not shown: Python writes none of more than 4,300 digits.
+_MOST_SHOWN = 10**30
 # Tensors that each block of noise, layer or matrix of a generator has in the file, at least.
 _TENSORS_EACH = {"noise": 4, "layers": 0, "matrices": 5}
 # How many of these a generator may have, by site and in any file.
@@ -170,6 +172,7 @@ def _endless_draws(layout: Layout, num_samples: int, num_bytes: int) -> str | No
     accepted = max(_DRAWN_ALWAYS, _DRAWN_PER_BYTE * num_bytes)
     if drawn <= accepted:
         return None
+    drawn = min(drawn, _MOST_SHOWN)
     return (
         f"num_samples is {num_samples:,}: draws by default would take {drawn / 1e6:,.0f} MB, and {accepted / 1e6:,.0f} "
         f"MB are accepted for {num_bytes:,} bytes of tensors."
@@ -368,8 +371,7 @@ def _checked_layout(sites: list[Any], file_size: int, path: Path) -> Layout:
     # correlations at most four times), but simplexes of one class have any number of ones for none.
     constrained = sum(math.prod(site.shape) for site in layout)
     if constrained > 4 * layout.size + file_size:
-        shown = min(constrained, 10**30)  # Python writes no integer of more than 4,300 digits
-        raise ArtifactError(f"{path} describes sites of {shown} numbers, far more than its generator determines.")
+        raise ArtifactError(f"{path} describes sites of {min(constrained, _MOST_SHOWN)} numbers, far more than its generator determines.")
     return layout
 
 
