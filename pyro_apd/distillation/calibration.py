@@ -30,7 +30,7 @@ from pyro_apd.runtime.seeds import fresh_seed
 _NUMBERS, _MIN_DRAWS, _MAX_DRAWS, _FEW_DRAWS = 4_000_000, 100, 200, 40
 # Inputs of all groups: as many as take these multiplications for all draws, within bounds. They are chosen among so
 # many times as many at most, by how far these draws of the chain disagree there.
-_PRODUCTS, _MIN_PROBES, _MAX_PROBES = 24_000_000_000, 60, 1000
+_PRODUCTS, _MIN_PROBES, _MIN_PROBES_OF_MODES, _MAX_PROBES = 24_000_000_000, 60, 100, 1000
 _CANDIDATES = 4
 # A network is costly from these multiplications per input on.
 _COSTLY = 1_000_000
@@ -85,13 +85,14 @@ def calibrate(
     :param int num_products: multiplications of a network per input.
     """
     space, probes = functions
+    scale, noise = _Scale.of(generator), _typical_noise(generator)
     by_size = max(_MIN_DRAWS, min(_MAX_DRAWS, _NUMBERS // generator.output_size))
     count = min(_FEW_DRAWS if num_products > _COSTLY else by_size, len(draws))
-    num_probes = max(_MIN_PROBES, min(_MAX_PROBES, _PRODUCTS // max(1, num_products * count)))
+    fewest = _MIN_PROBES if scale.is_of_spread else _MIN_PROBES_OF_MODES
+    num_probes = max(fewest, min(_MAX_PROBES, _PRODUCTS // max(1, num_products * count)))
     num_candidates = min(_CANDIDATES * num_probes, _PRODUCTS // max(1, num_products * NUM_CHOOSING))
     inputs = ChosenInputs.chosen(space, probes, draws, num_probes, max(num_probes, num_candidates))
     seed, device = fresh_seed(), generator.step.device
-    scale, noise = _Scale.of(generator), _typical_noise(generator)
 
     def search(count: int) -> tuple[Callable[[float, float], Tensor], list[_Tried]]:
         """A function from a point to residuals, with so many draws, and what it has tried."""
@@ -113,11 +114,11 @@ def calibrate(
 
     residuals, found = search(max(2, round(_SHARE_AT_START * count)))
     for square in scale.squares(generator.output_size):
-        for cap in _CAPS:
+        for cap in scale.caps:
             residuals(square, float(noise.log()) + cap)
     point = torch.tensor(min(found).point, dtype=torch.float64)
     residuals, found = search(count)
-    for _ in range(_ROUNDS):
+    for _ in range(scale.num_rounds):
         point = _improved(residuals, point, scale)
     residuals(*point.tolist())
     best = min(found)
@@ -144,6 +145,16 @@ class _Scale:
         if bool(generator.spread.any()):
             return cls(generator.spread.clone(), True, (0.0, _MAX_FACTOR**2), _DIFFERENCES)
         return cls(generator.modes.clone(), False, (_MIN_GAIN**2, _MAX_GAIN**2), _DIFFERENCES_OF_GAIN)
+
+    @property
+    def caps(self) -> tuple[float, ...]:
+        """With which the search starts: one where noise has no effect."""
+        return _CAPS if self.is_of_spread else (0.0,)
+
+    @property
+    def num_rounds(self) -> int:
+        """The disagreement is nearly linear in the square of a factor of the modes."""
+        return _ROUNDS if self.is_of_spread else 1
 
     def squares(self, size: int) -> tuple[float, ...]:
         """With which the search starts."""
