@@ -21,6 +21,12 @@ def write_json(name: str, content: Any) -> Path:
     return path
 
 
+def read_json(name: str) -> Any:
+    """What :func:`write_json` wrote; an empty list where there is nothing."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table that can be read in a terminal and on a page."""
     lines = [header, ["---"] * len(header), *rows]

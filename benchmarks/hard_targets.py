@@ -14,6 +14,7 @@ sd within 15 %, else ``warned`` if it said something, else ``silently wrong``.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 import warnings
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 import pyro_apd as apd
-from benchmarks.common import markdown_table, write_json
+from benchmarks.common import markdown_table, read_json, write_json
 from benchmarks.posteriordb_auto import KERNELS
 from benchmarks.tuning import TracedPotential
 from pyro_apd.errors import DivergenceError
@@ -333,32 +334,35 @@ def counts(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Prints both tables, and writes the JSON where they are whole."""
+    """Prints both tables; where they are whole or resumed, writes the JSON after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="50 draws, nothing written")
     parser.add_argument("--only", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--resume", action="store_true", help="keep the runs in the JSON, and add others")
     parser.add_argument("--verbose", action="store_true", help="temperatures and warnings too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    entries = []
+    entries = read_json("hard_targets") if options.resume else []
+    is_whole = options.only == list(TARGETS) and options.kernels == list(KERNELS) and not options.quick
+    known = {(entry["target"], entry["kernel"], entry["seed"]) for entry in entries}
     try:
-        print(markdown_table(HEADER, []), flush=True)
-        for name in options.only:
-            for kernel in options.kernels:
-                for seed in options.seeds:
-                    entries.append(run(name, kernel, seed, 50 if options.quick else NUM_DRAWS))
-                    print("| " + " | ".join(cells(entries[-1])) + " |", flush=True)
-                    if options.verbose:
-                        print("\n".join([*entries[-1].get("temperatures", []), *entries[-1]["warnings"]]), flush=True)
+        print(markdown_table(HEADER, [cells(entry) for entry in entries]), flush=True)
+        for case in itertools.product(options.only, options.kernels, options.seeds):
+            if case in known:
+                continue
+            entries.append(run(*case, 50 if options.quick else NUM_DRAWS))
+            print("| " + " | ".join(cells(entries[-1])) + " |", flush=True)
+            if options.verbose:
+                print("\n".join([*entries[-1].get("temperatures", []), *entries[-1]["warnings"]]), flush=True)
+            if is_whole or options.resume:
+                write_json("hard_targets", entries)
     finally:
         torch.set_default_dtype(dtype)
     print(counts(entries))
-    if options.only == list(TARGETS) and options.kernels == list(KERNELS) and not options.quick:
-        write_json("hard_targets", entries)
 
 
 if __name__ == "__main__":

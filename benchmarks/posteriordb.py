@@ -3,7 +3,7 @@
 
 """The kernels against five posteriors with gold-standard draws.
 
-Run ``python -m benchmarks.posteriordb [--quick] [--auto]``.
+Run ``python -m benchmarks.posteriordb [--quick] [--auto [--resume]]``.
 
 Models and data are in :mod:`benchmarks.posteriordb_models`. Each kernel runs through :class:`pyro.infer.MCMC` in two
 coordinate systems: ``plain``, the model as Stan writes it, and ``standardised``, where a least-squares fit of the data
@@ -28,7 +28,7 @@ from pyro.infer import MCMC
 from torch import Tensor
 
 from benchmarks import posteriordb_auto
-from benchmarks.common import markdown_table, write_json
+from benchmarks.common import markdown_table, read_json, write_json
 from benchmarks.posteriordb_models import BATCHES, POSTERIORS, Posterior, arguments, data_folder, reference
 from benchmarks.tuning import KERNELS, SETTINGS, Plan, TracedPotential, explore, plan, shown
 from pyro_apd.errors import DivergenceError
@@ -171,18 +171,18 @@ def benchmark(names: Sequence[str], seeds: Sequence[int], limit: int, kinds: Seq
 
 
 def _automatic(options: argparse.Namespace) -> None:
-    """Prints the table of :mod:`benchmarks.posteriordb_auto`, and writes its JSON where it is whole."""
+    """Prints the table of :mod:`benchmarks.posteriordb_auto`; where it is whole or resumed, writes each run's JSON."""
     kernels = options.kernels or list(posteriordb_auto.KERNELS)
     seeds = [0] if options.quick else options.seeds
-    entries = []
-    print(markdown_table(posteriordb_auto.HEADER, []), flush=True)
-    for entry in posteriordb_auto.benchmark(options.only, kernels, seeds):
+    is_whole = options.only == list(POSTERIORS) and kernels == list(posteriordb_auto.KERNELS) and not options.quick
+    entries = read_json("posteriordb_auto") if options.resume else []
+    print(markdown_table(posteriordb_auto.HEADER, [posteriordb_auto.cells(entry) for entry in entries]), flush=True)
+    for entry in posteriordb_auto.benchmark(options.only, kernels, seeds, entries):
         entries.append(entry)
         print("| " + " | ".join(posteriordb_auto.cells(entry)) + " |", flush=True)
+        if is_whole or options.resume:
+            write_json("posteriordb_auto", entries)
     print(posteriordb_auto.summary(entries))
-    is_whole = options.only == list(POSTERIORS) and kernels == list(posteriordb_auto.KERNELS)
-    if is_whole and not options.quick:
-        write_json("posteriordb_auto", entries)
 
 
 def main() -> None:
@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--auto", action="store_true", help="step_size='auto', see benchmarks.posteriordb_auto")
     parser.add_argument("--kernels", nargs="+", choices=list(posteriordb_auto.KERNELS), help="with --auto; default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--resume", action="store_true", help="with --auto: keep the runs in its JSON, and add others")
     options = parser.parse_args()
     is_whole = not options.quick and options.only == list(POSTERIORS) and options.kinds == kinds
     torch.set_num_threads(1)

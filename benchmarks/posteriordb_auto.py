@@ -11,6 +11,7 @@ runs miss and say nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
@@ -67,12 +68,14 @@ def run(name: str, kernel: str, seed: int) -> dict[str, Any]:
     }
 
 
-def benchmark(names: Sequence[str], kernels: Sequence[str], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """All runs, one by one."""
-    for name in names:
-        for kernel in kernels:
-            for seed in seeds:
-                yield run(name, kernel, seed)
+def benchmark(
+    names: Sequence[str], kernels: Sequence[str], seeds: Sequence[int], done: Sequence[Mapping[str, Any]] = ()
+) -> Iterator[dict[str, Any]]:
+    """All runs, one by one, but those that are ``done``."""
+    known = {(entry["posterior"], entry["kernel"], entry["seed"]) for entry in done}
+    for case in itertools.product(names, kernels, seeds):
+        if case not in known:
+            yield run(*case)
 
 
 def cells(entry: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from benchmarks import hard_targets
+from benchmarks import common, hard_targets
 from benchmarks.hard_targets import TARGETS, Target, by_entry, weighted_moments
 
 
@@ -78,3 +78,17 @@ def test_verdicts_are_counted_by_kernel():
         "verdict": "warned",
     }
     assert hard_targets.cells(lost) == ["funnel", "SGLD", "-", "1", "-", "-", "DivergenceError", "warned"]
+
+
+def test_a_resumed_benchmark_adds_what_is_not_there(monkeypatch, tmp_path, capsys):
+    def run(name, kernel, seed, num_draws):
+        entry = {"target": name, "kernel": kernel, "seed": seed, "seconds": 1.0, "warnings": [], "verdict": "right"}
+        return entry | {"step_size": 0.1, "mean_error": ("v", 0.0), "sd_ratio": ("v", 1.0)}
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(hard_targets, "run", run)
+    for kernels in (["SGLD"], ["SGLD", "SGHMC"]):
+        monkeypatch.setattr("sys.argv", ["hard_targets", "--resume", "--only", "funnel", "--kernels", *kernels])
+        hard_targets.main()
+    assert [entry["kernel"] for entry in common.read_json("hard_targets")] == ["SGLD", "SGHMC"]
+    assert "| SGLD | 1 | 0 | 0 |" in capsys.readouterr().out

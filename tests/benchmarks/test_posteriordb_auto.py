@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from benchmarks import posteriordb, posteriordb_auto
+from benchmarks import common, posteriordb, posteriordb_auto
 from pyro_apd import WarmupWarning
 
 ENTRY = {"posterior": "kidiq", "kernel": "SGLD", "seed": 0, "seconds": 3.0, "warnings": [], "misses": False}
@@ -33,6 +33,32 @@ def test_rows_of_the_table():
     assert len(row) == len(posteriordb_auto.HEADER)
     lost = posteriordb_auto.cells(ENTRY | {"misses": True, "warnings": ["diverged"]})
     assert lost == ["kidiq", "SGLD", "diverged", "3", "diverged", "diverged", "diverged", "warned, misses"]
+
+
+def test_runs_that_are_done_are_not_repeated(monkeypatch):
+    monkeypatch.setattr(posteriordb_auto, "run", lambda *case: case)
+    found = list(posteriordb_auto.benchmark(["kidiq", "arK"], ["SGLD"], [0, 1], [ENTRY]))
+    assert found == [("kidiq", "SGLD", 1), ("arK", "SGLD", 0), ("arK", "SGLD", 1)]
+
+
+def test_a_resumed_benchmark_keeps_each_run_as_it_ends(monkeypatch, tmp_path, capsys):
+    def run(name, kernel, seed):
+        if seed == 2:
+            raise KeyboardInterrupt
+        return ENTRY | MEASURED | {"posterior": name, "kernel": kernel, "seed": seed}
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(posteriordb_auto, "run", run)
+    command = ["posteriordb", "--auto", "--resume", "--only", "kidiq", "--kernels", "SGLD"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(KeyboardInterrupt):
+        posteriordb.main()
+    assert [entry["seed"] for entry in common.read_json("posteriordb_auto")] == [0, 1]
+    monkeypatch.setattr(posteriordb_auto, "run", lambda *case: ENTRY | MEASURED | {"seed": case[2], "step_size": 0.5})
+    capsys.readouterr()
+    posteriordb.main()
+    assert [entry["step_size"] for entry in common.read_json("posteriordb_auto")] == [0.01, 0.01, 0.5]
+    assert "3 runs; 0 miss" in capsys.readouterr().out
 
 
 def test_effective_draws_are_of_all_chains_together():
