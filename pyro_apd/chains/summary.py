@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How the draws of a run were made: kernel, step size, warnings. Files and reports say it beside the draws."""
+"""How the draws of a run were made: kernel, step size, excursions, warnings. Files and reports say it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from pyro_apd.predictive.draws import kernel_of
 
 
 def sampler_summary(mcmc: object) -> dict[str, Any]:
-    """Kernel, step size and warnings of an ``MCMC`` after ``run``, as JSON values; empty where nothing is known.
+    """Kernel, step size, excursions and warnings of an ``MCMC`` after ``run``, as JSON values; else empty.
 
     :param mcmc: a :class:`pyro.infer.MCMC`, or anything else, of which nothing is known.
     :returns: ``kernel``, its name; ``step_size``, of the last draw of the first chain; ``is_automatic``, whether it was
-        chosen during warm-up; and ``warnings``, what the run warned of, each text once. A kernel of others has only its
-        name.
+        chosen during warm-up; ``excursions``, the number of draws that are
+        :mod:`excursions <pyro_apd.kernels.adaptation.excursions>`, over all chains; and ``warnings``, what the run
+        warned of, each text once. A kernel of others has only its name.
 
     Example::
 
-        sampler_summary(mcmc)   # {"kernel": "SGHMC", "step_size": 3.1e-4, "is_automatic": True, "warnings": []}
+        sampler_summary(mcmc)
+        # {"kernel": "SGHMC", "step_size": 3.1e-4, "is_automatic": True, "excursions": 0, "warnings": []}
     """
     kernel = kernel_of(mcmc)
     if kernel is None:
@@ -36,6 +38,9 @@ def sampler_summary(mcmc: object) -> dict[str, Any]:
     if sizes:
         found["step_size"] = float(sizes[0][-1])
         found["is_automatic"] = getattr(kernel, "schedule", None) is None
+    marked = [record["excursions"] for record in records if _is_list(record.get("excursions"))]
+    if marked:
+        found["excursions"] = sum(len(draws) for draws in marked)
     texts = [str(text) for record in records for text in record.get("warnings", ())]
     diverged = list(getattr(mcmc, "diverged_chains", ()))
     if diverged:
@@ -46,13 +51,15 @@ def sampler_summary(mcmc: object) -> dict[str, Any]:
 
 
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:
-    """The same for people: one line about kernel and step size, and one per warning."""
+    """The same for people: one line about kernel, step size and excursions, and one per warning."""
     if not summary:
         return []
     text = str(summary.get("kernel"))
     if "step_size" in summary:
         chosen = ", chosen during warm-up" if summary.get("is_automatic") else ""
         text += f", step size {summary['step_size']:.3g}{chosen}"
+    if "excursions" in summary:
+        text += f"; {summary['excursions'] or 'no'} excursion{'s' * (summary['excursions'] != 1)}"
     if "warnings" not in summary:
         return [text]
     return [text if summary["warnings"] else f"{text}; no warnings", *(f"warning: {w}" for w in summary["warnings"])]

@@ -9,7 +9,9 @@ Groups that :func:`to_arviz` makes:
   are ``{layer}_unit`` and ``{layer}_input``, of other sites ``{site}_dim_0`` and so on;
 * ``posterior_apd``: the generator's, as one chain. They are independent, so ``draw`` has no order. Without a chain
   ``posterior`` holds the same draws (and the same memory), since that is where ArviZ's functions look;
-* ``sample_stats``: ``diverging``, and what the kernel offers a draw (``potential``, ``grad_norm``, ``step_size``);
+* ``sample_stats``: ``diverging``, ``excursion`` (draws that a chain made outside of what its own history allows, see
+  :mod:`pyro_apd.kernels.adaptation.excursions`), and what the kernel offers a draw (``potential``, ``grad_norm``,
+  ``step_size``);
 * ``posterior_predictive``, ``log_likelihood`` (nats, a column for each observation): under all draws, where model
   and data are known. Those of the generator end in ``_apd``;
 * ``observed_data``: observed sites. ``prior``: draws of it, where ``prior`` says how many.
@@ -27,7 +29,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,18 +152,16 @@ def chain_diagnostics(mcmc: object) -> list[Mapping[str, Any]]:
 
 
 def sample_stats(mcmc: object, chain: ChainDraws) -> dict[str, np.ndarray]:
-    """``diverging`` and all per-draw statistics that every chain's kernel recorded, each ``(C, S)``."""
+    """``diverging``, ``excursion`` and all per-draw statistics that every chain's kernel recorded, each ``(C, S)``."""
     records = chain_diagnostics(mcmc)
     numbers = getattr(mcmc, "chains", range(len(records)))
     records = [record for number, record in zip(numbers, records, strict=False) if number not in chain.missing]
     if len(records) != chain.num_chains:
         return {}
     stats: dict[str, np.ndarray] = {}
-    if all("divergences" in record for record in records):
-        diverging = np.zeros((chain.num_chains, chain.num_draws), dtype=bool)
-        for row, record in zip(diverging, records, strict=True):
-            row[[int(i) for i in record["divergences"] if 0 <= int(i) < chain.num_draws]] = True
-        stats["diverging"] = diverging
+    for name, of_kernel in (("diverging", "divergences"), ("excursion", "excursions")):
+        if all(of_kernel in record for record in records):
+            stats[name] = _marks([record[of_kernel] for record in records], chain.num_draws)
     for name in records[0]:
         values = [record.get(name) for record in records]
         if all(isinstance(value, Tensor) and value.dim() == 1 and len(value) >= chain.num_draws for value in values):
@@ -169,6 +169,14 @@ def sample_stats(mcmc: object, chain: ChainDraws) -> dict[str, np.ndarray]:
             rows = [value[: chain.num_draws].detach().cpu().numpy() for value in values]  # type: ignore[index]
             stats[name] = np.stack(rows)
     return stats
+
+
+def _marks(draws_C: Sequence[Iterable[int]], num_draws: int) -> np.ndarray:
+    """``(C, S)``, True for the draws whose numbers are given by chain."""
+    marks_CS = np.zeros((len(draws_C), num_draws), dtype=bool)
+    for row, draws in zip(marks_CS, draws_C, strict=True):
+        row[[int(i) for i in draws if 0 <= int(i) < num_draws]] = True
+    return marks_CS
 
 
 def versions() -> dict[str, str]:

@@ -53,6 +53,15 @@ def test_sample_stats_hold_what_the_kernel_recorded(mcmc):
     np.testing.assert_array_equal(stats["potential"].values[1], mcmc._diagnostics[1]["potential"].numpy())
 
 
+def test_sample_stats_mark_excursions(case, mcmc):
+    for record, draws in zip(mcmc._diagnostics, ([1, 4, 6], []), strict=True):  # a chain may be longer than the others
+        record["excursions"] = draws
+    stats = to_arviz(mcmc)["sample_stats"]
+    assert set(stats.data_vars) == {"diverging", "excursion", "potential"}
+    assert stats["excursion"].dtype == bool
+    assert stats["excursion"].values.tolist() == [[False, True, False, False, True, False], [False] * 6]
+
+
 def test_attributes_say_where_it_came_from(case, mcmc):
     idata = to_arviz(mcmc, case.posterior())
     settings = json.loads(idata.attrs["kernel_settings"])
