@@ -5,6 +5,7 @@
 
 from pyro_apd.kernels.adaptation.drift import WarmupWarning
 from pyro_apd.kernels.adaptation.excursions import ExcursionWarning
+from pyro_apd.kernels.adaptation.gradient_noise import InflationWarning
 from pyro_apd.kernels.adaptation.mixing import MixingWarning, TemperatureWarning
 from pyro_apd.kernels.engine import schedules
 from pyro_apd.kernels.engine.schedules import Constant, Cyclical, PolynomialDecay
@@ -22,6 +23,7 @@ __all__ = [
     "Constant",
     "Cyclical",
     "ExcursionWarning",
+    "InflationWarning",
     "MixingWarning",
     "PolynomialDecay",
     "TemperatureWarning",

@@ -63,7 +63,10 @@ class MCLMC(StochasticGradientKernel):
     arXiv 2602.06500), and L and epsilon are lowered until the theory predicts variances at most ``max_inflation`` too
     large, which costs most of the speed, and asks for a warm-up of some thousand steps. Larger batches help: twice as
     many of 200 rows allowed three times epsilon L. The prediction is not exact for networks, so for mini-batches take
-    PSGLD or SGHMC. Where L and epsilon are given, a run warns.
+    PSGLD or SGHMC. ``diagnostics()["tuning"]`` has the inflation that is left, and the factor by which lower L and
+    epsilon cost more steps. A run warns (``InflationWarning``) where that factor is more than the number of batches of
+    an epoch, so that all rows are cheaper, and where L and epsilon are given and widen the draws by more than is
+    allowed.
 
     ``adjusted=True`` accepts or rejects whole trajectories, each from a random direction of motion (Robnik, Cohn-Gordon
     & Seljak, arXiv 2503.01707). That has no bias at any step size, and is exact in tails too. A step then is a

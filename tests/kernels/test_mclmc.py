@@ -13,7 +13,7 @@ from pyro.infer import MCMC
 
 from pyro_apd.chains.driver import MCMC as Driver
 from pyro_apd.errors import ModelError
-from pyro_apd.kernels import MCLMC
+from pyro_apd.kernels import MCLMC, InflationWarning
 from pyro_apd.kernels.adaptation.microcanonical_settings import ENERGY_VARIANCE
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from tests.support.exactness import assert_gaussian, assert_resumes, draws_of_chains
@@ -53,6 +53,84 @@ def test_automatic_warm_up_on_an_ill_conditioned_gaussian():
     draws = run(kernel, num_samples=60, warmup_steps=120, num_chains=48).get_samples(group_by_chain=True)["w"]
     assert_gaussian(draws.double(), MEAN, torch.diag(SDS.square()), excess=0.08)
     assert kernel.tuning["energy_variance"] == pytest.approx(ENERGY_VARIANCE, rel=0.5)
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def correlated(num_weights):
+    """A linear regression on collinear columns, whose posterior is exact: model, data, mean and covariance."""
+    generator = torch.Generator().manual_seed(num_weights)
+    x = torch.randn(3 * num_weights, num_weights, generator=generator) + torch.randn(
+        3 * num_weights, 1, generator=generator
+    )
+    y = x.sum(1) + torch.randn(len(x), generator=generator)
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(num_weights), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    covariance = torch.linalg.inv(x.T @ x + torch.eye(num_weights))
+    return model, (x, y), covariance @ x.T @ y, covariance
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("num_weights", [2, 8, 40])
+@pytest.mark.parametrize("settings", [{}, {"adjusted": True}])
+def test_exact_posteriors_in_double_precision(num_weights, settings):
+    """With nothing set. Accepted trajectories have no bias; of others each variance may be some per cent too large."""
+    model, data, mean, covariance = correlated(num_weights)
+    kernel = MCLMC(model, thinning=1 if settings else 10, seed=0, compile=False, **settings)
+    mcmc = run(kernel, *data, num_samples=60, warmup_steps=300, num_chains=128)
+    draws = mcmc.get_samples(group_by_chain=True)["w"]
+    assert draws.dtype == torch.float64
+    assert_gaussian(draws, mean, covariance, excess=0.0 if settings else 0.08)
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("settings", [{}, {"adjusted": True}])
+@pytest.mark.parametrize("num_chains", [None, 3])
+@pytest.mark.parametrize("taken", [50, 320])
+def test_resumed_in_double_precision_bit_for_bit(settings, num_chains, taken):
+    model, data, _, _ = correlated(8)
+    kernel = MCLMC(model, seed=1, compile=False, **settings)
+    begin = {"warmup_steps": 300, "num_samples": 50, "chains": ChainSet(count=num_chains)}
+    assert_resumes(kernel, begin, data, taken, 350)
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("settings", [{"length": 3.0}, {"adjusted": True, "leaps": 4}])
+def test_a_vectorised_chain_is_the_single_one(settings):
+    """Up to rounding: a chain's noise depends on the seed and its number alone."""
+    model, data, _, _ = correlated(8)
+    thetas = []
+    for chains in (ChainSet(count=3), ChainSet(first=2)):
+        kernel = MCLMC(model, 0.05, seed=1, compile=False, **settings)
+        chain = kernel.begin(data, {}, warmup_steps=0, num_samples=50, chains=chains)
+        with torch.no_grad():
+            chain.advance(30)
+        thetas.append(chain.theta)
+    torch.testing.assert_close(thetas[0][2], thetas[1])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("settings", [{}, {"adjusted": True}])
+def test_seeds_repeat_a_run_of_many_weights(settings):
+    model, data, _, _ = correlated(40)
+    one, again, other = (
+        run(MCLMC(model, seed=s, compile=False, **settings), *data, num_samples=30, warmup_steps=60).get_samples()["w"]
+        for s in (1, 1, 2)
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
 
 
 @pytest.mark.slow
@@ -199,14 +277,27 @@ def test_compiled_steps_are_the_eager_ones():
 @pytest.mark.slow
 def test_a_given_step_on_noisy_batches_warns():
     kernel = MCLMC(PROBLEM.full, 0.05, length=10.0, batch_size=10, replacement=True, seed=0, max_inflation=0.01)
-    with pytest.warns(UserWarning, match="Mini-batches widen variances by up to"):
-        run(kernel, PROBLEM.x * torch.tensor([3.0, 1.0, 0.3]), PROBLEM.y, num_samples=5)
+    with pytest.warns(InflationWarning, match="Mini-batches widen variances by up to .* or SGHMC or PSGLD"):
+        mcmc = run(kernel, PROBLEM.x * torch.tensor([3.0, 1.0, 0.3]), PROBLEM.y, num_samples=5)
+    (text,) = mcmc.diagnostics()["warnings"]["chain 0"]
+    assert text.startswith("Mini-batches widen variances")
+
+
+@pytest.mark.slow
+def test_an_automatic_step_that_batches_hold_down_warns():
+    """By the square of the step, to which the inflation is proportional."""
+    kernel = MCLMC(PROBLEM.full, batch_size=len(PROBLEM.x) // 4, seed=0, max_inflation=1e-5, compile=False)
+    with pytest.warns(InflationWarning, match="a batch is 1/4 of them: draws hardly move. Use all the data"):
+        run(kernel, *DATA, num_samples=5, warmup_steps=200)
+    assert kernel.tuning["slowdown"] > 4
+    assert kernel.tuning["inflation"] <= kernel.tuning["allowed"]
 
 
 def test_a_step_that_is_too_large_warns_of_a_better_one():
     kernel = MCLMC(PROBLEM.full, 0.3, seed=0, compile=False)
-    with pytest.warns(UserWarning, match=r"energy error is .* per weight.*Try step_size=0\.0"):
-        run(kernel, *DATA, num_samples=100, warmup_steps=20)
+    with pytest.warns(InflationWarning, match=r"energy error is .* per weight.*Try step_size=0\.0"):
+        mcmc = run(kernel, *DATA, num_samples=100, warmup_steps=20)
+    assert mcmc.diagnostics()["warnings"]["chain 0"][0].startswith("The variance of the energy error")
 
 
 def test_one_latent_value_is_refused():

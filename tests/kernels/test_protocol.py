@@ -4,7 +4,9 @@
 """What Pyro's drivers ask of every kernel. A new sampler is one more entry in ``KERNELS``."""
 
 import copy
+import math
 import pickle
+import re
 import warnings
 
 import numpy as np
@@ -16,9 +18,12 @@ from pyro.infer import MCMC
 from pyro.infer.mcmc.api import StreamingMCMC
 from torch.utils.data import DataLoader, TensorDataset
 
+from pyro_apd.chains.driver import MCMC as Driver
+from pyro_apd.chains.summary import sampler_summary
 from pyro_apd.errors import DataError, DivergenceError, ModelError
-from pyro_apd.kernels import MCLMC, PSGLD, SGHMC, SGLD
+from pyro_apd.kernels import MCLMC, PSGLD, SGHMC, SGLD, InflationWarning
 from pyro_apd.kernels.engine.chain_set import ChainSet
+from pyro_apd.kernels.engine.temperature import Temperature
 from tests.support.models import Classifier, Conjugate, constrained, null
 
 KERNELS = [SGLD, PSGLD, SGHMC, MCLMC]
@@ -101,6 +106,35 @@ def test_parallel_chains_differ_and_seeds_repeat_them(kernel_class, context, mon
         runs.append(mcmc.get_samples(group_by_chain=True)["w"])
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0][0], runs[0][1])
+
+
+def not_finite(value):
+    """Numbers that are not finite, and texts that have one, in nested values."""
+    if isinstance(value, torch.Tensor):
+        return [] if bool(torch.isfinite(value).all()) else [value]
+    if isinstance(value, dict):
+        return [found for item in value.values() for found in not_finite(item)]
+    if isinstance(value, (list, tuple)):
+        return [found for item in value for found in not_finite(item)]
+    if isinstance(value, float):
+        return [] if math.isfinite(value) else [value]
+    if isinstance(value, Temperature):
+        return not_finite([str(value), value.mean, value.standard_error])
+    return [value] if re.search(r"\b(nan|inf)\b", str(value)) else []
+
+
+@pytest.mark.parametrize("step_size", [1e-3, "auto"])
+@pytest.mark.parametrize(("num_chains", "warmup_steps", "num_samples"), [(1, 0, 1), (1, 1, 2), (2, 0, 2)])
+def test_readings_of_very_short_runs_are_numbers(kernel_class, step_size, num_chains, warmup_steps, num_samples):
+    kernel = kernel_class(PROBLEM.full, step_size, seed=0, compile=False)
+    mcmc = Driver(kernel, num_samples, warmup_steps, num_chains=num_chains, disable_progbar=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InflationWarning)  # of MCLMC, whose step is not found yet
+        mcmc.run(*DATA)
+    diagnostics = mcmc.diagnostics()
+    found = [diagnostics, sampler_summary(mcmc), kernel.tuning, kernel.temperatures()]
+    assert not not_finite(found), not_finite(found)
+    assert all("too short to read" in str(reading) for reading in kernel.temperatures())
 
 
 @pytest.mark.slow

@@ -10,11 +10,11 @@ the variance s^2 has the mean s^2 / 2, since exp(-error) has the mean 1, and is 
 
 from __future__ import annotations
 
-import warnings
 from statistics import NormalDist
 from typing import Any
 
 from pyro_apd.kernels.adaptation.microcanonical import MicrocanonicalChain, MicrocanonicalWarmUp
+from pyro_apd.kernels.adaptation.mixing import MixingWarning
 
 #: Mean probability of acceptance that epsilon is chosen for. The paper has 0.9; the optimum is flat.
 ACCEPTANCE = 0.85
@@ -55,9 +55,9 @@ class AdjustedWarmUp(MicrocanonicalWarmUp):
     def _warn_of_energy(self, chain: MicrocanonicalChain) -> None:
         if self.lowest is None or self.lowest >= LOW_ACCEPTANCE:
             return
-        warnings.warn(
+        text = (
             f"Trajectories of a chain were accepted with a mean probability of {self.lowest:.2g} (all: "
             f"{self.acceptance:.2g}) at step_size={chain.step_size:.3g}, so that it moves slowly. Take a smaller "
-            "step_size, or 'auto' with a longer warm-up.",
-            stacklevel=2,
+            "step_size, or 'auto' with a longer warm-up."
         )
+        self._warn(text, MixingWarning)

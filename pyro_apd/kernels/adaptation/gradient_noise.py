@@ -40,6 +40,10 @@ _NUM_DENSE, _NUM_BATCHES = 64, 16
 _MARGIN = 0.9
 
 
+class InflationWarning(UserWarning):
+    """Draws are wider than the posterior by more than ``max_inflation``, or a kernel pays too much for its batches."""
+
+
 @dataclass(frozen=True)
 class GradientNoise:
     """The noise of the gradient in the sampler's metric.
@@ -100,3 +104,45 @@ def batch_noise(gradient: Callable[[], Tensor], epoch_length: int | None, num: i
     products = (differences @ differences.mT).square()
     apart = products.sum((-1, -2)) - products.diagonal(dim1=-2, dim2=-1).sum(-1)
     return apart / (count * (count - 1)) / (num * mean).clamp_min(1e-300), mean
+
+
+def noise_message(inflation: float, allowed: float) -> str:
+    """Says that mini-batches widen the draws by more than is allowed."""
+    return (
+        f"Mini-batches widen variances by up to {inflation:.0%} in the directions that the data determine; "
+        f"max_inflation={allowed:g}. Use all the data (batch_size=None), or SGHMC or PSGLD, which are made for "
+        "mini-batches; or larger batches, a smaller step_size, or step_size='auto' and length='auto' with a warm-up."
+    )
+
+
+def slowdown(wanted: float, step_size: float, length: float, num: int) -> float:
+    """By what factor the number of steps for the same way grows, as step size and L are held down.
+
+    Over more than L a chain of steps epsilon diffuses: the square of its distance grows by epsilon L per step.
+
+    :param wanted: step size without noise; L without is the size of the target, the root of the number of weights.
+    """
+    return wanted * math.sqrt(num) / (step_size * length)
+
+
+def slowdown_message(factor: float, epoch_length: int) -> str:
+    """Says that mini-batches cost more steps than they save."""
+    return (
+        f"To keep the noise of mini-batches from widening the draws, this chain takes about {factor:.2g} times the "
+        f"steps that it would take with all the data, and a batch is 1/{epoch_length} of them: draws hardly move. Use "
+        "all the data (batch_size=None), larger batches, or SGHMC or PSGLD, which are made for mini-batches."
+    )
+
+
+def energy_message(variance: float, wanted: float, step_size: float, is_automatic: bool) -> str:
+    """Says that steps are too long, by the variance of the energy error per weight; it grows as their sixth power.
+
+    :param wanted: the variance that is aimed at.
+    :param is_automatic: whether the warm-up chose the step size: what is on is not advised.
+    """
+    size = step_size * (wanted / variance) ** (1 / 6)
+    advice = "Give more warmup_steps" if is_automatic else f"Try step_size={size:.2g}, or 'auto'"
+    return (
+        f"The variance of the energy error is {variance:.2g} per weight at step_size={step_size:.3g}, so that draws "
+        f"are too wide. {advice}."
+    )

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,7 +31,14 @@ from torch import Tensor
 
 from pyro_apd.kernels.adaptation.batch_noise import BatchNoise
 from pyro_apd.kernels.adaptation.excursions import REDUCTION
-from pyro_apd.kernels.adaptation.gradient_noise import GradientNoise
+from pyro_apd.kernels.adaptation.gradient_noise import (
+    GradientNoise,
+    InflationWarning,
+    energy_message,
+    noise_message,
+    slowdown,
+    slowdown_message,
+)
 from pyro_apd.kernels.adaptation.microcanonical_settings import ENERGY_VARIANCE, MicrocanonicalSettings
 from pyro_apd.kernels.adaptation.state_statistics import (
     MAX_CHANGE,
@@ -106,7 +112,7 @@ class MicrocanonicalWarmUp(WarmUp):
             warm_start = max(warm_start, min(NUM_OPTIMISED, int(OPTIMISED_SHARE * num_steps)))
         super().__init__(num_steps, temperature, chains, None, warm_start, num_latents)
         self._settings, self.is_automatic = settings, settings.adapts_step
-        self.step_size, self._largest = math.nan, math.inf
+        self.step_size, self._wanted, self._largest = math.nan, math.nan, math.inf
         self._apart = min(max(num_steps // _SHARE, _MIN_APART), _MAX_APART)
         self._next_reading = 0
         self._is_settled = False
@@ -158,7 +164,8 @@ class MicrocanonicalWarmUp(WarmUp):
 
     def report(self) -> dict[str, Any]:
         """What was found: ``step_size``, ``length``, and ``energy_variance`` per weight; on mini-batches also
-        ``inflation``, the share by which their noise widens variances, and ``allowed``. Empty before.
+        ``inflation``, the share by which their noise widens variances, ``allowed``, and ``slowdown``, the factor by
+        which that costs more steps. Empty before.
         """
         return dict(self._found)
 
@@ -174,6 +181,7 @@ class MicrocanonicalWarmUp(WarmUp):
         return {
             **super().state_dict(),
             "step_size": self.step_size,
+            "wanted": self._wanted,
             "largest": self._largest,
             "next_reading": self._next_reading,
             "is_settled": self._is_settled,
@@ -191,7 +199,7 @@ class MicrocanonicalWarmUp(WarmUp):
     def load_state_dict(self, state: Mapping[str, Any], chain: AdaptedChain) -> None:
         """Inverse of :meth:`state_dict`, on a warm-up with the same settings."""
         super().load_state_dict(state, chain)
-        self.step_size, self._largest = float(state["step_size"]), float(state["largest"])
+        self.step_size, self._wanted, self._largest = (float(state[k]) for k in ("step_size", "wanted", "largest"))
         self._next_reading, self._is_settled = int(state["next_reading"]), bool(state["is_settled"])
         self._num_windows, self._num_back_offs = int(state["num_windows"]), int(state["num_back_offs"])
         self._moments.load_state_dict(state["moments"])
@@ -215,6 +223,7 @@ class MicrocanonicalWarmUp(WarmUp):
         return self.step_size if self._settings.adapts_step else chain.step_size
 
     def _set_size(self, size: float) -> None:
+        self._wanted = size
         self.step_size = self._chains.same_on_data_ranks(min(size, self._largest))
 
     def _read(self, chain: MicrocanonicalChain) -> None:
@@ -329,7 +338,7 @@ class MicrocanonicalWarmUp(WarmUp):
             hottest, mean = self._of_active(chain, noise_C2).mean(0).tolist()
             lower, _ = GradientNoise(hottest, mean, num).limited(self.step_size, float(length.mean()), allowed)
             self._largest = math.inf if lower == self.step_size else lower
-            self._set_size(lower)
+            self.step_size = self._chains.same_on_data_ranks(lower)
         size, inflations = self._size(chain), []
         for row, (hottest, mean) in zip(length.reshape(-1, 1), noise_C2.tolist(), strict=True):
             noise = GradientNoise(hottest, mean, num)
@@ -339,24 +348,24 @@ class MicrocanonicalWarmUp(WarmUp):
             inflations.append(noise.inflation(size, float(row)))
         self._found["inflation"] = float(self._of_active(chain, torch.tensor(inflations)).mean())
         self._found["allowed"] = allowed
+        if self._settings.adapts_step and self._settings.adapts_length:
+            self._found["slowdown"] = slowdown(self._wanted, size, float(length.mean()), num)
 
     @torch.no_grad()
     def _warn_of_noise(self, chain: MicrocanonicalChain) -> None:
-        """Warns of mini-batches that widen the draws by more than is allowed."""
+        """Warns of mini-batches that widen the draws by more than is allowed, or cost more steps than they save."""
         allowed, inflation = self._settings.max_inflation, self._found.get("inflation")
-        if chain.potential.source.epoch_length == 1:
+        epoch_length, factor = chain.potential.source.epoch_length, self._found.get("slowdown", 1.0)
+        if epoch_length == 1:
             return
         if inflation is None:
             hottest, mean = self._of_active_here(chain, self._noise.measured(chain)).mean(0).tolist()
             length = float(chain.auxiliary["length"][0].mean())
             inflation = GradientNoise(hottest, mean, chain.theta.shape[-1]).inflation(chain.step_size, length)
         if inflation > allowed:
-            warnings.warn(
-                f"Mini-batches widen variances by up to {inflation:.0%} in the directions that the data determine; "
-                f"max_inflation={allowed:g}. Use all the data (batch_size=None), larger batches, a smaller step_size, "
-                "or step_size='auto' and length='auto' with a warm-up.",
-                stacklevel=2,
-            )
+            self._warn(noise_message(inflation, allowed), InflationWarning)
+        if epoch_length is not None and factor > epoch_length:
+            self._warn(slowdown_message(factor, epoch_length), InflationWarning)
 
     def _warn_of_energy(self, chain: MicrocanonicalChain) -> None:
         """Warns of a step size at which the energy errors of the kept draws, on all the data, are too large."""
@@ -365,12 +374,8 @@ class MicrocanonicalWarmUp(WarmUp):
         variances = self._of_active_here(chain, self._energy_variances(chain))
         variance = float(variances[torch.isfinite(variances)].mean())
         if variance > MAX_ENERGY_VARIANCE:
-            size = chain.step_size * (ENERGY_VARIANCE / variance) ** (1 / 6)
-            warnings.warn(
-                f"The variance of the energy error is {variance:.2g} per weight at step_size={chain.step_size:.3g}, so "
-                f"that draws are too wide. Try step_size={size:.2g}, or 'auto'.",
-                stacklevel=2,
-            )
+            text = energy_message(variance, ENERGY_VARIANCE, chain.step_size, self._settings.adapts_step)
+            self._warn(text, InflationWarning)
 
     def _energy_variances(self, chain: MicrocanonicalChain) -> Tensor:
         """Per weight and chain, ``(C,)``, since the last reading; nan where there was no step."""

@@ -10,7 +10,7 @@ import torch
 
 from pyro_apd.chains.driver import MCMC
 from pyro_apd.errors import ModelError
-from pyro_apd.kernels import MCLMC
+from pyro_apd.kernels import MCLMC, MixingWarning
 from pyro_apd.kernels.adaptation.adjusted import ACCEPTANCE, TRAJECTORY_VARIANCE
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from tests.support.exactness import assert_gaussian, assert_resumes
@@ -46,7 +46,7 @@ def test_automatic_warm_up_on_an_ill_conditioned_gaussian():
 
 def test_a_low_acceptance_warns():
     mcmc = MCMC(MCLMC(PROBLEM.full, 0.5, adjusted=True, seed=0), 30, 10, num_chains=2, disable_progbar=True)
-    with pytest.warns(UserWarning, match=r"of a chain were accepted with a mean probability of \S+ .*step_size=0.5"):
+    with pytest.warns(MixingWarning, match=r"of a chain were accepted with a mean probability of \S+ .*step_size=0.5"):
         mcmc.run(*DATA)
 
 

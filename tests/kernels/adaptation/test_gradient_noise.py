@@ -6,7 +6,13 @@
 import pytest
 import torch
 
-from pyro_apd.kernels.adaptation.gradient_noise import GradientNoise, batch_noise
+from pyro_apd.kernels.adaptation.gradient_noise import (
+    GradientNoise,
+    batch_noise,
+    energy_message,
+    slowdown,
+    slowdown_message,
+)
 
 
 def gradients(sds, num_chains):
@@ -51,3 +57,18 @@ def test_noise_that_is_the_same_everywhere_counts_by_the_size_of_kicks_alone():
     size, length = noise.limited(1.0, 7.0, 0.1)
     assert length == 7.0
     assert 0.03 < noise.inflation(size, length) <= 0.1
+
+
+def test_slowdown_is_by_the_square_of_the_distance():
+    """Half of epsilon and a quarter of L: an eighth of the way."""
+    assert slowdown(0.8, 0.4, 2.0, 64) == pytest.approx(8.0)
+    assert slowdown(0.8, 0.8, 8.0, 64) == pytest.approx(1.0)
+    assert "about 8 times the steps" in slowdown_message(8.0, 5)
+    assert "a batch is 1/5 of them" in slowdown_message(8.0, 5)
+
+
+def test_what_is_on_is_not_advised():
+    """64 times the variance: half the step."""
+    given, automatic = (energy_message(6.4e-2, 1e-3, 0.2, is_automatic) for is_automatic in (False, True))
+    assert given.endswith("Try step_size=0.1, or 'auto'.")
+    assert automatic.endswith("Give more warmup_steps.")
