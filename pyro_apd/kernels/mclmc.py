@@ -74,8 +74,8 @@ class MCLMC(StochasticGradientKernel):
     about twice the gradients per effective draw on a network of 222 weights.
 
     :param step_size: epsilon, in units of the preconditioner :math:`\sigma`: ``"auto"``, or as for other kernels, with
-        :math:`\sigma = 1`. With ``"auto"`` up to 500 steps of Adam come first, in addition to the warm-up's steps; so
-        does a ``warm_start`` that is longer.
+        :math:`\sigma = 1`. With ``"auto"`` starts that are far too wide are shrunk towards the origin, and up to 500
+        steps of Adam come first, in addition to the warm-up's steps; so does a ``warm_start`` that is longer.
     :param length: L, the distance over which the direction of motion is forgotten, in the units of epsilon; ``"auto"``:
         from the autocorrelation that the warm-up shows.
     :param bool adjusted: accept or reject trajectories; on all the data alone. Compiled with ``compile=True`` only.

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import MCMC
+from pyro.infer.autoguide.initialization import init_to_value
 
 from pyro_apd.chains.driver import MCMC as Driver
 from pyro_apd.errors import ModelError
@@ -156,6 +157,23 @@ def test_a_preconditioner_is_of_the_draws_sds():
         chain.advance(1500)
     ratios = chain.auxiliary["scale"][0] / SDS
     assert bool((ratios.log().mean(0).abs() < 0.5).all()), ratios.log().mean(0)
+
+
+@pytest.mark.parametrize(("target", "factor"), [(0.0, 0.0625), (10.0, 1.0)])
+def test_starts_that_are_far_too_wide_are_shrunk(target, factor):
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(20), 10.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 0.1), obs=y)
+
+    x = torch.eye(20)
+    init = init_to_value(values={"w": torch.full((20,), 10.0)})
+    kernel = MCLMC(model, seed=0, compile=False, init_strategy=init)
+    chain = kernel.begin((x, torch.full((20,), target)), {}, warmup_steps=20)
+    with torch.no_grad():
+        chain.advance(1)
+    # Five steps of Adam, of at most 0.01 each, and one of the kernel follow.
+    torch.testing.assert_close(chain.theta, torch.full((20,), 10.0 * factor), rtol=0.0, atol=2.0)
 
 
 @pytest.mark.slow

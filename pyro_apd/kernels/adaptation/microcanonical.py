@@ -5,7 +5,8 @@
 
 After Robnik, De Luca, Silverstein & Seljak (JMLR 2023) and Sommer et al. (ICLR 2025):
 
-* **Start.** With an automatic step size, some steps of Adam come first: far from a mode, energy errors mislead.
+* **Start.** With an automatic step size, starts that are far too wide are shrunk, and some steps of Adam follow: far
+  from a mode, energy errors mislead.
 * **Step size.** Microcanonical dynamics keeps its energy; steps of a finite size epsilon do not. The variance of the
   error of a step grows as the sixth power of epsilon, and the bias of the draws grows with it. Epsilon is the one at
   which that variance is ``ENERGY_VARIANCE`` per weight.
@@ -112,6 +113,7 @@ class MicrocanonicalWarmUp(WarmUp):
             warm_start = max(warm_start, min(NUM_OPTIMISED, int(OPTIMISED_SHARE * num_steps)))
         super().__init__(num_steps, temperature, chains, None, warm_start, num_latents)
         self._settings, self.is_automatic = settings, settings.adapts_step
+        self.shrinks_start = settings.adapts_step
         self.step_size, self._wanted, self._largest = math.nan, math.nan, math.inf
         self._apart = min(max(num_steps // _SHARE, _MIN_APART), _MAX_APART)
         self._next_reading = 0

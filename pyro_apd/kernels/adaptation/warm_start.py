@@ -24,6 +24,8 @@ from pyro_apd.runtime.rates import share_of_rate
 
 #: Learning rate of Adam at its highest, as a share of the weights' root mean square, and within what bounds.
 RELATIVE_RATE, LOWEST_RATE, HIGHEST_RATE = 0.025, 0.001, 0.01
+#: Factors that a start is tried at.
+SHRINKAGES = (1.0, 0.5, 0.25, 0.125, 0.0625)
 # Decay of the averages of gradients and of their squares, and what keeps their ratio finite: Kingma & Ba (2015).
 _DECAY, _SQUARE_DECAY, _STABILITY = 0.9, 0.999, 1e-8
 
@@ -52,6 +54,27 @@ def optimised(
         position.addcdiv_(mean * highest, scale, value=-share / (1 - _DECAY ** (i + 1)))
     is_finite = torch.isfinite(position).all(-1, keepdim=True)
     return torch.where(is_finite, position, theta)
+
+
+def shrunk(
+    gradient: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]],
+    draw: Callable[[], tuple[Tensor, ...]],
+    theta: Tensor,
+) -> Tensor:
+    """Each chain's start times the factor of :data:`SHRINKAGES` at which U is lowest.
+
+    A draw from the wide prior of a network has outputs that no data have: saturated logits, or noise scales of 1e-7 of
+    the residuals. Adam would take thousands of steps from there to where the likelihood says anything, or not arrive.
+    On the way to the origin networks become as small as those that one trains from. Where U rises on that way, as for a
+    trained network, the start stays as it is.
+
+    :param gradient: as of :func:`optimised`, as are ``draw`` and ``theta``.
+    """
+    batch = draw()
+    energies_F1 = torch.stack([gradient(factor * theta, batch)[1] for factor in SHRINKAGES]).unsqueeze(-1)
+    energies_F1 = torch.where(torch.isfinite(energies_F1), energies_F1, torch.inf)
+    factors = energies_F1.new_tensor(SHRINKAGES)[energies_F1.argmin(0)]
+    return factors.to(theta) * theta
 
 
 def highest_rate(theta: Tensor) -> Tensor:

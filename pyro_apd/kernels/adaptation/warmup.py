@@ -29,7 +29,7 @@ from pyro_apd.kernels.adaptation.mixing import (
 )
 from pyro_apd.kernels.adaptation.spectrum import MAX_DENSE, LocalPotential
 from pyro_apd.kernels.adaptation.step_size import AutoStep
-from pyro_apd.kernels.adaptation.warm_start import optimised
+from pyro_apd.kernels.adaptation.warm_start import optimised, shrunk
 from pyro_apd.models.layout import Layout
 from pyro_apd.models.potential import Potential
 
@@ -108,6 +108,8 @@ class WarmUp:
         #: Whether the step size is found here.
         self.is_automatic = auto is not None
         self.warm_start = warm_start
+        #: Whether optimisation begins with :func:`~pyro_apd.kernels.adaptation.warm_start.shrunk`.
+        self.shrinks_start = False
         #: Texts of the warnings given so far, for the run's report.
         self.warnings: list[str] = []
         self.excursions = ExcursionWatch(num_latents, temperature)
@@ -124,6 +126,8 @@ class WarmUp:
         if chain.step == 0 and self.warm_start:
             with torch.no_grad():
                 gradient, draw = chain.estimator.gradient, chain.potential.source.draw
+                if self.shrinks_start:
+                    chain.theta = shrunk(gradient, draw, chain.theta)
                 chain.theta = optimised(gradient, draw, chain.theta, self.warm_start)
         if self.auto is None or self.auto.is_settled:
             return

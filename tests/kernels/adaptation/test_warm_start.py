@@ -8,7 +8,7 @@ import torch
 from pyro.infer import MCMC
 
 from pyro_apd.kernels import PSGLD, SGHMC, SGLD
-from pyro_apd.kernels.adaptation.warm_start import highest_rate, optimised
+from pyro_apd.kernels.adaptation.warm_start import highest_rate, optimised, shrunk
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from tests.support.models import Classifier, Conjugate
 
@@ -42,6 +42,18 @@ def test_no_weight_moves_further_than_the_rates_add_up_to():
     found = optimised(lambda theta, _: (1e6 * torch.ones_like(theta), theta.sum(-1)), tuple, start, 20)
     moved = (found - start).abs().max()
     assert 0.005 < moved < 20 * 0.001
+
+
+def test_starts_are_shrunk_to_where_the_potential_is_lowest():
+    def gradient(theta, batch):
+        size = theta.abs().amax(-1)
+        return theta, torch.where(size > 3, torch.nan, (size - 1).square())
+
+    starts = torch.tensor([[8.0, 2.0], [2.2, -1.0], [1.0, 0.0], [0.3, 0.1]])
+    factors = torch.tensor([[0.125], [0.5], [1.0], [1.0]])
+    assert torch.equal(shrunk(gradient, tuple, starts), factors * starts)
+    for start, factor in zip(starts, factors, strict=True):
+        assert torch.equal(shrunk(gradient, tuple, start), factor * start)
 
 
 def test_a_chain_that_runs_away_is_given_back_and_the_others_are_not_touched():
