@@ -371,9 +371,8 @@ def _checked_layout(sites: list[Any], file_size: int, path: Path) -> Layout:
     # correlations at most four times), but simplexes of one class have any number of ones for none.
     constrained = sum(math.prod(site.shape) for site in layout)
     if constrained > 4 * layout.size + file_size:
-        raise ArtifactError(
-            f"{path} describes sites of {min(constrained, _MOST_SHOWN)} numbers, far more than its generator determines."
-        )
+        shown = min(constrained, _MOST_SHOWN)
+        raise ArtifactError(f"{path} describes sites of {shown} numbers, far more than its generator determines.")
     return layout
 
 
