@@ -216,6 +216,7 @@ PUBLIC_DOORS = {
     "distillation.offline.distill",
     "distillation.online.distill_online",
     "kernels.base.StochasticGradientKernel.__init__",
+    "models.bnn.BNN.__init__",
 }
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_value
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -26,22 +27,24 @@ from torch.nn.parameter import UninitializedParameter
 from pyro_apd.errors import DataError, ModelError
 from pyro_apd.models.handlers import part_of_model
 from pyro_apd.models.last_layer import refuse_last_layer
+from pyro_apd.models.likelihood_choice import LikelihoodOptions, LikelihoodSpec, make_likelihood
 from pyro_apd.models.normalisation import BATCH_NORMS, with_group_norm
-from pyro_apd.models.priors import PriorSpec, map_tensors, noise_scale_prior, parameter_priors
+from pyro_apd.models.priors import PriorSpec, map_tensors, parameter_priors
+from pyro_apd.models.row_weights import checked_class_weight, row_scale
 from pyro_apd.runtime import checks
 
 _LOG = logging.getLogger("pyro_apd")
 
 _BATCH_NORM = ("constant", "group")
-_LIKELIHOODS = ("categorical", "gaussian", "bernoulli")
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class BNN(PyroModule):
     """A network with a prior on every trainable parameter, and a likelihood.
 
-    The model is called as ``bnn(x, y)``, or ``bnn(x)`` to predict. Latent sites are ``net.<parameter name>``, and
-    ``noise_scale`` where the noise of a regression is learned; the observed site is ``obs`` in plate ``data``.
+    The model is called as ``bnn(x, y)`` or ``bnn(x, y, weights)``, or ``bnn(x)`` to predict. Latent sites are
+    ``net.<parameter name>``, and those of the likelihood, such as ``noise_scale`` where the noise of a regression is
+    learned; the observed site is ``obs`` in plate ``data``.
 
     The network is copied, and the copy stays in evaluation mode: given its weights, a Bayesian network is a
     deterministic function. Dropout has no effect then; a warning names its layers. Batch normalisation makes a
@@ -50,16 +53,29 @@ class BNN(PyroModule):
 
     :param torch.nn.Module net: from inputs ``(N, ...)`` to outputs ``(N, K)``, or ``(N,)`` and ``(N, 1)`` where the
         likelihood has one output for each datum.
-    :param str likelihood: ``"categorical"`` (outputs are logits ``(N, K)``), ``"bernoulli"`` (logits; several outputs
-        are independent labels of one datum) or ``"gaussian"`` (means).
+    :param likelihood: by name, for outputs f. ``"categorical"``: classes 0 to K - 1, logits f ``(N, K)``.
+        ``"bernoulli"``: 0 and 1, logits f; several outputs are independent labels of one datum. ``"ordinal"``: classes
+        in an order, P(y <= k) = sigmoid(c_k - f) with latent ``cutpoints`` c. ``"gaussian"``: normal around f.
+        ``"gaussian_by_input"``: outputs ``(N, 2 K)`` are K means and K raw scales r of a normal distribution with
+        standard deviation softplus(r) + ``noise_floor``. ``"student_t"``: Student's t around f. ``"poisson"``: counts
+        with mean softplus(f), as exp(f) of draws from a wide prior overflows. ``"negative_binomial"``: counts with mean
+        m = softplus(f) and variance m + (o m)^2, latent ``overdispersion`` o, a priori HalfNormal(1). Or a function
+        from the outputs to a :mod:`pyro.distributions` object of batch shape ``(N,)``, by ``.to_event`` where a row has
+        several targets.
     :param prior_scale: prior of the parameters, independent of each other. A float: normal around 0 with this standard
         deviation. ``"fan_in"``: standard deviation 1/sqrt(inputs of a unit) for weights, and 1 for biases and other
         parameters of one dimension (Neal, 1996). A :mod:`pyro.distributions` object: for each entry, unless it has the
         parameter's shape. A mapping from names of layers or parameters to these: the longest matching name is used,
         ``""`` matches all. A callable ``(name, parameter) ->`` any of these.
-    :param float noise_scale: standard deviation of the observations of a regression; None to learn it.
+    :param float noise_scale: standard deviation of the observations of a regression, or scale of ``"student_t"``; None
+        to learn it.
     :param noise_prior: prior of a learned noise scale: ``"half_cauchy"``, ``"half_normal"`` or a distribution.
     :param float noise_prior_scale: scale of a noise prior given by name.
+    :param float noise_floor: least standard deviation of ``"gaussian_by_input"``, in the targets' unit; default 0.01.
+    :param float degrees_of_freedom: of ``"student_t"``; default 4.
+    :param int num_classes: of ``"ordinal"``.
+    :param class_weight: one positive number for each class ``(K,)``, by which the log-likelihood of its rows is
+        multiplied. For weights of single rows call ``bnn(x, y, weights)``.
     :param int subsample_size: rows of ``x`` and ``y`` that the model itself draws at each run; leave it out where the
         kernel draws mini-batches. Predictions, without ``y``, are for all rows.
     :param str batch_norm: ``"constant"`` keeps batch normalisation with its running statistics as constants, which
@@ -76,21 +92,29 @@ class BNN(PyroModule):
     def __init__(
         self,
         net: nn.Module,
-        likelihood: str = "categorical",
+        likelihood: LikelihoodSpec = "categorical",
         prior_scale: PriorSpec = 1.0,
         *,
         noise_scale: float | None = None,
         noise_prior: str | Distribution = "half_cauchy",
         noise_prior_scale: float = 1.0,
+        noise_floor: float | None = None,
+        degrees_of_freedom: float | None = None,
+        num_classes: int | None = None,
+        class_weight: Sequence[float] | Tensor | None = None,
         subsample_size: int | None = None,
         batch_norm: str = "constant",
     ) -> None:
         super().__init__()
-        self.likelihood = checks.choice("likelihood", likelihood, _LIKELIHOODS)
+        options = LikelihoodOptions(
+            noise_scale, noise_prior, noise_prior_scale, noise_floor, degrees_of_freedom, num_classes
+        )
+        self._likelihood = make_likelihood(likelihood, options)
+        self.likelihood = self._likelihood.name
         if subsample_size is not None:
             subsample_size = checks.integer("subsample_size", subsample_size, hint="None uses all rows.")
         self.subsample_size = subsample_size
-        refuse_last_layer(net, likelihood)
+        refuse_last_layer(net, self.likelihood)
         net = _checked_copy(net, checks.choice("batch_norm", batch_norm, _BATCH_NORM))
         names = _names(net)
         priors = parameter_priors(net, names, prior_scale)
@@ -98,33 +122,29 @@ class BNN(PyroModule):
         self.priors: dict[str, Distribution] = {f"net.{name}": prior for name, prior in priors.items()}
         # A parameter that appears twice in a network is one latent.
         self._sites = {name: f"net.{first}" for name, first in names.items()}
-        if noise_scale is not None:
-            if likelihood != "gaussian":
-                raise ValueError(
-                    f"noise_scale={noise_scale!r} belongs to likelihood='gaussian'; this one is {likelihood!r}. Leave "
-                    "noise_scale out."
-                )
-            noise_scale = checks.number("noise_scale", noise_scale, above=0, hint="None learns it.")
-        elif likelihood == "gaussian":
-            like = net.get_parameter(next(iter(names)))
-            self.priors["noise_scale"] = noise_scale_prior(noise_prior, noise_prior_scale, like)
-        self.noise_scale = noise_scale
+        like = net.get_parameter(next(iter(names)))
+        self._extra_latents = self._likelihood.latents(like)
+        self.priors |= self._extra_latents
+        weight = checked_class_weight(class_weight, self._likelihood)
+        self._class_weight = None if weight is None else weight.to(like.device, like.dtype)
+        self.noise_scale = getattr(self._likelihood, "noise_scale", None)
         _parameters_to_buffers(net)
         self.net = net
 
     @part_of_model()
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Logits or means: ``(N, K)``, or ``(N,)`` with one output for each datum.
+    def forward(self, x: Tensor, y: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """The network's outputs: ``(N, K)``, or ``(N,)`` with one output for each datum.
 
         :param torch.Tensor x: inputs ``(N, ...)``.
         :param torch.Tensor y: targets ``(N,)``, or ``(N, K)`` for several outputs: class indices of an integer dtype,
-            0 and 1, or reals.
-        :raises DataError: if targets do not fit the likelihood.
+            0 and 1, counts, or reals.
+        :param torch.Tensor weights: of the rows, ``(N,)``, 0 or more: by what the log-likelihood of each is multiplied.
+            Predictions do not depend on them.
+        :raises DataError: if targets do not fit the likelihood, or weights do not fit the rows.
         :raises ModelError: if the network's outputs do not, or this is called in Pyro's handlers while another thread
             runs a model.
         """
         drawn = {site: pyro.sample(site, prior) for site, prior in self.priors.items()}
-        noise = drawn.pop("noise_scale", self.noise_scale)
         size = None
         if y is not None:
             _check_rows(x, y)
@@ -134,12 +154,15 @@ class BNN(PyroModule):
             with plate:
                 x = pyro.subsample(x, event_dim=x.dim() - 1)
                 y = pyro.subsample(y, event_dim=y.dim() - 1)
-        weights = {name: drawn[site] for name, site in self._sites.items()}
-        output = self._checked_output(torch.func.functional_call(self.net, weights, (x,)), len(x))
-        fn = self._distribution(output, noise)
+                weights = None if weights is None else pyro.subsample(weights, event_dim=0)
+        values = {name: drawn[site] for name, site in self._sites.items()}
+        output = self._likelihood.checked_output(torch.func.functional_call(self.net, values, (x,)), len(x))
+        fn = self._likelihood.distribution(output, {site: drawn[site] for site in self._extra_latents})
+        scale = None
         if y is not None:
-            y = self._checked_targets(y, output)
-        with plate:
+            y = self._likelihood.checked_targets(y, output)
+            scale = row_scale(self._likelihood, self._class_weight, y, weights, output)
+        with plate, nullcontext() if scale is None else poutine.scale(scale=scale):
             pyro.sample("obs", fn, obs=y)
         return output
 
@@ -147,6 +170,12 @@ class BNN(PyroModule):
     def parameter_sites(self) -> dict[str, str]:
         """The latent site of each trainable parameter of the network, by every name of the parameter."""
         return dict(self._sites)
+
+    @property
+    def link(self) -> str | None:
+        """The function of the outputs that gives probabilities or means of the targets, as
+        :meth:`~pyro_apd.DistilledPosterior.ensemble` takes it; None if it needs the likelihood's latents."""
+        return self._likelihood.link
 
     @property
     def init_to_network(self) -> Callable[[Any], Tensor]:
@@ -176,45 +205,8 @@ class BNN(PyroModule):
         # Called by Module.to, .double, .cuda: priors get the dtype and device of the network.
         super()._apply(fn, recurse)
         self.priors = {site: map_tensors(prior, fn) for site, prior in self.priors.items()}
+        self._class_weight = None if self._class_weight is None else fn(self._class_weight)
         return self
-
-    def _checked_output(self, output: Any, num_data: int) -> Tensor:
-        """The network's outputs, without a last dimension of 1 where the likelihood has one output per datum."""
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        if not isinstance(output, Tensor) or output.dim() == 0 or len(output) != num_data:
-            raise ModelError(f"The network must give one row for each of {num_data} inputs; it gives {shape}.")
-        if self.likelihood == "categorical":
-            if output.dim() != 2 or output.shape[1] < 2:
-                raise ModelError(
-                    f"likelihood='categorical' needs logits of shape ({num_data}, K) with K >= 2; the network gives "
-                    f"{shape}. For two classes and one logit use likelihood='bernoulli'."
-                )
-            return output
-        return output.squeeze(-1) if output.dim() == 2 else output
-
-    def _distribution(self, output: Tensor, noise: Any) -> Any:
-        if self.likelihood == "categorical":
-            return dist.Categorical(logits=output)
-        fn = dist.Bernoulli(logits=output) if self.likelihood == "bernoulli" else dist.Normal(output, noise)
-        return fn.to_event(output.dim() - 1)
-
-    def _checked_targets(self, y: Tensor, output: Tensor) -> Tensor:
-        """Targets in the shape and dtype that the likelihood takes."""
-        if self.likelihood == "categorical":
-            _check_classes(y, output)
-            return y
-        if y.shape == (*output.shape, 1):
-            y = y.squeeze(-1)
-        if y.shape != output.shape:
-            raise DataError(
-                f"likelihood='{self.likelihood}' needs targets of shape {tuple(output.shape)}, as the network's "
-                f"outputs; got {tuple(y.shape)}. Reshape the targets, or change the network's last layer."
-            )
-        y = y if y.is_floating_point() else y.to(output.dtype)
-        # Reading values waits for the device, so they are checked only where Pyro would check them, too.
-        if self.likelihood == "bernoulli" and dist.is_validation_enabled() and not ((y == 0) | (y == 1)).all():
-            raise DataError("likelihood='bernoulli' needs targets 0 and 1; got others. For {-1, 1} use (y + 1) / 2.")
-        return y
 
 
 def _checked_copy(net: nn.Module, batch_norm: str) -> nn.Module:
@@ -284,19 +276,3 @@ def _check_rows(x: Tensor, y: Any) -> None:
         raise DataError(f"Targets must be a tensor; got {type(y).__name__}. Use torch.as_tensor(y).")
     if y.dim() == 0 or len(y) != len(x):
         raise DataError(f"There are {len(x)} inputs, but targets of shape {tuple(y.shape)}; each input needs one.")
-
-
-def _check_classes(y: Tensor, logits: Tensor) -> None:
-    num_classes = logits.shape[1]
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        fix = "one-hot rows: y.argmax(-1)" if y.dim() == 2 else "y.long()"
-        raise DataError(f"likelihood='categorical' needs class indices of an integer dtype; got {y.dtype}. Use {fix}.")
-    if y.dim() != 1:
-        fix = "y.squeeze(-1)" if y.shape[-1] == 1 else "y.argmax(-1)"
-        raise DataError(f"likelihood='categorical' needs targets of shape (N,); got {tuple(y.shape)}. Use {fix}.")
-    # Reading values waits for the device, so they are checked only where Pyro would check them, too.
-    if dist.is_validation_enabled() and len(y) and not ((y >= 0) & (y < num_classes)).all():
-        raise DataError(
-            f"Targets must be classes 0 to {num_classes - 1}, as the network has {num_classes} outputs; got "
-            f"{int(y.min())} to {int(y.max())}. Classes that count from 1 need y - 1."
-        )

@@ -25,8 +25,9 @@ LINKS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda output: output.softmax(-1),
     "sigmoid": torch.sigmoid,
     "identity": lambda output: output,
+    "softplus": torch.nn.functional.softplus,
+    "first_half": lambda output: output[..., : output.shape[-1] // 2],
 }
-_LINK_OF = {"categorical": "softmax", "bernoulli": "sigmoid", "gaussian": "identity"}
 
 
 def plain_network(architecture: nn.Module, layout: Layout, values: Mapping[str, Tensor]) -> nn.Module:
@@ -223,7 +224,12 @@ def _prefix(names: set[str], layout: Layout) -> str:
 
 def _checked_link(link: str | None, architecture: nn.Module) -> str:
     if link is None and isinstance(architecture, BNN):
-        link = _LINK_OF[architecture.likelihood]
+        link = architecture.link
+        if link is None:
+            raise ValueError(
+                f"The outputs of a network with likelihood '{architecture.likelihood}' alone do not give its "
+                "predictions. Pass link='identity' to average the outputs, or use pyro_apd.outputs."
+            )
     if link not in LINKS:
         raise ValueError(
             f"link={link!r} must be one of {', '.join(map(repr, LINKS))}: the function of the outputs that is averaged "

@@ -237,7 +237,7 @@ class DistilledPosterior(nn.Module):
 
         :param int num_samples: S; by default :attr:`num_samples`.
         :param net: the architecture, as in :meth:`bind`; needed unless it was called.
-        :param str link: of the outputs before they are averaged: ``"softmax"``, ``"sigmoid"`` or ``"identity"``; not
+        :param str link: of the outputs before they are averaged, a name in ``pyro_apd.models.networks.LINKS``; not
             needed for a BNN.
         :param int chunk_size: networks evaluated together; None: all.
         :param int seed: makes the draws reproducible without touching the global generator.

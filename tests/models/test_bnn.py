@@ -352,7 +352,7 @@ def test_nothing_is_left_in_the_parameter_store(x):
 @pytest.mark.parametrize(
     ("net", "kwargs", "error", "match"),
     [
-        (mlp, {"likelihood": "poisson"}, ValueError, r"likelihood='poisson' must be one of 'categorical', "),
+        (mlp, {"likelihood": "probit"}, ValueError, r"likelihood='probit' must be one of 'categorical', "),
         (mlp, {"subsample_size": 0}, ValueError, "subsample_size=0 must be a positive integer"),
         (mlp, {"noise_scale": 0.1}, ValueError, r"noise_scale=0.1 belongs to likelihood='gaussian'.*'categorical'"),
         (lambda: len, {}, ValueError, "net must be a torch.nn.Module; got builtin_function"),
