@@ -26,6 +26,7 @@ from pyro_apd.runtime.checks import integer, number
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
 from pyro_apd.runtime.seeds import derived_generator, seed_or_fresh
 from pyro_apd.runtime.tensor_checks import check_inputs
+from pyro_apd.runtime.trees import tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = ["METRICS", "Detection", "Metric", "OutOfDistribution", "evaluate", "rank_metrics"]
 
@@ -174,7 +175,7 @@ def evaluate(
     confidence = number("confidence", confidence, above=0, below=1)
     seed = seed_or_fresh(seed)
     inside, sets = _arguments(in_data, "in_data"), _named_sets(out_data)
-    device = next(value for value in inside if isinstance(value, Tensor)).device
+    device = next(value for value in tree_leaves(inside) if isinstance(value, Tensor)).device
     with preserved_param_store(), torch.no_grad(), seeded(seed, device):  # running a model draws from its prior
         score = _scorer(model, posterior, scores, inside, num_samples, seed, chunk_size)
         scores_in = score(inside)
@@ -280,8 +281,11 @@ def _student_scores(student: DarkKnowledge, wanted: tuple[str, ...] | None, args
 
 def _head(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The first rows, enough to see what a model predicts."""
-    num_rows = len(next(value for value in args if isinstance(value, Tensor)))
-    return tuple(v[:2] if isinstance(v, Tensor) and v.dim() and len(v) == num_rows else v for v in args)
+    leaves, spec = tree_flatten(args)
+    num_rows = len(next(value for value in leaves if isinstance(value, Tensor)))
+    few = [v[:2] if isinstance(v, Tensor) and v.dim() and len(v) == num_rows else v for v in leaves]
+    found: tuple[Any, ...] = tree_unflatten(few, spec)
+    return found
 
 
 def _named_sets(out_data: Any) -> dict[str, tuple[Any, ...]]:
@@ -293,7 +297,7 @@ def _named_sets(out_data: Any) -> dict[str, tuple[Any, ...]]:
 
 def _arguments(data: Any, name: str) -> tuple[Any, ...]:
     args: Sequence[Any] = data if isinstance(data, tuple) else (data,)
-    tensors = [value for value in args if isinstance(value, Tensor) and value.dim() > 0]
+    tensors = [value for value in tree_leaves(tuple(args)) if isinstance(value, Tensor) and value.dim() > 0]
     if not tensors or len(tensors[0]) == 0:
         what = f"shape {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
         raise ValueError(

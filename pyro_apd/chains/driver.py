@@ -41,6 +41,7 @@ from pyro_apd.runtime.checks import flag, integer
 from pyro_apd.runtime.global_state import gradients, new_params_removed, validation
 from pyro_apd.runtime.ranks import join_process_group
 from pyro_apd.runtime.threads import LongTask, one_thread
+from pyro_apd.runtime.trees import detached
 
 __all__ = ["MCMC", "open_store"]
 
@@ -251,7 +252,7 @@ class MCMC(pyro.infer.MCMC):
             self.chains = range(self.num_chains)
             self._diagnostics = [{"divergences": []} for _ in self.chains]
             # A run computes no gradients of the data.
-            args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+            args = detached(args)
             run = self._begin(args, kwargs, stack)
             run.replacing = replacing
             try:

@@ -250,12 +250,15 @@ def _with_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tup
 def with_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments, with lists of a number for each row as tensors.
 
-    A list of another length, such as one of layer sizes, is left as it is, and so is a list of batches.
+    A list of another length, such as one of layer sizes, is left as it is, and so is a list of batches. Mappings that
+    are no dicts become dicts.
     """
     is_list = len(args) == 1 and isinstance(args[0], (list, tuple))  # whose tensors would be those of its batches
     num_rows = next((len(leaf) for _, leaf in _with_rows(() if is_list else args, kwargs)), 0)
 
     def converted(value: Any) -> Any:
+        if isinstance(value, Mapping) and not isinstance(value, dict):  # what a tokenizer gives
+            return dict(value)
         if not isinstance(value, (list, tuple)) or len(value) != num_rows or num_rows < 2:
             return value
         if any(isinstance(entry, Tensor) or _is_batch(entry) for entry in value):

@@ -17,6 +17,7 @@ from pyro_apd.distillation.distances import energy_distance, spread
 from pyro_apd.distillation.probes import Probes, RowArguments
 from pyro_apd.distillation.source import Source
 from pyro_apd.models.layout import Layout
+from pyro_apd.models.shared_features import with_features
 from pyro_apd.predictive.predictive import FunctionView, outputs
 from pyro_apd.uncertainty import mutual_information
 
@@ -94,8 +95,9 @@ def function_space(source: Source, probe_inputs: Sequence[Any] | None) -> tuple[
         logger.info("No %s given: distilling in weight space, without comparing what the draws predict.", lacking)
         return None
     example_SD = source.theta_CSD[0, :2]
+    args, kwargs = with_features(source.model, args, source.kwargs if probe_inputs is None else {})
     try:
-        rows = RowArguments(source.model, args, source.kwargs if probe_inputs is None else {})
+        rows = RowArguments(source.model, args, kwargs)
         probes = Probes(rows.rows, unchanged=probe_inputs is not None)
         return _viewed(rows, source, probes.draw(TrainingBudget.num_probes), example_SD), probes
     except Exception as error:
@@ -104,7 +106,7 @@ def function_space(source: Source, probe_inputs: Sequence[Any] | None) -> tuple[
     if probe_inputs is not None:
         raise ValueError(f"The model cannot be run on `probe_inputs`: {reason}") from reason
     try:
-        whole = _WholeData(source.model, args, source.kwargs)
+        whole = _WholeData(source.model, args, kwargs)
         space = _viewed(whole, source, (), example_SD)
         if space.views(example_SD, ())[0].shape[0] <= _MAX_WHOLE_ROWS:
             return space, whole

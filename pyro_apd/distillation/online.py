@@ -42,6 +42,7 @@ from pyro_apd.runtime.global_state import gradients, new_params_removed, seeded,
 from pyro_apd.runtime.ranks import Ranks, join_process_group
 from pyro_apd.runtime.seeds import derived_seed, fresh_seed
 from pyro_apd.runtime.threads import LongTask
+from pyro_apd.runtime.trees import detached
 
 if TYPE_CHECKING:
     from pyro_apd.kernels.base import StochasticGradientKernel
@@ -152,7 +153,7 @@ def distill_online(
     path = checked_checkpoint(checkpoint, checkpoint_every)
     settings = Settings(plan, chain_method, checkpoint_path=path, disable_progbar=not progress, gather="all")
     ranks = join_process_group() if chain_method == "distributed" else Ranks()
-    args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+    args = detached(args)
 
     # As in a run of the driver, since checks of distributions would be repeated in every step.
     task = LongTask(poutine.block, partial(validation, False))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_apd.runtime.trees import tree_flatten, tree_unflatten
+
 # Shares of the probes: mixtures of two rows, rows with added noise, unchanged rows; the rest is noise alone. With more
 # unchanged rows the generator is better near the data, and worse far from them.
 _MIXTURES, _PERTURBED, _UNCHANGED, _NOISE = 0.25, 0.35, 0.2, 0.2
@@ -27,16 +29,13 @@ class RowArguments:
 
     def __init__(self, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._model = model
-        self._args = list(args)
-        self._kwargs = dict(kwargs)
-        entries: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-        tensors = [(key, value) for key, value in entries if isinstance(value, Tensor) and value.dim() > 0]
-        if not tensors or len(tensors[0][1]) == 0:
+        self._leaves, self._spec = tree_flatten((tuple(args), dict(kwargs)))
+        tensors = [leaf for leaf in self._leaves if _has_rows(leaf)]
+        if not tensors or len(tensors[0]) == 0:
             raise ValueError("no argument of the model is a tensor with rows")
-        num_rows = len(tensors[0][1])
-        self._keys = [key for key, value in tensors if len(value) == num_rows]
-        #: The arguments with rows, in order.
-        self.rows: tuple[Tensor, ...] = tuple(value for _, value in tensors if len(value) == num_rows)
+        self._num_rows = len(tensors[0])
+        #: The arguments with rows, in order; also those inside of tuples and dicts.
+        self.rows: tuple[Tensor, ...] = tuple(value for value in tensors if len(value) == self._num_rows)
 
     def __call__(self, *rows: Tensor) -> Any:
         args, kwargs = self.of(*rows)
@@ -44,13 +43,15 @@ class RowArguments:
 
     def of(self, *rows: Tensor) -> tuple[list[Any], dict[str, Any]]:
         """Arguments and keyword arguments of the model with these rows in place of its own."""
-        args, kwargs = list(self._args), dict(self._kwargs)
-        for key, value in zip(self._keys, rows, strict=True):
-            if isinstance(key, int):
-                args[key] = value
-            else:
-                kwargs[key] = value
-        return args, kwargs
+        given = iter(rows)
+        is_row = [_has_rows(leaf) and len(leaf) == self._num_rows for leaf in self._leaves]
+        leaves = [next(given) if flag else leaf for flag, leaf in zip(is_row, self._leaves, strict=True)]
+        args, kwargs = tree_unflatten(leaves, self._spec)
+        return list(args), kwargs
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
 
 
 class Probes:

@@ -10,6 +10,7 @@ either.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,23 +25,30 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.parameter import UninitializedParameter
 
+from pyro_apd.data.minibatch import Call
 from pyro_apd.errors import DataError, ModelError
+from pyro_apd.models.bayesian_part import BayesianPart, PartSpec, select
 from pyro_apd.models.handlers import part_of_model
+from pyro_apd.models.head_inputs import head_inputs
 from pyro_apd.models.last_layer import refuse_last_layer
 from pyro_apd.models.likelihood_choice import LikelihoodOptions, LikelihoodSpec, make_likelihood
+from pyro_apd.models.network_inputs import NetworkInputs
 from pyro_apd.models.normalisation import BATCH_NORMS, with_group_norm
-from pyro_apd.models.priors import PriorSpec, map_tensors, parameter_priors
+from pyro_apd.models.priors import PriorSpec, adapter_priors, map_tensors, parameter_priors
 from pyro_apd.models.row_weights import checked_class_weight, row_scale
 from pyro_apd.runtime import checks
 
 _LOG = logging.getLogger("pyro_apd")
+
+# Rows by which it is seen what the outputs are.
+_FEW_ROWS = 2
 
 _BATCH_NORM = ("constant", "group")
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class BNN(PyroModule):
-    """A network with a prior on every trainable parameter, and a likelihood.
+    """A network with priors on its trainable parameters, or on a part of a trained network, and a likelihood.
 
     The model is called as ``bnn(x, y)`` or ``bnn(x, y, weights)``, or ``bnn(x)`` to predict. Latent sites are
     ``net.<parameter name>``, and those of the likelihood, such as ``noise_scale`` where the noise of a regression is
@@ -48,11 +56,12 @@ class BNN(PyroModule):
 
     The network is copied, and the copy stays in evaluation mode: given its weights, a Bayesian network is a
     deterministic function. Dropout has no effect then; a warning names its layers. Batch normalisation makes a
-    prediction depend on the other rows of its batch; ``batch_norm`` chooses a replacement. Parameters that do not
-    require gradients keep their values.
+    prediction depend on the other rows of its batch; ``batch_norm`` chooses a replacement. Parameters that are not
+    latent keep their values.
 
     :param torch.nn.Module net: from inputs ``(N, ...)`` to outputs ``(N, K)``, or ``(N,)`` and ``(N, 1)`` where the
-        likelihood has one output for each datum.
+        likelihood has one output for each datum. It may take several inputs, see :meth:`forward`; of outputs with an
+        attribute ``logits``, as those of `transformers`, that is used.
     :param likelihood: by name, for outputs f. ``"categorical"``: classes 0 to K - 1, logits f ``(N, K)``.
         ``"bernoulli"``: 0 and 1, logits f; several outputs are independent labels of one datum. ``"ordinal"``: classes
         in an order, P(y <= k) = sigmoid(c_k - f) with latent ``cutpoints`` c. ``"gaussian"``: normal around f.
@@ -67,6 +76,13 @@ class BNN(PyroModule):
         parameters of one dimension (Neal, 1996). A :mod:`pyro.distributions` object: for each entry, unless it has the
         parameter's shape. A mapping from names of layers or parameters to these: the longest matching name is used,
         ``""`` matches all. A callable ``(name, parameter) ->`` any of these.
+    :param bayesian: which parameters are latent. None: all that require gradients. ``"last_layer"``: those of the
+        linear layer that the network defines last. A name of a parameter or layer, or a pattern such as ``"*.bias"``.
+        ``"lora:RANK"``: changes of low rank, W + B A, of all linear layers, projections of attention and convolutions,
+        or of some, ``"lora:4:query,value"``; the trained network is their prior mean, and the number ``prior_scale``
+        how much they may change the output of a unit. A list of these. A callable ``(name, parameter) -> bool``. The
+        rest keeps its values. Where all latents are within the layer that gives the outputs, its inputs are computed
+        once, see :meth:`features`.
     :param float noise_scale: standard deviation of the observations of a regression, or scale of ``"student_t"``; None
         to learn it.
     :param noise_prior: prior of a learned noise scale: ``"half_cauchy"``, ``"half_normal"`` or a distribution.
@@ -95,6 +111,7 @@ class BNN(PyroModule):
         likelihood: LikelihoodSpec = "categorical",
         prior_scale: PriorSpec = 1.0,
         *,
+        bayesian: PartSpec = None,
         noise_scale: float | None = None,
         noise_prior: str | Distribution = "half_cauchy",
         noise_prior_scale: float = 1.0,
@@ -116,13 +133,14 @@ class BNN(PyroModule):
         self.subsample_size = subsample_size
         refuse_last_layer(net, self.likelihood)
         net = _checked_copy(net, checks.choice("batch_norm", batch_norm, _BATCH_NORM))
-        names = _names(net)
-        priors = parameter_priors(net, names, prior_scale)
+        self._part = select(net, bayesian)
+        names, adapters = self._part.names, self._part.adapters
+        priors = parameter_priors(net, names, prior_scale, adapters)
         #: Prior by latent site.
         self.priors: dict[str, Distribution] = {f"net.{name}": prior for name, prior in priors.items()}
-        # A parameter that appears twice in a network is one latent.
-        self._sites = {name: f"net.{first}" for name, first in names.items()}
-        like = net.get_parameter(next(iter(names)))
+        for adapter in adapters:
+            self.priors |= adapter_priors(adapter, net.get_parameter(adapter.parameter).detach(), prior_scale)
+        like = net.get_parameter(next(iter(self._part.first_names)))
         self._extra_latents = self._likelihood.latents(like)
         self.priors |= self._extra_latents
         weight = checked_class_weight(class_weight, self._likelihood)
@@ -132,31 +150,42 @@ class BNN(PyroModule):
         self.net = net
 
     @part_of_model()
-    def forward(self, x: Tensor, y: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Any = None,
+        y: Tensor | None = None,
+        weights: Tensor | None = None,
+        *,
+        features: Tensor | None = None,
+        **inputs: Any,
+    ) -> Tensor:
         """The network's outputs: ``(N, K)``, or ``(N,)`` with one output for each datum.
 
-        :param torch.Tensor x: inputs ``(N, ...)``.
+        :param x: inputs ``(N, ...)``: a tensor; a tuple of the network's positional arguments; or a dict of its keyword
+            arguments, such as a tokenizer gives. A network that takes the dict itself gets ``(dict,)``.
         :param torch.Tensor y: targets ``(N,)``, or ``(N, K)`` for several outputs: class indices of an integer dtype,
             0 and 1, counts, or reals.
         :param torch.Tensor weights: of the rows, ``(N,)``, 0 or more: by what the log-likelihood of each is multiplied.
             Predictions do not depend on them.
-        :raises DataError: if targets do not fit the likelihood, or weights do not fit the rows.
-        :raises ModelError: if the network's outputs do not, or this is called in Pyro's handlers while another thread
-            runs a model.
+        :param torch.Tensor features: what :meth:`features` gave for the inputs, in place of them.
+        :param inputs: further keyword arguments of the network.
+        :raises DataError: if there are no inputs, targets do not fit the likelihood, or weights do not fit the rows.
+        :raises ModelError: if the network takes other inputs, its outputs do not fit the likelihood, or this is called
+            in Pyro's handlers while another thread runs a model.
         """
         drawn = {site: pyro.sample(site, prior) for site, prior in self.priors.items()}
-        size = None
+        call = NetworkInputs.of(x, inputs) if features is None else NetworkInputs.of(features, {})
+        num_rows, size = call.num_rows, None
         if y is not None:
-            _check_rows(x, y)
-            size = self.subsample_size if self.subsample_size and self.subsample_size < len(x) else None
-        plate = pyro.plate("data", len(x), subsample_size=size, device=x.device)
+            _check_rows(num_rows, y)
+            size = self.subsample_size if self.subsample_size and self.subsample_size < num_rows else None
+        plate = pyro.plate("data", num_rows, subsample_size=size, device=call.device)
         if y is not None and size is not None:
             with plate:
-                x = pyro.subsample(x, event_dim=x.dim() - 1)
+                call = call.map_rows(lambda rows: pyro.subsample(rows, event_dim=rows.dim() - 1))
                 y = pyro.subsample(y, event_dim=y.dim() - 1)
                 weights = None if weights is None else pyro.subsample(weights, event_dim=0)
-        values = {name: drawn[site] for name, site in self._sites.items()}
-        output = self._likelihood.checked_output(torch.func.functional_call(self.net, values, (x,)), len(x))
+        output = self._likelihood.checked_output(self._outputs(drawn, call, features is not None), call.num_rows)
         fn = self._likelihood.distribution(output, {site: drawn[site] for site in self._extra_latents})
         scale = None
         if y is not None:
@@ -166,10 +195,53 @@ class BNN(PyroModule):
             pyro.sample("obs", fn, obs=y)
         return output
 
+    def _outputs(self, drawn: Mapping[str, Tensor], call: NetworkInputs, is_head: bool) -> Any:
+        """Outputs of the network for its inputs, or of the layer that holds all latents for its own."""
+        weights = self.network_weights(drawn)
+        if not is_head:
+            return call.call(self.net, weights)
+        head = self._part.module()
+        within = {name.removeprefix(f"{head}."): weight for name, weight in weights.items()}
+        return call.call(self.net.get_submodule(head), within)
+
+    def first_outputs(self, values: Mapping[str, Tensor], call: Call) -> Any:
+        """What the network gives for the first rows of a call of the model at one draw, by site."""
+        given = inspect.signature(self.forward).bind(*call.args, **call.kwargs).arguments
+        features = given.get("features")
+        inputs = NetworkInputs.of(*((given.get("x"), given.get("inputs", {})) if features is None else (features, {})))
+        return self._outputs(values, inputs.map_rows(lambda tensor: tensor[:_FEW_ROWS]), features is not None)
+
+    @property
+    def part(self) -> BayesianPart:
+        """Which parameters of the network are latent, and its adapters."""
+        return self._part
+
+    def network_weights(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters of the network that depend on the latents, by every name, from one draw.
+
+        :param values: the draw by site.
+        """
+        return self._part.weights(values, self._part.base(self.net))
+
+    def features(self, x: Any = None, *, batch_size: int = 256, **inputs: Any) -> Tensor:
+        """Inputs ``(N, ...)`` of the layer that holds all latents: with them the rest of the network is run once.
+
+        Kernels, predictions, distillation and comparisons do this by themselves where inputs are tensors in memory, and
+        remember it as long as inputs and network are the same. Call it to keep features on disk, or for inputs that are
+        larger than memory, and give them in place of the inputs: ``mcmc.run(features=bnn.features(x), y=y)``.
+
+        :param x: inputs as of :meth:`forward`, and ``inputs`` likewise.
+        :param int batch_size: rows that the network is run on together.
+        :raises ModelError: if the latents are not within one layer that gives the outputs of the network, or a row's
+            features depend on other rows.
+        """
+        batch_size = checks.integer("batch_size", batch_size)
+        return head_inputs(self.net, self._part, NetworkInputs.of(x, inputs), batch_size)
+
     @property
     def parameter_sites(self) -> dict[str, str]:
         """The latent site of each trainable parameter of the network, by every name of the parameter."""
-        return dict(self._sites)
+        return self._part.sites
 
     @property
     def link(self) -> str | None:
@@ -187,9 +259,19 @@ class BNN(PyroModule):
 
             SGLD(bnn, 1e-5, init_strategy=bnn.init_to_network)
         """
-        values = {site: self.net.get_buffer(name).clone() for name, site in self._sites.items()}
-        strategy: Callable[[Any], Tensor] = init_to_value(values=values)
+        strategy: Callable[[Any], Tensor] = init_to_value(values=self.network_values)
         return strategy
+
+    @property
+    def network_values(self) -> dict[str, Tensor]:
+        """The weights of the network given, by latent site. Of a change W + B A, B is 0."""
+        values = {site: self.net.get_buffer(name).clone() for name, site in self._part.sites.items()}
+        for adapter in self._part.adapters:
+            a, b = (self.priors[site] for site in adapter.sites)
+            # With A at its mean, 0, no step would leave: there the gradients of both vanish.
+            noise = torch.randn(a.mean.shape, generator=torch.Generator().manual_seed(len(values)))
+            values |= dict(zip(adapter.sites, (noise.to(a.mean) * a.stddev, torch.zeros_like(b.mean)), strict=True))
+        return values
 
     def train(self, mode: bool = True) -> BNN:
         """As for any module, but the network stays in evaluation mode."""
@@ -219,8 +301,6 @@ def _checked_copy(net: nn.Module, batch_norm: str) -> nn.Module:
         )
     if any(isinstance(parameter, UninitializedParameter) for parameter in net.parameters()):
         raise ModelError("net has lazy layers of unknown shape; call it once on an example input first.")
-    if not any(parameter.requires_grad for parameter in net.parameters()):
-        raise ModelError("net has no parameter that requires gradients: there is nothing to put a prior on.")
     inactive = [name for name, module in net.named_modules() if isinstance(module, _DROPOUT)]
     if inactive:
         _LOG.warning("Dropout layers %s have no effect in a Bayesian network: its weights are random.", inactive)
@@ -252,16 +332,6 @@ def _check_batch_norm(layers: Mapping[str, Any]) -> None:
         _LOG.warning("Batch normalisation layers %s use their running statistics as constants.", trained)
 
 
-def _names(net: nn.Module) -> dict[str, str]:
-    """Every name of every trainable parameter, and the first name of the same parameter."""
-    first: dict[int, str] = {}
-    return {
-        name: first.setdefault(id(parameter), name)
-        for name, parameter in net.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad
-    }
-
-
 def _parameters_to_buffers(net: nn.Module) -> None:
     """Turns parameters into buffers: they follow ``.to(...)``, and neither Pyro's parameter store nor an optimiser
     sees them."""
@@ -271,8 +341,8 @@ def _parameters_to_buffers(net: nn.Module) -> None:
             module.register_buffer(name, parameter.detach())
 
 
-def _check_rows(x: Tensor, y: Any) -> None:
+def _check_rows(num_rows: int, y: Any) -> None:
     if not isinstance(y, Tensor):
         raise DataError(f"Targets must be a tensor; got {type(y).__name__}. Use torch.as_tensor(y).")
-    if y.dim() == 0 or len(y) != len(x):
-        raise DataError(f"There are {len(x)} inputs, but targets of shape {tuple(y.shape)}; each input needs one.")
+    if y.dim() == 0 or len(y) != num_rows:
+        raise DataError(f"There are {num_rows} inputs, but targets of shape {tuple(y.shape)}; each input needs one.")

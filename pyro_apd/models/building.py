@@ -15,15 +15,17 @@ from pyro.poutine.messenger import unwrap
 from torch import Tensor
 
 from pyro_apd.data.arguments import named_tensors, not_finite
+from pyro_apd.data.loader import is_loader
 from pyro_apd.data.minibatch import Call, MinibatchSource, PlateSubsample
 from pyro_apd.data.sources import check_full_batches, check_stated_number, model_device, open_source
-from pyro_apd.errors import ModelError
+from pyro_apd.errors import DataError, ModelError
 from pyro_apd.models.bnn import BNN
 from pyro_apd.models.last_layer import refuse_probabilities
 from pyro_apd.models.observations import GivenRows, has_missing_targets, without_missing_targets
 from pyro_apd.models.potential import Inputs, Potential
 from pyro_apd.models.repeatability import refuse_writes, watched_modules
 from pyro_apd.models.shapes import refuse_outer_products
+from pyro_apd.models.shared_features import with_features
 from pyro_apd.models.structure import examine, refuse_missing_sites
 from pyro_apd.models.supports import checked_rows, first_run
 from pyro_apd.models.tracing import check_densities, run_from_prior, run_model, subsampled_plates
@@ -67,6 +69,7 @@ def build_potential(
     """
     _refuse_handlers()
     generator = torch.Generator().manual_seed(0) if generator is None else generator
+    args, kwargs, missing = _with_features(model, args, kwargs, num_data)
     source, inputs = open_source(
         args,
         kwargs,
@@ -77,9 +80,8 @@ def build_potential(
         generator=generator,
     )
     example = source.bind(inputs)
-    if not source.is_full:
-        model = without_missing_targets(model)
-    missing = not_finite(args, kwargs) or not_finite(example.args, example.kwargs)
+    model = model if source.is_full else without_missing_targets(model)
+    missing = missing or not_finite(example.args, example.kwargs)
 
     def first_trace() -> Trace:
         return first_run(model, source, inputs, lambda call: run_from_prior(model, call, _first_trace), seed)
@@ -128,6 +130,16 @@ def checked_model(model: Any) -> Callable[..., Any]:
     return checked
 
 
+def _with_features(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], num_data: int | None
+) -> tuple[tuple[Any, ...], Mapping[str, Any], DataError | None]:
+    """The arguments, with features in place of inputs where the model has them, and what is not finite in them."""
+    missing = not_finite(args, kwargs)
+    if missing is None and not is_loader(args, num_data):
+        args, kwargs = with_features(model, args, kwargs)
+    return args, kwargs, missing
+
+
 def _batches_not_finite(
     source: MinibatchSource, inputs: Inputs, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Iterator[Inputs]:
@@ -168,10 +180,9 @@ def _refuse_fixed_rows(model: Callable[..., Any], call: Call) -> None:
 
 
 def _check_last_layer(model: Callable[..., Any], call: Call) -> None:
-    bnn, x = unwrap(model), call.args[0] if call.args else call.kwargs.get("x")
-    if isinstance(bnn, BNN) and isinstance(x, Tensor):
-        weights = {name: bnn.net.get_buffer(name) for name in bnn.parameter_sites}
-        refuse_probabilities(bnn.net, bnn.likelihood, weights, x[:2])
+    bnn = unwrap(model)
+    if isinstance(bnn, BNN):
+        refuse_probabilities(bnn.likelihood, lambda values: bnn.first_outputs(values, call), bnn.network_values)
 
 
 def _refuse_handlers() -> None:

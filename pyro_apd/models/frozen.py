@@ -76,8 +76,10 @@ class FrozenTensors:
         if not has_frozen(model):
             return cls({})
         found = named_tensors(model)
+        if isinstance(model, BNN) and (args is None or "features" in (kwargs or {})):  # no inputs of the network
+            return cls._read_only(fixed_tensors(model))
         if args is None:
-            return cls._read_only(fixed_tensors(model)) if isinstance(model, BNN) else None
+            return None
         try:
             with preserved_param_store(), reading(model) as read, poutine.block(), torch.no_grad(), seeded(0):
                 model(*args, **(kwargs or {}))
@@ -185,7 +187,7 @@ def digest(tensor: Tensor) -> str:
     """
     if tensor.numel() * tensor.element_size() < _LARGE:
         return _digest(tensor)
-    state = _state(tensor)
+    state = state_of(tensor)
     known = _KNOWN.get(id(tensor))
     if known is not None and known[0]() is tensor and known[1] == state:
         return known[2]
@@ -203,7 +205,7 @@ def _digest(tensor: Tensor) -> str:
     return found.hexdigest()[:_DIGITS]
 
 
-def _state(tensor: Tensor) -> tuple[int, int, bytes]:
+def state_of(tensor: Tensor) -> tuple[int, int, bytes]:
     """What changes with the numbers of a tensor: its address, torch's counter of changes in place, and some numbers,
     since ``tensor.data`` is changed without being counted."""
     try:

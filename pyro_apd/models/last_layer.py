@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,11 +35,15 @@ def refuse_last_layer(net: nn.Module, likelihood: str) -> None:
         raise ModelError(_message(likelihood, f"its last layer, {name}, is {type(last).__name__}", f" (del {name})"))
 
 
-def refuse_probabilities(net: nn.Module, likelihood: str, weights: dict[str, Tensor], x: Any) -> None:
-    """The same by the last operation of a call with ``weights`` on inputs ``x`` ``(n, ...)``.
+def refuse_probabilities(
+    likelihood: str, outputs: Callable[[dict[str, Tensor]], Any], weights: dict[str, Tensor]
+) -> None:
+    """The same by the last operation of the network.
 
     Log-probabilities of all classes are logits.
 
+    :param outputs: its outputs for some inputs, as a function of its weights.
+    :param weights: at which it is called.
     :raises ModelError: naming the operation.
     """
     if likelihood not in _TO_PROBABILITIES:
@@ -46,7 +51,7 @@ def refuse_probabilities(net: nn.Module, likelihood: str, weights: dict[str, Ten
     copies = {id(value): value.detach().clone().requires_grad_() for value in weights.values()}
     try:
         with torch.enable_grad():
-            output = torch.func.functional_call(net, {name: copies[id(value)] for name, value in weights.items()}, (x,))
+            output = outputs({name: copies[id(value)] for name, value in weights.items()})
     except Exception:  # a network may take whole batches only
         return
     node = output.grad_fn if isinstance(output, Tensor) else None

@@ -15,9 +15,11 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_apd.errors import ArtifactError
+from pyro_apd.models.bayesian_part import BayesianPart
 from pyro_apd.models.bnn import BNN
 from pyro_apd.models.frozen import FrozenTensors, fixed_tensors, put_values
 from pyro_apd.models.layout import Layout
+from pyro_apd.models.network_inputs import NetworkInputs
 from pyro_apd.runtime.threads import one_thread
 
 #: From a network's outputs to predictions, by name.
@@ -39,15 +41,16 @@ def plain_network(architecture: nn.Module, layout: Layout, values: Mapping[str, 
     :param values: one draw by site.
     :raises ValueError: if a trainable parameter has no site, or its site has another shape.
     """
-    net, sites = _sites_of(architecture, layout)
+    net, part = _part_of(architecture, layout)
     made: dict[str, nn.Parameter] = {}
-    for name, site in sites.items():
+    for name, weight in part.weights(values, part.base(net)).items():
         owner, _, leaf = name.rpartition(".")
         module = net.get_submodule(owner)
-        if site not in made:
-            made[site] = nn.Parameter(values[site].detach().clone())
+        first = part.first_names[name]
+        if first not in made:
+            made[first] = nn.Parameter(weight.detach().clone())
         delattr(module, leaf)  # a buffer in a BNN
-        module.register_parameter(leaf, made[site])
+        module.register_parameter(leaf, made[first])
     return net.eval()
 
 
@@ -114,21 +117,31 @@ class Ensemble(nn.Module):
         self.chunk_size = chunk_size
         self.num_networks = len(next(iter(draws.values())))
         self.net = plain_network(architecture, layout, {n: v[0] for n, v in draws.items()}).requires_grad_(False)
-        self._sites = _sites_of(architecture, layout)[1]
-        self._buffers_of = {site: f"draws_{i}" for i, site in enumerate(dict.fromkeys(self._sites.values()))}
-        for site, buffer in self._buffers_of.items():
+        base, self._part = _part_of(architecture, layout)
+        self._draws_of = {site: f"draws_{i}" for i, site in enumerate(self._part.shapes(base))}
+        for site, buffer in self._draws_of.items():
             self.register_buffer(buffer, draws[site].detach().clone())
+        trained = self._part.base(base)
+        self._base_of = {name: f"base_{i}" for i, name in enumerate(trained)}
+        for name, buffer in self._base_of.items():
+            self.register_buffer(buffer, trained[name].detach().clone())
         self._idle_copies: list[nn.Module] = []
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Average over the networks of their outputs after the link, in the shape of one network's outputs."""
+    def forward(self, x: Any = None, **named: Any) -> Tensor:
+        """Average over the networks of their outputs after the link, in the shape of one network's outputs.
+
+        :param x: inputs as of :meth:`~pyro_apd.BNN.forward`, and ``named`` further arguments of the network.
+        """
+        inputs = NetworkInputs.of(x, named)
         tensors = (*self.net.named_parameters(), *self.net.named_buffers())
-        common = {name: tensor for name, tensor in tensors if name not in self._sites}
-        stacked = {name: self.get_buffer(self._buffers_of[site]) for name, site in self._sites.items()}
+        common = {name: tensor for name, tensor in tensors if name not in self._part.first_names}
+        stacked = {site: self.get_buffer(buffer) for site, buffer in self._draws_of.items()}
+        trained = {name: self.get_buffer(buffer) for name, buffer in self._base_of.items()}
         with self._own_copy() as net:
 
-            def one(weights: dict[str, Tensor]) -> Tensor:
-                return LINKS[self.link](torch.func.functional_call(net, {**common, **weights}, (x,)))
+            def one(values: dict[str, Tensor]) -> Tensor:
+                output = inputs.call(net, {**common, **self._part.weights(values, trained)})
+                return LINKS[self.link](output)
 
             mean: Tensor = torch.vmap(one, chunk_size=self.chunk_size)(stacked).mean(0)
         return mean
@@ -161,29 +174,28 @@ class Ensemble(nn.Module):
         return f"num_networks={self.num_networks}, link={self.link!r}"
 
 
-def _sites_of(architecture: nn.Module, layout: Layout) -> tuple[nn.Module, dict[str, str]]:
-    """A copy of the network, and the site of each parameter by every name of the parameter."""
+def _part_of(architecture: nn.Module, layout: Layout) -> tuple[nn.Module, BayesianPart]:
+    """A copy of the network, and which of its parameters draws replace or change."""
     if isinstance(architecture, BNN):
         with one_thread():  # a run of the model sets the weights of its network for a while
             net = copy.deepcopy(architecture.net)
-        sites = dict(architecture.parameter_sites)
+        part = architecture.part
     else:
         _check_plain(architecture, layout)
         net = copy.deepcopy(architecture)
         first: dict[int, str] = {}
         named = [(n, p) for n, p in net.named_parameters(remove_duplicate=False) if p.requires_grad]
         names = {name: first.setdefault(id(parameter), name) for name, parameter in named}
-        prefix = _prefix(set(names.values()), layout)
-        sites = {name: prefix + first_name for name, first_name in names.items()}
-    shapes = {**{n: p.shape for n, p in net.named_parameters(remove_duplicate=False)}, **_buffer_shapes(net)}
-    for name, site in sites.items():
-        if site not in layout.names or layout[site].shape != tuple(shapes[name]):
+        part = BayesianPart(names, prefix=_prefix(set(names.values()), layout))
+    for site, shape in part.shapes(net).items():
+        if site not in layout.names or layout[site].shape != shape:
             has = f"of shape {layout[site].shape}" if site in layout.names else "missing"
+            name = next((name for name, of_name in part.sites.items() if of_name == site), site)
             raise ValueError(
-                f"net has another architecture: parameter '{name}' has shape {tuple(shapes[name])}, site '{site}' "
-                f"is {has}. The posterior draws {layout!r}."
+                f"net has another architecture: parameter '{name}' has shape {shape}, site '{site}' is {has}. The "
+                f"posterior draws {layout!r}."
             )
-    return net, sites
+    return net, part
 
 
 def _check_plain(net: nn.Module, layout: Layout) -> None:
@@ -199,10 +211,6 @@ def _common_prefix(net: nn.Module, layout: Layout) -> str:
     if isinstance(net, BNN):
         return ""
     return _prefix({name for name, parameter in net.named_parameters() if parameter.requires_grad}, layout)
-
-
-def _buffer_shapes(net: nn.Module) -> dict[str, torch.Size]:
-    return {name: buffer.shape for name, buffer in net.named_buffers(remove_duplicate=False)}
 
 
 def _prefix(names: set[str], layout: Layout) -> str:

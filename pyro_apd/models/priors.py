@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.distributions.constraints import Constraint
 
+from pyro_apd.models.bayesian_part import Adapter
 from pyro_apd.runtime import checks
 
 #: Standard deviation, distribution, or name of a rule for the prior of one parameter.
@@ -28,31 +29,59 @@ _NOISE_PRIORS: dict[str, Callable[[Tensor], Distribution]] = {
 }
 
 
-def parameter_priors(net: nn.Module, names: Mapping[str, str], spec: PriorSpec) -> dict[str, Distribution]:
+def parameter_priors(
+    net: nn.Module, names: Mapping[str, str], spec: PriorSpec, adapters: Sequence[Adapter] = ()
+) -> dict[str, Distribution]:
     """Prior of each parameter, with its shape, dtype and device.
 
     :param net: the network.
-    :param names: the first name of each trainable parameter, by every name that it has.
+    :param names: the first name of each latent parameter, by every name that it has.
+    :param adapters: low-rank changes of other parameters, whose layers ``spec`` may name, too.
     :param spec: ``prior_scale`` of :class:`~pyro_apd.BNN`.
     :raises ValueError: if ``spec`` names an unknown parameter, lacks one, or is no prior of it.
     """
     parameters = {name: parameter.detach() for name, parameter in net.named_parameters() if name in names.values()}
     if isinstance(spec, Mapping):
-        unknown = [key for key in spec if not any(_is_within(name, key) for name in names)]
+        known = [*names, *(adapter.name for adapter in adapters)]
+        unknown = [key for key in spec if not any(_is_within(name, key) for name in known)]
         if unknown:
-            raise ValueError(f"prior_scale names {unknown}, which match no parameter; there are {list(parameters)}.")
-    priors: dict[str, Distribution] = {}
-    for name, parameter in parameters.items():
-        prior = spec
-        if isinstance(spec, Mapping):
-            matching = [key for key in spec if _is_within(name, key)]
-            if not matching:
-                raise ValueError(f"prior_scale has nothing for '{name}'; add it, its layer, or '' for all the rest.")
-            prior = spec[max(matching, key=len)]
-        elif callable(spec) and not isinstance(spec, Distribution):
-            prior = spec(name, parameter)
-        priors[name] = _prior(prior, name, parameter)
-    return priors
+            raise ValueError(
+                f"prior_scale names {unknown}, which match no parameter; there are "
+                f"{[*parameters, *known[len(names) :]]}."
+            )
+    return {name: _prior(_chosen(spec, name, value), name, value) for name, value in parameters.items()}
+
+
+def _chosen(spec: PriorSpec, name: str, parameter: Tensor) -> Any:
+    """What a specification says of one parameter."""
+    if isinstance(spec, Mapping):
+        matching = [key for key in spec if _is_within(name, key)]
+        if not matching:
+            raise ValueError(f"prior_scale has nothing for '{name}'; add it, its layer, or '' for all the rest.")
+        return spec[max(matching, key=len)]
+    return spec(name, parameter) if callable(spec) and not isinstance(spec, Distribution) else spec
+
+
+def adapter_priors(adapter: Adapter, weight: Tensor, spec: PriorSpec) -> dict[str, Distribution]:
+    """Priors of A and B of a change W + B A around the trained network, by site.
+
+    Entries of A are N(0, 1/fan_in), so that A keeps the size of its inputs, and those of B N(0, s^2/rank). For inputs
+    of root mean square 1 the output of each unit then changes with standard deviation s, whatever the rank.
+
+    :param torch.Tensor weight: the trained W.
+    :param spec: ``prior_scale`` of :class:`~pyro_apd.BNN`, which gives s; ``"fan_in"`` is 1.
+    :raises ValueError: if that is no positive number.
+    """
+    sites = adapter.sites
+    scale = _chosen(spec, adapter.name, weight)
+    scale = 1.0 if scale == "fan_in" else scale
+    hint = "That of an adapter is a number: by how much it may change the output of a unit."
+    scale = checks.number(f"prior_scale[{adapter.name!r}]", scale, above=0, hint=hint)
+    a, b = weight.new_empty(adapter.rank, adapter.fan_in), weight.new_empty(adapter.units, adapter.rank)
+    return {
+        sites[0]: _prior(1.0 / math.sqrt(adapter.fan_in), sites[0], a),
+        sites[1]: _prior(scale / math.sqrt(adapter.rank), sites[1], b),
+    }
 
 
 def noise_scale_prior(prior: str | Distribution, scale: float, like: Tensor) -> Distribution:

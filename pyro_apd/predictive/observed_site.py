@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_apd.data.arguments import explaining_errors
 from pyro_apd.errors import ModelError
 from pyro_apd.models.frozen import reading
+from pyro_apd.models.shared_features import with_features
 from pyro_apd.predictive.draws import Draws, DrawSource, Values, check_chunk_size, check_draws, draws_between
 from pyro_apd.predictive.messengers import Reached, Substitute, choose_site, is_choosing_rows, plain
 from pyro_apd.predictive.row_blocks import RowCut, plan_cut
@@ -91,6 +92,7 @@ class ObservedSite:
         site: str | None = None,
     ) -> None:
         check_draws(draws)
+        args, kwargs = with_features(model, args, kwargs)
         self.model = model
         first = {name: value.detach() for name, value in draws_between(draws, 0, 1).items()}
         example = {name: value[0] for name, value in first.items()}
@@ -138,6 +140,7 @@ class ObservedSite:
         """
         num_draws = check_draws(draws)
         check_chunk_size(chunk_size)
+        args, kwargs = with_features(self.model, args, kwargs)
         if torch.is_grad_enabled():
             with preserved_param_store(), poutine.block():
                 function = self._of_one_draw(summary, args, kwargs)
@@ -169,6 +172,7 @@ class ObservedSite:
         """
         num_draws = check_draws(draws)
         check_chunk_size(chunk_size)
+        args, kwargs = with_features(self.model, args, kwargs)
         is_one_by_one = False
         with preserved_param_store(), poutine.block(), torch.no_grad():
             whole_rows = self._of_one_draw(summary, args, kwargs)

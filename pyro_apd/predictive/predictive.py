@@ -26,6 +26,7 @@ from torch import Tensor
 from pyro_apd.data.arguments import drawn_latents, explaining_errors
 from pyro_apd.models.frozen import reading
 from pyro_apd.models.layout import Layout, is_subsample
+from pyro_apd.models.shared_features import with_features
 from pyro_apd.predictive import likelihoods
 from pyro_apd.predictive.arguments import check_model_and_guide, check_posterior_samples, check_return_sites
 from pyro_apd.predictive.draws import (
@@ -162,6 +163,7 @@ class Predictive(pyro.infer.Predictive):
     def _predict(
         self, draws: Draws, return_sites: Collection[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Values:
+        args, kwargs = with_features(self.model, args, kwargs)
         trace, footprint = _prototype(self.model, args, kwargs)
         if not isinstance(draws, DrawSource):
             check_sites(trace.nodes, draws, "posterior_samples" if self.guide is None else "guide")

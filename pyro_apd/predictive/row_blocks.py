@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_apd.runtime.trees import tree_flatten, tree_leaves, tree_unflatten
+
 # The largest intermediate result of one block of rows and draws has so many bytes. Blocks of fewer rows spend their
 # time outside of matrix products, and more draws together gain nothing.
 _TILE_BYTES, _TILE_ROWS, _TILE_DRAWS = 8 * 2**20, 1024, 8
@@ -42,10 +44,12 @@ class RowCut:
         self, span: slice, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with these rows only, where they have rows."""
-        return tuple(self._rows(arg, span) for arg in args), {n: self._rows(arg, span) for n, arg in kwargs.items()}
+        leaves, spec = tree_flatten((args, dict(kwargs)))
+        cut: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten([self._rows(leaf, span) for leaf in leaves], spec)
+        return cut
 
-    def _rows(self, arg: Any, span: slice) -> Any:
-        return arg[span] if isinstance(arg, Tensor) and arg.dim() and arg.shape[0] == self.num_rows else arg
+    def _rows(self, leaf: Any, span: slice) -> Any:
+        return leaf[span] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == self.num_rows else leaf
 
 
 def plan_cut(
@@ -57,7 +61,7 @@ def plan_cut(
     :param int num_draws: draws wanted.
     :param int chunk_size: draws evaluated together, where the caller says so.
     """
-    tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor) and arg.dim()]
+    tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.dim()]
     if not tensors or tensors[0].device.type != "cpu" or num_draws < _MIN_DRAWS:
         return None
     num_rows = tensors[0].shape[0]

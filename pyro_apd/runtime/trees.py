@@ -9,6 +9,10 @@ functions in the private ``torch.utils._pytree``. The order of the leaves must b
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 try:
     from torch.utils.pytree import (  # type: ignore[import-not-found, unused-ignore]
         tree_flatten,
@@ -19,4 +23,11 @@ try:
 except ImportError:
     from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
-__all__ = ["tree_flatten", "tree_flatten_with_path", "tree_leaves", "tree_unflatten"]
+__all__ = ["detached", "tree_flatten", "tree_flatten_with_path", "tree_leaves", "tree_unflatten"]
+
+
+def detached(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments without gradients, also those inside of tuples and dicts."""
+    leaves, spec = tree_flatten(args)
+    found: tuple[Any, ...] = tree_unflatten([v.detach() if isinstance(v, Tensor) else v for v in leaves], spec)
+    return found

@@ -22,6 +22,7 @@ from pyro_apd.predictive import predictive
 from pyro_apd.predictive.draws import Values, kernel_of, run_arguments
 from pyro_apd.predictive.model_check import check_frozen
 from pyro_apd.runtime.tensor_checks import is_dense, shape_of
+from pyro_apd.runtime.trees import tree_leaves
 
 # Quantiles over weights of the ratio of standard deviations.
 _SD_QUANTILES = (5, 50, 95)
@@ -176,7 +177,7 @@ def find_inputs(
 
     def as_args(value: Any, argument: str = "x") -> tuple[Any, ...]:
         args = value if isinstance(value, tuple) else (value,)
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         if not tensors or any(not is_dense(tensor) or tensor.numel() == 0 for tensor in tensors):
             raise ValueError(
                 f"`{argument}` must be a tensor of inputs with at least one row, or the tuple of the model's "
