@@ -42,6 +42,8 @@ _LOG = logging.getLogger("pyro_apd")
 
 # Rows by which it is seen what the outputs are.
 _FEW_ROWS = 2
+# Layers that a warning names.
+_NUM_NAMED = 5
 
 _BATCH_NORM = ("constant", "group")
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -303,7 +305,8 @@ def _checked_copy(net: nn.Module, batch_norm: str) -> nn.Module:
         raise ModelError("net has lazy layers of unknown shape; call it once on an example input first.")
     inactive = [name for name, module in net.named_modules() if isinstance(module, _DROPOUT)]
     if inactive:
-        _LOG.warning("Dropout layers %s have no effect in a Bayesian network: its weights are random.", inactive)
+        shown = inactive if len(inactive) <= _NUM_NAMED else [*inactive[:_NUM_NAMED], f"{len(inactive)} in all"]
+        _LOG.warning("Dropout layers %s have no effect in a Bayesian network: its weights are random.", shown)
     net = copy.deepcopy(net).eval()
     if batch_norm == "group":
         return with_group_norm(net)

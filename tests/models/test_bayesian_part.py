@@ -154,6 +154,24 @@ def test_adapters_of_some_layers(spec, names):
     assert not part.names
 
 
+def test_a_layer_has_one_kind_of_latents():
+    """A layer that is latent as a whole has no adapter, and a parameter of two layers has one."""
+    part = select(mlp(), ["lora:1", "2.weight"])
+    assert [adapter.name for adapter in part.adapters] == ["0", "4"]
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    net[2].weight = net[0].weight
+    part = select(net, "lora:1")
+    assert [adapter.name for adapter in part.adapters] == ["0"]
+    assert part.adapted == {"0.weight": "0.weight", "2.weight": "0.weight"}
+    bnn = BNN(net, bayesian="lora:1")
+    draw = {name: prior.sample() for name, prior in bnn.priors.items()}
+    weight = net[0].weight.detach() + draw["net.0.lora_B"] @ draw["net.0.lora_A"]
+    x = torch.randn(3, 4)
+    hidden = nn.functional.linear(x, weight, net[0].bias).tanh()
+    expected = nn.functional.linear(hidden, weight, net[2].bias)
+    assert_close(poutine.condition(bnn, draw)(x), expected.detach())
+
+
 def test_adapters_of_projections_of_other_widths():
     net = nn.MultiheadAttention(8, 2, kdim=5, vdim=6)
     found = {a.name: (a.parameter, a.start, a.units, a.fan_in) for a in select(net, "lora:1:key,value").adapters}
