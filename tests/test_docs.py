@@ -72,7 +72,7 @@ def test_every_block_runs(little_work, capsys):
     assert scope["fidelity"].status
     few = slice(0, 20)
     scope |= {"bnn": scope["model"], "x": data.x_test[few], "y": data.y_test[few]}
-    run(ROOT / "README.md", scope, slice(2, None))
+    run(ROOT / "README.md", scope, slice(3, None))
     assert scope["scores"]["mutual_information"].shape == (20,)
     capsys.readouterr()
 
@@ -81,7 +81,7 @@ def test_no_page_with_code_is_forgotten():
     # The code of what_is_refused.md is tested in tests/refusals.
     pages = {path.name for path in PAGES if blocks(path)} - {"what_is_refused.md"}
     assert pages == {"getting_started.md", "how_to.md", "diagnostics.md"}
-    assert len(blocks(ROOT / "README.md")) == 3
+    assert len(blocks(ROOT / "README.md")) == 4
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)

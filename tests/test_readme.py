@@ -37,7 +37,7 @@ def work(request, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_the_twenty_lines(work, capsys):
-    code, chains, _ = blocks("python")
+    code, trained, chains, _ = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 25
     scope = {}
     exec(compile(code, str(README), "exec"), scope)
@@ -45,6 +45,9 @@ def test_the_twenty_lines(work, capsys):
     accuracy = (scope["labels"].mode(0).values == scope["data"].y_test).float().mean()
     assert accuracy > 0.9
     assert "generator" in capsys.readouterr().out
+    exec(compile(trained, str(README), "exec"), scope)
+    assert set(scope["of_last_layer"].get_samples()) == {"net.2.weight", "net.2.bias"}
+    assert (work / "last_layer.safetensors").exists()
     exec(compile(chains, str(README), "exec"), scope)
     assert scope["mcmc"].get_samples(group_by_chain=True)["out.bias"].shape == (4, 200, 10)
     assert (work / "run.ckpt").exists()
