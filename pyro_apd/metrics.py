@@ -1,11 +1,14 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How good a prediction is: metrics of the draw-averaged class probabilities ``probs_NK`` against labels, and of scores
-that are to tell two sets of data apart."""
+"""How good a prediction is: metrics of the draw-averaged class probabilities ``probs_NK`` against labels, of means,
+intervals and samples against real targets, and of scores that are to tell two sets of data apart."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +21,11 @@ __all__ = [
     "auroc",
     "brier_score",
     "calibration_bins",
+    "crps",
     "expected_calibration_error",
+    "interval_coverage",
     "negative_log_likelihood",
+    "root_mean_squared_error",
 ]
 
 
@@ -90,6 +96,55 @@ def calibration_bins(probs_NK: Tensor, labels_N: Tensor, num_bins: int = 15) -> 
     sums.index_add_(1, bin_N, torch.stack([torch.ones_like(confidence_N), confidence_N, correct_N]))
     count_B = sums[0]
     return count_B, sums[1] / count_B.clamp_min(1), sums[2] / count_B.clamp_min(1)
+
+
+def root_mean_squared_error(mean_N: Any, targets_N: Any) -> float:
+    """Root of the mean squared difference, in the targets' unit.
+
+    :param mean_N: predictions, ``(N,)``, or any other shape; a tensor or an array, as all that follow.
+    :param targets_N: targets, shaped as the predictions.
+    :raises ValueError: if shapes differ, there are no data, or a number is not finite.
+    """
+    mean_N, targets_N = _checked_reals(targets_N, mean_N=mean_N)
+    return float((mean_N - targets_N).square().mean().sqrt())
+
+
+def interval_coverage(lower_N: Any, upper_N: Any, targets_N: Any) -> float:
+    """Share of targets in their intervals, ends included.
+
+    :param lower_N: lower ends, ``(N,)``, or any other shape.
+    :param upper_N: upper ends, shaped as the lower ones.
+    :param targets_N: targets, shaped likewise.
+    :raises ValueError: if shapes differ, there are no data, a number is not finite, or an interval ends before it
+        begins.
+    """
+    lower_N, upper_N, targets_N = _checked_reals(targets_N, lower_N=lower_N, upper_N=upper_N)
+    if bool((lower_N > upper_N).any()):
+        raise ValueError("lower_N must not exceed upper_N; did they change places?")
+    return float(((lower_N <= targets_N) & (targets_N <= upper_N)).double().mean())
+
+
+def crps(samples_SN: Any, targets_N: Any) -> float:
+    """CRPS: mean of E|Y - y| - E|Y - Y'| / 2 over targets y, in the targets' unit; smaller is better.
+
+    A proper score (Gneiting & Raftery 2007, eq. 21), which for a single sample is the absolute error. Expectations are
+    over samples Y, Y' of the predictive distribution; those of pairs of different samples, so that the estimate has no
+    bias for any number of samples (Zamo & Naveau 2018).
+
+    :param samples_SN: S observations from the predictive distribution for each target, ``(S, N)``.
+    :param targets_N: targets, ``(N,)``.
+    :raises ValueError: if shapes differ, there are no data, or a number is not finite.
+    """
+    samples_SN, targets_N = _checked_reals(targets_N, samples_SN=samples_SN, leading=1)
+    num_samples = len(samples_SN)
+    error_N = (samples_SN - targets_N).abs().mean(0)
+    if num_samples == 1:
+        return float(error_N.mean())
+    # Sum of |Y - Y'| over pairs, from the sorted samples: each is added once for every sample below it.
+    rank_S = torch.arange(num_samples, dtype=torch.float64, device=targets_N.device)
+    factor_S = 2 * rank_S - num_samples + 1
+    spread_N = torch.einsum("s,sn->n", factor_S, samples_SN.sort(0).values) / (num_samples * (num_samples - 1))
+    return float((error_N - spread_N).mean())
 
 
 def auroc(scores_in: Tensor, scores_out: Tensor) -> float:
@@ -182,6 +237,31 @@ def _checked_scores(name: str, scores: Tensor) -> Tensor:
             "at the draws and inputs that they are of."
         )
     return value
+
+
+def _checked_reals(targets_N: Any, leading: int = 0, **predictions: Any) -> list[Tensor]:
+    """Predictions, which may have ``leading`` dimensions more, and targets in double precision."""
+    values = {name: _as_tensor(value) for name, value in {**predictions, "targets_N": targets_N}.items()}
+    targets = values["targets_N"]
+    for name, value in values.items():
+        if not is_dense(value) or value.is_complex():
+            raise ValueError(f"{name} must be a tensor or array of real numbers; got {shape_of(value)}.")
+        skipped = 0 if name == "targets_N" else leading
+        if value.dim() < skipped or value.shape[skipped:] != targets.shape or value.numel() == 0:
+            needed = "a dimension of samples, and then the same shape" if skipped else "the same shape"
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} beside targets_N of shape {tuple(targets.shape)}; {needed} is "
+                "needed, with at least one datum."
+            )
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{name} must hold finite numbers only; {int((~value.isfinite()).sum())} are not.")
+    return [value.detach().to(targets.device).double() for value in values.values()]
+
+
+def _as_tensor(value: Any) -> Any:
+    """An array, or a column of a frame, as a tensor."""
+    is_array = hasattr(value, "__array__") and not isinstance(value, Tensor)
+    return torch.as_tensor(np.array(value)) if is_array else value  # a copy: torch warns of arrays that are read-only
 
 
 def _checked(probs_NK: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ LEVELS = [
     {"distillation"},
     {"baselines"},
     {"diagnostics"},
-    {"active_learning", "adversarial", "ood"},
+    {"active_learning", "adversarial", "ood", "sklearn"},
     {"cli"},
     {"__main__"},
 ]
@@ -217,6 +217,8 @@ PUBLIC_DOORS = {
     "distillation.online.distill_online",
     "kernels.base.StochasticGradientKernel.__init__",
     "models.bnn.BNN.__init__",
+    "sklearn.classifier.BNNClassifier.__init__",
+    "sklearn.regressor.BNNRegressor.__init__",
 }
 
 

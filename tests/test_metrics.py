@@ -134,3 +134,48 @@ def test_probabilities_of_few_digits_are_accepted(dtype):
 def test_numbers_of_bins_that_are_none(num_bins):
     with pytest.raises(ValueError, match="num_bins="):
         metrics.expected_calibration_error(PROBS, LABELS, num_bins)
+
+
+def test_regression_metrics_by_hand():
+    y = torch.tensor([0.0, 1.0, 3.0])
+    assert metrics.root_mean_squared_error(torch.tensor([0.0, 2.0, 1.0]), y) == pytest.approx(math.sqrt(5 / 3))
+    low, high = torch.tensor([0.0, 0.0, 4.0]), torch.tensor([0.5, 1.0, 5.0])
+    assert metrics.interval_coverage(low, high, y) == pytest.approx(2 / 3)
+    # Pairs (0, 2), (1, 1), (3, 6): E|Y - y| = 1, 0, 1.5; E|Y - Y'| of different samples = 2, 0, 3.
+    samples = torch.tensor([[0.0, 1.0, 3.0], [2.0, 1.0, 6.0]])
+    assert metrics.crps(samples, y) == pytest.approx((1 - 1 + 0 + 1.5 - 1.5) / 3)
+    assert metrics.crps(samples[:1] + 1, y) == 1.0  # the absolute error
+
+
+def test_crps_of_pairs_of_all_samples():
+    samples, y = torch.randn(7, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    spread = (samples.unsqueeze(0) - samples.unsqueeze(1)).abs().sum((0, 1)) / (7 * 6)
+    assert metrics.crps(samples, y) == pytest.approx(float(((samples - y).abs().mean(0) - spread / 2).mean()))
+
+
+def test_crps_of_a_normal_distribution():
+    """Closed form: Gneiting & Raftery 2007, eq. 5."""
+    torch.manual_seed(0)
+    y, normal = torch.tensor([0.7], dtype=torch.float64), torch.distributions.Normal(0.0, 1.0)
+    exact = 0.7 * (2 * float(normal.cdf(y)) - 1) + 2 * float(normal.log_prob(y).exp()) - 1 / math.sqrt(math.pi)
+    samples = torch.randn(200_000, 1, dtype=torch.float64)
+    assert metrics.crps(samples, y) == pytest.approx(exact, abs=0.005)
+    column = y.numpy()
+    column.setflags(write=False)  # as those of a frame are
+    assert metrics.crps(samples.numpy(), column) == metrics.crps(samples, y)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: metrics.crps(torch.zeros(3), torch.zeros(3)), "samples_SN has shape .*a dimension of samples"),
+        (lambda: metrics.root_mean_squared_error(torch.zeros(2), torch.zeros(3)), r"mean_N has shape \(2,\) beside"),
+        (lambda: metrics.root_mean_squared_error(torch.zeros(0), torch.zeros(0)), "at least one datum"),
+        (lambda: metrics.root_mean_squared_error([1.0], torch.zeros(1)), "mean_N must be a tensor or array.*got list"),
+        (lambda: metrics.root_mean_squared_error(torch.zeros(1), torch.tensor([torch.nan])), "targets_N must hold fin"),
+        (lambda: metrics.interval_coverage(torch.ones(1), torch.zeros(1), torch.zeros(1)), "must not exceed upper_N"),
+    ],
+)
+def test_bad_regressions(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()

@@ -37,7 +37,7 @@ def work(request, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_the_twenty_lines(work, capsys):
-    code, trained, chains, _ = blocks("python")
+    code, _, trained, chains, _ = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 25
     scope = {}
     exec(compile(code, str(README), "exec"), scope)
@@ -52,6 +52,16 @@ def test_the_twenty_lines(work, capsys):
     assert scope["mcmc"].get_samples(group_by_chain=True)["out.bias"].shape == (4, 200, 10)
     assert (work / "run.ckpt").exists()
     assert "configurational all" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_lines_for_tables(capsys):
+    _, table, *_ = blocks("python")
+    assert len([line for line in table.splitlines() if line.strip()]) < 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile(table, str(README), "exec"), {})
+    assert 0.8 < float(capsys.readouterr().out) < 0.98
 
 
 def test_the_commands_exist():

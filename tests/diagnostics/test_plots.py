@@ -305,3 +305,29 @@ def test_every_plot_names_chain_and_generator_not_numbers(fidelity):
         text = " ".join(labels(ax))
         assert "SGLD" in text
         assert "chain 0" not in text
+
+
+def test_regression_band():
+    x, mean = torch.tensor([2.0, 0.0, 1.0]), torch.tensor([5.0, 3.0, 4.0])
+    half = {0.5: 1.0, 0.9: 2.0}
+    intervals = {level: torch.stack([mean - width, mean + width], 1) for level, width in half.items()}
+    ax = rendered(plots.regression_band(x, mean, intervals, data=(x, mean + 0.5), xlabel="age"))
+    assert labels(ax) == ["90 % interval", "50 % interval", "data", "mean"]
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0, 3], [1, 4], [2, 5]])  # by the input
+    wide, narrow = (ax.collections[i].get_datalim(ax.transData).height for i in (0, 1))
+    assert (wide, narrow) == (6, 4)
+    assert ax.get_xlabel() == "age"
+    with pytest.raises(ValueError, match=r"intervals\[90\] has shape \(3, 2\)"):
+        plots.regression_band(x, mean, {90: intervals[0.9]})
+    with pytest.raises(ValueError, match=r"same shape \(N,\); got \(3,\) and \(2,\)"):
+        plots.regression_band(x, mean[:2], {})
+
+
+def test_calibration_of_intervals():
+    targets = np.array([0.0, 1.0, 2.0, 3.0])
+    ends = {0.9: np.array([[-1.0, 1.0]] * 4), 0.5: np.array([[0.5, 1.5]] * 4)}
+    ax = rendered(plots.calibration_of_intervals({"network": ends}, targets))
+    np.testing.assert_allclose(ax.lines[1].get_xydata(), [[0.5, 0.25], [0.9, 0.5]])
+    assert labels(ax) == ["calibrated", "network"]
+    with pytest.raises(ValueError, match=r"of shape \(4, 2\) by a probability"):
+        plots.calibration_of_intervals({"network": {0.5: torch.zeros(4)}}, targets)

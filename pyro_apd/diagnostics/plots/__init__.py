@@ -16,6 +16,7 @@ from pyro_apd.diagnostics.plots.predictions import (
     score_histograms,
     score_scatter,
 )
+from pyro_apd.diagnostics.plots.regression import calibration_of_intervals, regression_band
 from pyro_apd.diagnostics.plots.style import NAMES
 from pyro_apd.diagnostics.plots.surfaces import decision_surfaces
 from pyro_apd.diagnostics.plots.training import STEPS, are_numbers, training_curves
@@ -26,6 +27,7 @@ __all__ = [
     "STEPS",
     "are_numbers",
     "calibration_curve",
+    "calibration_of_intervals",
     "decision_surfaces",
     "density",
     "ess",
@@ -33,6 +35,7 @@ __all__ = [
     "principal_pair",
     "quality_against_bytes",
     "rank_bars",
+    "regression_band",
     "roc_curve",
     "score_histograms",
     "score_scatter",
