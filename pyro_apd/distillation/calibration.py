@@ -21,6 +21,7 @@ from torch import Tensor
 from pyro_apd.distillation.chosen_inputs import NUM_CHOOSING, ChosenInputs
 from pyro_apd.distillation.function_space import FunctionSpace
 from pyro_apd.distillation.probes import Probes
+from pyro_apd.generators.base import stratified
 from pyro_apd.generators.draw_blocks import DrawBlocks, draws_per_block
 from pyro_apd.generators.subspace import SubspaceGenerator
 from pyro_apd.runtime.global_state import seeded
@@ -44,8 +45,10 @@ _SHARE_AT_START = 0.3
 _SMALL = 20_000
 # Rounds of Gauss-Newton; steps of its differences, and its largest steps, in squares of the factor and logs of the cap.
 _ROUNDS = 2
-_DIFFERENCES, _DIFFERENCES_OF_GAIN, _LARGEST = (0.2, 0.5), (0.05,), (0.4, 1.5)
-_MAX_FACTOR, _MIN_GAIN, _MAX_GAIN = 1.1, 0.9, 1.3
+_DIFFERENCES, _LARGEST = (0.2, 0.5), (0.4, 1.5)
+_MAX_FACTOR = 1.1
+# Of modes: bounds of the factor, and the second square that is tried; of how disagreement grows with it, the least.
+_MIN_GAIN, _MAX_GAIN, _SECANT, _LEAST_SLOPE = 0.9, 1.3, 0.05, 0.3
 _RIDGE = 1e-4
 
 
@@ -94,7 +97,7 @@ def calibrate(
     inputs = ChosenInputs.chosen(space, probes, draws, num_probes, max(num_probes, num_candidates))
     seed, device = fresh_seed(), generator.step.device
 
-    def search(count: int) -> tuple[Callable[[float, float], Tensor], list[_Tried]]:
+    def search(count: int) -> _Search:
         """A function from a point to residuals, with so many draws, and what it has tried."""
         chain = inputs.disagreements(space, draws.spaced(count))
         found: list[_Tried] = []
@@ -102,7 +105,8 @@ def calibrate(
         def residuals(square: float, log_cap: float) -> Tensor:
             _set(generator, scale, square, log_cap)
             with seeded(seed, device):
-                own = inputs.disagreements(space, blocks_of_draws(generator, count, len(draws)))
+                paired_with = None if scale.is_of_spread else len(draws)
+                own = inputs.disagreements(space, blocks_of_draws(generator, count, paired_with))
             ratios = {name: (own[name] / chain[name]).log().double().cpu() for name in own}
             ratios = {name: ratio.nan_to_num(nan=10.0, posinf=10.0, neginf=-10.0) for name, ratio in ratios.items()}
             weighted = torch.cat([(_WEIGHTS[name] / len(ratio)) ** 0.5 * ratio for name, ratio in ratios.items()])
@@ -112,16 +116,10 @@ def calibrate(
 
         return residuals, found
 
-    residuals, found = search(max(2, round(_SHARE_AT_START * count)))
-    for square in scale.squares(generator.output_size):
-        for cap in scale.caps:
-            residuals(square, float(noise.log()) + cap)
-    point = torch.tensor(min(found).point, dtype=torch.float64)
-    residuals, found = search(count)
-    for _ in range(scale.num_rounds):
-        point = _improved(residuals, point, scale)
-    residuals(*point.tolist())
-    best = min(found)
+    if scale.is_of_spread:
+        best = _best_of_spread(search, count, float(noise.log()), generator.output_size)
+    else:
+        best = _best_of_modes(search, count, float(noise.log()))
     _set(generator, scale, *best.point)
     return Calibration(best.square**0.5, float(generator.noise_cap), best.means)
 
@@ -131,36 +129,16 @@ class _Scale:
     """What the first number is a factor of: the spread, or the modes where there is none.
 
     :ivar Tensor unscaled: what it was.
-    :ivar tuple bounds: of the square of the factor.
-    :ivar tuple differences: for derivatives: of the square, and of the logarithm of the cap unless noise has no effect.
     """
 
     unscaled: Tensor
     is_of_spread: bool
-    bounds: tuple[float, float]
-    differences: tuple[float, ...]
 
     @classmethod
     def of(cls, generator: SubspaceGenerator) -> _Scale:
         if bool(generator.spread.any()):
-            return cls(generator.spread.clone(), True, (0.0, _MAX_FACTOR**2), _DIFFERENCES)
-        return cls(generator.modes.clone(), False, (_MIN_GAIN**2, _MAX_GAIN**2), _DIFFERENCES_OF_GAIN)
-
-    @property
-    def caps(self) -> tuple[float, ...]:
-        """With which the search starts: one where noise has no effect."""
-        return _CAPS if self.is_of_spread else (0.0,)
-
-    @property
-    def num_rounds(self) -> int:
-        """The disagreement is nearly linear in the square of a factor of the modes."""
-        return _ROUNDS if self.is_of_spread else 1
-
-    def squares(self, size: int) -> tuple[float, ...]:
-        """With which the search starts."""
-        if not self.is_of_spread:
-            return (1.0,)
-        return _SQUARES if size < _SMALL else _SQUARES[-1:]
+            return cls(generator.spread.clone(), True)
+        return cls(generator.modes.clone(), False)
 
 
 @dataclass(frozen=True, order=True)
@@ -177,22 +155,57 @@ class _Tried:
         return (self.square, self.log_cap)
 
 
-def _improved(residuals: Callable[[float, float], Tensor], point: Tensor, scale: _Scale) -> Tensor:
+#: From a number of draws to a function from a point to residuals, and what it has tried.
+_Search = tuple[Callable[[float, float], Tensor], list[_Tried]]
+
+
+def _best_of_spread(search: Callable[[int], _Search], count: int, log_noise: float, size: int) -> _Tried:
+    """Gauss-Newton from the best of a few points."""
+    residuals, found = search(max(2, round(_SHARE_AT_START * count)))
+    for square in _SQUARES if size < _SMALL else _SQUARES[-1:]:
+        for cap in _CAPS:
+            residuals(square, log_noise + cap)
+    point = torch.tensor(min(found).point, dtype=torch.float64)
+    residuals, found = search(count)
+    for _ in range(_ROUNDS):
+        point = _improved(residuals, point)
+    residuals(*point.tolist())
+    return min(found)
+
+
+def _best_of_modes(search: Callable[[int], _Search], count: int, log_noise: float) -> _Tried:
+    """The smallest square of a factor with which rows of the data, or inputs near them, agree, by one secant.
+
+    Noise has no effect there. Rounding makes draws disagree more on inputs that the chain has not seen than on the
+    data, so that a factor by the data alone can be too large.
+    """
+    residuals, found = search(count)
+    for square in (1.0, 1.0 + _SECANT):
+        residuals(square, log_noise)
+    one, other = (tried.means for tried in found)
+    squares = []
+    for name in ("rows", "near"):
+        if name in one:
+            slope = max((other[name] - one[name]) / _SECANT, _LEAST_SLOPE)
+            squares.append(1.0 - one[name] / slope)
+    residuals(min(max(min(squares), _MIN_GAIN**2), _MAX_GAIN**2), log_noise)
+    return found[-1]
+
+
+def _improved(residuals: Callable[[float, float], Tensor], point: Tensor) -> Tensor:
     """A step of Gauss-Newton, with differences for the derivatives."""
     here = residuals(*point.tolist())
     columns = []
-    for i, (difference, bound) in enumerate(zip(scale.differences, (scale.bounds[1], torch.inf), strict=False)):
+    for i, (difference, bound) in enumerate(zip(_DIFFERENCES, (_MAX_FACTOR**2, torch.inf), strict=True)):
         difference = difference if point[i] + difference <= bound else -difference
         moved = point.clone()
         moved[i] += difference
         columns.append((residuals(*moved.tolist()) - here) / difference)
     slope = torch.stack(columns, 1)
-    ridge = _RIDGE * torch.eye(len(columns), dtype=slope.dtype)
-    step = -torch.linalg.solve(slope.mT @ slope + ridge, slope.mT @ here)
-    largest = torch.tensor(_LARGEST[: len(columns)], dtype=torch.float64)
-    point = point.clone()
-    point[: len(columns)] += step.clamp(-largest, largest)
-    point[0] = point[0].clamp(*scale.bounds)
+    step = -torch.linalg.solve(slope.mT @ slope + _RIDGE * torch.eye(2, dtype=slope.dtype), slope.mT @ here)
+    largest = torch.tensor(_LARGEST, dtype=torch.float64)
+    point = point + step.clamp(-largest, largest)
+    point[0] = point[0].clamp(0.0, _MAX_FACTOR**2)
     return point
 
 
@@ -203,16 +216,18 @@ def _set(generator: SubspaceGenerator, scale: _Scale, square: float, log_cap: fl
 
 
 @torch.no_grad()
-def blocks_of_draws(generator: SubspaceGenerator, count: int, num_draws: int) -> Iterator[Tensor]:
-    """Draws in blocks, of the modes of the chain's draws that they are compared with, with global random numbers.
+def blocks_of_draws(generator: SubspaceGenerator, count: int, paired_with: int | None = None) -> Iterator[Tensor]:
+    """Draws in blocks, evenly spread over modes all together, with torch's global random numbers.
 
-    Which of the chain's draws are taken then matters less: the same are on both sides.
-
-    :param int num_draws: of the chain, of which ``count`` are taken, evenly spaced.
+    :param int paired_with: number of the chain's draws, each of which is a mode: draws are then of the modes of
+        ``count`` draws that are evenly spaced, so that it matters less which these are.
     """
     like = generator.step
-    row_S = torch.linspace(0, num_draws - 1, count, dtype=torch.float64).round()  # as DrawBlocks.spaced
-    place_S1 = torch.special.ndtri((row_S + 0.5) / num_draws).to(like).unsqueeze(1)
+    if paired_with is None:
+        place_S1 = stratified(torch.empty(count, 1, dtype=like.dtype, device=like.device))
+    else:
+        row_S = torch.linspace(0, paired_with - 1, count, dtype=torch.float64).round()  # as DrawBlocks.spaced
+        place_S1 = torch.special.ndtri((row_S + 0.5) / paired_with).to(like).unsqueeze(1)
     for place_N1 in place_S1.split(draws_per_block(generator.latent_size * like.element_size())):
         latent_NL = place_N1.new_empty(len(place_N1), generator.latent_size)
         latent_NL[:, :1] = place_N1
