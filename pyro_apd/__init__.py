@@ -8,39 +8,124 @@ generator on the draws, a :class:`DistilledPosterior`, which stands in for them 
 """
 
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pyro_apd import metrics, uncertainty
 from pyro_apd._version import __version__ as __version__
-from pyro_apd.chains import MCMC, CheckpointError, WorkerError, open_store
-from pyro_apd.distillation import DistillationError, DistillationWarning, OnlineDistillation, distill, distill_online
-from pyro_apd.errors import ArtifactError, DataError, DivergenceError, ModelError
-from pyro_apd.kernels import (
-    MCLMC,
-    PSGLD,
-    SGHMC,
-    SGLD,
-    ExcursionWarning,
-    InflationWarning,
-    MixingWarning,
-    TemperatureWarning,
-    WarmupWarning,
-    recommended_kernel,
-    schedules,
-)
-from pyro_apd.models.bnn import BNN
-from pyro_apd.posterior.posterior import DistilledPosterior
-from pyro_apd.predictive.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs
-from pyro_apd.predictive.reductions import reduce_outputs
-from pyro_apd.runtime.hashing import fingerprint
-from pyro_apd.runtime.ranks import RankError
 
 if TYPE_CHECKING:
-    from pyro_apd import active_learning, adversarial, baselines, datasets, diagnostics, ood
+    from pyro_apd import (
+        active_learning,
+        adversarial,
+        baselines,
+        datasets,
+        diagnostics,
+        export,
+        metrics,
+        ood,
+        uncertainty,
+    )
+    from pyro_apd.chains import MCMC, CheckpointError, WorkerError, open_store
+    from pyro_apd.distillation import (
+        DistillationError,
+        DistillationWarning,
+        OnlineDistillation,
+        distill,
+        distill_online,
+    )
+    from pyro_apd.errors import ArtifactError, DataError, DivergenceError, ExportError, ModelError
+    from pyro_apd.kernels import (
+        MCLMC,
+        PSGLD,
+        SGHMC,
+        SGLD,
+        ExcursionWarning,
+        InflationWarning,
+        MixingWarning,
+        TemperatureWarning,
+        WarmupWarning,
+        recommended_kernel,
+        schedules,
+    )
+    from pyro_apd.models.bnn import BNN
+    from pyro_apd.posterior.posterior import DistilledPosterior
+    from pyro_apd.predictive.predictive import FunctionView, Predictive, function_values, log_likelihood, outputs
+    from pyro_apd.predictive.reductions import reduce_outputs
+    from pyro_apd.runtime.hashing import fingerprint
+    from pyro_apd.runtime.ranks import RankError
 
-# Imported when they are first used: sampling and loading a posterior do without them.
-_LAZY = {"active_learning", "adversarial", "baselines", "datasets", "diagnostics", "ood"}
+# All is imported when it is first used: loading a posterior needs no samplers, and a server starts sooner.
+_ROOMS = {
+    "active_learning",
+    "adversarial",
+    "baselines",
+    "datasets",
+    "diagnostics",
+    "export",
+    "metrics",
+    "ood",
+    "uncertainty",
+    # Not listed in __all__: what `import pyro_apd` made known before it imported so little.
+    *(
+        "chains",
+        "data",
+        "distillation",
+        "errors",
+        "generators",
+        "kernels",
+        "models",
+        "posterior",
+        "predictive",
+        "runtime",
+    ),
+}
+_NAMES_OF = {
+    "chains": (
+        "CheckpointError",
+        "MCMC",
+        "WorkerError",
+        "open_store",
+    ),
+    "distillation": (
+        "DistillationError",
+        "DistillationWarning",
+        "OnlineDistillation",
+        "distill",
+        "distill_online",
+    ),
+    "errors": (
+        "ArtifactError",
+        "DataError",
+        "DivergenceError",
+        "ExportError",
+        "ModelError",
+    ),
+    "kernels": (
+        "ExcursionWarning",
+        "InflationWarning",
+        "MCLMC",
+        "MixingWarning",
+        "PSGLD",
+        "SGHMC",
+        "SGLD",
+        "TemperatureWarning",
+        "WarmupWarning",
+        "recommended_kernel",
+        "schedules",
+    ),
+    "models.bnn": ("BNN",),
+    "posterior.posterior": ("DistilledPosterior",),
+    "predictive.predictive": (
+        "FunctionView",
+        "Predictive",
+        "function_values",
+        "log_likelihood",
+        "outputs",
+    ),
+    "predictive.reductions": ("reduce_outputs",),
+    "runtime.hashing": ("fingerprint",),
+    "runtime.ranks": ("RankError",),
+}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 
 __all__ = [
     "BNN",
@@ -57,6 +142,7 @@ __all__ = [
     "DistilledPosterior",
     "DivergenceError",
     "ExcursionWarning",
+    "ExportError",
     "FunctionView",
     "InflationWarning",
     "MixingWarning",
@@ -74,6 +160,7 @@ __all__ = [
     "diagnostics",
     "distill",
     "distill_online",
+    "export",
     "fingerprint",
     "function_values",
     "log_likelihood",
@@ -88,10 +175,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in _LAZY:
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
         return import_module(f"pyro_apd.{name}")
-    raise AttributeError(f"module 'pyro_apd' has no attribute {name!r}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'pyro_apd' has no attribute {name!r}")
+    found = getattr(import_module(f"pyro_apd.{_MODULE_OF[name]}"), name)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

@@ -37,6 +37,10 @@ class ArtifactError(ValueError):
         super().__init__(shortened(message))
 
 
+class ExportError(ValueError):
+    """A posterior cannot be written as a program."""
+
+
 class DivergenceError(ArithmeticError):
     """A chain left the region where its step size is stable.
 

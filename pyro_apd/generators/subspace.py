@@ -301,6 +301,10 @@ class MatrixPart(Part):
             self._kept[key] = dual_frame(frame_KI.double()).to(dtype)
         return frame_KI, self._kept[key]
 
+    def keep_dual(self, dual_KI: Tensor) -> None:
+        """Sets the dual of the frame, for a program that finds it otherwise; :meth:`forget` drops it."""
+        self._kept[("dual", dual_KI.dtype, dual_KI.device)] = dual_KI
+
     def write(
         self, theta_SD: Tensor, drawn: tuple[Tensor, Tensor], latent_SL: Tensor, step: Tensor, noise_cap: Tensor
     ) -> None:

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from pyro_apd.models.bayesian_part import BayesianPart
 from pyro_apd.models.bnn import BNN
 from pyro_apd.models.frozen import FrozenTensors, fixed_tensors, put_values
 from pyro_apd.models.layout import Layout
+from pyro_apd.models.module_copies import ModuleCopies
 from pyro_apd.models.network_inputs import NetworkInputs
 from pyro_apd.runtime.threads import one_thread
 
@@ -41,7 +41,7 @@ def plain_network(architecture: nn.Module, layout: Layout, values: Mapping[str, 
     :param values: one draw by site.
     :raises ValueError: if a trainable parameter has no site, or its site has another shape.
     """
-    net, part = _part_of(architecture, layout)
+    net, part = part_of(architecture, layout)
     made: dict[str, nn.Parameter] = {}
     for name, weight in part.weights(values, part.base(net)).items():
         owner, _, leaf = name.rpartition(".")
@@ -113,11 +113,11 @@ class Ensemble(nn.Module):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.link = _checked_link(link, architecture)
+        self.link = check_link(link, architecture)
         self.chunk_size = chunk_size
         self.num_networks = len(next(iter(draws.values())))
         self.net = plain_network(architecture, layout, {n: v[0] for n, v in draws.items()}).requires_grad_(False)
-        base, self._part = _part_of(architecture, layout)
+        base, self._part = part_of(architecture, layout)
         self._draws_of = {site: f"draws_{i}" for i, site in enumerate(self._part.shapes(base))}
         for site, buffer in self._draws_of.items():
             self.register_buffer(buffer, draws[site].detach().clone())
@@ -125,7 +125,7 @@ class Ensemble(nn.Module):
         self._base_of = {name: f"base_{i}" for i, name in enumerate(trained)}
         for name, buffer in self._base_of.items():
             self.register_buffer(buffer, trained[name].detach().clone())
-        self._idle_copies: list[nn.Module] = []
+        self._copies = ModuleCopies(self.net)
 
     def forward(self, x: Any = None, **named: Any) -> Tensor:
         """Average over the networks of their outputs after the link, in the shape of one network's outputs.
@@ -137,7 +137,7 @@ class Ensemble(nn.Module):
         common = {name: tensor for name, tensor in tensors if name not in self._part.first_names}
         stacked = {site: self.get_buffer(buffer) for site, buffer in self._draws_of.items()}
         trained = {name: self.get_buffer(buffer) for name, buffer in self._base_of.items()}
-        with self._own_copy() as net:
+        with self._copies.own() as net:
 
             def one(values: dict[str, Tensor]) -> Tensor:
                 output = inputs.call(net, {**common, **self._part.weights(values, trained)})
@@ -152,30 +152,16 @@ class Ensemble(nn.Module):
         self.net.eval()
         return self
 
-    @contextmanager
-    def _own_copy(self) -> Iterator[nn.Module]:
-        """A copy of the network, sharing its tensors, that no other thread uses: a functional call sets the weights of
-        the module that it is given. As many are kept as were in use at once."""
-        try:
-            net = self._idle_copies.pop()
-        except IndexError:
-            tensors = (*self.net.parameters(), *self.net.buffers())
-            net = copy.deepcopy(self.net, {id(tensor): tensor for tensor in tensors})
-        try:
-            yield net
-        finally:
-            self._idle_copies.append(net)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_idle_copies": []}
-
     def extra_repr(self) -> str:
         """What ``print`` shows."""
         return f"num_networks={self.num_networks}, link={self.link!r}"
 
 
-def _part_of(architecture: nn.Module, layout: Layout) -> tuple[nn.Module, BayesianPart]:
-    """A copy of the network, and which of its parameters draws replace or change."""
+def part_of(architecture: nn.Module, layout: Layout) -> tuple[nn.Module, BayesianPart]:
+    """A copy of the network, and which of its parameters draws replace or change.
+
+    :raises ValueError: as :func:`plain_network`.
+    """
     if isinstance(architecture, BNN):
         with one_thread():  # a run of the model sets the weights of its network for a while
             net = copy.deepcopy(architecture.net)
@@ -230,7 +216,11 @@ def _prefix(names: set[str], layout: Layout) -> str:
     )
 
 
-def _checked_link(link: str | None, architecture: nn.Module) -> str:
+def check_link(link: str | None, architecture: nn.Module) -> str:
+    """``link``, or that of the likelihood of a BNN.
+
+    :raises ValueError: if it is unknown, or missing for a plain network.
+    """
     if link is None and isinstance(architecture, BNN):
         link = architecture.link
         if link is None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -19,17 +19,17 @@ from pyro_apd.generators import Generator, precision
 from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.handlers import part_of_model
 from pyro_apd.models.layout import Layout
-from pyro_apd.models.networks import Ensemble, plain_network, with_frozen
 from pyro_apd.posterior import artifact, building, compatibility, estimates
 from pyro_apd.posterior.estimates import Estimates
 from pyro_apd.posterior.latent_noise import NO_DENSITY, NOISE_SITE, LatentNoise
+from pyro_apd.posterior.networks import PosteriorNetworks
 from pyro_apd.predictive.draws import DrawSource
 from pyro_apd.runtime import checks
 from pyro_apd.runtime.global_state import seeded, without_autocast
 from pyro_apd.runtime.seeds import checked_seed
 
 
-class DistilledPosterior(nn.Module):
+class DistilledPosterior(PosteriorNetworks):
     """A generator of draws from a posterior, distilled from draws of a chain (Wang et al., ICML 2018).
 
     It can be used wherever Pyro takes a posterior: :meth:`get_samples` as after :class:`~pyro.infer.MCMC`, and called
@@ -194,61 +194,6 @@ class DistilledPosterior(nn.Module):
         error = {name: value[0] for name, value in found.error.items()}
         return Estimates({name: value[0] for name, value in found.items()}, error, found.num_samples)
 
-    def bind(self, net: nn.Module) -> DistilledPosterior:
-        """Sets the architecture for :meth:`network` and :meth:`ensemble`; it is not saved in the file.
-
-        :param net: a :class:`~pyro_apd.BNN`, or a plain :class:`torch.nn.Module` whose parameters have the sites'
-            names, with or without a prefix such as ``net.``.
-        :returns: this posterior.
-        :raises ValueError: if ``net`` has parameters that are no sites, or of other shapes.
-        :raises ArtifactError: if its frozen weights are not those of the model that was sampled, and the posterior does
-            not hold them.
-        """
-        plain_network(with_frozen(net, self.layout, self.frozen), self.layout, self._draw_of_zeros())
-        self._architecture = (net,)  # in a tuple, so that it does not become a submodule
-        return self
-
-    def network(self, sample: Mapping[str, Tensor] | None = None, *, net: nn.Module | None = None) -> nn.Module:
-        """A plain network with the weights of one draw as its parameters, in evaluation mode.
-
-        :param dict sample: one draw by site, as of :meth:`sample`; None draws one.
-        :param net: the architecture, as in :meth:`bind`; needed unless it was called.
-        :raises ValueError: if there is no architecture, or it does not fit the draw.
-        :raises ArtifactError: as :meth:`bind`.
-        """
-        sample = self.sample() if sample is None else sample
-        unlike = {
-            n: tuple(v.shape) for n, v in sample.items() if n in self.layout.names and v.shape != self.layout[n].shape
-        }
-        if unlike:
-            raise ValueError(f"`sample` must be one draw, as of sample(); sites have shapes {unlike}.")
-        return plain_network(self._architecture_or(net), self.layout, sample)
-
-    def ensemble(
-        self,
-        num_samples: int | None = None,
-        *,
-        net: nn.Module | None = None,
-        link: str | None = None,
-        chunk_size: int | None = None,
-        seed: int | None = None,
-    ) -> Ensemble:
-        """A module that returns the average prediction of ``num_samples`` networks, differentiable in its input.
-
-        :param int num_samples: S; by default :attr:`num_samples`.
-        :param net: the architecture, as in :meth:`bind`; needed unless it was called.
-        :param str link: of the outputs before they are averaged, a name in ``pyro_apd.models.networks.LINKS``; not
-            needed for a BNN.
-        :param int chunk_size: networks evaluated together; None: all.
-        :param int seed: makes the draws reproducible without touching the global generator.
-        :raises ValueError: if there is no architecture, it does not fit, ``link`` is not known or missing, or
-            ``num_samples`` is not positive.
-        :raises ArtifactError: as :meth:`bind`.
-        """
-        architecture = self._architecture_or(net)
-        draws = self.get_samples(num_samples, seed=seed)
-        return Ensemble(architecture, self.layout, draws, link=link, chunk_size=chunk_size)
-
     @part_of_model()
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """One draw as a guide: an auxiliary noise site and a Delta at every latent site. The arguments are ignored.
@@ -349,9 +294,6 @@ class DistilledPosterior(nn.Module):
             frozen=contents.frozen,
         )
 
-    def _draw_of_zeros(self) -> dict[str, Tensor]:
-        return self.sample(latent=self._like().expand(self.latent_size))
-
     def check_model(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Checks that ``model``, called with these arguments, has the latent sites that are drawn here, and the frozen
         parameters and buffers of the model that was sampled, where these are known.
@@ -382,14 +324,6 @@ class DistilledPosterior(nn.Module):
         like = self._like()
         with seeded(checked_seed(seed), like.device):
             return self.generator.latents(num_samples, like)
-
-    def _architecture_or(self, net: nn.Module | None) -> nn.Module:
-        if net is None and not self._architecture:
-            raise ValueError(
-                "A posterior draws weights and does not know their network. Pass net=, the pyro_apd.BNN or a "
-                "torch.nn.Module of its architecture, or call posterior.bind(net) once."
-            )
-        return with_frozen(self._architecture[0] if net is None else net, self.layout, self.frozen)
 
     def _number(self, num_samples: int | None, least: int = 1) -> int:
         return checks.integer("num_samples", self.num_samples if num_samples is None else num_samples, at_least=least)

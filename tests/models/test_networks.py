@@ -152,7 +152,7 @@ def test_an_ensemble_in_two_threads_at_once():
     for x, mean in zip(inputs, found, strict=True):
         each = [torch.func.functional_call(net.eval(), {n: v[s] for n, v in draws.items()}, (x,)) for s in range(4)]
         assert_close(mean.result(), torch.stack(each).mean(0))
-    assert len(ensemble._idle_copies) == 2
+    assert len(ensemble._copies._idle) == 2
 
 
 def test_an_ensemble_stays_in_evaluation_mode_and_moves_with_its_copies():
