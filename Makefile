@@ -4,10 +4,25 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo-output
 
-.PHONY: demo test fast thorough coverage tutorials docs lint wheel setup clean
+# The runtime of the page for the browser; its integrity is checked where it is used.
+RUNTIME := build/onnxruntime-web-1.30.0.tgz
+
+.PHONY: demo page test fast thorough coverage tutorials docs lint wheel setup clean
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/pyro-apd demo --out $(OUT)
+	$(BIN)/pyro-apd demo --out $(OUT) $(if $(wildcard $(RUNTIME)),--runtime $(RUNTIME))
+
+# The demo's page with its runtime, which npm fetches once.
+page: $(OUT)/posterior.safetensors $(RUNTIME)
+	$(BIN)/pyro-apd page $(OUT)/posterior.safetensors --model pyro_apd.cli.demo:digit_model --data $(OUT)/digits.npz \
+	    --image 8x8 --title "Handwritten digits: what do 50 networks say?" --runtime $(RUNTIME) --out $(OUT)/page
+
+$(OUT)/posterior.safetensors:
+	$(MAKE) demo
+
+$(RUNTIME):
+	mkdir -p build
+	npm pack --silent --pack-destination build onnxruntime-web@1.30.0
 
 # All but the thorough tests: under six minutes on two cores.
 test: $(VENV)/.installed-test

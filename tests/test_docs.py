@@ -77,10 +77,21 @@ def test_every_block_runs(little_work, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.thorough
+def test_the_page_on_shipping_runs(little_work):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    scope = {}
+    run(DOCS / "ship_it.md", scope)
+    assert scope["answer"]["mutual_information"].shape == (100,)
+    assert scope["mean"].shape == (100, 10)
+    assert (little_work / "posterior.pt2").exists()
+
+
 def test_no_page_with_code_is_forgotten():
     # The code of what_is_refused.md is tested in tests/refusals.
     pages = {path.name for path in PAGES if blocks(path)} - {"what_is_refused.md"}
-    assert pages == {"getting_started.md", "how_to.md", "diagnostics.md"}
+    assert pages == {"getting_started.md", "how_to.md", "diagnostics.md", "ship_it.md"}
     assert len(blocks(ROOT / "README.md")) == 4
 
 
@@ -132,7 +143,7 @@ def test_every_page_is_in_the_menu():
 
 def test_every_public_name_is_in_the_reference():
     text = "".join(path.read_text() for path in DOCS.glob("reference/*.md"))
-    rooms = {"baselines", "diagnostics", "schedules"}
+    rooms = {"baselines", "diagnostics", "export", "schedules"}
     listed = set(re.findall(r"^::: pyro_apd\.(\w+)", text, flags=re.MULTILINE))
     assert set(apd.__all__) - rooms <= listed
     assert {f"plots.{name}" for name in ("trace", "decision_surfaces")} <= set(re.findall(r"(plots\.\w+)", text))

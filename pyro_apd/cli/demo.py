@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,12 +23,16 @@ from pyro_apd.datasets import Dataset, digits, inverted, noise
 from pyro_apd.distillation import distill
 from pyro_apd.kernels import SGLD
 from pyro_apd.models.bnn import BNN
+from pyro_apd.page import PageInputs, write_page
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.predictive.predictive import Predictive
 
 logger = logging.getLogger("pyro_apd")
 
 NUM_PREDICTIVE_DRAWS = 200
+# Of the page: test images that are buttons, and rows and columns of an image.
+NUM_EXAMPLES, IMAGE = 10, (8, 8)
+PAGE_TITLE = "Handwritten digits: what do 50 networks say?"
 
 
 @dataclass(frozen=True)
@@ -38,16 +43,18 @@ class Budget:
     :ivar num_samples: draws kept per chain.
     :ivar warmup_steps: draws per chain that are discarded first.
     :ivar thinning: Langevin steps per draw.
+    :ivar has_page: whether to write a page for the browser.
     """
 
     num_chains: int = 4
     num_samples: int = 300
     warmup_steps: int = 150
     thinning: int = 40
+    has_page: bool = True
 
 
 FULL = Budget()
-QUICK = Budget(num_chains=2, num_samples=60, warmup_steps=30, thinning=20)
+QUICK = Budget(num_chains=2, num_samples=60, warmup_steps=30, thinning=20, has_page=False)
 
 
 @dataclass(frozen=True)
@@ -58,26 +65,31 @@ class DemoResult:
     posterior_path: Path
     chains_path: Path
     report_path: Path
+    page_path: Path | None
     seconds: float
 
 
-def run_demo(out: Path, *, seed: int = 0, budget: Budget = FULL, device: str = "cpu") -> DemoResult:
+def run_demo(
+    out: Path, *, seed: int = 0, budget: Budget = FULL, device: str = "cpu", runtime: Path | None = None
+) -> DemoResult:
     """Samples, distils and compares on the handwritten digits of scikit-learn, and writes three files.
 
-    :param Path out: folder for ``posterior.safetensors``, ``chains.nc`` and ``report.html``; made if missing.
+    :param Path out: folder for ``posterior.safetensors``, ``chains.nc``, ``report.html`` and ``page/``; made if
+        missing.
     :param int seed: makes chains, generator and table reproducible.
     :param Budget budget: amount of work.
     :param str device: where to compute.
+    :param runtime: of the page, see :func:`pyro_apd.page.write_page`.
     """
     with one_thread():
-        return _run_demo(out, seed, budget, device)
+        return _run_demo(out, seed, budget, device, runtime)
 
 
-def _run_demo(out: Path, seed: int, budget: Budget, device: str) -> DemoResult:
+def _run_demo(out: Path, seed: int, budget: Budget, device: str, runtime: Path | None) -> DemoResult:
     start = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     data = digits(seed=seed).to(device)
-    model = BNN(digit_network().to(device), likelihood="categorical", prior_scale=0.4)
+    model = digit_model().to(device)
     ood = {"noise": noise(data.x_test, seed=seed), "inverted": inverted(data.x_test)}
 
     with stage(f"Sampling {budget.num_chains} chains with SGLD"):
@@ -110,7 +122,29 @@ def _run_demo(out: Path, seed: int, budget: Budget, device: str) -> DemoResult:
             seed=seed,
         )
         draw_summary(fidelity, out / "summary.png")
-    return DemoResult(fidelity, posterior_path, Path(chains_path), report_path, time.monotonic() - start)
+    page_path = None
+    if budget.has_page:
+        with stage("Writing a page for the browser"):
+            page_path = write_digit_page(posterior.to("cpu"), data, out, runtime)
+    seconds = time.monotonic() - start
+    return DemoResult(fidelity, posterior_path, Path(chains_path), report_path, page_path, seconds)
+
+
+def write_digit_page(posterior: DistilledPosterior, data: Dataset, out: Path, runtime: Path | None) -> Path | None:
+    """A page in which a digit is drawn, and its examples in ``digits.npz``; None without packages of the extra."""
+    x, labels = data.x_test[:NUM_EXAMPLES].cpu(), [str(int(label)) for label in data.y_test[:NUM_EXAMPLES]]
+    np.savez(out / "digits.npz", x=x.numpy(), labels=np.array(labels))
+    inputs = PageInputs.drawing(x.shape[1:], IMAGE, x, labels)
+    try:
+        return write_page(*(posterior, inputs, out / "page"), net=digit_model(), title=PAGE_TITLE, runtime_path=runtime)
+    except ImportError as error:
+        logger.info("  left out: %s", error)
+        return None
+
+
+def digit_model() -> BNN:
+    """The model of the digits."""
+    return BNN(digit_network(), likelihood="categorical", prior_scale=0.4)
 
 
 def draw_summary(fidelity: diagnostics.Fidelity, path: Path) -> None:

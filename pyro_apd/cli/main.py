@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The command line: ``pyro-apd demo``, ``pyro-apd inspect`` and ``pyro-apd report``."""
+"""The command line: ``pyro-apd demo``, ``inspect``, ``report`` and ``page``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyro_apd
+from pyro_apd.cli import page as page_command
 from pyro_apd.cli import report as report_command
 
 DESCRIPTION = "Sample the posterior of a Bayesian neural network in Pyro, and distil it into one small file."
@@ -51,14 +52,17 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="the whole workflow on handwritten digits, in a few minutes",
         description="Samples a 64-50-10 Bayesian neural network on scikit-learn's 1,797 digits with SGLD, distils the "
-        "chains into a generator, compares the two, and writes posterior.safetensors, chains.nc and report.html.",
+        "chains into a generator, compares the two, and writes posterior.safetensors, chains.nc, report.html and a "
+        "page for the browser.",
     )
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the files (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="makes the run reproducible (%(default)s)")
     demo.add_argument("--quick", action="store_true", help="a much smaller run, to check that everything works")
     demo.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda (%(default)s)")
+    demo.add_argument("--runtime", type=Path, metavar="PATH", help="of the page, see `pyro-apd page --help`")
     demo.set_defaults(run=_run_demo)
     report_command.add_parser(commands)
+    page_command.add_parser(commands)
     inspect = commands.add_parser(
         "inspect",
         help="contents of a file of a distilled posterior",
@@ -83,11 +87,15 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
     budget = demo.QUICK if arguments.quick else demo.FULL
     demo.require_device(arguments.device)
-    result = demo.run_demo(arguments.out, seed=arguments.seed, budget=budget, device=arguments.device)
+    result = demo.run_demo(
+        arguments.out, seed=arguments.seed, budget=budget, device=arguments.device, runtime=arguments.runtime
+    )
     print(f"\n{result.fidelity}\n")
     if arguments.quick:
         print("This was --quick: too few draws for a meaningful table.\n")
     print(f"Finished in {result.seconds:.0f} s. Open this first:\n  {result.report_path}")
+    if result.page_path is not None:
+        print(f"A page in which 50 networks answer:\n  {result.page_path}")
     print(f"The posterior, to ship:\n  {result.posterior_path}  ({result.posterior_path.stat().st_size:,} bytes)")
     print(f"Chains and generator for ArviZ:\n  {result.chains_path}")
     return 0

@@ -108,7 +108,7 @@ class OneDraw(nn.Module):
         #: Of the generator, by their names in the graph.
         self.generator_tensors = {f"generator.{n}": value for n, value in graph.tensors.items()}
         own = {**dict(prediction.network.named_parameters()), **dict(prediction.network.named_buffers())}
-        self._placeholders = {f"net.{name}" for name in prediction.network.sites}
+        self._placeholders = {f"net.{name}" for name in prediction.network.part.first_names}
         #: Of the network, those that no draw replaces.
         self.network_tensors = {f"network.{n}": v.detach() for n, v in own.items() if n not in self._placeholders}
         self.tensors = {**self.generator_tensors, **self.network_tensors}
