@@ -14,6 +14,7 @@ import pytest
 
 import pyro_apd as apd
 from pyro_apd.diagnostics.html import pictures
+from tests.support.exported import subspace_posterior
 from tests.test_architecture import LEVELS
 
 ROOT = Path(__file__).parents[1]
@@ -72,9 +73,18 @@ def test_every_block_runs(little_work, capsys):
     assert scope["fidelity"].status
     few = slice(0, 20)
     scope |= {"bnn": scope["model"], "x": data.x_test[few], "y": data.y_test[few]}
-    run(ROOT / "README.md", scope, slice(3, None))
+    run(ROOT / "README.md", scope, slice(4, 5))
     assert scope["scores"]["mutual_information"].shape == (20,)
     capsys.readouterr()
+
+
+@pytest.mark.thorough
+def test_the_readme_ships_what_it_made(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    posterior, bnn = subspace_posterior()
+    run(ROOT / "README.md", {"posterior": posterior, "bnn": bnn}, slice(5, 6))
+    assert (tmp_path / "posterior.onnx").exists()
 
 
 @pytest.mark.thorough
@@ -92,7 +102,7 @@ def test_no_page_with_code_is_forgotten():
     # The code of what_is_refused.md is tested in tests/refusals.
     pages = {path.name for path in PAGES if blocks(path)} - {"what_is_refused.md"}
     assert pages == {"getting_started.md", "how_to.md", "diagnostics.md", "ship_it.md"}
-    assert len(blocks(ROOT / "README.md")) == 4
+    assert len(blocks(ROOT / "README.md")) == 6
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -121,7 +122,9 @@ def of_all_draws(
     :param int chunk_size: draws evaluated together; None: all.
     """
     if not torch.compiler.is_exporting():  # vmap of a convolution takes the number of rows for a constant
-        with contextlib.suppress(RuntimeError):  # an operation that vmap does not know, such as GRU
+        # An operation that vmap does not know, such as GRU, or does in a loop, as attention.
+        with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
             vectorised: Sequence[Tensor] = torch.vmap(one, chunk_size=chunk_size)(dict(values_S))
             return vectorised
     num_draws = len(next(iter(values_S.values())))

@@ -47,7 +47,7 @@ def test_data_that_are_no_table(tmp_path):
     with pytest.raises(ValueError, match=r"holds \['y'\]; it must hold the inputs as x"):
         load_arrays(tmp_path / "y.npz")
     (tmp_path / "text.npz").write_text("no")
-    with pytest.raises(ValueError, match="not an .npz file"):
+    with pytest.raises(ValueError, match=r"not an \.npz file"):
         load_arrays(tmp_path / "text.npz")
 
 

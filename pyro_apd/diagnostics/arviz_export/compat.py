@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pyro_apd.runtime.optional_packages import require
+
 # Groups whose arrays are not by chain and draw.
 _DATA_GROUPS = ("observed_data", "constant_data")
 
@@ -37,8 +39,7 @@ def import_arviz() -> Any:
     """Imports ArviZ without its daily message."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import arviz
-    return arviz
+        return require("arviz", purpose="An export to ArviZ")
 
 
 def is_datatree(arviz: Any) -> bool:

@@ -28,6 +28,7 @@ from pyro_apd.predictive.chain_draws import ChainDraws
 from pyro_apd.predictive.draws import ChainsLike, PosteriorLike, Values, read_chains
 from pyro_apd.runtime.checks import integer
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
+from pyro_apd.runtime.optional_packages import require
 from pyro_apd.runtime.seeds import checked_seed
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def compare(
     :raises TypeError: if an argument is of a kind that holds no draws.
     :raises ArtifactError: if the model has other frozen weights than the one that was sampled or distilled.
     """
-    from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity  # brings pandas, which takes a while
+    require("pandas", purpose="A comparison")  # which takes a while
+    from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity
 
     num_samples = integer("num_samples", num_samples, at_least=8, hint="Standard errors come from its halves.")
     seed = checked_seed(seed)

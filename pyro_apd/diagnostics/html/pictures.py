@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_apd.diagnostics import plots
+from pyro_apd.runtime.optional_packages import require
 
 if TYPE_CHECKING:
     from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity
@@ -62,6 +63,7 @@ def picture(draw: Callable[[Any], object], size: tuple[float, float], caption: s
     :param size: width and height in inches of 100 CSS pixels.
     :param str caption: what it shows.
     """
+    require("matplotlib", purpose="A report")
     from matplotlib import style
     from matplotlib.figure import Figure
 

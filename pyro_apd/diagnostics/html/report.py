@@ -29,6 +29,7 @@ from pyro_apd.predictive.chain_draws import ChainDraws
 from pyro_apd.predictive.draws import ChainsLike, PosteriorLike, evenly_spaced, read_chains, read_draws
 from pyro_apd.runtime.files import atomic_write
 from pyro_apd.runtime.global_state import seeded
+from pyro_apd.runtime.optional_packages import require
 
 if TYPE_CHECKING:
     from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity
@@ -156,12 +157,13 @@ def _functions(
 
 
 def _render(page: Mapping[str, Any]) -> str:
-    import jinja2
+    jinja2 = require("jinja2", purpose="A report")
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"number": format_number, "bytes": format_bytes, "counted": counted}
     source = resources.files("pyro_apd.diagnostics.html").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(source).render(page)
+    text: str = environment.from_string(source).render(page)
+    return text
 
 
 def _health(row: Health) -> dict[str, Any]:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_apd.runtime.optional_packages import require
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -35,6 +37,7 @@ def new_axes(ax: Axes | None) -> Axes:
 
 def new_figure(size: tuple[float, float]) -> Any:
     """A figure that is not registered with pyplot, so that it need not be closed."""
+    require("matplotlib", purpose="A plot")
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, layout="constrained")
