@@ -72,7 +72,9 @@ def assembled(
         producer_version=__version__,
         ir_version=min(10, body.model.ir_version),
     )
-    return _pruned(model)
+    _prune(model)
+    _shorten(model.graph)
+    return model
 
 
 def _scan(
@@ -148,7 +150,28 @@ def _with_draws(helper: Any, name: str, type_: Any) -> Any:
     return helper.make_tensor_value_info(name, tensor.elem_type, [_DRAWS, *sizes])
 
 
-def _pruned(model: Any) -> Any:
+def _shorten(graph: Any) -> None:
+    """Numbers in place of the names of values, but for inputs and outputs: they are most of a small file."""
+    kept = {value.name for value in (*graph.input, *graph.output)}
+    names = [value.name for value in graph.initializer]
+    names += [name for block in _blocks(graph) for node in block.node for name in node.output]
+    names += [value.name for block in _blocks(graph) if block is not graph for value in block.input]
+    new = {name: f"v{i:x}" for i, name in enumerate(dict.fromkeys(names)) if name and name not in kept}
+    for value in graph.initializer:
+        value.name = new.get(value.name, value.name)
+    for block in _blocks(graph):
+        for value in () if block is graph else (*block.input, *block.output):
+            value.name = new.get(value.name, value.name)
+    _rename(graph.node, new)
+
+
+def _blocks(graph: Any) -> list[Any]:
+    """A graph and those of its loops."""
+    inner = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    return [graph, *(block for one in inner for block in _blocks(one))]
+
+
+def _prune(model: Any) -> None:
     """Without nodes and initialisers that no output needs."""
     graph = model.graph
     needed = {value.name for value in graph.output}
@@ -162,7 +185,6 @@ def _pruned(model: Any) -> Any:
     graph.node.extend(nodes)
     graph.initializer.extend(constants)
     _strip(graph)
-    return model
 
 
 def _strip(graph: Any) -> None:

@@ -45,6 +45,7 @@ def write_onnx(
     path: str | os.PathLike[str],
     *,
     dtype: str = "float32",
+    compact: bool = False,
 ) -> None:
     """Writes an ONNX file, atomically.
 
@@ -52,19 +53,21 @@ def write_onnx(
     :param inputs: an example of each input of the network by name, with one row or more.
     :param path: file to write.
     :param str dtype: ``"float32"`` or ``"int8"``, precision of numbers that are no integers.
+    :param bool compact: whether large tensors of integers are in a code that the graph decodes.
     :raises ValueError: if the dtype is not known, or inputs have no rows.
     :raises ImportError: if packages of the extra ``onnx`` are missing.
     :raises ExportError: if torch cannot export the network, or the file would compute something else.
     """
     checks.choice("dtype", dtype, DTYPES)
-    contents = onnx_model(prediction, inputs, dtype).SerializeToString()
+    checks.flag("compact", compact)
+    contents = onnx_model(prediction, inputs, dtype, compact).SerializeToString()
     if dtype == "float32":
         check_file(contents, prediction, inputs)
     with atomic_write(path) as partial:
         partial.write_bytes(contents)
 
 
-def onnx_model(prediction: PosteriorPrediction, inputs: Mapping[str, Tensor], dtype: str) -> Any:
+def onnx_model(prediction: PosteriorPrediction, inputs: Mapping[str, Tensor], dtype: str, compact: bool) -> Any:
     """The same as an ``onnx.ModelProto``."""
     for package in ("onnx", "onnxscript"):
         require(package, extra="onnx", purpose="A file of ONNX")
@@ -79,7 +82,7 @@ def onnx_model(prediction: PosteriorPrediction, inputs: Mapping[str, Tensor], dt
         stacked = tuple(torch.stack([value] * (_EXAMPLE_ROWS + 1)) for value in predictions)
         both = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
         scores_graph = _exported(prediction.scores, stacked, (tuple(both for _ in stacked),))
-    stored = StoredTensors()
+    stored = StoredTensors(compact)
     stored.add(body.generator_tensors, dtype)
     stored.add(body.network_tensors, "float32")
     return assembled(

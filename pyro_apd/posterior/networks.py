@@ -140,6 +140,7 @@ class PosteriorNetworks(nn.Module):
         num_draws: int = 100,
         latent: str = "fixed",
         dtype: str = "float32",
+        compact: bool = False,
         example: Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None = None,
         link: str | None = None,
         interval: float = 0.9,
@@ -165,6 +166,8 @@ class PosteriorNetworks(nn.Module):
             gives.
         :param str dtype: precision of the generator's numbers in the file, ``"float32"`` or ``"int8"``, as of
             :meth:`save`. Integers stay integers.
+        :param bool compact: keep large tensors of integers in a code, which is decoded where the file is loaded: a file
+            of little more than the posterior's size, which takes more memory and time to load.
         :param example: inputs of the network, with one row or more: of their values only shapes and dtypes matter. Not
             needed for a network that begins with a linear layer. A mapping names the inputs; others are ``x``, or
             ``x_0``, ``x_1`` and so on.
@@ -178,7 +181,7 @@ class PosteriorNetworks(nn.Module):
         prediction = self.prediction(
             net, outputs, num_draws=num_draws, latent=latent, link=link, interval=interval, seed=seed
         )
-        write_onnx(prediction, network_inputs(prediction.network.net, example), path, dtype=dtype)
+        write_onnx(prediction, network_inputs(prediction.network.net, example), path, dtype=dtype, compact=compact)
 
     def _architecture_or(self, net: nn.Module | None) -> nn.Module:
         if net is None and not self._architecture:
