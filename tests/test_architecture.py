@@ -219,6 +219,7 @@ PUBLIC_DOORS = {
     "models.bnn.BNN.__init__",
     "sklearn.classifier.BNNClassifier.__init__",
     "sklearn.regressor.BNNRegressor.__init__",
+    "posterior.networks.PosteriorNetworks.export_onnx",
 }
 
 
