@@ -94,6 +94,8 @@ class PosteriorNetworks(nn.Module):
         :param float interval: probability between ``"lower"`` and ``"upper"``.
         :raises ValueError: if there is no architecture, it does not fit, ``link`` is not known or missing, an output is
             not known, or ``num_samples`` is not positive.
+        :raises ExportError: if ``outputs`` are given for another likelihood than ``"categorical"``, ``"bernoulli"`` and
+            ``"gaussian"``.
         :raises ArtifactError: as :meth:`bind`.
         """
         architecture = self._architecture_or(net)
@@ -169,14 +171,15 @@ class PosteriorNetworks(nn.Module):
         :param bool compact: keep large tensors of integers in a code, which is decoded where the file is loaded: a file
             of little more than the posterior's size, which takes more memory and time to load.
         :param example: inputs of the network, with one row or more: of their values only shapes and dtypes matter. Not
-            needed for a network that begins with a linear layer. A mapping names the inputs; others are ``x``, or
-            ``x_0``, ``x_1`` and so on.
+            needed for a network that begins with a linear layer. A mapping names the inputs, and several are the
+            network's first arguments, in their order; others are ``x``, or ``x_0``, ``x_1`` and so on.
         :param str link: of the outputs of a plain network, as in :meth:`ensemble`.
         :param float interval: probability between ``"lower"`` and ``"upper"``, of a mixture of normal distributions.
         :param int seed: of fixed latents.
         :raises ValueError: if an argument is none of the above, or the network does not fit.
         :raises ImportError: if packages of the extra ``onnx`` are missing; the message names them.
-        :raises ExportError: if torch cannot export the network, or the file would compute something else.
+        :raises ExportError: if torch cannot export the network, it has adapters or a likelihood other than
+            ``"categorical"``, ``"bernoulli"`` and ``"gaussian"``, or the file would compute something else.
         """
         prediction = self.prediction(
             net, outputs, num_draws=num_draws, latent=latent, link=link, interval=interval, seed=seed

@@ -151,7 +151,7 @@ def test_networks_of_other_kinds(name, tmp_path):
 def test_several_inputs_and_frozen_layers(tmp_path):
     net = TwoInputs()
     posterior, bnn = low_rank_posterior(net)
-    inputs = {"x": torch.randn(6, 4), "more": torch.randn(6, 2)}
+    inputs = {"x": torch.randn(6, 4), "z": torch.randn(6, 2)}
     posterior.export_onnx(tmp_path / "p.onnx", net=bnn, outputs=SCORES, num_draws=5, example=inputs)
     found = run(tmp_path / "p.onnx", **inputs)
     expected = posterior.prediction(bnn, SCORES, num_draws=5)(*inputs.values())

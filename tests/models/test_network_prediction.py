@@ -115,3 +115,29 @@ def test_threads_have_networks_of_their_own():
     for i in range(2):
         net = posterior.network({name: value[i] for name, value in draws.items()}, net=bnn)
         torch.testing.assert_close(found[i], net(x).softmax(-1))
+
+
+class Merged(nn.Module):
+    """Two inputs and a frozen layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.out = nn.Linear(4, 5).requires_grad_(False), nn.Linear(7, 3)
+
+    def forward(self, x, z):
+        return self.out(torch.cat([self.frozen(x).tanh(), z], -1))
+
+
+@pytest.mark.parametrize("bayesian", [None, "lora:2", ["lora:2", "out"]])
+def test_several_inputs_and_trained_parts(bayesian):
+    posterior, bnn = low_rank_posterior(Merged(), bayesian=bayesian)
+    x, z = torch.randn(5, 4), torch.randn(5, 2)
+    draws = posterior.get_samples(6, seed=0)
+    expected = apd.outputs(bnn, draws, (x, z)).probs_SNK
+    scoring = posterior.ensemble(6, net=bnn, outputs=["networks", "mean"], seed=0)
+    average = posterior.ensemble(6, net=bnn, seed=0)
+    torch.testing.assert_close(scoring((x, z))["networks"], expected)
+    torch.testing.assert_close(scoring({"x": x, "z": z})["mean"], expected.mean(0))
+    torch.testing.assert_close(average((x, z)), expected.mean(0))
+    first = posterior.network({name: value[0] for name, value in draws.items()}, net=bnn)
+    torch.testing.assert_close(first(x, z).softmax(-1), expected[0])

@@ -43,7 +43,7 @@ def low_rank_posterior(net, **settings):
     """A Gaussian around the weights of a network."""
     bnn = BNN(net, **settings)
     layout = layout_of(bnn)
-    weights = layout.join({site: bnn.init_to_network({"name": site, "fn": None}) for site in layout.names})
+    weights = layout.join({site: bnn.init_to_network({"name": site, "fn": bnn.priors[site]}) for site in layout.names})
     values = torch.Generator().manual_seed(0)
     deviations = 0.1 * torch.randn(2, layout.size, generator=values)
     return DistilledPosterior(layout, LowRankGenerator.of(weights, deviations, 0.05 * torch.ones(layout.size))), bnn
