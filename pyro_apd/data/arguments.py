@@ -54,6 +54,8 @@ def not_finite(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DataError | 
     """The error that names the first argument with NaN or infinite entries; None where there is none."""
     for name, value in named_tensors(args, kwargs).items():
         # The extremes are NaN or infinite where any entry is, and take a fraction of the time that testing each takes.
+        if value.layout is not torch.strided:
+            continue  # refused by name where rows are taken
         if value.is_floating_point() and value.numel() and not bool(torch.isfinite(torch.stack(value.aminmax())).all()):
             bad = int((~torch.isfinite(value)).sum())
             return DataError(
@@ -119,6 +121,16 @@ def explain_arguments(error: Exception, args: tuple[Any, ...], kwargs: Mapping[s
             "the order of the arguments, as in mcmc.run(x, y), their shapes and dtypes. Densities of torch take labels "
             "0 and 1 as floating numbers, y.float()."
         ) from error
+
+
+def explain_sources(error: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises DataError where arguments are data sets or batches, whatever a model that failed says of them."""
+    given = (*args, *kwargs.values())
+    if any(isinstance(arg, Dataset) for arg in given) or (
+        len(given) == len(args) == 1 and _is_list_of_batches(args[0])
+    ):
+        kinds = _kinds(error, args, kwargs)
+        raise DataError(f"The model fails on its arguments ({_first_line(error)}): {kinds}") from error
 
 
 def _kinds(error: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

