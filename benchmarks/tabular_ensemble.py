@@ -3,8 +3,9 @@
 
 """A deep ensemble (Lakshminarayanan et al., NeurIPS 2017) for :mod:`benchmarks.tabular`.
 
-Adam at a rate of 0.01 on mini-batches of 100 rows, starts of PyTorch. Each member holds out 15 % of the rows, others
-than its fellows', and keeps the weights that were best there; it stops 50 epochs after them, or after 1,000 epochs.
+Adam at a rate of 0.01 on mini-batches of 100 rows, starts of PyTorch. Each member holds out 15 % of the rows, drawn
+for it alone, and keeps the weights with the best loss there. It stops after 50 epochs without a better one, or after
+1,000 in all.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -22,7 +23,7 @@ from pyro_apd.models.network_prediction import ScoringEnsemble
 from pyro_apd.models.networks import Ensemble, plain_network, with_frozen
 
 
-class PosteriorNetworks(nn.Module):
+class PosteriorNetworks(nn.Module, ABC):
     """What a :class:`~pyro_apd.DistilledPosterior` does with a network."""
 
     layout: Layout
@@ -30,15 +31,15 @@ class PosteriorNetworks(nn.Module):
     frozen: FrozenTensors | None
     _architecture: tuple[nn.Module, ...]
 
+    @abstractmethod
     def sample(self, sample_shape: Sequence[int] = torch.Size(), latent: Tensor | None = None) -> dict[str, Tensor]:
         """See :meth:`DistilledPosterior.sample <pyro_apd.DistilledPosterior.sample>`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def get_samples(
         self, num_samples: int | None = None, group_by_chain: bool = False, *, seed: int | None = None
     ) -> dict[str, Tensor]:
         """See :meth:`DistilledPosterior.get_samples <pyro_apd.DistilledPosterior.get_samples>`."""
-        raise NotImplementedError
 
     def bind(self, net: nn.Module) -> Self:
         """Sets the architecture for :meth:`network` and :meth:`ensemble`; it is not saved in the file.

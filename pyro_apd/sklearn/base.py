@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any, Self
@@ -45,7 +46,7 @@ _KERNELS: dict[str, type[StochasticGradientKernel]] = {"sgld": SGLD, "psgld": PS
 _BLOCK = 8192
 
 
-class BaseBNN(BaseEstimator):
+class BaseBNN(BaseEstimator, ABC):
     """Parameters and attributes are described in the two estimators."""
 
     # Not metadata of rows: it is not routed through pipelines.
@@ -83,13 +84,13 @@ class BaseBNN(BaseEstimator):
         estimator: Self = files.read(cls, path)
         return estimator
 
+    @abstractmethod
     def _likelihood(self) -> tuple[str, dict[str, Any]]:
         """Name of the likelihood and its options."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _num_outputs(self) -> int:
         """Outputs of the network."""
-        raise NotImplementedError
 
     def _make_model(self) -> BNN:
         sizes = [self.n_features_in_, *_layer_sizes(self.hidden_layer_sizes), self._num_outputs()]

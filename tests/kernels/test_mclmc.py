@@ -18,17 +18,10 @@ from pyro_apd.kernels import MCLMC, InflationWarning
 from pyro_apd.kernels.adaptation.microcanonical_settings import ENERGY_VARIANCE
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from tests.support.exactness import assert_gaussian, assert_resumes, draws_of_chains
-from tests.support.models import Classifier, Conjugate, constrained
+from tests.support.models import MEAN, SDS, Classifier, Conjugate, badly_scaled, constrained
 
 PROBLEM = Conjugate()
 DATA = (PROBLEM.x, PROBLEM.y)
-SDS = torch.logspace(0, -2, 10)
-MEAN = torch.linspace(-1, 1, 10) * SDS
-
-
-def gaussian():
-    """Of condition number 10,000."""
-    pyro.sample("w", dist.Normal(MEAN, SDS).to_event(1))
 
 
 def run(kernel, *args, num_samples=20, warmup_steps=40, num_chains=4, driver=Driver, **settings):
@@ -50,7 +43,7 @@ def test_exact_gaussian_posterior_at_a_small_step(temperature):
 @pytest.mark.slow
 def test_automatic_warm_up_on_an_ill_conditioned_gaussian():
     """Variances are a few per cent too large at the energy error aimed at."""
-    kernel = MCLMC(gaussian, thinning=10, seed=0, compile=False)
+    kernel = MCLMC(badly_scaled, thinning=10, seed=0, compile=False)
     draws = run(kernel, num_samples=60, warmup_steps=120, num_chains=48).get_samples(group_by_chain=True)["w"]
     assert_gaussian(draws.double(), MEAN, torch.diag(SDS.square()), excess=0.08)
     assert kernel.tuning["energy_variance"] == pytest.approx(ENERGY_VARIANCE, rel=0.5)
@@ -151,7 +144,7 @@ def test_automatic_warm_up_through_pyros_driver():
 
 @pytest.mark.slow
 def test_a_preconditioner_is_of_the_draws_sds():
-    kernel = MCLMC(gaussian, thinning=10, seed=0, compile=False)
+    kernel = MCLMC(badly_scaled, thinning=10, seed=0, compile=False)
     chain = kernel.begin((), {}, warmup_steps=150, chains=ChainSet(count=16))
     with torch.no_grad():
         chain.advance(1500)
@@ -229,7 +222,7 @@ def test_tails_of_a_region_that_narrows():
 
 
 def test_a_lost_step_is_taken_back():
-    kernel = MCLMC(gaussian, 1e-3, length=1.0, seed=0, compile=False)
+    kernel = MCLMC(badly_scaled, 1e-3, length=1.0, seed=0, compile=False)
     chain = kernel.begin((), {}, warmup_steps=0, num_samples=10, chains=ChainSet(count=2))
     with torch.no_grad():
         chain.advance(3)

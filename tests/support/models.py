@@ -77,6 +77,16 @@ class Classifier(PyroModule):
         return logits
 
 
+#: Of :func:`badly_scaled`.
+SDS = torch.logspace(0, -2, 10)
+MEAN = torch.linspace(-1, 1, 10) * SDS
+
+
+def badly_scaled():
+    """Ten independent normal latents, of condition number 10,000."""
+    pyro.sample("w", dist.Normal(MEAN, SDS).to_event(1))
+
+
 def constrained(y):
     """Latents on three kinds of constrained supports; one of them has a discrete-looking shape of its own."""
     scale = pyro.sample("scale", dist.HalfCauchy(1.0))

@@ -3,8 +3,6 @@
 
 """The warm-up of adjusted trajectories: its aim, what it reports, and its warning."""
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 
@@ -14,17 +12,10 @@ from pyro_apd.kernels import MCLMC, MixingWarning
 from pyro_apd.kernels.adaptation.adjusted import ACCEPTANCE, TRAJECTORY_VARIANCE
 from pyro_apd.kernels.engine.chain_set import ChainSet
 from tests.support.exactness import assert_gaussian, assert_resumes
-from tests.support.models import Conjugate
+from tests.support.models import MEAN, SDS, Conjugate, badly_scaled
 
 PROBLEM = Conjugate()
 DATA = (PROBLEM.x, PROBLEM.y)
-SDS = torch.logspace(0, -2, 10)
-MEAN = torch.linspace(-1, 1, 10) * SDS
-
-
-def gaussian():
-    """Of condition number 10,000."""
-    pyro.sample("w", dist.Normal(MEAN, SDS).to_event(1))
 
 
 def test_the_variance_gives_the_acceptance():
@@ -35,7 +26,7 @@ def test_the_variance_gives_the_acceptance():
 
 @pytest.mark.slow
 def test_automatic_warm_up_on_an_ill_conditioned_gaussian():
-    kernel = MCLMC(gaussian, adjusted=True, seed=0)
+    kernel = MCLMC(badly_scaled, adjusted=True, seed=0)
     mcmc = MCMC(kernel, 80, 300, num_chains=96, disable_progbar=True)
     mcmc.run()
     assert_gaussian(mcmc.get_samples(group_by_chain=True)["w"].double(), MEAN, torch.diag(SDS.square()))
