@@ -20,6 +20,8 @@ out-of-distribution sets. Settings are to be chosen by these.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +34,7 @@ from benchmarks.distillation_methods import (
     Material,
     Method,
     default,
+    draws_at_a_time,
     flow_matching,
     low_rank,
     mean_field,
@@ -44,11 +47,14 @@ from benchmarks.distillation_methods import (
 from benchmarks.distillation_records import Records
 from benchmarks.distillation_tables import brief, summary, table
 from benchmarks.distillation_targets import at_equal_bytes, targets
+from benchmarks.memory import peak_anonymous
 from pyro_apd.diagnostics.comparison.evaluation import Evaluation, Inputs, evaluate, similarities
 from pyro_apd.models.layout import Layout
 from pyro_apd.predictive.predictive import outputs
 
 NUM_DRAWS = 100
+# Weights that are compared one by one, and draws with draws by them.
+MAX_WEIGHTS = 1_000_000
 # Names for several cases.
 SEVERAL = {"uci": ("concrete", "yacht"), "all": tuple(CASES)}
 METHODS: dict[str, Method] = {
@@ -72,8 +78,20 @@ FIXED: dict[str, Method] = {
 }
 
 
-def predictions(problem: Problem, layout: Layout, theta_SD: Tensor, rows: str) -> Evaluation:
-    """Predictions of draws on the rows to compare on, and out of distribution."""
+def predictions(problem: Problem, layout: Layout, blocks: Iterable[Tensor], rows: str) -> Evaluation:
+    """Predictions of draws, a block ``(S, D)`` at a time, on the rows to compare on, and out of distribution."""
+    parts = [_of_block(problem, layout, theta_SD, rows) for theta_SD in blocks]
+    if len(parts) == 1:
+        return parts[0]
+    return replace(
+        parts[0],
+        theta_SD=torch.cat([part.theta_SD for part in parts]),
+        values={name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values},
+        log_prob_SN=torch.cat([part.log_prob_SN for part in parts if part.log_prob_SN is not None]),
+    )
+
+
+def _of_block(problem: Problem, layout: Layout, theta_SD: Tensor, rows: str) -> Evaluation:
     x, y = problem.test if rows == "test" else problem.validation or problem.train
     ood = problem.ood if rows == "test" else {}
     draws = layout.constrain(theta_SD)
@@ -83,7 +101,12 @@ def predictions(problem: Problem, layout: Layout, theta_SD: Tensor, rows: str) -
     values = {"": outputs(problem.model, draws, x).probs_SNK}
     values |= {name: outputs(problem.model, draws, value).probs_SNK for name, value in ood.items()}
     log_prob_SN = values[""].gather(-1, y.expand(len(theta_SD), -1).unsqueeze(-1)).squeeze(-1).log()
-    return Evaluation(theta_SD, "classes", values, log_prob_SN, y)
+    return Evaluation(some_weights(theta_SD), "classes", values, log_prob_SN, y)
+
+
+def some_weights(theta_SD: Tensor) -> Tensor:
+    """The weights of draws that are compared one by one: of large networks some, evenly spaced."""
+    return theta_SD[:, :: -(-theta_SD.shape[1] // MAX_WEIGHTS)].contiguous()
 
 
 def compared(reference: Evaluation, other: Evaluation) -> dict[str, float]:
@@ -114,13 +137,14 @@ def run_seed(case: Case, seed: int, options: argparse.Namespace, records: Record
     """Fits and compares what is missing for a case and seed; adds each result to the records."""
     problem = case.build(seed)
     store = case.sample(problem, seed, options.quick)
-    train_CTD, held_CHD = split(store.theta_CSD)
+    train_CTD, held_CHD = split(store.theta_CSD, case.folder(seed, options.quick))
     held_ND = held_CHD.transpose(0, 1).flatten(0, 1)
     # As many draws of each: mutual information grows with their number.
     num_draws = min(NUM_DRAWS, len(held_ND))
     reference = predictions(problem, store.layout, _spaced(held_ND, num_draws), options.rows)
     material = Material(problem, store.layout, train_CTD.contiguous(), seed)
     others = predictions(problem, store.layout, _spaced(material.interleaved(), num_draws), options.rows)
+    some_train_ND, some_held_ND = some_weights(material.interleaved()), some_weights(held_ND)
     records.add(seed, "held-out SGLD", compared(reference, reference))
     records.add(seed, "other draws", compared(reference, others))
     wanted = [(f"{name}, {k:g}", method, k) for name, method in METHODS.items() for k in case.networks]
@@ -131,16 +155,18 @@ def run_seed(case: Case, seed: int, options: argparse.Namespace, records: Record
         if is_stored or not is_wanted or label.startswith(case.without):
             continue
         before = _reset_peak()
-        fitted, seconds = timed(method, material, networks)
+        with peak_anonymous() as anonymous:
+            fitted, seconds = timed(method, material, networks)
         beyond = _memory("VmHWM") - before
         if fitted is None:
             continue
         torch.manual_seed(1000 + seed)
-        theta_SD = fitted.sample(num_draws)
-        figures = compared(reference, predictions(problem, store.layout, theta_SD, options.rows))
-        figures |= novelty(material.interleaved(), held_ND, theta_SD)
+        drawn: list[Tensor] = []
+        found = predictions(problem, store.layout, _noted(fitted.blocks(num_draws), drawn), options.rows)
+        figures = compared(reference, found)
+        figures |= novelty(some_train_ND, some_held_ND, torch.cat(drawn))
         sizes = {"networks": fitted.num_bytes / (4 * material.size), "bytes": fitted.num_bytes}
-        records.add(seed, label, {**sizes, "seconds": seconds, "peak_bytes": beyond, **figures})
+        records.add(seed, label, {**sizes, "seconds": seconds, "peak_bytes": beyond, **anonymous, **figures})
         stored = records.of(seed)
         print(f"{case.name} seed {seed} {label}: {seconds:.1f} s, {brief(stored[label], stored)}", flush=True)
 
@@ -160,9 +186,18 @@ def _reset_peak() -> int:
     return _memory("VmRSS")
 
 
-def _spaced(draws_ND: Tensor, count: int) -> Tensor:
+def _spaced(draws_ND: Tensor, count: int) -> Iterator[Tensor]:
+    """So many draws, evenly spaced, in blocks."""
     count = min(count, len(draws_ND))
-    return draws_ND[torch.linspace(0, len(draws_ND) - 1, count).round().long()]
+    for index_N in torch.linspace(0, len(draws_ND) - 1, count).round().long().split(draws_at_a_time(draws_ND.shape[1])):
+        yield draws_ND[index_N]
+
+
+def _noted(blocks: Iterable[Tensor], seen: list[Tensor]) -> Iterator[Tensor]:
+    """Blocks of draws, of which some weights are appended to ``seen``."""
+    for theta_SD in blocks:
+        seen.append(some_weights(theta_SD))
+        yield theta_SD
 
 
 def parse() -> argparse.Namespace:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,19 @@ class Fitted:
 
     :ivar sample: function from a number to as many draws ``(S, D)``, with torch's global generator.
     :ivar int num_bytes: bytes to store it.
+    :ivar in_parts: function from a number to blocks of the same draws; None where they fit into memory in any case.
     """
 
     sample: Callable[[int], Tensor]
     num_bytes: int
+    in_parts: Callable[[int], Iterator[Tensor]] | None = None
+
+    def blocks(self, count: int) -> Iterator[Tensor]:
+        """So many draws, of large networks some at a time."""
+        if self.in_parts is None:
+            yield self.sample(count)
+        else:
+            yield from self.in_parts(count)
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ class Material:
 Method = Callable[[Material, float], Fitted | None]
 # Stored draws that count as a posterior.
 _FEWEST = 4
+# Numbers of draws that are computed together: a hundred draws of a million.
+_NUMBERS_AT_ONCE = 100_000_000
 
 
 def stored(dtype: str, choice: str = "thinned") -> Method:
@@ -167,10 +178,17 @@ def of_posterior(posterior: DistilledPosterior) -> Fitted:
     """Draws of a saved posterior."""
     shipped = posterior.rounded(posterior.storage_dtype)
 
-    def sample(count: int) -> Tensor:
-        return shipped.layout.unconstrain(shipped.sample((count,)))
+    def in_parts(count: int) -> Iterator[Tensor]:
+        latent_SL = shipped.generator.latents(count, next(shipped.generator.parameters()))
+        for latent_NL in latent_SL.split(draws_at_a_time(shipped.layout.size)):
+            yield shipped.layout.unconstrain(shipped.sample(latent=latent_NL))
 
-    return Fitted(sample, posterior.num_bytes)
+    return Fitted(lambda count: torch.cat(list(in_parts(count))), posterior.num_bytes, in_parts)
+
+
+def draws_at_a_time(size: int) -> int:
+    """Draws with ``size`` numbers that are computed together."""
+    return max(1, _NUMBERS_AT_ONCE // size)
 
 
 def default(material: Material, networks: float) -> Fitted:

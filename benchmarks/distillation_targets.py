@@ -59,6 +59,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
     "conv": (Target(2.0, 120.0, nll=2.0, mean=5.0, by_input=0.97),),
     "resnet20": (Target(4.0, 120.0, nll=2.0, mean=5.0, by_input=0.97),),
     "mlp1m": (Target(2.0, 120.0, nll=2.0, mean=5.0),),
+    "mlp10m": (Target(2.0, 900.0, nll=2.0, mean=5.0),),
     "yacht": _REGRESSION,
     "concrete": _REGRESSION,
 }

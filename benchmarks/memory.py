@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +95,28 @@ def sample(path: str, num_samples: int) -> None:
 
 
 def anonymous() -> int:
-    """Anonymous resident memory of this process, in bytes; only Linux reports it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+    """Anonymous resident memory of this process, in bytes; 0 where the system, unlike Linux, does not report it."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+
+
+@contextmanager
+def peak_anonymous(seconds: float = 0.01) -> Iterator[dict[str, int]]:
+    """Measures the peak of anonymous memory above that before, as ``peak_anonymous`` of the dict, every so often."""
+    found, before, done = {"peak_anonymous": 0}, anonymous(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(seconds):
+            found["peak_anonymous"] = max(found["peak_anonymous"], anonymous() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
 
 
 def distil(path: str) -> None:
@@ -104,20 +125,11 @@ def distil(path: str) -> None:
     from pyro_apd.chains.stores.disk import open_store
 
     model, x, y = problem()
-    store, before, peak_bytes, done = open_store(path), anonymous(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak_bytes
-        while not done.wait(0.001):
-            peak_bytes = max(peak_bytes, anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    posterior = pyro_apd.distill(store, model, data=(x, y), num_steps=DISTIL_STEPS, seed=0, progress=False)
-    done.set()
-    watcher.join()
+    store = open_store(path)
+    with peak_anonymous(0.001) as found:
+        posterior = pyro_apd.distill(store, model, data=(x, y), num_steps=DISTIL_STEPS, seed=0, progress=False)
     assert posterior.metadata["space"] == "functions"
-    print(peak_bytes - before)
+    print(found["peak_anonymous"])
 
 
 def distil_peak(num_samples: int) -> int:

@@ -118,14 +118,14 @@ def fit_default(
 
     def fitted() -> tuple[SubspaceGenerator, int | None]:
         """The generator, and the bytes of the default where there is a budget; what the fit held is freed."""
-        fit = fit_with(settings)
-        generator = fit.generator(is_last=budget is None)
+        fits = _LastFit(fit_with)
+        generator = fits.at(settings).generator(is_last=budget is None)
         if budget is None:
             return generator, None
         default_bytes = num_bytes(generator)
+        del generator
         share = budget / default_bytes
-        within = _within(budget, fit, settings, settings_for(share, rank(share)), fit_with, draws)
-        return within, default_bytes
+        return _within(budget, fits, settings.segment_length, settings_for(share, rank(share)), draws), default_bytes
 
     def calibrated(generator: SubspaceGenerator) -> FittedSubspace:
         calibration = None if functions is None else calibrate(generator, functions, draws, num_products)
@@ -194,30 +194,43 @@ def settings_for(share: float, rank: int) -> SubspaceSettings:
 def num_bytes(generator: SubspaceGenerator) -> int:
     """Size of the file of a generator in its default precision, within a few per cent."""
     tensors = {name: value.detach() for name, value in generator.state_dict().items()}
-    stored = integers.packed(tensors, precision.encode(tensors, "int8"))
-    return sum(value.numel() * value.element_size() + _TENSOR_BYTES for value in stored.values()) + _DESCRIPTION_BYTES
+    found = integers.packed_sizes(tensors, precision.encode(tensors, "int8"))
+    return sum(found) + _TENSOR_BYTES * len(found) + _DESCRIPTION_BYTES
+
+
+class _LastFit:
+    """Fits with some settings, of which the last one is kept: it does for others that differ in steps alone."""
+
+    def __init__(self, fit_with: Callable[[SubspaceSettings], SubspaceFit]) -> None:
+        self._fit_with = fit_with
+        self._kept: tuple[SubspaceSettings, SubspaceFit] | None = None
+
+    def at(self, settings: SubspaceSettings) -> SubspaceFit:
+        """The fit with these settings."""
+        if self._kept is not None:
+            fitted, fit = self._kept
+            if replace(fitted, step=settings.step, null_step=settings.null_step) == settings:
+                return fit
+            del fit
+        self._kept = None  # freed first, since each takes the memory of many networks
+        self._kept = (settings, self._fit_with(settings))
+        return self._kept[1]
 
 
 def _within(
-    budget: float,
-    fit: SubspaceFit,
-    fitted: SubspaceSettings,
-    settings: SubspaceSettings,
-    fit_with: Callable[[SubspaceSettings], SubspaceFit],
-    draws: DrawBlocks,
+    budget: float, fits: _LastFit, shortest_segment: int, settings: SubspaceSettings, draws: DrawBlocks
 ) -> SubspaceGenerator:
     """The generator with about the finest steps within a number of bytes, with fewer coordinates where needed.
 
-    :param fit: with the settings ``fitted``, which is used if those to begin with, ``settings``, differ in steps alone.
+    :param int shortest_segment: draws that make a mode, at least.
+    :param settings: those to begin with.
     :raises ValueError: if no steps are coarse enough.
     """
     num_chains, num_draws, _ = draws.shape
     while True:
         shortest = math.ceil(num_chains * num_draws * settings.rank / (_SHARE_OF_MODES * budget))
-        settings = replace(settings, segment_length=max(fitted.segment_length, min(shortest, num_draws)))
-        if replace(fitted, step=settings.step, null_step=settings.null_step) != settings:
-            fit = fit_with(settings)
-        generator, least = _with_finest_steps(fit, settings, budget)
+        settings = replace(settings, segment_length=max(shortest_segment, min(shortest, num_draws)))
+        generator, least = _with_finest_steps(fits.at(settings), settings, budget)
         if generator is not None:
             return generator
         if settings.rank <= _LEAST_RANK:

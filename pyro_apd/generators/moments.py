@@ -48,13 +48,13 @@ class NullMoments:
 
 
 def moments_of_block(values_SOI: Tensor, left_CRT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of chains ``(C, O, I)``, bases ``(C, R, O, I)`` and variance ``(O, I)``."""
+    """Means of chains ``(C, O, I)``, bases ``(C, R, O, I)`` and variance ``(O, I)``; values are changed in place."""
     values_CTW = values_SOI.flatten(1).unflatten(0, (len(left_CRT), -1))
     mean_C1W = values_CTW.mean(1, keepdim=True)
-    values_CTW = values_CTW - mean_C1W
+    values_CTW -= mean_C1W
     shape = values_SOI.shape[1:]
     basis_CROI = (left_CRT @ values_CTW).unflatten(-1, shape)
-    return mean_C1W.reshape(-1, *shape), basis_CROI, values_CTW.square().mean((0, 1)).reshape(shape)
+    return mean_C1W.reshape(-1, *shape), basis_CROI, values_CTW.square_().mean((0, 1)).reshape(shape)
 
 
 def gram_of_functions(functions_CTF: Tensor) -> Tensor:

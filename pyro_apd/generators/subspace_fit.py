@@ -185,10 +185,10 @@ class SubspaceFit:
             self._centres[part] = left_CRT.new_empty(len(left_CRT), *part.shape)
             for rows, centre_COI, values_SOI in self._centred(part):
                 self._centres[part][:, rows] = centre_COI
-                squares.append(values_SOI.square().mean((0, 2)))
                 moments.set(rows, *moments_of_block(self._pinned(part, values_SOI), left_CRT))
                 if isinstance(part, MatrixPart) and not part.is_full:
                     null.append(self._fine_null(part, rows, self._null(part, values_SOI), left_CRT))
+                squares.append(values_SOI.square_().mean((0, 2)))
             self._square_deviations[part] = torch.cat(squares).mean()
             self._pinned_parts.append(moments)
             if null and isinstance(part, MatrixPart):
@@ -324,12 +324,13 @@ class SubspaceFit:
     def _pinned(self, part: Part, values_SOI: Tensor) -> Tensor:
         if isinstance(part, MatrixPart):
             frame_KI, _ = part.frames(values_SOI.dtype)
-            values_SOI = values_SOI @ frame_KI.mT
+            return (values_SOI @ frame_KI.mT).mul_(part.unit)
         return values_SOI * part.unit
 
     def _null(self, part: MatrixPart, values_SOI: Tensor) -> Tensor:
         frame_KI, dual_KI = part.frames(values_SOI.dtype)
-        return values_SOI - (values_SOI @ frame_KI.mT) @ dual_KI
+        found_SOI = (values_SOI @ frame_KI.mT) @ dual_KI
+        return torch.sub(values_SOI, found_SOI, out=found_SOI)
 
     def _some_rows(self, part: MatrixPart) -> Tensor:
         """Rows of a few draws, ``(N, I)``, as deviations from their means."""
@@ -351,15 +352,17 @@ class SubspaceFit:
         return torch.cat(found).clamp_min(1e-30)
 
     def _centred(self, part: Part) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows of a part, centres ``(C, O, I)`` near the means of chains, and deviations from these ``(S, O, I)``."""
+        """Rows of a part, centres ``(C, O, I)`` near the means of chains, and deviations from these ``(S, O, I)``,
+        which may be changed in place."""
         for rows, values_SOI in self._blocks(part):
             values_CTOI = values_SOI.unflatten(0, self._draws.shape[:2])
-            first_C1OI = values_CTOI[:, :1]
-            centre_C1OI = first_C1OI + (values_CTOI - first_C1OI).mean(1, keepdim=True)
-            yield rows, centre_C1OI.squeeze(1), (values_CTOI - centre_C1OI).flatten(0, 1)
+            first_C1OI = values_CTOI[:, :1].clone()
+            centre_C1OI = (values_CTOI - first_C1OI).mean(1, keepdim=True).add_(first_C1OI)
+            values_CTOI -= centre_C1OI
+            yield rows, centre_C1OI.squeeze(1), values_SOI
 
     def _blocks(self, part: Part) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of a part, with their values in all draws ``(S, O, I)``."""
+        """Rows of a part, with their values in all draws ``(S, O, I)``, which may be changed in place."""
         if isinstance(part, EntriesPart):
             for _, values_SW in self._draws.columns([part.span]):
                 yield slice(None), values_SW.unsqueeze(1)
@@ -369,5 +372,5 @@ class SubspaceFit:
         length = matrix.units if matrix.is_transposed else max(1, self._draws.width // matrix.columns)
         for start in range(0, matrix.units, length):
             rows = slice(start, min(start + length, matrix.units))
-            weights, *bias = [next(self._draws.columns([span]))[1] for span in matrix.row_spans(rows)]
-            yield rows, matrix.gather(weights, bias[0] if bias else None)
+            # Without a name, so that nothing but what is yielded stays in memory.
+            yield rows, matrix.gather(*(next(self._draws.columns([span]))[1] for span in matrix.row_spans(rows)))

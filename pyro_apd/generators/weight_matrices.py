@@ -78,7 +78,7 @@ class WeightMatrix:
         bias = [slice(self.bias + rows.start, self.bias + rows.stop)] if self.bias >= 0 else []
         return [weights, *bias]
 
-    def gather(self, weights_SW: Tensor, bias_SO: Tensor | None) -> Tensor:
+    def gather(self, weights_SW: Tensor, bias_SO: Tensor | None = None) -> Tensor:
         """Rows ``(S, O, I)`` with the bias as last column, from the entries of :meth:`row_spans`."""
         if self.is_transposed:
             weights_SOI = weights_SW.unflatten(-1, (self.inputs, self.units)).mT

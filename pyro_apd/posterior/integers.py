@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pyro_apd.generators.entropy_code import Coded, decode, encode, shares
+from pyro_apd.generators.entropy_code import Coded, decode, encode, encoded_size, shares
 from pyro_apd.runtime.tensor_file import Entry
 
 #: Name of the code in a file.
@@ -35,6 +35,15 @@ def packed(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str,
     if sum(own[name].numel() for name in names) > _accepted(len(code)):
         return dict(stored)
     return {CODE_NAME: code, **{name: value for name, value in stored.items() if name not in names}}
+
+
+def packed_sizes(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[int]:
+    """Bytes of each tensor that :func:`packed` returns, none of which it makes."""
+    names = _integers(own)
+    size = encoded_size([own[name] for name in names]) if names else 0
+    is_coded = bool(names) and sum(own[name].numel() for name in names) <= _accepted(size)
+    kept = [value for name, value in stored.items() if not is_coded or name not in names]
+    return [value.numel() * value.element_size() for value in kept] + ([size] if is_coded else [])
 
 
 def decoded_table(table: Mapping[str, Entry], expected: Mapping[str, Tensor]) -> dict[str, Entry]:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pyro_apd.generators import entropy_code
+from pyro_apd.generators import entropy_tables
 from pyro_apd.generators.entropy_code import Coded, CodeError, decode, encode, shares
 
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
@@ -53,7 +53,7 @@ def test_tensors_come_back_whatever_the_blocks(monkeypatch):
     wide = (rows * torch.randn(4, 50, 30, generator=torch.Generator().manual_seed(1))).round().clamp(-32768, 32767)
     tensors = [wide.to(torch.int16), laplace(2.0, 7, 111), torch.tensor([-32768, 32767], dtype=torch.int16)]
     whole = encode(tensors)
-    monkeypatch.setattr(entropy_code, "_BLOCK", 97)
+    monkeypatch.setattr(entropy_tables, "_BLOCK", 97)
     assert encode(tensors) == whole
     assert_same(decode(whole, coded(tensors)), tensors)
 
