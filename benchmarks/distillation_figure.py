@@ -47,6 +47,7 @@ TITLES = {
     "mnist": "MNIST, 784-100-10",
     "mnist400": "MNIST, 784-400-400-10",
     "mlp1m": "MNIST, a million weights",
+    "mlp10m": "MNIST, ten million weights",
     "conv": "MNIST, convolutional",
     "resnet20": "MNIST, ResNet-20",
 }

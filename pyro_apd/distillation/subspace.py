@@ -26,6 +26,7 @@ from pyro_apd.generators.subspace_fit import SubspaceFit, SubspaceSettings
 from pyro_apd.generators.weight_matrices import WeightMatrix
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior import integers
+from pyro_apd.runtime.memory import give_back_freed
 
 # Coordinates of all chains together, and of one at least; numbers of a draw and draws per coordinate.
 _RANK, _MIN_RANK, _NUMBERS_PER_COORDINATE, _DRAWS_PER_COORDINATE = 96, 12, 10, 1.5
@@ -128,6 +129,7 @@ def fit_default(
         return _within(budget, fits, settings.segment_length, settings_for(share, rank(share)), draws), default_bytes
 
     def calibrated(generator: SubspaceGenerator) -> FittedSubspace:
+        give_back_freed()
         calibration = None if functions is None else calibrate(generator, functions, draws, num_products)
         return FittedSubspace(generator, calibration)
 
@@ -259,7 +261,8 @@ def _with_finest_steps(
     for _ in range(_EVALUATIONS):
         generator, size = at(place)
         excess = math.log(size / ((1 - _TOLERANCE / 2) * budget))
-        if abs(excess) <= _TOLERANCE / 2:
+        is_finest = bool(known) and excess < 0 and excess == known[-1][1]  # integers have 16 bits
+        if abs(excess) <= _TOLERANCE / 2 or is_finest:
             return generator, size
         finest, coarsest = (place, coarsest) if excess > 0 else (finest, place)
         known.append((place, excess))

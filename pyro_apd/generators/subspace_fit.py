@@ -27,6 +27,7 @@ from pyro_apd.generators.subspace import (
     reduced,
 )
 from pyro_apd.generators.weight_matrices import WeightMatrix
+from pyro_apd.runtime.memory import give_back_freed
 
 # Draws of a chain by which the size of a null part is found.
 _NUM_NULL_DRAWS = 64
@@ -215,6 +216,7 @@ class SubspaceFit:
         :param bool is_last: no other steps will be asked for: the fine integers of null parts need not be kept.
         """
         null_step = max(self._settings.null_step if null_step is None else null_step, _FINE)  # of which integers are
+        give_back_freed()
         for part in self._parts:
             if isinstance(part, MatrixPart) and part.has_offset:
                 self._round_offset(part, null_step)
@@ -363,6 +365,7 @@ class SubspaceFit:
 
     def _blocks(self, part: Part) -> Iterator[tuple[slice, Tensor]]:
         """Rows of a part, with their values in all draws ``(S, O, I)``, which may be changed in place."""
+        give_back_freed()
         if isinstance(part, EntriesPart):
             for _, values_SW in self._draws.columns([part.span]):
                 yield slice(None), values_SW.unsqueeze(1)

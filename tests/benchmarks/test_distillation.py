@@ -96,6 +96,35 @@ def test_of_stored_draws_the_support_is_their_number():
     assert (found["nearest"], found["support"]) == (0.0, 8.0)
 
 
+def test_draws_of_many_bytes_are_split_into_files(monkeypatch, tmp_path):
+    theta_CSD = torch.randn(2, 25, 7)
+    whole = distillation_cases.split(theta_CSD, tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(distillation_cases, "_IN_MEMORY", 0)
+    for _ in range(2):  # written, and read again
+        parts = distillation_cases.split(theta_CSD, tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["fitted.npy", "held_out.npy"]
+        for part, other in zip(parts, whole, strict=True):
+            assert torch.equal(part, other)
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 100])
+def test_predictions_of_blocks_are_those_of_all_draws(at_once, monkeypatch):
+    problem = distillation_cases.toy(0)
+    net = distillation_cases.network(2, 10, 10, 2)
+    layout = Layout({f"net.{name}": tuple(value.shape) for name, value in net.named_parameters()})
+    theta_ND = torch.randn(10, layout.size, generator=torch.Generator().manual_seed(0))
+    one = distillation.predictions(problem, layout, [theta_ND], "test")
+    other = distillation.predictions(problem, layout, theta_ND.split(at_once), "test")
+    assert torch.equal(other.theta_SD, one.theta_SD)
+    for name, value in one.values.items():
+        torch.testing.assert_close(other.values[name], value)
+    assert other.metrics() == pytest.approx(one.metrics(), rel=1e-4)
+    monkeypatch.setattr(distillation, "MAX_WEIGHTS", 50)
+    few = distillation.predictions(problem, layout, theta_ND.split(at_once), "test")
+    assert few.theta_SD.shape[1] <= 50
+
+
 def test_novelty_has_the_units_of_each_weight():
     train_ND, held_ND, theta_SD = torch.randn(3, 300, 40)
     scale_D, shift_D = torch.logspace(-3, 3, 40), 100 * torch.randn(40)

@@ -1,11 +1,15 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 import pyro_apd as apd
+from pyro_apd.distillation import subspace
 from pyro_apd.distillation.function_space import function_space
 from pyro_apd.distillation.options import DistillOptions
 from pyro_apd.distillation.probes import Probes
@@ -41,6 +45,43 @@ def test_a_budget_in_bytes_is_met():
 def test_a_budget_that_is_too_small_is_refused_with_the_least():
     with pytest.raises(ValueError, match=r"byte_budget: 1,000 bytes are too few .* the least is about [\d,]+ bytes"):
         fitted(draws(), byte_budget=1000)
+
+
+def test_a_fit_is_freed_before_the_next_one(monkeypatch):
+    """Each takes the memory of many networks."""
+    budget = 3 * num_bytes(fitted(draws()))
+    fits = []
+
+    class Noted(subspace.SubspaceFit):
+        def __init__(self, *args):
+            gc.collect()
+            assert [fit() for fit in fits] == [None] * len(fits)
+            fits.append(weakref.ref(self))
+            super().__init__(*args)
+
+    monkeypatch.setattr(subspace, "SubspaceFit", Noted)
+    fitted(draws(), byte_budget=budget)
+    assert len(fits) == 2
+
+
+def test_a_fit_is_used_again_where_steps_alone_differ(monkeypatch):
+    fits = []
+    fit_with = subspace.SubspaceFit
+    monkeypatch.setattr(subspace, "SubspaceFit", lambda *args: fits.append(1) or fit_with(*args))
+    default_bytes = num_bytes(fitted(draws()))
+    fits.clear()
+    assert num_bytes(fitted(draws(), byte_budget=round(0.95 * default_bytes))) < default_bytes
+    assert len(fits) == 1
+
+
+def test_steps_are_not_searched_where_integers_allow_no_finer_ones(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(subspace, "num_bytes", lambda generator: sizes.append(num_bytes(generator)) or sizes[-1])
+    theta_CSD = draws()[torch.arange(60)].unsqueeze(0)
+    theta_CSD[..., 0] += 3.0  # a mean beside which steps cannot be fine
+    generator = fitted(DrawBlocks(theta_CSD), byte_budget=100.0)
+    assert sizes[-1] == sizes[-2] == num_bytes(generator)
+    assert len(sizes) <= 5
 
 
 def test_more_bytes_give_finer_steps():
