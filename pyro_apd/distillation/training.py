@@ -113,7 +113,8 @@ def train(
     """
     ranks = ranks or Ranks()
     seed = fresh_seed()
-    like = generator(torch.zeros(1, generator.latent_size).to(next(generator.parameters())))
+    with torch.no_grad():  # a graph would hold all that the draw was decoded from
+        like = generator(torch.zeros(1, generator.latent_size).to(next(generator.parameters()))).new_empty(0)
 
     def latents(count: int) -> Tensor:
         return generator.latents(count, like)

@@ -107,6 +107,16 @@ def test_every_state_is_evaluated_by_the_same_latents():
     assert evaluator.evaluated[0].shape == (200, 3)
 
 
+def test_no_graph_of_a_draw_is_kept(monkeypatch):
+    """It would hold all that the draw was decoded from."""
+    generator, given = PaperGenerator(3, latent_size=2, width=4), []
+    latents = generator.latents
+    monkeypatch.setattr(generator, "latents", lambda count, like: given.append(like) or latents(count, like))
+    train(generator, Shift(), Mean(2.0), Schedule(0, 1e-2), progress=False)
+    assert given
+    assert all(like.grad_fn is None for like in given)
+
+
 def test_evaluation_leaves_the_random_numbers_of_training_alone():
     states = []
     for num_evaluations in (1, 20):
