@@ -298,7 +298,7 @@ _DEEP = Chains(1e-7, 32, 10, 100, 500, kernel=SGHMC)
 _WIDE = Chains(5e-8, 100, 12, 30, 200, kernel=SGHMC, warm_start=500)
 _SLOW = ("SWAG", "paper")
 # Methods that need all draws in memory, or several networks.
-_NOT_IN_PARTS = (*_SLOW, "stored", "int8", "int4", "int3", "low rank", "flow", "default", "mean field")
+_NOT_IN_PARTS = (*_SLOW, "stored", "int8", "int4", "int3", "int2", "low rank", "flow", "default", "mean field")
 CASES = {
     case.name: case
     for case in (

@@ -108,6 +108,12 @@ def test_draws_of_many_bytes_are_split_into_files(monkeypatch, tmp_path):
             assert torch.equal(part, other)
 
 
+def test_no_method_of_the_largest_case_needs_all_draws_in_memory():
+    without = distillation_cases.CASES["mlp10m"].without
+    left = [name for name in (*distillation.METHODS, *distillation.FIXED) if not name.startswith(without)]
+    assert left == ["generator"]
+
+
 @pytest.mark.parametrize("at_once", [1, 4, 100])
 def test_predictions_of_blocks_are_those_of_all_draws(at_once, monkeypatch):
     problem = distillation_cases.toy(0)
