@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +21,8 @@ NUM_CHOOSING = 10
 _INPUTS_AT_A_TIME = 250
 # Inputs are chosen in proportion to the disagreement, and this share of its mean.
 _EVENLY = 0.2
-# Of the inputs of each group, relative numbers.
-_SHARES = {"rows": 2.0, "near": 1.0, "far": 1.0}
+#: Of the inputs of each group, relative numbers.
+SHARES = {"rows": 2.0, "near": 1.0, "far": 1.0}
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,23 @@ class ChosenInputs:
 
     @classmethod
     def chosen(
-        cls, space: FunctionSpace, probes: Probes, draws: DrawBlocks, count: int, num_candidates: int
+        cls,
+        space: FunctionSpace,
+        probes: Probes,
+        draws: DrawBlocks,
+        count: int,
+        num_candidates: int,
+        shares: Mapping[str, float] = SHARES,
     ) -> ChosenInputs:
         """About ``count`` inputs of so many candidates, most of them where the chain's draws disagree: elsewhere they
         tell little.
 
         Each of a group's candidates is taken in proportion to the disagreement there, at even distances of the
         cumulative sum, and weighted by the reciprocal of that.
+
+        :param shares: relative numbers of inputs by group; those of other groups are left out.
         """
-        groups = {k: rows for k, rows in probes.groups(num_candidates // len(_SHARES)).items() if k in _SHARES}
+        groups = {k: rows for k, rows in probes.groups(num_candidates // len(shares)).items() if k in shares}
         every = cls._of(groups)
         views = values_at(space, draws.spaced(min(NUM_CHOOSING, len(draws))), every.rows)
         if not every.rows:
@@ -56,7 +64,7 @@ class ChosenInputs:
         score_PF = space.disagreements(views).double()
         weights, kept = [], {}
         for (name, rows), score_NF in zip(groups.items(), score_PF.split(list(every.lengths.values())), strict=True):
-            wanted = max(1, round(count * _SHARES[name] / sum(_SHARES[other] for other in groups)))
+            wanted = max(1, round(count * shares[name] / sum(shares[other] for other in groups)))
             score_N = (score_NF / score_NF.mean(0).clamp_min(1e-30)).nan_to_num(nan=0.0, posinf=0.0).mean(1) + _EVENLY
             total_N = score_N.cumsum(0)
             place_K = (torch.arange(wanted, device=total_N.device) + 0.5) * (total_N[-1] / wanted)
@@ -72,7 +80,10 @@ class ChosenInputs:
 
     def disagreements(self, space: FunctionSpace, blocks: Iterable[Tensor]) -> dict[str, Tensor]:
         """By group, how far draws disagree on average, ``(F,)``."""
-        values_PF = space.disagreements(values_at(space, blocks, self.rows))
+        return self.means(space.disagreements(values_at(space, blocks, self.rows)))
+
+    def means(self, values_PF: Tensor) -> dict[str, Tensor]:
+        """Means of positive values by group, ``(F,)``."""
         parts = (values_PF * self.weight_P.unsqueeze(1)).split(list(self.lengths.values()))
         return {name: part.sum(0).clamp_min(1e-30) for name, part in zip(self.lengths, parts, strict=True)}
 

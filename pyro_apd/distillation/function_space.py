@@ -19,7 +19,7 @@ from pyro_apd.distillation.source import Source
 from pyro_apd.models.layout import Layout
 from pyro_apd.models.shared_features import with_features
 from pyro_apd.predictive.predictive import FunctionView, outputs
-from pyro_apd.uncertainty import mutual_information
+from pyro_apd.uncertainty import mutual_information, predictive_entropy
 
 logger = logging.getLogger("pyro_apd")
 
@@ -72,6 +72,10 @@ class FunctionSpace:
         if self._is_classifier:
             return mutual_information(views[-1].transpose(0, 1)).unsqueeze(1)
         return views[0].var(1, correction=0)[:, ::2]
+
+    def entropies(self, views: list[Tensor]) -> Tensor | None:
+        """Of averaged predictions at each probe, ``(P, 1)``, in nats; None unless the model classifies."""
+        return predictive_entropy(views[-1].transpose(0, 1)).unsqueeze(1) if self._is_classifier else None
 
     def mutual_information(self, views: list[Tensor]) -> Tensor | None:
         """Mean over probes, in nats; None unless the model classifies."""

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +48,10 @@ _NUM_ENTRIES = 512
 _MIN_DRAWS, _MAX_DRAWS = 20, 1024
 # Where each weight is used so often for one input, as in convolutions, functions change within a few draws by
 # directions in which weights hardly vary. Coordinates then follow functions, too: at inputs of so many multiplications
-# for all draws; they are more, and each draw is a mode.
-_MANY_USES, _STIFF_RANK, _PRODUCTS, _FEWEST_INPUTS, _MOST_INPUTS = 20, 215, 1_000_000_000_000, 20, 200
+# for all draws; they are more, and each draw is a mode. Null parts are coarser, and without noise: a third of the bytes
+# went there.
+_MANY_USES, _STIFF_RANK, _PRODUCTS, _FEWEST_INPUTS, _MOST_INPUTS = 20, 280, 1_000_000_000_000, 20, 200
+_STIFF_SETTINGS: dict[str, Any] = {"null_step": 1.0, "is_dithered": True, "has_null_noise": False}
 # Share of a budget that modes may take.
 _SHARE_OF_MODES = 0.12
 # Sites with fewer rows or columns are numbers like any other.
@@ -102,31 +105,18 @@ def fit_default(
     # What all data together take says nothing about the uses of a weight.
     is_stiff = functions is not None and functions[1].has_rows and num_products > _MANY_USES * size
     functions_CTF = _functions(functions, draws, num_products) if functions is not None and is_stiff else None
-
-    def rank(share: float) -> int:
-        if is_stiff and options.rank is None:
-            of_chain = max(_MIN_RANK, _STIFF_RANK // draws.shape[0])
-            return max(1, min(of_chain, draws.shape[1] - 1, size))
-        wanted = _rank(draws, share, length) if options.rank is None else options.rank
-        return max(1, min(wanted, int(draws.shape[1] / _DRAWS_PER_COORDINATE), size))
-
-    def fit_with(settings: SubspaceSettings) -> SubspaceFit:
-        settings = replace(settings, is_dithered=is_stiff)
-        matrices, moments = [one.matrix for one in found], [one.moment_II for one in found]
-        fit = SubspaceFit(draws, matrices, moments, settings, functions_CTF)
-        fit.read()
-        return fit
+    case = _Case(draws, found, functions_CTF, options.rank, length)
 
     def fitted() -> tuple[SubspaceGenerator, int | None]:
         """The generator, and the bytes of the default where there is a budget; what the fit held is freed."""
-        fits = _LastFit(fit_with)
+        fits = _LastFit(case.fit)
         generator = fits.at(settings).generator(is_last=budget is None)
         if budget is None:
             return generator, None
         default_bytes = num_bytes(generator)
         del generator
         share = budget / default_bytes
-        return _within(budget, fits, settings.segment_length, settings_for(share, rank(share)), draws), default_bytes
+        return _within(budget, fits, settings.segment_length, case.settings(share), draws), default_bytes
 
     def calibrated(generator: SubspaceGenerator) -> FittedSubspace:
         give_back_freed()
@@ -135,9 +125,9 @@ def fit_default(
 
     def default() -> FittedSubspace:
         """Fitted again, since generators of one fit share their tensors."""
-        return calibrated(fit_with(settings).generator(is_last=True))
+        return calibrated(case.fit(settings).generator(is_last=True))
 
-    settings = _default_settings(draws, rank(1.0), 0.0 if is_stiff else length)
+    settings = case.default_settings()
     generator, default_bytes = fitted()
     result = calibrated(generator)
     if budget is None or default_bytes is None or budget >= default_bytes:
@@ -145,23 +135,58 @@ def fit_default(
     return replace(result, default_bytes=default_bytes, default=default)
 
 
-def _rank(draws: DrawBlocks, share: float, length: float) -> int:
-    """Coordinates of a chain, for a budget relative to what the default takes."""
-    num_chains, _, size = draws.shape
-    largest = _RANK * min(max(1.0, share / 2), _MOST_TIMES)
-    least = _MIN_RANK
-    if size < _TINY:
-        least = min(_TINY_RANK, size // _TINY_NUMBERS_PER_COORDINATE)
-        least = _TINY_MIXED_RANK if length < _MIXED else max(_MIN_RANK, least)
-    return max(least, min(int(largest), size // _NUMBERS_PER_COORDINATE) // num_chains)
+@dataclass(frozen=True)
+class _Case:
+    """Draws to fit, and which settings suit them.
 
+    :ivar functions_CTF: what draws predict, where coordinates follow that; else None.
+    :ivar rank: as the user wants it; else None.
+    :ivar float length: over how many draws entries are correlated.
+    """
 
-def _default_settings(draws: DrawBlocks, rank: int, length: float) -> SubspaceSettings:
-    """Settings where there is no budget."""
-    settings = settings_for(1.0, rank)
-    segment_length = max(1, min(settings.segment_length, round(_SHARE_OF_CORRELATION * length)))
-    step = settings.step * (_COARSER if draws.shape[0] >= _SEVERAL else 1.0)
-    return replace(settings, segment_length=segment_length, step=step)
+    draws: DrawBlocks
+    inputs: Sequence[LayerInputs]
+    functions_CTF: Tensor | None
+    rank: int | None
+    length: float
+
+    def fit(self, settings: SubspaceSettings) -> SubspaceFit:
+        """Reads the draws."""
+        matrices, moments = [one.matrix for one in self.inputs], [one.moment_II for one in self.inputs]
+        fit = SubspaceFit(self.draws, matrices, moments, settings, self.functions_CTF)
+        fit.read()
+        return fit
+
+    def settings(self, share: float) -> SubspaceSettings:
+        """For a budget relative to what the default takes."""
+        chosen = settings_for(share, self._rank(share))
+        return chosen if self.functions_CTF is None else replace(chosen, **_STIFF_SETTINGS)
+
+    def default_settings(self) -> SubspaceSettings:
+        """Where there is no budget."""
+        settings = self.settings(1.0)
+        length = self.length if self.functions_CTF is None else 0.0
+        segment_length = max(1, min(settings.segment_length, round(_SHARE_OF_CORRELATION * length)))
+        step = settings.step * (_COARSER if self.draws.shape[0] >= _SEVERAL else 1.0)
+        return replace(settings, segment_length=segment_length, step=step)
+
+    def _rank(self, share: float) -> int:
+        """Coordinates of a chain."""
+        num_chains, num_draws, size = self.draws.shape
+        if self.functions_CTF is not None and self.rank is None:
+            of_chain = max(_MIN_RANK, _STIFF_RANK // num_chains)
+            return max(1, min(of_chain, num_draws - 1, size))
+        wanted = self._usual_rank(share) if self.rank is None else self.rank
+        return max(1, min(wanted, int(num_draws / _DRAWS_PER_COORDINATE), size))
+
+    def _usual_rank(self, share: float) -> int:
+        num_chains, _, size = self.draws.shape
+        largest = _RANK * min(max(1.0, share / 2), _MOST_TIMES)
+        least = _MIN_RANK
+        if size < _TINY:
+            least = min(_TINY_RANK, size // _TINY_NUMBERS_PER_COORDINATE)
+            least = _TINY_MIXED_RANK if self.length < _MIXED else max(_MIN_RANK, least)
+        return max(least, min(int(largest), size // _NUMBERS_PER_COORDINATE) // num_chains)
 
 
 def correlation_length(draws: DrawBlocks) -> float:

@@ -7,13 +7,14 @@ one network."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_apd.generators.base import LARGEST_LATENT, Generator, check_sizes, peak, stratified
+from pyro_apd.generators.draw_blocks import draws_per_block
 from pyro_apd.generators.weight_matrices import WeightMatrix, other_spans
 from pyro_apd.runtime import checks
 
@@ -371,3 +372,25 @@ def reduced(values_ROK: Tensor, reduction_R: Tensor) -> Tensor:
     """Integers with their magnitudes reduced, by one number for each first index."""
     reduction_R11 = reduction_R[:, None, None]
     return values_ROK - torch.clamp(values_ROK, -reduction_R11, reduction_R11)
+
+
+@torch.no_grad()
+def blocks_of_draws(generator: SubspaceGenerator, count: int, paired_with: int | None = None) -> Iterator[Tensor]:
+    """Draws in blocks, evenly spread over modes all together, with torch's global random numbers.
+
+    :param int paired_with: number of the chain's draws, each of which is a mode: draws are then of the modes of
+        ``count`` draws that are evenly spaced, so that it matters less which these are.
+    """
+    like = generator.step
+    if paired_with is None:
+        place_S1 = stratified(torch.empty(count, 1, dtype=like.dtype, device=like.device))
+    else:
+        row_S = torch.linspace(0, paired_with - 1, count, dtype=torch.float64).round()  # as DrawBlocks.spaced
+        place_S1 = torch.special.ndtri((row_S + 0.5) / paired_with).to(like).unsqueeze(1)
+    for place_N1 in place_S1.split(draws_per_block(generator.latent_size * like.element_size())):
+        latent_NL = place_N1.new_empty(len(place_N1), generator.latent_size)
+        latent_NL[:, :1] = place_N1
+        for latent_L in latent_NL:
+            # One at a time: random numbers of a tensor depend on its shape, and blocks must not change the result.
+            latent_L[1:] = torch.randn(generator.latent_size - 1, dtype=like.dtype, device=like.device)
+        yield generator(latent_NL)

@@ -58,6 +58,8 @@ class SubspaceSettings:
     :ivar float null_step: of null parts, relative to the root mean square of their deviations.
     :ivar int segment_length: successive draws of a chain that make a mode.
     :ivar bool is_dithered: round bases at random, up or down, so that what is smaller than a step is kept on average.
+    :ivar bool has_null_noise: whether null parts have noise beside mean and path. In a convolution few directions of
+        patches are pinned, so that functions depend on the others, too, and noise there blurs them.
     :ivar float frame_step: of frames, relative to the root mean square of their entries.
     """
 
@@ -69,6 +71,7 @@ class SubspaceSettings:
     frame_step: float = 0.4
     segment_length: int = 4
     is_dithered: bool = False
+    has_null_noise: bool = True
 
 
 class SubspaceFit:
@@ -295,6 +298,9 @@ class SubspaceFit:
 
         part.null_reduction.copy_(rounded(part.null, scaled))
         part.null_step.copy_(self._null_units[part] * null_step)
+        if not self._settings.has_null_noise:
+            part.forget()
+            return
         square_O, square_I = torch.empty_like(null.row_O), torch.zeros_like(null.column_I)
         for rows in row_blocks(part.null):
             decoded_ROI = reduced(part.null[:, rows].to(dtype), part.null_reduction) * part.null_step

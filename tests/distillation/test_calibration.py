@@ -61,23 +61,3 @@ def test_random_numbers_are_those_of_the_global_generator(case):
         torch.manual_seed(3)
         found.append(calibrate(generator, functions, draws))
     assert found[0] == found[1]
-
-
-def test_modes_are_scaled_where_each_draw_is_one(case):
-    """There is no spread then, and noise cannot bring back what the coordinates lack."""
-    _, functions, draws = case
-    _, x, _ = linear_classifier()
-    inputs = torch.cat([x, torch.ones(60, 1)], 1)
-    fit = SubspaceFit(
-        draws, [WeightMatrix(0, 5, 8, 40)], [inputs.mT @ inputs / 60], SubspaceSettings(rank=40, segment_length=1)
-    )
-    fit.read()
-    generator = fit.generator()
-    assert not generator.spread.any()
-    modes = generator.modes.clone()
-    with torch.no_grad():
-        generator.modes.mul_(0.9)
-    found = calibrate(generator, functions, draws)
-    assert found.spread == pytest.approx(1 / 0.9, rel=0.03)
-    torch.testing.assert_close(generator.modes, 0.9 * found.spread * modes)
-    assert abs(found.residuals["rows"]) < 0.05

@@ -158,6 +158,16 @@ def test_what_is_smaller_than_a_step_is_kept_on_average():
     torch.testing.assert_close(found_OK.mean(0), wanted_OK, atol=0.06, rtol=0)
 
 
+def test_null_parts_without_noise_are_means_and_paths():
+    theta_CSD = draws(num_draws=40)
+    options = {"pinned": 2, "rank": 5, "path_rank": 5, "segment_length": 1}
+    with_noise, without = (fitted(theta_CSD, has_null_noise=flag, **options) for flag in (True, False))
+    assert with_noise.parts[0].null_rows.all()
+    assert not without.parts[0].null_rows.any()
+    latent_SL = latents_of_modes(without)
+    torch.testing.assert_close(without(latent_SL), with_noise(latent_SL))  # whose noise is zero
+
+
 def test_null_parts_stay_right_however_fine_their_step():
     theta_CSD = draws(num_draws=40, dtype=torch.float64)
     theta_CSD[..., : UNITS * INPUTS] *= 1 + 9 * (torch.arange(UNITS * INPUTS) % 7 == 0)  # far from the mean square
