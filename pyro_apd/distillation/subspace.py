@@ -39,6 +39,9 @@ _TINY, _TINY_RANK, _TINY_MIXED_RANK, _TINY_NUMBERS_PER_COORDINATE = 2000, 48, 10
 # Draws that are correlated over fewer draws than this are nearly independent. A mode is a mean of draws that are close
 # to each other, since the mean of independent networks is a bad network: this share of the length of correlation.
 _MIXED, _SHARE_OF_CORRELATION = 10.0, 1 / 8
+# Where modes of all draws take this share of a network's bytes at most, as of some hundred thousand weights on, each
+# draw is one: what large networks predict changes within a few draws.
+_FREE_MODES = 0.05
 # Of so many chains, whose bytes add up, steps are coarser by a factor.
 _SEVERAL, _COARSER = 4, 1.5
 # Entries by which the length is estimated.
@@ -167,6 +170,8 @@ class _Case:
         settings = self.settings(1.0)
         length = self.length if self.functions_CTF is None else 0.0
         segment_length = max(1, min(settings.segment_length, round(_SHARE_OF_CORRELATION * length)))
+        if len(self.draws) * settings.rank * 2 <= _FREE_MODES * 4 * self.draws.shape[2]:
+            segment_length = 1
         step = settings.step * (_COARSER if self.draws.shape[0] >= _SEVERAL else 1.0)
         return replace(settings, segment_length=segment_length, step=step)
 

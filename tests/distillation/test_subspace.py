@@ -131,3 +131,12 @@ def test_where_weights_are_used_often_for_a_row_each_draw_is_a_mode(num_uses, ha
     monkeypatch.setattr(Probes, "has_rows", has_rows)
     found = fit_default(layout, DrawBlocks(theta_CSD), functions, DistillOptions(), num_uses * layout.size)
     assert (found.generator.num_modes == 60) == is_each
+
+
+@pytest.mark.parametrize(("size", "is_each"), [(40, True), (12, False)])
+def test_each_draw_is_a_mode_where_modes_are_few_of_the_bytes(size, is_each):
+    """Coordinates of 60 draws take 240 bytes; of networks of 1,600 and 144 weights, which have 6,400 and 576 bytes."""
+    layout = Layout({"w": (size, size)})
+    noise_1SD = 0.05 * torch.randn(1, 60, layout.size, generator=torch.Generator().manual_seed(0))
+    theta_CSD = torch.linspace(-1, 1, 60).reshape(1, 60, 1) + noise_1SD  # correlated over many draws
+    assert (fitted(DrawBlocks(theta_CSD), layout, rank=2).num_modes == 60) == is_each
