@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from pyro_apd.distillation.failure import (
@@ -120,12 +120,12 @@ def distill_draws(
     :param Ranks ranks: processes that train together, with the same draws and seed; each gets the same posterior.
     """
     seed = seed_or_fresh(options.seed)
+    source = replace(source, frozen=source.frozen_tensors())
     with gradients("distill"), seeded(derived_seed(seed, "distillation"), source.theta_CSD.device):
         posterior, training = _fit_and_train(source, options, probe_inputs, progress, ranks or Ranks())
     posterior.metadata["seed"] = seed
     # The posterior in memory has the precision of its file, and draws the same.
-    is_narrow = options.generator != "paper" and source.theta_CSD.dtype == torch.float32
-    posterior = posterior.rounded(options.storage_dtype or ("int8" if is_narrow else "float32"))
+    posterior = posterior.rounded(options.file_dtype(source.theta_CSD.dtype))
     _note_data_and_network(posterior, source)
     return posterior, training
 
@@ -191,7 +191,7 @@ def _note_data_and_network(posterior: DistilledPosterior, source: Source) -> Non
     data = [value for value in source.args or () if isinstance(value, Tensor)]
     if data and source.has_all_data:
         posterior.metadata["data"] = fingerprint(*data)
-    posterior.frozen = source.frozen_tensors()
+    posterior.frozen = source.frozen
     if isinstance(source.model, BNN):
         posterior.bind(source.model)
 

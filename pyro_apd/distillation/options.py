@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from pyro_apd.distillation.critic import GAN_LOSSES
 from pyro_apd.distillation.source import MIN_DRAWS
 from pyro_apd.generators import GENERATORS
@@ -65,6 +67,11 @@ class DistillOptions:
                 f"{sorted(GAN_LOSSES)} with generator='paper'. The objective of the other generators follows from what "
                 "is known of the model."
             )
+
+    def file_dtype(self, dtype: torch.dtype) -> str:
+        """Precision of the file, by default by the ``dtype`` of the draws: digits beyond those of float32 are kept."""
+        is_narrow = self.generator != "paper" and dtype == torch.float32
+        return self.storage_dtype or ("int8" if is_narrow else "float32")
 
     def steps(self, default: int) -> int:
         """Generator steps to take, ``default`` unless ``num_steps`` is given."""

@@ -25,6 +25,7 @@ from pyro_apd.distillation.subspace import FittedSubspace, fit_default
 from pyro_apd.distillation.training import Schedule
 from pyro_apd.generators import Generator, PaperGenerator
 from pyro_apd.generators.draw_blocks import DrawBlocks
+from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
 from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.operation_count import OperationCount
@@ -65,6 +66,7 @@ class DistillationTask:
     budget: TrainingBudget
     cost: OperationCount
     ranks: Ranks
+    frozen: FrozenTensors | None = None
 
     @classmethod
     def of(
@@ -82,7 +84,7 @@ class DistillationTask:
         held_out = DrawBlocks(source.theta_CSD, held_out_index)
         step = -(-len(held_out) // budget.num_evaluation_draws)
         draws = DrawBlocks(source.theta_CSD, train_index)
-        return cls(source.layout, draws, held_out.rows(step), functions, budget, cost, ranks)
+        return cls(source.layout, draws, held_out.rows(step), functions, budget, cost, ranks, source.frozen)
 
     @property
     def step_seconds(self) -> float:
@@ -123,7 +125,7 @@ def prepare(task: DistillationTask, options: DistillOptions) -> PreparedTraining
     """The training that ``options`` ask for, with torch's global random numbers."""
     if options.generator == "paper":
         return _prepare_paper(task, options)
-    fitted = fit_default(task.layout, task.draws, task.functions, options, task.cost.num_products)
+    fitted = fit_default(task.layout, task.draws, task.functions, options, task.cost.num_products, task.frozen)
     generator = fitted.generator
     for name, parameter in generator.named_parameters():
         parameter.requires_grad_(name.rpartition(".")[2] in TRAINED)

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -25,6 +27,7 @@ from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.generators.subspace import SubspaceGenerator
 from pyro_apd.generators.subspace_fit import SubspaceFit, SubspaceSettings
 from pyro_apd.generators.weight_matrices import WeightMatrix
+from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior import integers
 from pyro_apd.runtime.memory import give_back_freed
@@ -61,12 +64,17 @@ _SHARE_OF_MODES = 0.12
 _MIN_SIDE = 4
 # Draws under which inputs of layers are gathered, and rows of the data.
 _NUM_DRAWS, _NUM_ROWS = 4, 1024
-# Bytes of a file beside its tensors: header, description, and what each tensor takes there.
-_DESCRIPTION_BYTES, _TENSOR_BYTES = 3000, 80
+# Bytes of a file beside its tensors: what of its description does not depend on the network, and what each tensor takes
+# in the header.
+_DESCRIPTION_BYTES, _TENSOR_BYTES = 2000, 80
+_LARGEST_FILE = 2**60
 # To meet a budget, steps are halved or doubled up to so often, until the size is within this share of it, in so many
 # trials. Doubling them takes about a bit from each integer: at first, sizes are taken to fall with this slope.
 _MAX_HALVINGS, _MAX_DOUBLINGS, _TOLERANCE, _EVALUATIONS, _SLOPE = 8.0, 5.0, 0.03, 8, 0.4
 _LEAST_RANK = 4
+
+# Bytes of a generator's file.
+_SizeOf = Callable[[SubspaceGenerator], int]
 
 
 @dataclass(frozen=True)
@@ -90,11 +98,13 @@ def fit_default(
     functions: tuple[FunctionSpace, Probes] | None,
     options: DistillOptions,
     num_products: int,
+    frozen: FrozenTensors | None = None,
 ) -> FittedSubspace:
     """Fits the generator to draws, within a budget where there is one, and calibrates it.
 
     :param functions: how draws are compared as functions; None where that is not known.
     :param int num_products: multiplications of a network per input.
+    :param FrozenTensors frozen: those of the model, of which the file holds digests.
     """
     seen = {} if functions is None else _seen_inputs(layout, draws, functions)
     if draws.shape[1] < _MIN_DRAWS and draws.shape[0] > 1:
@@ -102,6 +112,7 @@ def fit_default(
     draws = draws.thinned(_MAX_DRAWS)
     _, _, size = draws.shape
     budget = _num_bytes_accepted(options.byte_budget, size, draws.dtype)
+    size_of = partial(num_bytes, layout=layout, dtype=options.file_dtype(draws.dtype), frozen=frozen)
     length = correlation_length(draws)
     found = _matrices(layout, seen, draws)
 
@@ -116,10 +127,10 @@ def fit_default(
         generator = fits.at(settings).generator(is_last=budget is None)
         if budget is None:
             return generator, None
-        default_bytes = num_bytes(generator)
+        default_bytes = size_of(generator)
         del generator
         share = budget / default_bytes
-        return _within(budget, fits, settings.segment_length, case.settings(share), draws), default_bytes
+        return _within(budget, fits, settings.segment_length, case.settings(share), draws, size_of), default_bytes
 
     def calibrated(generator: SubspaceGenerator) -> FittedSubspace:
         give_back_freed()
@@ -223,11 +234,16 @@ def settings_for(share: float, rank: int) -> SubspaceSettings:
     return SubspaceSettings(pinned=128 * more, rank=rank, path_rank=12 * more, null_step=0.2)
 
 
-def num_bytes(generator: SubspaceGenerator) -> int:
-    """Size of the file of a generator in its default precision, within a few per cent."""
+def num_bytes(
+    generator: SubspaceGenerator, layout: Layout, dtype: str = "int8", frozen: FrozenTensors | None = None
+) -> int:
+    """Size of the file of a generator of these sites in a precision, within a few per cent."""
     tensors = {name: value.detach() for name, value in generator.state_dict().items()}
-    found = integers.packed_sizes(tensors, precision.encode(tensors, "int8"))
-    return sum(found) + _TENSOR_BYTES * len(found) + _DESCRIPTION_BYTES
+    found = integers.packed_sizes(tensors, precision.encode(tensors, dtype))
+    # The header holds the description as a string of JSON, with quotes escaped. Sites and matrices may be hundreds.
+    parts = [layout.to_json(), generator.config, {} if frozen is None else frozen.to_json()]
+    description = json.dumps(json.dumps(parts))
+    return sum(found) + _TENSOR_BYTES * len(found) + len(description) + _DESCRIPTION_BYTES
 
 
 class _LastFit:
@@ -250,19 +266,25 @@ class _LastFit:
 
 
 def _within(
-    budget: float, fits: _LastFit, shortest_segment: int, settings: SubspaceSettings, draws: DrawBlocks
+    budget: float,
+    fits: _LastFit,
+    shortest_segment: int,
+    settings: SubspaceSettings,
+    draws: DrawBlocks,
+    size_of: _SizeOf,
 ) -> SubspaceGenerator:
     """The generator with about the finest steps within a number of bytes, with fewer coordinates where needed.
 
     :param int shortest_segment: draws that make a mode, at least.
     :param settings: those to begin with.
+    :param callable size_of: bytes of a generator's file.
     :raises ValueError: if no steps are coarse enough.
     """
     num_chains, num_draws, _ = draws.shape
     while True:
         shortest = math.ceil(num_chains * num_draws * settings.rank / (_SHARE_OF_MODES * budget))
         settings = replace(settings, segment_length=max(shortest_segment, min(shortest, num_draws)))
-        generator, least = _with_finest_steps(fits.at(settings), settings, budget)
+        generator, least = _with_finest_steps(fits.at(settings), settings, budget, size_of)
         if generator is not None:
             return generator
         if settings.rank <= _LEAST_RANK:
@@ -275,7 +297,7 @@ def _within(
 
 
 def _with_finest_steps(
-    fit: SubspaceFit, settings: SubspaceSettings, budget: float
+    fit: SubspaceFit, settings: SubspaceSettings, budget: float, size_of: _SizeOf
 ) -> tuple[SubspaceGenerator | None, int]:
     """Bisection of the logarithm of the steps' factor, by secants where these stay within bounds.
 
@@ -284,7 +306,7 @@ def _with_finest_steps(
 
     def at(place: float) -> tuple[SubspaceGenerator, int]:
         generator = fit.generator(settings.step * 2**place, settings.null_step * 2 ** (place / 2))
-        return generator, num_bytes(generator)
+        return generator, size_of(generator)
 
     finest, coarsest, place, slope = -_MAX_HALVINGS, _MAX_DOUBLINGS, 0.0, _SLOPE
     known: list[tuple[float, float]] = []
@@ -307,10 +329,11 @@ def _with_finest_steps(
 
 
 def _num_bytes_accepted(byte_budget: float | int | None, size: int, dtype: torch.dtype) -> float | None:
-    """Bytes, from bytes (an integer) or networks (a float)."""
-    if byte_budget is None or isinstance(byte_budget, int):
-        return byte_budget
-    return byte_budget * size * dtype.itemsize
+    """Bytes, from bytes (an integer) or networks (a float); a budget beyond any file is such a file's."""
+    if byte_budget is None:
+        return None
+    network_bytes = 1 if isinstance(byte_budget, int) else size * dtype.itemsize
+    return min(byte_budget * network_bytes, _LARGEST_FILE)
 
 
 @torch.no_grad()

@@ -76,6 +76,61 @@ def test_a_file_stays_within_its_budget(few, known):
         of(known, byte_budget=500, num_steps=0)
 
 
+def of_budget(model, draws, budget, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DistillationWarning)
+        inputs = torch.randn(40, 2, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 2
+        return distill(draws, model, data=inputs, byte_budget=budget, seed=0, progress=False, num_steps=0, **options)
+
+
+def near(model):
+    generator = torch.Generator().manual_seed(2)
+    noise = {
+        name: torch.randn(60, *prior.batch_shape, *prior.event_shape, generator=generator)
+        for name, prior in model.priors.items()
+    }
+    return {name: 0.1 * value for name, value in noise.items()}
+
+
+def deep(num_layers, **options):
+    hidden = [module for _ in range(num_layers) for module in (nn.Linear(6, 6), nn.Tanh())]
+    return BNN(nn.Sequential(nn.Linear(2, 6), *hidden, nn.Linear(6, 2)), **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "budget", "options"),
+    [
+        (deep(2), 9_000, {"storage_dtype": "float32"}),
+        (deep(30), 40_000, {}),
+        (deep(30, bayesian="last_layer"), 7_400, {}),
+    ],
+    ids=["precision", "sites", "frozen"],
+)
+def test_all_that_a_file_holds_counts(few, model, budget, options):
+    """Numbers in another precision, a description of many sites, digests of many frozen tensors."""
+    size = of_budget(model, near(model), budget, **options).num_bytes
+    assert 0.6 * budget < size <= budget
+
+
+def test_numbers_of_more_digits_count(few):
+    model = deep(2).double()
+    draws = {name: value.double() for name, value in near(model).items()}
+    inputs = torch.randn(40, 2, generator=torch.Generator().manual_seed(1)).double(), torch.arange(40) % 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DistillationWarning)
+        posterior = distill(draws, model, data=inputs, byte_budget=18_000, seed=0, progress=False, num_steps=0)
+    assert posterior.storage_dtype == "float32"
+    assert 0.6 * 18_000 < posterior.num_bytes <= 18_000
+
+
+@pytest.mark.parametrize("budget", [1e308, 10**400])
+def test_a_budget_beyond_any_file_is_no_limit(few, budget):
+    model = deep(0)
+    expected = of_budget(model, near(model), 10**9).generator.state_dict()
+    found = of_budget(model, near(model), budget).generator.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
 def test_training_changes_the_law_and_keeps_the_integers(few):
     start, trained = of(num_steps=0), of(num_steps=6)
     assert trained.training_log["step"][-1] == 6

@@ -14,9 +14,11 @@ from pyro_apd.distillation.function_space import function_space
 from pyro_apd.distillation.options import DistillOptions
 from pyro_apd.distillation.probes import Probes
 from pyro_apd.distillation.source import Source
-from pyro_apd.distillation.subspace import fit_default, num_bytes
+from pyro_apd.distillation.subspace import fit_default
 from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.models.layout import Layout
+
+file_bytes = subspace.num_bytes
 
 LAYOUT = Layout({"w": (20, 30), "b": (20,), "scale": ()})
 
@@ -30,6 +32,10 @@ def draws(num_chains=1, num_draws=60, layout=LAYOUT):
 
 def fitted(blocks, layout=LAYOUT, **options):
     return fit_default(layout, blocks, None, DistillOptions(**options), 0).generator
+
+
+def num_bytes(generator):
+    return file_bytes(generator, LAYOUT)
 
 
 @pytest.mark.parametrize("networks", [2.5, 4.0, 8.0])
@@ -76,7 +82,7 @@ def test_a_fit_is_used_again_where_steps_alone_differ(monkeypatch):
 
 def test_steps_are_not_searched_where_integers_allow_no_finer_ones(monkeypatch):
     sizes = []
-    monkeypatch.setattr(subspace, "num_bytes", lambda generator: sizes.append(num_bytes(generator)) or sizes[-1])
+    monkeypatch.setattr(subspace, "num_bytes", lambda generator, **_: sizes.append(num_bytes(generator)) or sizes[-1])
     theta_CSD = draws()[torch.arange(60)].unsqueeze(0)
     theta_CSD[..., 0] += 3.0  # a mean beside which steps cannot be fine
     generator = fitted(DrawBlocks(theta_CSD), byte_budget=100.0)
