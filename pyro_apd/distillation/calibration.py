@@ -78,6 +78,7 @@ def calibrate(
     functions: tuple[FunctionSpace, Probes],
     draws: DrawBlocks,
     num_products: int = 0,
+    scales_modes: bool = True,
 ) -> Calibration:
     """Sets spread and cap of noise by the draws of the chain, with torch's global random numbers.
 
@@ -87,9 +88,11 @@ def calibrate(
     :param functions: how draws are compared, and the inputs.
     :param DrawBlocks draws: of the chain.
     :param int num_products: multiplications of a network per input.
+    :param bool scales_modes: whether to do so. In small networks whose draws are all modes, noise makes draws disagree
+        too much, and its cap alone is set.
     """
     space, probes = functions
-    has_spread = bool(generator.spread.any())
+    has_spread = bool(generator.spread.any()) or not scales_modes
     if has_spread:
         by_size = max(_MIN_DRAWS, min(_MAX_DRAWS, _NUMBERS // generator.output_size))
         count, products, fewest = _FEW_DRAWS if num_products > _COSTLY else by_size, _PRODUCTS, _MIN_PROBES

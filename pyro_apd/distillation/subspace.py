@@ -134,7 +134,9 @@ def fit_default(
 
     def calibrated(generator: SubspaceGenerator) -> FittedSubspace:
         give_back_freed()
-        calibration = None if functions is None else calibrate(generator, functions, draws, num_products)
+        calibration = None
+        if functions is not None:
+            calibration = calibrate(generator, functions, draws, num_products, case.scales_modes)
         return FittedSubspace(generator, calibration)
 
     def default() -> FittedSubspace:
@@ -181,10 +183,18 @@ class _Case:
         settings = self.settings(1.0)
         length = self.length if self.functions_CTF is None else 0.0
         segment_length = max(1, min(settings.segment_length, round(_SHARE_OF_CORRELATION * length)))
-        if len(self.draws) * settings.rank * 2 <= _FREE_MODES * 4 * self.draws.shape[2]:
+        if self._has_free_modes(settings):
             segment_length = 1
         step = settings.step * (_COARSER if self.draws.shape[0] >= _SEVERAL else 1.0)
         return replace(settings, segment_length=segment_length, step=step)
+
+    @property
+    def scales_modes(self) -> bool:
+        """Where each draw is a mode: whether what coordinates leave out matters more than noise."""
+        return self.functions_CTF is not None or self._has_free_modes(self.settings(1.0))
+
+    def _has_free_modes(self, settings: SubspaceSettings) -> bool:
+        return len(self.draws) * settings.rank * 2 <= _FREE_MODES * 4 * self.draws.shape[2]
 
     def _rank(self, share: float) -> int:
         """Coordinates of a chain."""

@@ -52,6 +52,25 @@ def test_what_is_found_is_set_and_can_be_written(case):
     assert found.to_json()["noise_cap"] == pytest.approx(found.noise_cap, rel=1e-3)
 
 
+def test_noise_alone_is_capped_where_small_networks_have_each_draw_as_a_mode():
+    """Then a factor of the modes would be found for what the noise does."""
+    draws, x, functions = linear_classifier()
+    inputs = torch.cat([x, torch.ones(60, 1)], 1)
+    settings = SubspaceSettings(rank=20, segment_length=1)
+    fit = SubspaceFit(draws, [WeightMatrix(0, 5, 8, 40)], [inputs.mT @ inputs / 60], settings)
+    fit.read()
+    generator = fit.generator()
+    modes = generator.modes.clone()
+    with torch.no_grad():
+        for part in generator.parts:
+            part.noise_columns.mul_(20)
+    before = ratios(generator, functions, draws)
+    calibrate(generator, functions, draws, scales_modes=False)
+    torch.testing.assert_close(generator.modes, modes)
+    assert before > 2
+    assert 0.7 < ratios(generator, functions, draws) < 1.3
+
+
 def test_random_numbers_are_those_of_the_global_generator(case):
     generator, functions, draws = case
     spread = generator.spread.clone()
