@@ -117,7 +117,7 @@ def distill_online(
         chains as well, and they sample from the posterior again only after another warm-up: expect a bias, of which a
         warning reminds.
     :param callable on_round: called with the posterior so far and the number of draws; with several processes, in the
-        first only.
+        first only. An error that it raises has the posterior as its attribute ``posterior``.
     :param dict initial_params: unconstrained values by site to start from, as for :class:`~pyro_apd.MCMC`.
     :param dict model_kwargs: keyword arguments of the model.
     :param checkpoint: a file. A run that finds its own checkpoint there continues from it, bit for bit; another run is
@@ -208,7 +208,15 @@ class _Rounds:
         posterior.metadata |= {"online": True, "draws_seen": num_draws, "rounds": list(self.log)}
         logger.info("Distilled after %d draws per chain: %s.", num_draws, posterior.metadata["metrics"])
         if self.on_round is not None and self.ranks.rank == 0:
-            self.on_round(posterior, num_draws)
+            try:
+                self.on_round(posterior, num_draws)
+            except Exception as error:
+                setattr(error, "posterior", posterior)  # noqa: B010
+                error.add_note(
+                    f"`on_round` raised this after {num_draws} draws per chain. Their posterior is its attribute "
+                    "`posterior`. With checkpoint=, the run can be continued."
+                )
+                raise
         if training.is_interrupted and not is_last:
             raise KeyboardInterrupt
         return posterior, training

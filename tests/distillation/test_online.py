@@ -220,6 +220,15 @@ def test_ctrl_c_after_a_round_gives_what_it_made():
     assert (posterior.metadata["draws_seen"], posterior.metadata["num_steps"]) == (20, 2)
 
 
+@pytest.mark.parametrize("at", [20, 40])
+def test_an_error_of_on_round_has_the_posterior(at):
+    with pytest.raises(RuntimeError, match="mine") as found:
+        run(on_round=stopping(at, RuntimeError("mine")))
+    assert found.value.posterior.metadata["draws_seen"] == at
+    assert found.value.posterior.get_samples(3, seed=0)
+    assert f"after {at} draws per chain" in found.value.__notes__[0]
+
+
 def test_ctrl_c_between_rounds_gives_the_last(monkeypatch):
     interrupt_draw(monkeypatch, 45)
     with pytest.warns(DistillationWarning, match="interrupted after 34 of 40 draws per chain, .* of the first 20"):
