@@ -37,7 +37,7 @@ def scale_modes(
 ) -> tuple[float, dict[str, float]]:
     """Multiplies the modes, and returns the factor, and logarithms of ratios of disagreements by group of inputs.
 
-    The latter are those of a line through two trials, as the factor is.
+    Between two trials the latter are those of a line, as the factor is.
 
     With draws of the modes of the ``count`` draws of the chain that it is compared with, so that it matters less which
     these are; with torch's global random numbers.
@@ -56,9 +56,13 @@ def scale_modes(
 
     here, there = errors(1.0), errors(1.0 + _DIFFERENCE)
     square = _best_square(here, there)
-    generator.modes.copy_(unscaled * square**0.5)
     share = (square - 1.0) / _DIFFERENCE
-    return square**0.5, {name: float(torch.lerp(here[0][name], there[0][name], share).mean()) for name in here[0]}
+    if 0.0 <= share <= 1.0:
+        found = {name: torch.lerp(here[0][name], there[0][name], share) for name in here[0]}
+    else:
+        found = errors(square)[0]  # a line tells little beyond the trials
+    generator.modes.copy_(unscaled * square**0.5)
+    return square**0.5, {name: float(values_F.mean()) for name, values_F in found.items()}
 
 
 def _uncertainty(space: FunctionSpace, inputs: ChosenInputs, blocks: Iterable[Tensor]) -> list[dict[str, Tensor]]:

@@ -51,6 +51,26 @@ def test_every_draw_is_compared(monkeypatch):
     assert counts == [len(draws)] * 3  # the chain, and two factors
 
 
+@pytest.mark.parametrize(("factor", "num_trials"), [(0.98, 2), (0.9, 3)])
+def test_residuals_beyond_the_trials_are_tried(factor, num_trials, monkeypatch):
+    draws, x, (of_draws, probes) = linear_classifier()
+    generator = generator_of_modes(draws, x)
+    with torch.no_grad():
+        generator.modes.mul_(factor)
+    tried, uncertainty = [], scaled_modes._uncertainty
+
+    def noted(*args):
+        tried.append(uncertainty(*args))
+        return tried[-1]
+
+    monkeypatch.setattr(scaled_modes, "_uncertainty", noted)
+    found = calibrate(generator, (of_draws, probes), draws)
+    assert len(tried) == 1 + num_trials  # the chain first
+    if num_trials == 3:
+        measured = float((tried[-1][0]["rows"] / tried[0][0]["rows"]).log())
+        assert found.residuals["rows"] == pytest.approx(measured, abs=1e-6)
+
+
 def test_random_numbers_are_those_of_the_global_generator():
     draws, x, functions = linear_classifier()
     generator, found = generator_of_modes(draws, x), []

@@ -27,10 +27,14 @@ def test_freed_memory_goes_back_to_the_system():
 
 @pytest.mark.parametrize("found", [object(), None])
 def test_other_libraries_are_left_alone(found, monkeypatch):
+    asked = []
+
     def open_library(name):
+        asked.append(name)
         if found is None:
             raise OSError("no library")
         return found
 
     monkeypatch.setattr(ctypes, "CDLL", open_library)
     give_back_freed()
+    assert asked == [None]
