@@ -127,11 +127,11 @@ class _WholeData(Probes):
     has_rows = False
 
     def __init__(self, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._call = (model, tuple(args), dict(kwargs))
+        self.__wrapped__ = model
+        self._args, self._kwargs = tuple(args), dict(kwargs)
 
     def __call__(self) -> Any:
-        model, args, kwargs = self._call
-        return model(*args, **kwargs)
+        return self.__wrapped__(*self._args, **self._kwargs)
 
     def draw(self, count: int) -> tuple[Tensor, ...]:
         """No inputs: the model already has them."""

@@ -28,7 +28,8 @@ class RowArguments:
     """
 
     def __init__(self, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._model = model
+        #: The model, as functions with decorators have it.
+        self.__wrapped__ = model
         self._leaves, self._spec = tree_flatten((tuple(args), dict(kwargs)))
         tensors = [leaf for leaf in self._leaves if _has_rows(leaf)]
         if not tensors or len(tensors[0]) == 0:
@@ -39,7 +40,7 @@ class RowArguments:
 
     def __call__(self, *rows: Tensor) -> Any:
         args, kwargs = self.of(*rows)
-        return self._model(*args, **kwargs)
+        return self.__wrapped__(*args, **kwargs)
 
     def of(self, *rows: Tensor) -> tuple[list[Any], dict[str, Any]]:
         """Arguments and keyword arguments of the model with these rows in place of its own."""

@@ -113,7 +113,7 @@ class PosteriorPrediction(nn.Module):
         def one(values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
             return self.network(values, *inputs_N)  # type: ignore[no-any-return]
 
-        return self.scores(*of_all_draws(one, values_S))  # type: ignore[no-any-return]
+        return self.scores(*of_all_draws(one, values_S, self.network))  # type: ignore[no-any-return]
 
 
 def _check_part(architecture: nn.Module) -> None:

@@ -19,6 +19,7 @@ from pyro_apd.models.layout import Layout
 from pyro_apd.models.module_copies import ModuleCopies
 from pyro_apd.models.network_inputs import NetworkInputs
 from pyro_apd.models.networks import check_link, part_of, plain_network
+from pyro_apd.runtime.vectorisation import vectorised
 from pyro_apd.uncertainty.program_scores import Scores
 
 #: Site of the learned noise of a regression by :class:`~pyro_apd.BNN`.
@@ -113,20 +114,26 @@ def _checked_link(link: str | None, architecture: nn.Module) -> str:
 def of_all_draws(
     one: Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]],
     values_S: Mapping[str, Tensor],
+    network: nn.Module,
     chunk_size: int | None = None,
 ) -> Sequence[Tensor]:
     """What a function of one draw gives for each of them, stacked.
 
     :param one: from values by site to tensors.
     :param values_S: draws by site.
+    :param network: that the function runs, see :func:`~pyro_apd.runtime.vectorisation.vectorised`.
     :param int chunk_size: draws evaluated together; None: all.
     """
-    if not torch.compiler.is_exporting():  # vmap of a convolution takes the number of rows for a constant
-        # An operation that vmap does not know, such as GRU, or does in a loop, as attention.
-        with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+
+    def together() -> Sequence[Tensor]:
+        with warnings.catch_warnings():  # of an operation that vmap does in a loop, as attention
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            vectorised: Sequence[Tensor] = torch.vmap(one, chunk_size=chunk_size)(dict(values_S))
-            return vectorised
+            return torch.vmap(one, chunk_size=chunk_size)(dict(values_S))
+
+    if not torch.compiler.is_exporting():  # vmap of a convolution takes the number of rows for a constant
+        found = vectorised(together, network)
+        if found is not None:
+            return found
     num_draws = len(next(iter(values_S.values())))
     each = [one({name: value[i] for name, value in values_S.items()}) for i in range(num_draws)]
     return [torch.stack(parts) for parts in zip(*each, strict=True)]
@@ -173,7 +180,9 @@ class ScoringEnsemble(nn.Module):
         """
         call = NetworkInputs.of(x, named)
         values_S = {site: self.get_buffer(buffer) for site, buffer in self._buffers_of.items()}
-        predictions_S = of_all_draws(lambda v: self.network(v, *call.args, **call.kwargs), values_S, self.chunk_size)
+        predictions_S = of_all_draws(
+            lambda v: self.network(v, *call.args, **call.kwargs), values_S, self.network, self.chunk_size
+        )
         return dict(zip(self.scores.names, self.scores(*predictions_S), strict=True))
 
     def train(self, mode: bool = True) -> ScoringEnsemble:

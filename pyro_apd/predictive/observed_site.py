@@ -9,6 +9,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyro
@@ -27,13 +28,13 @@ from pyro_apd.predictive.site_names import check_sites
 from pyro_apd.predictive.vmap_draws import (
     DrawFunction,
     Footprint,
-    log_one_by_one,
     map_chunk,
     map_draws,
     map_one_by_one,
     vmap_conditions,
 )
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
+from pyro_apd.runtime.vectorisation import vectorised
 
 #: From the traced observed site to a tensor of shape ``batch_shape + (..., F)``: ``F`` numbers a datum.
 Summary = Callable[[Mapping[str, Any]], Tensor]
@@ -145,7 +146,7 @@ class ObservedSite:
             with preserved_param_store(), poutine.block():
                 function = self._of_one_draw(summary, args, kwargs)
                 # With gradients all activations are kept anyway.
-                return map_draws(function, draws, num_draws, chunk_size or num_draws)["value"]
+                return map_draws(function, draws, num_draws, chunk_size or num_draws, self.model)["value"]
         whole: list[Tensor] = []
 
         def keep(piece: Piece) -> None:
@@ -185,15 +186,11 @@ class ObservedSite:
                 stop = min(start + chunk_size, num_draws)
                 part = draws_between(draws, start, stop)
                 for data, function in functions:
+                    value = None
                     if not is_one_by_one:
-                        try:
-                            value = map_chunk(function, part, stop - start)["value"]
-                        except ModelError:
-                            raise
-                        except Exception as error:  # see vmap_draws.map_draws
-                            is_one_by_one = True
-                            log_one_by_one(num_draws, error)
-                    if is_one_by_one:
+                        value = vectorised(partial(_of_chunk, function, part, stop - start), self.model)
+                        is_one_by_one = value is None
+                    if value is None:
                         value = map_one_by_one(function, part, stop - start)["value"]
                     num_data = value.shape[1] if cut is None else cut.num_data
                     consume(Piece(slice(start, stop), data, num_data, value))
@@ -220,13 +217,11 @@ class ObservedSite:
         cut = plan_cut(self._footprint.largest, num_draws, chunk_size, args, kwargs)
         if cut is None:
             return None
+        given = (*args, *kwargs.values())
+        is_known = len(given) == len(self._prototype_args) and all(map(operator.is_, given, self._prototype_args))
         with seeded(0):
+            whole = summary(self._prototype) if is_known else self._at(summary, self._example, args, kwargs, {})
             try:
-                given = (*args, *kwargs.values())
-                is_known = len(given) == len(self._prototype_args) and all(
-                    map(operator.is_, given, self._prototype_args)
-                )
-                whole = summary(self._prototype) if is_known else self._at(summary, self._example, args, kwargs, {})
                 for span in (slice(0, 2), slice(cut.num_rows - 3, cut.num_rows)):
                     alone = self._at(summary, self._example, *cut.of(span, args, kwargs), {})
                     if whole.shape[0] != cut.num_rows or not _is_same(alone, whole[span]):
@@ -309,7 +304,7 @@ class ObservedSite:
                 return self._at(summary, self._example, args, kwargs, {**shown, name: block})
 
             with torch.no_grad():
-                if not _depends(of_block, blocks):
+                if not _depends(of_block, blocks, self.model):
                     continue
             if name not in self._dims:
                 raise ModelError(
@@ -346,11 +341,17 @@ def _is_same(value: Tensor, expected: Tensor) -> bool:
     return bool(torch.isclose(value, expected, rtol=1e-4, atol=1e-5 * scale).all())
 
 
-def _depends(function: Callable[[Tensor], Tensor], blocks: Tensor) -> bool:
-    """Whether a result depends on which block of rows it is for."""
-    try:
+def _depends(function: Callable[[Tensor], Tensor], blocks: Tensor, model: object) -> bool:
+    """Whether a result of a model depends on which block of rows it is for."""
+
+    def varies() -> bool:
         with vmap_conditions():
             # Where nothing depends on what is mapped over, vmap repeats one result without copying it.
             return torch.vmap(function, randomness="same")(blocks).stride(0) != 0
-    except Exception:
-        return not torch.equal(function(blocks[0]), function(blocks[1]))
+
+    found = vectorised(varies, model, "blocks of rows")
+    return not torch.equal(function(blocks[0]), function(blocks[1])) if found is None else found
+
+
+def _of_chunk(function: DrawFunction, part: Values, num_draws: int) -> Tensor:
+    return map_chunk(function, part, num_draws)["value"]

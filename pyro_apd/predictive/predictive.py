@@ -40,15 +40,10 @@ from pyro_apd.predictive.draws import (
 from pyro_apd.predictive.observed_site import ObservedSite
 from pyro_apd.predictive.reductions import reduce_outputs, reduction_names
 from pyro_apd.predictive.site_names import check_sites
-from pyro_apd.predictive.vmap_draws import (
-    Footprint,
-    map_draws,
-    map_sequentially,
-    parameters_valid,
-    sample_freshly,
-)
+from pyro_apd.predictive.vmap_draws import Footprint, map_draws, map_one_by_one, parameters_valid, sample_freshly
 from pyro_apd.runtime.checks import flag, integer
 from pyro_apd.runtime.global_state import preserved_param_store, seeded
+from pyro_apd.runtime.vectorisation import log_one_by_one
 
 # A name that no site of a model has.
 _VALID = "_pyro_apd_parameters_valid"
@@ -200,11 +195,11 @@ class Predictive(pyro.infer.Predictive):
             return values
 
         chunk_size = self.chunk_size or footprint.chunk_size(self.num_samples)
-        values = map_draws(values_of, draws, self.num_samples, chunk_size)
+        values = map_draws(values_of, draws, self.num_samples, chunk_size, model)
         if not values.pop(_VALID, torch.tensor(True)).all():
             # Pyro would have raised at the draw concerned, with a message about its distribution: let it.
-            reason = "a distribution has invalid parameters"
-            values = map_sequentially(values_of, draws, self.num_samples, reason=reason)
+            log_one_by_one("a distribution has invalid parameters")
+            values = map_one_by_one(values_of, draws, self.num_samples)
         return values
 
 

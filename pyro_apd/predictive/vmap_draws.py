@@ -9,7 +9,6 @@ noise for each draw, and what to do where the model cannot be vectorised.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,15 +20,13 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.overrides import TorchFunctionMode
 
-from pyro_apd.errors import ModelError
 from pyro_apd.models.layout import is_subsample
 from pyro_apd.predictive.draws import Draws, Values, draws_between
 from pyro_apd.predictive.vmap_linear import DrawLinear
+from pyro_apd.runtime.vectorisation import vectorised
 
 #: From the values of one draw, and whether it runs under vmap, to named results.
 DrawFunction = Callable[[Values, bool], Values]
-
-_LOG = logging.getLogger("pyro_apd")
 
 # What the intermediate results of one chunk may take together. Larger chunks leave the caches of a CPU, and gain
 # little on a GPU, which these fill.
@@ -38,37 +35,21 @@ _CHUNK_BYTES = 2**26
 _ALIVE = 3
 
 
-def map_draws(function: DrawFunction, draws: Draws, num_draws: int, chunk_size: int) -> Values:
+def map_draws(function: DrawFunction, draws: Draws, num_draws: int, chunk_size: int, model: object) -> Values:
     """``function`` for each of ``num_draws`` draws, results stacked along a new first dimension.
 
     :param function: called as ``function(values, vectorised)``; ``vectorised`` is True under vmap, where validation is
         off.
     :param draws: values ``(S, ...)`` by site, or their source; may be empty.
     :param chunk_size: draws evaluated together.
+    :param model: that the function runs, see :func:`~pyro_apd.runtime.vectorisation.vectorised`.
     """
-    try:
-        return _map_vectorised(function, draws, num_draws, chunk_size)
-    except ModelError:
-        raise
-    except Exception as error:
-        # Whatever is wrong with the model itself is wrong one by one too, and is then reported without vmap around it.
-        return map_sequentially(function, draws, num_draws, reason=error)
-
-
-def map_sequentially(function: DrawFunction, draws: Draws, num_draws: int, *, reason: object) -> Values:
-    """As :func:`map_draws`, one draw after another, with validation as the user has it; logs the ``reason``."""
-    log_one_by_one(num_draws, reason)
-    return map_one_by_one(function, draws, num_draws)
-
-
-def log_one_by_one(num_draws: int, reason: object) -> None:
-    """Says that draws are evaluated one by one, and why."""
-    lines = str(reason).strip().splitlines() or [type(reason).__name__]
-    _LOG.warning("Evaluating %d draws one by one, which is slower: %s", num_draws, lines[0])
+    values = vectorised(lambda: _map_vectorised(function, draws, num_draws, chunk_size), model)
+    return map_one_by_one(function, draws, num_draws) if values is None else values
 
 
 def map_one_by_one(function: DrawFunction, draws: Draws, num_draws: int) -> Values:
-    """As :func:`map_sequentially`, without logging."""
+    """As :func:`map_draws`, one draw after another, with validation as the user has it."""
     rows = [function(_draw(draws, i), False) for i in range(num_draws)]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 

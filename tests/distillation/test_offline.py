@@ -431,3 +431,25 @@ def test_draws_on_disk_are_never_copied_whole(tmp_path, monkeypatch, space):
     assert posterior.metadata["space"] == space
     # A batch of training, 64 or 100 latents; the other numbers that are compared, and moments of inputs, are fewer.
     assert largest.num_bytes <= 100 * posterior.latent_size * 4 < 0.4 * 300 * layout.size * 4
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.rnn, self.out = kind(2, 4, batch_first=True), torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0][:, -1])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [torch.nn.GRU, *(pytest.param(kind, marks=pytest.mark.thorough) for kind in (torch.nn.LSTM, torch.nn.RNN))],
+)
+def test_that_draws_are_evaluated_one_by_one_is_said_once(kind, caplog):
+    net = Recurrent(kind)
+    draws = {name: torch.randn(10, *value.shape) for name, value in net.named_parameters(prefix="net")}
+    model = BNN(net, prior_scale=1.0, likelihood="categorical")
+    x, y = torch.randn(8, 3, 2), torch.arange(8) % 2
+    distill(draws, model, data=(x, y), num_steps=2, seed=0, progress=False, strict=False)
+    assert caplog.text.count("one by one") == 1

@@ -65,13 +65,32 @@ def test_plain_networks_have_a_link():
     torch.testing.assert_close(found["mean"].sum(-1), torch.ones(2))
 
 
-def test_what_vmap_does_not_know_is_done_one_by_one():
+def test_what_vmap_does_not_know_is_done_one_by_one(caplog):
     posterior, bnn = low_rank_posterior(Recurrent())
     x, draws = torch.randn(2, 3, 4), posterior.get_samples(3, seed=0)
     found = posterior.ensemble(3, net=bnn, outputs=["networks"], seed=0)(x)["networks"]
     for i in range(3):
         net = posterior.network({name: value[i] for name, value in draws.items()}, net=bnn)
         torch.testing.assert_close(found[i], net(x).softmax(-1))
+    assert caplog.text.count("Evaluating draws one by one, which is slower: Batching rule not implemented") == 1
+
+
+def test_an_error_that_a_network_raises_once_is_not_hidden():
+    class Failing(Recurrent):
+        fails = False
+
+        def forward(self, x):
+            if Failing.fails:
+                Failing.fails = False
+                raise RuntimeError("a fault of its own")
+            return super().forward(x)
+
+    posterior, bnn = low_rank_posterior(Failing())
+    scored = posterior.ensemble(3, net=bnn, outputs=["networks"], seed=0)
+    Failing.fails = True
+    with pytest.raises(RuntimeError, match="a fault of its own"):
+        scored(torch.randn(2, 3, 4))
+    assert scored(torch.randn(2, 3, 4))["networks"].shape == (3, 2, 3)
 
 
 def test_errors_of_the_network_are_raised():

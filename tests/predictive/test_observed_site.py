@@ -20,6 +20,7 @@ from pyro_apd import BNN, uncertainty
 from pyro_apd.errors import ModelError
 from pyro_apd.predictive.predictive import FunctionView, function_values, log_likelihood, outputs
 from pyro_apd.predictive.vmap_draws import Footprint
+from pyro_apd.runtime import vectorisation
 
 S, N, D = 4, 7, 3
 
@@ -27,6 +28,7 @@ S, N, D = 4, 7, 3
 @pytest.fixture(autouse=True)
 def evaluation(caplog):
     """Fails if draws were evaluated one by one, unless the test expects it."""
+    vectorisation._KNOWN.clear()  # some models are in several tests
     expected = SimpleNamespace(one_by_one=False)
     with caplog.at_level(logging.WARNING, logger="pyro_apd"):
         yield expected

@@ -376,8 +376,35 @@ def test_data_dependent_control_flow_is_run_one_by_one(caplog):
     with caplog.at_level(logging.WARNING, logger="pyro_apd"):
         value = Predictive(model, draws, return_sites=("_RETURN",))(x)["_RETURN"]
     assert value[:, 0].tolist() == [-1.0, 100.0, 200.0]
-    assert "3 draws one by one" in caplog.text
+    assert "Evaluating draws one by one" in caplog.text
     assert "data-dependent control flow" in caplog.text
+
+
+@pytest.mark.parametrize("function", [outputs, Predictive], ids=["outputs", "Predictive"])
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("call", [2, 3])
+def test_an_error_that_a_model_raises_once_is_not_hidden(function, branches, call, caplog):
+    """Of the vectorised attempt, which comes after a trial run; and of the first draw where that is of no use."""
+    calls = []
+
+    def model(x):
+        calls.append(x)
+        if len(calls) == call:
+            raise RuntimeError("a fault of my own")
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if branches and z > 0:
+            z = 2 * z
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(z, 1.0))
+
+    draws, x = {"z": torch.tensor([-1.0, 1.0, 2.0])}, torch.ones(2)
+    run = functools.partial(*((Predictive(model, draws),) if function is Predictive else (outputs, model, draws)), x)
+    if call == 3 and not branches:
+        run()  # two calls
+    with pytest.raises(RuntimeError, match="a fault of my own") as caught:
+        run()
+    assert caught.traceback[-1].name == "model"
+    assert "one by one" not in caplog.text
 
 
 def test_structure_that_varies_raises_as_in_pyro():
