@@ -96,6 +96,15 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     tensor_file.write(_KIND, tensors, json.dumps(description), path, previous_path(path))
 
 
+def note_checkpoint(error: BaseException, path: Path | None, call: str) -> None:
+    """Adds to an error that ends a run where its checkpoint is, if one was written, and how to resume.
+
+    :param call: the function or method that resumes.
+    """
+    if path is not None and path.exists():
+        error.add_note(f"What was done is in the checkpoint '{path}': the same call of {call} continues from it.")
+
+
 def read_checkpoint(path: Path) -> Checkpoint | None:
     """The newest undamaged checkpoint; None where there is none yet.
 

@@ -21,6 +21,7 @@ from pyro.infer.mcmc.util import diagnostics as diagnostics_by_site
 from torch import Tensor
 from torch.distributions import Transform
 
+from pyro_apd.chains.checkpoint import note_checkpoint
 from pyro_apd.chains.distributed import RankRun
 from pyro_apd.chains.group import Hook, Plan, rebuilt_error
 from pyro_apd.chains.run import Run
@@ -257,8 +258,9 @@ class MCMC(pyro.infer.MCMC):
             run.replacing = replacing
             try:
                 run.sample()
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as error:
                 if not self._collect(run) or self.store is None:
+                    note_checkpoint(error, run.settings.checkpoint_path, "MCMC(...).run()")
                     raise
                 chains, num_draws = self.store.complete_part()
                 resumes = ", and run() again resumes from the checkpoint" if self._settings.checkpoint_path else ""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pyro import poutine
 from torch import Tensor
 
-from pyro_apd.chains.checkpoint import Checkpoint, Progress
+from pyro_apd.chains.checkpoint import Checkpoint, Progress, note_checkpoint
 from pyro_apd.chains.distributed import RankRun
 from pyro_apd.chains.group import Plan, rebuilt_error
 from pyro_apd.chains.identity import arguments_digest, check_identity, describe
@@ -288,7 +288,9 @@ class _OnlineRun(RankRun):
         num_kept = max(self._num_done - self.plan.warmup_steps, 0)
         if self._rounds.last is None:
             if self.store is None or not _has_enough(self.store):
-                raise KeyboardInterrupt
+                error = KeyboardInterrupt()
+                note_checkpoint(error, self.settings.checkpoint_path, "distill_online()")
+                raise error
             # Other processes may not have been interrupted, hence of this process's draws alone.
             self._rounds.options = replace(self._rounds.options, num_steps=0)
             self._rounds.ranks = Ranks()

@@ -350,12 +350,12 @@ def test_divergence_before_the_first_kept_draw():
 # -- interruptions ----------------------------------------------------------------------------------------------------
 
 
-def interrupting(at, chain=0):
+def interrupting(at, chain=0, phase="Sample"):
     """A hook that presses Ctrl-C: to the whole group of processes where it runs in a worker."""
     parent = os.getpid()
 
     def hook(kernel, params, stage, i):
-        if stage.startswith("Sample") and i == at and (f"[{chain}]" in stage or "[" not in stage):
+        if stage.startswith(phase) and i == at and (f"[{chain}]" in stage or "[" not in stage):
             if os.getpid() == parent:
                 raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGINT)  # ignored
@@ -403,8 +403,21 @@ def test_an_interrupt_before_the_first_draw_is_raised_on():
     def hook(kernel, params, stage, i):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         run(hook_fn=hook)
+    assert not hasattr(caught.value, "__notes__")
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_an_interrupt_before_the_first_draw_names_the_checkpoint(method, at, tmp_path):
+    path = tmp_path / "run.ckpt"
+    options = {"num_chains": 2, "chain_method": method, "warmup_steps": 6, "checkpoint": path, "checkpoint_every": 2}
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(hook_fn=interrupting(at, phase="Warmup"), **options)
+    (note,) = caught.value.__notes__
+    assert f"'{path}'" in note
+    assert "the same call of MCMC(...).run() continues" in note
+    assert torch.equal(theta(run(**options)), theta(run(**{**options, "checkpoint": None, "checkpoint_every": None})))
 
 
 def test_an_error_in_a_hook_leaves_the_draws_so_far(method):

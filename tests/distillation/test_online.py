@@ -244,10 +244,14 @@ def test_ctrl_c_before_the_first_round_gives_the_start(monkeypatch):
 
 
 @pytest.mark.parametrize("at", [1, 12])
-def test_ctrl_c_before_there_are_draws_is_raised_on(monkeypatch, at):
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_ctrl_c_before_there_are_draws_is_raised_on(monkeypatch, tmp_path, at, has_checkpoint):
     interrupt_draw(monkeypatch, at)
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(checkpoint=tmp_path / "run.ckpt" if has_checkpoint else None)
+    notes = getattr(caught.value, "__notes__", [])
+    assert len(notes) == (has_checkpoint and at == 12)  # the first is written after two draws
+    assert all(f"checkpoint '{tmp_path / 'run.ckpt'}'" in note and "distill_online()" in note for note in notes)
 
 
 def interrupt_training(monkeypatch, at):
