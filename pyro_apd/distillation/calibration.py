@@ -22,8 +22,8 @@ from pyro_apd.distillation.chosen_inputs import NUM_CHOOSING, SHARES, ChosenInpu
 from pyro_apd.distillation.function_space import FunctionSpace
 from pyro_apd.distillation.probes import Probes
 from pyro_apd.distillation.scaled_modes import SHARES_OF_MODES, scale_modes
-from pyro_apd.generators.draw_blocks import DrawBlocks
-from pyro_apd.generators.subspace import SubspaceGenerator, blocks_of_draws
+from pyro_apd.generators.draw_blocks import DrawBlocks, blocks_of_draws
+from pyro_apd.generators.subspace import SubspaceGenerator
 from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.seeds import fresh_seed
 

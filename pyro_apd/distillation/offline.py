@@ -24,7 +24,7 @@ from pyro_apd.distillation.options import DistillOptions
 from pyro_apd.distillation.setup import DistillationTask, PreparedTraining, prepare
 from pyro_apd.distillation.source import HELD_OUT, Source, read_source, split_held_out
 from pyro_apd.distillation.training import Training, train
-from pyro_apd.generators.subspace import blocks_of_draws
+from pyro_apd.generators.draw_blocks import blocks_of_draws
 from pyro_apd.models.bnn import BNN
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.runtime.cpu_threads import cpu_threads, threads_for

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pyro_apd.distillation.chosen_inputs import ChosenInputs, values_at
 from pyro_apd.distillation.function_space import FunctionSpace
-from pyro_apd.generators.draw_blocks import DrawBlocks
-from pyro_apd.generators.subspace import SubspaceGenerator, blocks_of_draws
+from pyro_apd.generators.draw_blocks import DrawBlocks, blocks_of_draws
+from pyro_apd.generators.subspace import SubspaceGenerator
 from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.seeds import fresh_seed
 

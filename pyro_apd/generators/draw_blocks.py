@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pyro_apd.generators.base import Generator, stratified
+
 # Bytes of a block: a thirty-second of the draws, within these bounds. Large blocks read files faster, and
 # a fit holds several copies of one.
 _MIN_BYTES, _MAX_BYTES = 8 * 2**20, 32 * 2**20
@@ -135,3 +137,25 @@ def items_per_block(item_bytes: int, num_bytes: int = 0) -> int:
 def draws_per_block(draw_bytes: int) -> int:
     """How many draws of ``draw_bytes`` each make a block that the network evaluates."""
     return max(1, _DRAWS_BYTES // max(1, draw_bytes))
+
+
+@torch.no_grad()
+def blocks_of_draws(generator: Generator, count: int, paired_with: int | None = None) -> Iterator[Tensor]:
+    """Draws in blocks, evenly spread over modes all together, with torch's global random numbers.
+
+    :param int paired_with: number of the chain's draws, each of which is a mode: draws are then of the modes of
+        ``count`` draws that are evenly spaced, so that it matters less which these are.
+    """
+    like = next(generator.parameters())
+    if paired_with is None:
+        place_S1 = stratified(torch.empty(count, 1, dtype=like.dtype, device=like.device))
+    else:
+        row_S = torch.linspace(0, paired_with - 1, count, dtype=torch.float64).round()  # as DrawBlocks.spaced
+        place_S1 = torch.special.ndtri((row_S + 0.5) / paired_with).to(like).unsqueeze(1)
+    for place_N1 in place_S1.split(draws_per_block(generator.latent_size * like.element_size())):
+        latent_NL = place_N1.new_empty(len(place_N1), generator.latent_size)
+        latent_NL[:, :1] = place_N1
+        for latent_L in latent_NL:
+            # One at a time: random numbers of a tensor depend on its shape, and blocks must not change the result.
+            latent_L[1:] = torch.randn(generator.latent_size - 1, dtype=like.dtype, device=like.device)
+        yield generator(latent_NL)

@@ -18,6 +18,11 @@ _ALMOST_ALL = 0.8
 # to what it should be.
 _MOST_LEAKED = 1.1
 
+# Columns have scales where one deviates less than this, relative to the root mean square of all: such a column is next
+# to nothing where functions are compared, but not for those who read weights. Those of ordinary networks deviate alike,
+# within a third or so. No scale is smaller than 2 to this power.
+_NARROW, _SMALLEST_EXPONENT = 1 / 8, -20.0
+
 
 def short(values: Tensor) -> Tensor:
     """To eight binary digits, which every precision of a file keeps: units need not be exact, but must not change."""
@@ -56,3 +61,17 @@ def fitted_frame(moment_II: Tensor, pinned: int, frame_step: float, rows_NI: Ten
         if bool(found <= accepted) or step <= 1.02 * finest:
             return integers_KI.to(torch.int16), step
         step /= 4
+
+
+def scale_exponents(rows_CTOI: Tensor) -> Tensor | None:
+    """Exponents ``(I,)`` of powers of two near the deviations of columns, relative to the root mean square of all.
+
+    :param rows_CTOI: rows of the weights in some draws of each chain.
+    :returns: None where no column deviates far less than the others.
+    """
+    # From the first draw, since a mean of equal numbers may differ from them in the last place.
+    square_I = (rows_CTOI - rows_CTOI[:, :1]).double().square().mean((0, 1, 2))
+    relative_I = square_I / square_I.mean().clamp_min(1e-300)
+    if not bool(square_I.any()) or float(relative_I.amin()) >= _NARROW**2:
+        return None
+    return (relative_I.log2() / 2).round().clamp_min(_SMALLEST_EXPONENT)

@@ -7,14 +7,13 @@ one network."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_apd.generators.base import LARGEST_LATENT, Generator, check_sizes, peak, stratified
-from pyro_apd.generators.draw_blocks import draws_per_block
 from pyro_apd.generators.weight_matrices import WeightMatrix, other_spans
 from pyro_apd.runtime import checks
 
@@ -43,7 +42,8 @@ class SubspaceGenerator(Generator):
     :param int output_size: D, numbers of a draw.
     :param matrices: ``(start, units, inputs, bias, is_transposed, K)`` each, see :class:`WeightMatrix`; all inputs are
         pinned if K is the number of columns. A seventh integer of 1 gives it an offset, to which all else is added:
-        for weights that are many times their deviation. Numbers outside of matrices are pinned, each in its own unit.
+        for weights that are many times their deviation. An eighth of 1 gives its columns scales: for some that vary
+        far less than others. Numbers outside of matrices are pinned, each in its own unit.
     :param int num_chains: C. Chains have frames in common, and means, bases and modes of their own.
     :param int num_modes: M, per chain.
     :param int rank: R, coordinates.
@@ -74,8 +74,8 @@ class SubspaceGenerator(Generator):
         self.parts = nn.ModuleList()
         placed = []
         for entry in matrices:
-            if len(entry) not in (6, 7):
-                raise ValueError(f"A matrix must have six integers, or seven with an offset; got {entry!r:.80}.")
+            if len(entry) not in (6, 7, 8):
+                raise ValueError(f"A matrix must have six integers, and up to two for its options; got {entry!r:.80}.")
             placed.append(WeightMatrix.checked(entry[:5], output_size))
             self.parts.append(MatrixPart(placed[-1], num_chains, rank, self.path_rank, *entry[5:]))
         for span in other_spans(placed, output_size):
@@ -234,21 +234,33 @@ class EntriesPart(Part):
 class MatrixPart(Part):
     """A matrix of weights: pinned coordinates in a frame, and a null part, unless the frame has all directions.
 
-    The frame ``(K, I)`` is held in integers of its own step. Its rows need not be orthogonal. An offset, where there is
-    one, has integers of 32 bits in two halves: the lower ones of all chains, then the higher ones.
+    The frame ``(K, I)`` has integers of its own step; its rows need not be orthogonal. An offset, where there is one,
+    has integers of 32 bits in two halves: the lower ones of all chains, then the higher ones.
+
+    With scales, all of that is of a matrix whose columns were divided by powers of two, near their deviations. Pinned
+    coordinates and null part are independent, so that their noise does not cancel where a direction of the frame mixes
+    columns: without scales, a share of what the widest of these vary would be the least of what any does.
     """
 
+    exponents: Tensor
     frame: Tensor
     null: Tensor
     offset: Tensor
 
     def __init__(
-        self, matrix: WeightMatrix, num_chains: int, rank: int, path_rank: int, pinned: int, has_offset: int = 0
+        self,
+        matrix: WeightMatrix,
+        num_chains: int,
+        rank: int,
+        path_rank: int,
+        pinned: int,
+        *options: int,
     ) -> None:
         checks.integer("Generator setting K of a matrix", pinned)
-        checks.integer("Generator setting offset of a matrix", has_offset, at_least=0)
-        if has_offset > 1:
-            raise ValueError(f"Generator setting offset of a matrix must be 0 or 1; got {has_offset}.")
+        has_offset, has_scales = (*options, 0, 0)[:2]
+        for name, flag in {"offset": has_offset, "scales": has_scales}.items():
+            if checks.integer(f"Generator setting {name} of a matrix", flag, at_least=0) > 1:
+                raise ValueError(f"Generator setting {name} of a matrix must be 0 or 1; got {flag}.")
         if pinned > matrix.columns:
             raise ValueError(f"Matrix {matrix.entry} has {matrix.columns} columns, and {pinned} of them are pinned.")
         super().__init__(num_chains, rank, matrix.units, pinned)
@@ -268,9 +280,20 @@ class MatrixPart(Part):
             self.null_reduction = nn.Parameter(torch.zeros(num_chains * null))
             self.null_rows = nn.Parameter(torch.zeros(matrix.units))
             self.null_columns = nn.Parameter(torch.zeros(matrix.columns))
-        self.has_offset = False
+        self.has_offset = self.has_scales = False
         if has_offset:
             self.add_offset()
+        if has_scales:
+            self.add_scales(torch.zeros(matrix.columns))
+
+    def add_scales(self, exponents_I: Tensor) -> None:
+        """Gives columns scales, powers of two with these exponents."""
+        self.register_buffer("exponents", exponents_I.to(self.frame))
+        self.has_scales = True
+
+    def scales(self, dtype: torch.dtype) -> Tensor:
+        """Scales of columns ``(I,)``."""
+        return torch.exp2(self.exponents.to(dtype))
 
     def add_offset(self) -> None:
         """Gives the matrix an offset, of zeros."""
@@ -292,7 +315,8 @@ class MatrixPart(Part):
     @property
     def entry(self) -> list[int]:
         """As in the settings of the generator."""
-        return [*self.matrix.entry, len(self.frame), *([1] if self.has_offset else [])]
+        options = [int(self.has_offset), 1] if self.has_scales else [1] if self.has_offset else []
+        return [*self.matrix.entry, len(self.frame), *options]
 
     def frames(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The frame ``(K, I)``, and its dual ``(K, I)``, with which coordinates become rows."""
@@ -323,6 +347,8 @@ class MatrixPart(Part):
                 rows_SOI = left_SOI + (coordinates_SOK - left_SOI @ frame_KI.mT) @ dual_KI
             if self.has_offset:
                 rows_SOI = rows_SOI + (drawn[0] @ self.offsets(rows, step.dtype).flatten(1)).view_as(rows_SOI)
+            if self.has_scales:
+                rows_SOI = rows_SOI * self.scales(step.dtype)
             self.matrix.scatter(rows_SOI, rows, theta_SD)
 
     def _decoded_draws(self) -> int:
@@ -348,11 +374,11 @@ class MatrixPart(Part):
         if self.has_offset:
             rows = self.matrix.row_blocks(self.num_chains)
             bound += max(peak(self.offsets(block, self.offset_step.dtype)) for block in rows)
-        if self.is_full:
-            return bound
-        left = peak(self.null_step) * (1 + coordinate) * (peak(self.null) + peak(self.null_reduction))
-        left += LARGEST_LATENT * peak(self.null_rows) * peak(self.null_columns)
-        return bound + left * (1 + across * self.matrix.columns * peak(frame_KI))
+        if not self.is_full:
+            left = peak(self.null_step) * (1 + coordinate) * (peak(self.null) + peak(self.null_reduction))
+            left += LARGEST_LATENT * peak(self.null_rows) * peak(self.null_columns)
+            bound += left * (1 + across * self.matrix.columns * peak(frame_KI))
+        return bound * peak(self.scales(step.dtype)) if self.has_scales else bound
 
 
 def dual_frame(frame_KI: Tensor) -> Tensor:
@@ -372,25 +398,3 @@ def reduced(values_ROK: Tensor, reduction_R: Tensor) -> Tensor:
     """Integers with their magnitudes reduced, by one number for each first index."""
     reduction_R11 = reduction_R[:, None, None]
     return values_ROK - torch.clamp(values_ROK, -reduction_R11, reduction_R11)
-
-
-@torch.no_grad()
-def blocks_of_draws(generator: SubspaceGenerator, count: int, paired_with: int | None = None) -> Iterator[Tensor]:
-    """Draws in blocks, evenly spread over modes all together, with torch's global random numbers.
-
-    :param int paired_with: number of the chain's draws, each of which is a mode: draws are then of the modes of
-        ``count`` draws that are evenly spaced, so that it matters less which these are.
-    """
-    like = generator.step
-    if paired_with is None:
-        place_S1 = stratified(torch.empty(count, 1, dtype=like.dtype, device=like.device))
-    else:
-        row_S = torch.linspace(0, paired_with - 1, count, dtype=torch.float64).round()  # as DrawBlocks.spaced
-        place_S1 = torch.special.ndtri((row_S + 0.5) / paired_with).to(like).unsqueeze(1)
-    for place_N1 in place_S1.split(draws_per_block(generator.latent_size * like.element_size())):
-        latent_NL = place_N1.new_empty(len(place_N1), generator.latent_size)
-        latent_NL[:, :1] = place_N1
-        for latent_L in latent_NL:
-            # One at a time: random numbers of a tensor depend on its shape, and blocks must not change the result.
-            latent_L[1:] = torch.randn(generator.latent_size - 1, dtype=like.dtype, device=like.device)
-        yield generator(latent_NL)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_apd.generators.base import peak
 from pyro_apd.generators.draw_blocks import DrawBlocks
-from pyro_apd.generators.frames import LARGEST_INT16, fitted_frame, num_pinned, short
+from pyro_apd.generators.frames import LARGEST_INT16, fitted_frame, num_pinned, scale_exponents, short
 from pyro_apd.generators.moments import Moments, NullMoments, gram_of_functions, moments_of_block
 from pyro_apd.generators.rounding import rounded, row_blocks, scaled_bases
 from pyro_apd.generators.subspace import (
@@ -111,8 +111,13 @@ class SubspaceFit:
         with torch.no_grad():
             for part, moment in zip(self._parts, moments, strict=False):
                 assert isinstance(part, MatrixPart)
-                moment = moment.double()
-                frame, step = fitted_frame(moment, len(part.frame), settings.frame_step, self._some_rows(part))
+                moment, rows_CTOI = moment.double(), self._some_rows(part)
+                exponents_I = scale_exponents(rows_CTOI)
+                if exponents_I is not None:
+                    part.add_scales(exponents_I)
+                    rows_CTOI /= part.scales(rows_CTOI.dtype)
+                    moment = moment * part.scales(moment.dtype).outer(part.scales(moment.dtype))
+                frame, step = fitted_frame(moment, len(part.frame), settings.frame_step, rows_CTOI.flatten(0, 2))
                 part.frame.copy_(frame)
                 part.frame_step.fill_(step)
                 frame_KI, _ = part.frames(torch.float64)
@@ -341,13 +346,13 @@ class SubspaceFit:
         return torch.sub(values_SOI, found_SOI, out=found_SOI)
 
     def _some_rows(self, part: MatrixPart) -> Tensor:
-        """Rows of a few draws, ``(N, I)``, as deviations from their means."""
+        """Rows of a few draws, ``(C, T, O, I)``, as deviations from their means."""
         num_chains, num_draws, _ = self._draws.shape
         spaced_T = torch.linspace(0, num_draws - 1, min(num_draws, _NUM_FRAME_DRAWS)).round().long()
         _, values_SOI = next(self._blocks(part))
         values_CTOI = values_SOI.unflatten(0, (num_chains, num_draws))[:, spaced_T]
-        deviations_NI: Tensor = (values_CTOI - values_CTOI.mean(1, keepdim=True)).flatten(0, 2)
-        return deviations_NI
+        deviations_CTOI: Tensor = values_CTOI - values_CTOI.mean(1, keepdim=True)
+        return deviations_CTOI
 
     def _deviation(self, part: EntriesPart) -> Tensor:
         """Of each entry; at least a few units in the last place of its mean, since some entries never move."""
@@ -382,4 +387,13 @@ class SubspaceFit:
         for start in range(0, matrix.units, length):
             rows = slice(start, min(start + length, matrix.units))
             # Without a name, so that nothing but what is yielded stays in memory.
-            yield rows, matrix.gather(*(next(self._draws.columns([span]))[1] for span in matrix.row_spans(rows)))
+            yield (
+                rows,
+                self._scaled(
+                    part, matrix.gather(*(next(self._draws.columns([span]))[1] for span in matrix.row_spans(rows)))
+                ),
+            )
+
+    @staticmethod
+    def _scaled(part: MatrixPart, values_SOI: Tensor) -> Tensor:
+        return values_SOI.div_(part.scales(values_SOI.dtype)) if part.has_scales else values_SOI

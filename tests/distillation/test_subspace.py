@@ -94,13 +94,26 @@ def test_more_bytes_give_finer_steps():
     assert fitted(draws(), byte_budget=8.0).step.item() < 0.5 * fitted(draws(), byte_budget=3.0).step.item()
 
 
-def test_what_all_units_leave_alone_is_pinned_where_inputs_are_not_known():
+@pytest.mark.parametrize("direction", [{7: 1.0}, {7: 0.6, 30: -0.8}], ids=["column", "mixture"])
+@pytest.mark.parametrize("deviation", [0.2, 0.01])
+def test_what_all_units_leave_alone_is_pinned_where_inputs_are_not_known(direction, deviation):
+    """One column that is far narrower than the others has a scale, and need not be pinned."""
     layout = Layout({"w": (20, 150)})
     theta_CSD = torch.randn(1, 100, layout.size, generator=torch.Generator().manual_seed(0))
-    theta_CSD.unflatten(-1, (20, 150))[..., 7] *= 0.01
-    part = fitted(DrawBlocks(theta_CSD), layout).parts[0]
+    rows_SOI = theta_CSD.unflatten(-1, (20, 150))[0]
+    vector_I = torch.zeros(150)
+    vector_I[list(direction)] = torch.tensor(list(direction.values()))
+    rows_SOI -= (1 - deviation) * (rows_SOI @ vector_I).unsqueeze(-1) * vector_I
+    generator = fitted(DrawBlocks(theta_CSD), layout)
+    part = generator.parts[0]
     assert not part.is_full
-    assert int(part.frame[0].abs().argmax()) == 7
+    assert part.has_scales == (len(direction) == 1 and deviation < 0.1)
+    if not part.has_scales:
+        frame_I = part.frame[0].float()
+        assert float((frame_I @ vector_I).abs() / frame_I.norm()) > 0.9
+    torch.manual_seed(0)
+    found_SO = generator(generator.latents(500, generator.step)).detach().unflatten(-1, (20, 150)) @ vector_I
+    assert float(found_SO.std(0).mean()) == pytest.approx(deviation, rel=0.1)
 
 
 def test_short_chains_are_fitted_as_one():

@@ -67,10 +67,10 @@ def assert_scores(found, probs_SNK):
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0)
 
 
-@pytest.fixture(scope="module")
-def fixed(tmp_path_factory):
+@pytest.fixture(scope="module", params=[(), (1, 1)], ids=["plain", "offset and scales"])
+def fixed(request, tmp_path_factory):
     """A posterior, its model, and a file of 12 networks."""
-    posterior, bnn = subspace_posterior()
+    posterior, bnn = subspace_posterior(options=request.param)
     path = tmp_path_factory.mktemp("onnx") / "fixed.onnx"
     posterior.export_onnx(path, net=bnn, outputs=SCORES, num_draws=12, seed=3)
     return posterior, bnn, path

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from pyro_apd.generators.frames import fitted_frame, num_pinned, short
+from pyro_apd.generators.frames import fitted_frame, num_pinned, scale_exponents, short
 
 
 @pytest.mark.parametrize(("size", "expected"), [(10, 10), (12, 12), (13, 10), (100, 10)])
@@ -24,3 +24,16 @@ def test_frames_are_as_fine_as_inputs_ask_for(mean, is_fine):
     assert integers_KI.dtype == torch.int16
     assert bool(integers_KI.abs().max() > 127) == is_fine
     assert float(short(torch.tensor(step, dtype=torch.float64))) == step
+
+
+def test_columns_that_deviate_alike_have_no_scales():
+    rows_CTOI = torch.tensor([[1.0, 2.0, 0.5, 0.4], [-1.0, -2.0, -0.5, -0.4]])[None, :, None]
+    assert scale_exponents(rows_CTOI) is None
+    assert scale_exponents(1e-20 * rows_CTOI) is None
+    assert scale_exponents(torch.ones(2, 3, 5, 4)) is None
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1.0, 1e12])
+def test_scales_are_powers_of_two_near_the_deviations(unit):
+    rows_CTOI = unit * torch.tensor([[1.0, 1.0, 1e-3, 3.0], [-1.0, -1.0, -1e-3, 3.0]])[None, :, None]
+    assert scale_exponents(rows_CTOI).tolist() == [0.0, 0.0, -9.0, -20.0]  # relative to their root mean square, 0.7

@@ -244,6 +244,35 @@ def test_an_offset_is_added_to_the_draws_of_its_chain(pinned):
         make(matrices=[(0, 3, 4, 12, 0, pinned, 1)]).load_state_dict(plain.state_dict())
 
 
+@pytest.mark.parametrize("is_transposed", [0, 1])
+@pytest.mark.parametrize("has_offset", [0, 1])
+@pytest.mark.parametrize("pinned", [2, 5])
+def test_scales_multiply_the_columns_of_a_matrix(pinned, has_offset, is_transposed):
+    entry = (0, 3, 4, 12, is_transposed, pinned, has_offset)
+    plain = make(matrices=[entry])
+    scaled = make(matrices=[(*entry, 1)])
+    assert scaled.config["matrices"] == [[*entry, 1]]
+    scaled.load_state_dict({**scaled.state_dict(), **plain.state_dict()})
+    part = scaled.parts_in_order()[0]
+    part.exponents.copy_(torch.tensor([0, 3, -10, 1, -2]))
+    assert part.exponents.dtype == torch.int16
+    latent_SL = torch.stack([latent_of(scaled, mode) for mode in range(4)])
+    found_SD, plain_SD = scaled(latent_SL), plain(latent_SL)
+    rows_SOI, plain_SOI = (
+        part.matrix.gather(drawn_SD[:, :12], drawn_SD[:, 12:15]) for drawn_SD in (found_SD, plain_SD)
+    )
+    assert torch.equal(rows_SOI, plain_SOI * torch.tensor([1.0, 8.0, 2.0**-10, 2.0, 0.25]))
+    assert torch.equal(found_SD[:, 15:], plain_SD[:, 15:])
+    if pinned == 2:
+        assert scaled.bound() == 8 * plain.bound()
+
+
+def test_exponents_beyond_all_numbers_leave_no_bound():
+    generator = make(matrices=[(0, 3, 4, 12, 0, 2, 0, 1)])
+    generator.parts_in_order()[0].exponents.fill_(2**14)
+    assert not generator.bound() < float("inf")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -252,7 +281,8 @@ def test_an_offset_is_added_to_the_draws_of_its_chain(pinned):
         ({"path_rank": -1}, "path_rank"),
         ({"path_rank": 4}, "path_rank is 4, more than rank, which is 3"),
         ({"matrices": [(0, 3, 4, 12, 0)]}, "six integers"),
-        ({"matrices": [(0, 3, 4, 12, 0, 2, 1, 1)]}, "six integers, or seven with an offset"),
+        ({"matrices": [(0, 3, 4, 12, 0, 2, 1, 1, 1)]}, "six integers, and up to two for its options"),
+        ({"matrices": [(0, 3, 4, 12, 0, 2, 0, 2)]}, "scales of a matrix must be 0 or 1; got 2"),
         ({"matrices": [(0, 3, 4, 12, 0, 2, 2)]}, "offset of a matrix must be 0 or 1; got 2"),
         ({"matrices": [(0, 3, 4, 12, 0, 2, -1)]}, "offset of a matrix"),
         ({"matrices": [(0, 3, 4, 12, 0, 0)]}, "K of a matrix"),

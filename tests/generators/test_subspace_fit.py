@@ -368,3 +368,59 @@ def test_large_integers_are_decoded_for_a_draw_by_blocks_of_rows(monkeypatch):
     with torch.no_grad():
         assert largest_float_of(lambda: generator(latent_SL)) <= generator.latent_size
         torch.testing.assert_close(generator(latent_SL), expected_SD)
+
+
+WIDE = WeightMatrix(0, 12, 40, 12 * 40)
+NARROW = slice(3, 40, 8)
+
+
+def fitted_to_columns(deviation_I, input_scale_I, pinned=16, mean=0.0, correlation=0.0):
+    """A fit to independent weights whose columns have these deviations, and its draws ``(S, O, I)``."""
+    generator = torch.Generator().manual_seed(5)
+    inputs_NI = torch.randn(400, 41, generator=generator, dtype=torch.float64)
+    mixed_NI = inputs_NI @ torch.randn(41, 41, generator=generator, dtype=torch.float64) * torch.linspace(2, 0.1, 41)
+    inputs_NI = (torch.lerp(inputs_NI, mixed_NI, correlation)) * input_scale_I
+    noise_SOI = torch.randn(300, 12, 41, generator=generator, dtype=torch.float64)
+    rows_SOI = (noise_SOI + mean * torch.randn(12, 41, generator=generator, dtype=torch.float64)) * deviation_I
+    theta_SD = torch.cat([rows_SOI[..., :-1].flatten(1), rows_SOI[..., -1]], 1).float()
+    moments = [inputs_NI.mT @ inputs_NI / 400]
+    fit = SubspaceFit(DrawBlocks(theta_SD[None]), [WIDE], moments, SubspaceSettings(pinned=pinned))
+    fit.read()
+    model = fit.generator(is_last=True).requires_grad_(False)
+    torch.manual_seed(0)
+    found_SD = model(model.latents(1500, model.step))
+    return model.parts[0], rows_SOI, WIDE.gather(found_SD[:, : 12 * 40], found_SD[:, 12 * 40 :]).double()
+
+
+@pytest.mark.parametrize("pinned", [16, 41])
+@pytest.mark.parametrize("correlation", [0.0, 0.5])
+@pytest.mark.parametrize("inputs", ["none", "alike", "large"])
+@pytest.mark.parametrize("narrow", [0.1, 1e-3, 1e-5])
+def test_columns_that_vary_far_less_are_not_too_wide(narrow, inputs, correlation, pinned):
+    """Whether functions depend on them or not. Without scales they were up to 750 times too wide."""
+    deviation_I = torch.ones(41, dtype=torch.float64)
+    deviation_I[NARROW] = narrow
+    input_scale_I = torch.ones(41, dtype=torch.float64)
+    input_scale_I[NARROW] = {"none": 0.0, "alike": 1.0, "large": 1 / narrow}[inputs]
+    part, rows_SOI, found_SOI = fitted_to_columns(deviation_I, input_scale_I, pinned, 3.0, correlation)
+    assert part.has_scales
+    ratio_I = (found_SOI.var(0).mean(0) / rows_SOI.var(0).mean(0)).sqrt()
+    assert float(ratio_I.min()) > 0.75
+    assert float(ratio_I.max()) < 1.4
+    if not part.is_full:  # else means are as coarse as functions allow, which do not depend on some of them
+        error_OI = (found_SOI.mean(0) - rows_SOI.mean(0)) / deviation_I
+        assert float(error_OI.square().mean(0).sqrt().max()) < 0.2
+
+
+def test_a_column_that_never_moves_does_not():
+    deviation_I = torch.ones(41, dtype=torch.float64)
+    deviation_I[7] = 0.0
+    part, _, found_SOI = fitted_to_columns(deviation_I, torch.ones(41, dtype=torch.float64))
+    assert part.has_scales
+    assert float(found_SOI[..., 7].std(0).max()) < 1e-6
+
+
+def test_columns_that_vary_alike_have_no_scales():
+    part, _, _ = fitted_to_columns(torch.linspace(0.3, 1.0, 41, dtype=torch.float64), torch.ones(41))
+    assert not part.has_scales
+    assert not hasattr(part, "exponents")

@@ -27,6 +27,9 @@ MAKE = {
     "coordinates": lambda: build_generator({"kind": "coordinates", **EARLIER}),
     "chunked": lambda: build_generator({"kind": "chunked", "chunks": [64, 64, 2], **EARLIER}),
     "subspace": lambda: SubspaceGenerator(130, MATRICES, num_chains=2, num_modes=3, rank=4, path_rank=2),
+    "subspace with scales": lambda: SubspaceGenerator(
+        130, [(*matrix, 1, 1) for matrix in MATRICES], num_chains=2, num_modes=3, rank=4, path_rank=2
+    ),
     "paper": lambda: PaperGenerator(130, 4, 90),
     "dropout": lambda: DropoutGenerator(130, [(0, 4, 16, 1)]),
     "low-rank": lambda: LowRankGenerator(130, 2),
@@ -39,6 +42,9 @@ def posterior(kind, dtype=torch.float32, layout=None):
     for tensor in generator.state_dict().values():
         random = torch.randn(tensor.shape, generator=values, dtype=torch.float64)
         tensor.copy_(0.3 * random if tensor.is_floating_point() else (40 * random).clamp(-127, 127))
+    for name, tensor in generator.named_buffers():
+        if name.endswith("exponents"):
+            tensor.clamp_(-3, 3)
     return DistilledPosterior(layout or Layout({"w": (130,)}), generator)
 
 

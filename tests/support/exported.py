@@ -25,17 +25,23 @@ def layout_of(bnn):
     return Layout.from_draws(draws, {site: prior.support for site, prior in bnn.priors.items()})
 
 
-def subspace_posterior(outputs=3, **settings):
-    """A subspace generator with two chains of two modes, one matrix with a null part, and numbers of no matrix."""
+def subspace_posterior(outputs=3, options=(), **settings):
+    """A subspace generator with two chains of two modes, one matrix with a null part, and numbers of no matrix.
+
+    :param options: of the matrix: whether it has an offset, and scales.
+    """
     bnn = BNN(mlp(outputs), **settings)
     layout = layout_of(bnn)
     weight, bias = layout["net.0.weight"], layout["net.0.bias"]
-    matrices = [(weight.start, 6, 4, bias.start, 0, 3)]
+    matrices = [(weight.start, 6, 4, bias.start, 0, 3, *options)]
     generator = SubspaceGenerator(layout.size, matrices, 2, 2, 3, 2).requires_grad_(False)
     values = torch.Generator().manual_seed(0)
     for tensor in generator.state_dict().values():
         random = torch.randn(tensor.shape, generator=values)
         tensor.copy_(0.2 * random.abs() + 0.1 if tensor.is_floating_point() else (3 * random).round().clamp(-9, 9))
+    for part in generator.parts_in_order():
+        if getattr(part, "has_scales", False):
+            part.exponents.clamp_(-2, 1)
     return DistilledPosterior(layout, generator), bnn
 
 
