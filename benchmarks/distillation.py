@@ -8,10 +8,10 @@
 Names are those of :data:`benchmarks.distillation_cases.CASES`, ``uci`` and ``all``. Chains are sampled once and cached
 (see :mod:`benchmarks.distillation_cases`). Every method is fitted to the same draws and compared with the same number
 of draws that were held out from all methods. Other draws of the chain are compared in the same way; their difference is
-the resolution of the comparison. Results are stored one by one, by seed and method, with date and commit (see
-:mod:`benchmarks.distillation_records`): a run of some methods leaves the others as they are. What is stored is computed
-again only with ``--again``. Seconds are CPU seconds of the process. All results that are stored make one figure,
-``results/distillation_frontier.png``.
+the resolution of the comparison. Where sets of so many draws differ much, figures are means over several sets. Results
+are stored one by one, by seed and method, with date and commit (see :mod:`benchmarks.distillation_records`): a run of
+some methods leaves the others as they are. What is stored is computed again only with ``--again``. Seconds are CPU
+seconds of the process. All results that are stored make one figure, ``results/distillation_frontier.png``.
 
 ``--rows validation`` compares on rows that are neither for training nor for testing, and without the
 out-of-distribution sets. Settings are to be chosen by these.
@@ -143,10 +143,12 @@ def run_seed(case: Case, seed: int, options: argparse.Namespace, records: Record
     num_draws = min(NUM_DRAWS, len(held_ND))
     reference = predictions(problem, store.layout, _spaced(held_ND, num_draws), options.rows)
     material = Material(problem, store.layout, train_CTD.contiguous(), seed)
-    others = predictions(problem, store.layout, _spaced(material.interleaved(), num_draws), options.rows)
-    some_train_ND, some_held_ND = some_weights(material.interleaved()), some_weights(held_ND)
+    fitted_ND, num_sets = material.interleaved(), case.num_sets
+    sets = [_spaced(fitted_ND[k::num_sets], num_draws) for k in range(num_sets)]
+    others = [compared(reference, predictions(problem, store.layout, blocks, options.rows)) for blocks in sets]
+    some_train_ND, some_held_ND = some_weights(fitted_ND), some_weights(held_ND)
     records.add(seed, "held-out SGLD", compared(reference, reference))
-    records.add(seed, "other draws", compared(reference, others))
+    records.add(seed, "other draws", _mean(others))
     wanted = [(f"{name}, {k:g}", method, k) for name, method in METHODS.items() for k in case.networks]
     wanted += [(name, method, 0.0) for name, method in FIXED.items()]
     for label, method, networks in wanted:
@@ -161,14 +163,20 @@ def run_seed(case: Case, seed: int, options: argparse.Namespace, records: Record
         if fitted is None:
             continue
         torch.manual_seed(1000 + seed)
-        drawn: list[Tensor] = []
-        found = predictions(problem, store.layout, _noted(fitted.blocks(num_draws), drawn), options.rows)
-        figures = compared(reference, found)
-        figures |= novelty(some_train_ND, some_held_ND, torch.cat(drawn))
+        figures: list[dict[str, float]] = []
+        for _ in range(num_sets if fitted.is_endless else 1):
+            drawn: list[Tensor] = []
+            found = predictions(problem, store.layout, _noted(fitted.blocks(num_draws), drawn), options.rows)
+            figures.append(compared(reference, found) | novelty(some_train_ND, some_held_ND, torch.cat(drawn)))
         sizes = {"networks": fitted.num_bytes / (4 * material.size), "bytes": fitted.num_bytes}
-        records.add(seed, label, {**sizes, "seconds": seconds, "peak_bytes": beyond, **anonymous, **figures})
+        records.add(seed, label, {**sizes, "seconds": seconds, "peak_bytes": beyond, **anonymous, **_mean(figures)})
         stored = records.of(seed)
         print(f"{case.name} seed {seed} {label}: {seconds:.1f} s, {brief(stored[label], stored)}", flush=True)
+
+
+def _mean(sets: list[dict[str, float]]) -> dict[str, float]:
+    """Of figures by name."""
+    return {name: sum(figures[name] for figures in sets) / len(sets) for name in sets[0]}
 
 
 def _memory(name: str) -> int:

@@ -81,6 +81,7 @@ class Case:
     :ivar net: makes the network, which is trained before it is sampled; from a draw of its prior a deep one learns
         very slowly. None if chains start at such draws.
     :ivar tuple without: beginnings of the names of methods that take too long.
+    :ivar int num_sets: sets of draws that are compared, one by one, where those of one set differ too much.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Case:
     networks: tuple[float, ...] = BUDGETS
     net: Callable[[], nn.Module] | None = None
     without: tuple[str, ...] = ()
+    num_sets: int = 1
 
     def folder(self, seed: int, quick: bool = False) -> Path:
         """Where the chains are cached."""
@@ -311,7 +313,7 @@ CASES = {
         Case("mnist400", mnist(400, 400), Chains(1e-6, 100, 150, 200, 600), without=("paper",)),
         Case("mlp1m", mnist(670, 670, num_rows=2000), Chains(1e-6, 100, 100, 200, 250), without=_SLOW),
         Case("mlp10m", mnist(2790, 2790, num_rows=500), _WIDE, (2.0,), without=_NOT_IN_PARTS),
-        Case("conv", images(conv_net), _DEEP, (1.0, 2.0, 4.0, 8.0), conv_net, _SLOW),
-        Case("resnet20", images(resnet20, padding=2), _DEEP, (1.0, 2.0, 4.0, 8.0), resnet20, _SLOW),
+        Case("conv", images(conv_net), _DEEP, (1.0, 2.0, 4.0, 8.0), conv_net, _SLOW, num_sets=4),
+        Case("resnet20", images(resnet20, padding=2), _DEEP, (1.0, 2.0, 4.0, 8.0), resnet20, _SLOW, num_sets=4),
     )
 }  # fmt: skip

@@ -30,11 +30,13 @@ class Fitted:
     :ivar sample: function from a number to as many draws ``(S, D)``, with torch's global generator.
     :ivar int num_bytes: bytes to store it.
     :ivar in_parts: function from a number to blocks of the same draws; None where they fit into memory in any case.
+    :ivar bool is_endless: whether each call finds other draws.
     """
 
     sample: Callable[[int], Tensor]
     num_bytes: int
     in_parts: Callable[[int], Iterator[Tensor]] | None = None
+    is_endless: bool = True
 
     def blocks(self, count: int) -> Iterator[Tensor]:
         """So many draws, of large networks some at a time."""
@@ -94,7 +96,7 @@ def stored(dtype: str, choice: str = "thinned") -> Method:
         if kept.num_draws < _FEWEST:
             return None
         kept_KD = material.layout.unconstrain(kept)
-        return Fitted(lambda _: kept_KD, kept.num_bytes)
+        return Fitted(lambda _: kept_KD, kept.num_bytes, is_endless=False)
 
     return method
 
