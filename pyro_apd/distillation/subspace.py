@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_apd.distillation.byte_budget import LastFit, num_bytes_accepted, within_budget
 from pyro_apd.distillation.calibration import Calibration, calibrate
 from pyro_apd.distillation.chosen_inputs import ChosenInputs, values_at
 from pyro_apd.distillation.function_space import FunctionSpace
@@ -43,8 +44,11 @@ _TINY, _TINY_RANK, _TINY_MIXED_RANK, _TINY_NUMBERS_PER_COORDINATE = 2000, 48, 10
 # to each other, since the mean of independent networks is a bad network: this share of the length of correlation.
 _MIXED, _SHARE_OF_CORRELATION = 10.0, 1 / 8
 # Where modes of all draws take this share of a network's bytes at most, as of some hundred thousand weights on, each
-# draw is one: what large networks predict changes within a few draws.
+# draw is one: what large networks predict changes within a few draws. With coarser steps than those of _FINER, such
+# draws disagree too much, and a spread around means of draws can be made smaller.
 _FREE_MODES = 0.05
+# Budgets relative to what the default takes, from which on settings are finer.
+_FINER, _FINEST = 2.2, 5.0
 # Of so many chains, whose bytes add up, steps are coarser by a factor.
 _SEVERAL, _COARSER = 4, 1.5
 # Entries by which the length is estimated.
@@ -58,8 +62,6 @@ _MIN_DRAWS, _MAX_DRAWS = 20, 1024
 # went there.
 _MANY_USES, _STIFF_RANK, _PRODUCTS, _FEWEST_INPUTS, _MOST_INPUTS = 20, 280, 1_000_000_000_000, 20, 200
 _STIFF_SETTINGS: dict[str, Any] = {"null_step": 1.0, "is_dithered": True, "has_null_noise": False}
-# Share of a budget that modes may take.
-_SHARE_OF_MODES = 0.12
 # Sites with fewer rows or columns are numbers like any other.
 _MIN_SIDE = 4
 # Draws under which inputs of layers are gathered, and rows of the data.
@@ -67,14 +69,6 @@ _NUM_DRAWS, _NUM_ROWS = 4, 1024
 # Bytes of a file beside its tensors: what of its description does not depend on the network, and what each tensor takes
 # in the header.
 _DESCRIPTION_BYTES, _TENSOR_BYTES = 2000, 80
-_LARGEST_FILE = 2**60
-# To meet a budget, steps are halved or doubled up to so often, until the size is within this share of it, in so many
-# trials. Doubling them takes about a bit from each integer: at first, sizes are taken to fall with this slope.
-_MAX_HALVINGS, _MAX_DOUBLINGS, _TOLERANCE, _EVALUATIONS, _SLOPE = 8.0, 5.0, 0.03, 8, 0.4
-_LEAST_RANK = 4
-
-# Bytes of a generator's file.
-_SizeOf = Callable[[SubspaceGenerator], int]
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ def fit_default(
         draws = draws.pooled()
     draws = draws.thinned(_MAX_DRAWS)
     _, _, size = draws.shape
-    budget = _num_bytes_accepted(options.byte_budget, size, draws.dtype)
+    budget = num_bytes_accepted(options.byte_budget, size, draws.dtype)
     size_of = partial(num_bytes, layout=layout, dtype=options.file_dtype(draws.dtype), frozen=frozen)
     length = correlation_length(draws)
     found = _matrices(layout, seen, draws)
@@ -123,14 +117,15 @@ def fit_default(
 
     def fitted() -> tuple[SubspaceGenerator, int | None]:
         """The generator, and the bytes of the default where there is a budget; what the fit held is freed."""
-        fits = _LastFit(case.fit)
+        fits = LastFit(case.fit)
         generator = fits.at(settings).generator(is_last=budget is None)
         if budget is None:
             return generator, None
         default_bytes = size_of(generator)
         del generator
         share = budget / default_bytes
-        return _within(budget, fits, settings.segment_length, case.settings(share), draws, size_of), default_bytes
+        shortest = case.segment_length(share)
+        return within_budget(budget, fits, shortest, case.settings(share), draws, size_of), default_bytes
 
     def calibrated(generator: SubspaceGenerator) -> FittedSubspace:
         give_back_freed()
@@ -181,12 +176,16 @@ class _Case:
     def default_settings(self) -> SubspaceSettings:
         """Where there is no budget."""
         settings = self.settings(1.0)
-        length = self.length if self.functions_CTF is None else 0.0
-        segment_length = max(1, min(settings.segment_length, round(_SHARE_OF_CORRELATION * length)))
-        if self._has_free_modes(settings):
-            segment_length = 1
         step = settings.step * (_COARSER if self.draws.shape[0] >= _SEVERAL else 1.0)
-        return replace(settings, segment_length=segment_length, step=step)
+        return replace(settings, segment_length=self.segment_length(1.0), step=step)
+
+    def segment_length(self, share: float) -> int:
+        """Draws that make a mode at least, with a budget relative to what the default takes."""
+        settings = self.settings(1.0)
+        if share >= _FINER and self._has_free_modes(settings):
+            return 1
+        length = self.length if self.functions_CTF is None else 0.0
+        return max(1, min(settings.segment_length, round(_SHARE_OF_CORRELATION * length)))
 
     @property
     def scales_modes(self) -> bool:
@@ -238,9 +237,9 @@ def settings_for(share: float, rank: int) -> SubspaceSettings:
     """
     if share < 0.8:
         return SubspaceSettings(pinned=64, rank=min(rank, 64), path_rank=4, step=1.2e-3, null_step=0.6)
-    if share < 2.2:
+    if share < _FINER:
         return SubspaceSettings(rank=rank)
-    more = 1 if share < 5.0 else 2
+    more = 1 if share < _FINEST else 2
     return SubspaceSettings(pinned=128 * more, rank=rank, path_rank=12 * more, null_step=0.2)
 
 
@@ -254,96 +253,6 @@ def num_bytes(
     parts = [layout.to_json(), generator.config, {} if frozen is None else frozen.to_json()]
     description = json.dumps(json.dumps(parts))
     return sum(found) + _TENSOR_BYTES * len(found) + len(description) + _DESCRIPTION_BYTES
-
-
-class _LastFit:
-    """Fits with some settings, of which the last one is kept: it does for others that differ in steps alone."""
-
-    def __init__(self, fit_with: Callable[[SubspaceSettings], SubspaceFit]) -> None:
-        self._fit_with = fit_with
-        self._kept: tuple[SubspaceSettings, SubspaceFit] | None = None
-
-    def at(self, settings: SubspaceSettings) -> SubspaceFit:
-        """The fit with these settings."""
-        if self._kept is not None:
-            fitted, fit = self._kept
-            if replace(fitted, step=settings.step, null_step=settings.null_step) == settings:
-                return fit
-            del fit
-        self._kept = None  # freed first, since each takes the memory of many networks
-        self._kept = (settings, self._fit_with(settings))
-        return self._kept[1]
-
-
-def _within(
-    budget: float,
-    fits: _LastFit,
-    shortest_segment: int,
-    settings: SubspaceSettings,
-    draws: DrawBlocks,
-    size_of: _SizeOf,
-) -> SubspaceGenerator:
-    """The generator with about the finest steps within a number of bytes, with fewer coordinates where needed.
-
-    :param int shortest_segment: draws that make a mode, at least.
-    :param settings: those to begin with.
-    :param callable size_of: bytes of a generator's file.
-    :raises ValueError: if no steps are coarse enough.
-    """
-    num_chains, num_draws, _ = draws.shape
-    while True:
-        shortest = math.ceil(num_chains * num_draws * settings.rank / (_SHARE_OF_MODES * budget))
-        settings = replace(settings, segment_length=max(shortest_segment, min(shortest, num_draws)))
-        generator, least = _with_finest_steps(fits.at(settings), settings, budget, size_of)
-        if generator is not None:
-            return generator
-        if settings.rank <= _LEAST_RANK:
-            raise ValueError(
-                f"byte_budget: {budget:,.0f} bytes are too few for this posterior; the least is about {least:,} bytes. "
-                "Give more."
-            )
-        rank = max(_LEAST_RANK, settings.rank // 2)
-        settings = replace(settings, rank=rank, path_rank=min(settings.path_rank, rank))
-
-
-def _with_finest_steps(
-    fit: SubspaceFit, settings: SubspaceSettings, budget: float, size_of: _SizeOf
-) -> tuple[SubspaceGenerator | None, int]:
-    """Bisection of the logarithm of the steps' factor, by secants where these stay within bounds.
-
-    :returns: None where the coarsest steps take more bytes; and the bytes of the generator.
-    """
-
-    def at(place: float) -> tuple[SubspaceGenerator, int]:
-        generator = fit.generator(settings.step * 2**place, settings.null_step * 2 ** (place / 2))
-        return generator, size_of(generator)
-
-    finest, coarsest, place, slope = -_MAX_HALVINGS, _MAX_DOUBLINGS, 0.0, _SLOPE
-    known: list[tuple[float, float]] = []
-    for _ in range(_EVALUATIONS):
-        generator, size = at(place)
-        excess = math.log(size / ((1 - _TOLERANCE / 2) * budget))
-        is_finest = bool(known) and excess < 0 and excess == known[-1][1]  # integers have 16 bits
-        if abs(excess) <= _TOLERANCE / 2 or is_finest:
-            return generator, size
-        finest, coarsest = (place, coarsest) if excess > 0 else (finest, place)
-        known.append((place, excess))
-        if len(known) > 1:
-            (one, before), (other, after) = known[-2:]
-            slope = max((before - after) / (other - one), _SLOPE / 20)
-        place += excess / slope
-        if not finest < place < coarsest:
-            place = (finest + coarsest) / 2
-    generator, size = at(coarsest)
-    return (generator if size <= budget else None), size
-
-
-def _num_bytes_accepted(byte_budget: float | int | None, size: int, dtype: torch.dtype) -> float | None:
-    """Bytes, from bytes (an integer) or networks (a float); a budget beyond any file is such a file's."""
-    if byte_budget is None:
-        return None
-    network_bytes = 1 if isinstance(byte_budget, int) else size * dtype.itemsize
-    return min(byte_budget * network_bytes, _LARGEST_FILE)
 
 
 @torch.no_grad()

@@ -31,8 +31,9 @@ from pyro_apd.runtime.memory import give_back_freed
 
 # Draws of a chain by which the size of a null part is found.
 _NUM_NULL_DRAWS = 64
-# Steps of null parts are at least this fine while they are fitted, relative to the root mean square.
-_FINE = 0.1
+# Steps of null parts while they are fitted, relative to the root mean square: much finer than any of a file, since
+# numbers are rounded twice.
+_FINE = 2.0**-6
 # Offsets have this step, relative to the step of null parts, and so many bits at most.
 _OFFSET_STEP, _OFFSET_BITS = 1 / 8, {torch.float32: 24, torch.float64: 30}
 _LARGEST_INT32 = 2.0e9

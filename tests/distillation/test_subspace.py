@@ -152,10 +152,17 @@ def test_where_weights_are_used_often_for_a_row_each_draw_is_a_mode(num_uses, ha
     assert (found.generator.num_modes == 60) == is_each
 
 
-@pytest.mark.parametrize(("size", "is_each"), [(40, True), (12, False)])
-def test_each_draw_is_a_mode_where_modes_are_few_of_the_bytes(size, is_each):
-    """Coordinates of 60 draws take 240 bytes; of networks of 1,600 and 144 weights, which have 6,400 and 576 bytes."""
+@pytest.mark.parametrize(
+    ("size", "times", "is_each"), [(40, 3.0, True), (40, 1.5, False), (40, None, False), (12, 3.0, False)]
+)
+def test_each_draw_is_a_mode_where_modes_are_few_of_the_bytes(size, times, is_each):
+    """Coordinates of 60 draws take 240 bytes; of networks of 1,600 and 144 weights, which have 6,400 and 576 bytes.
+
+    With coarse steps, means of draws are better.
+    """
     layout = Layout({"w": (size, size)})
     noise_1SD = 0.05 * torch.randn(1, 60, layout.size, generator=torch.Generator().manual_seed(0))
     theta_CSD = torch.linspace(-1, 1, 60).reshape(1, 60, 1) + noise_1SD  # correlated over many draws
-    assert (fitted(DrawBlocks(theta_CSD), layout, rank=2).num_modes == 60) == is_each
+    default = fitted(DrawBlocks(theta_CSD), layout, rank=2)
+    budget = None if times is None else round(times * file_bytes(default, layout))
+    assert (fitted(DrawBlocks(theta_CSD), layout, rank=2, byte_budget=budget).num_modes == 60) == is_each

@@ -172,9 +172,22 @@ def test_null_parts_stay_right_however_fine_their_step():
     theta_CSD = draws(num_draws=40, dtype=torch.float64)
     theta_CSD[..., : UNITS * INPUTS] *= 1 + 9 * (torch.arange(UNITS * INPUTS) % 7 == 0)  # far from the mean square
     options = {"pinned": 2, "rank": 30, "path_rank": 30, "segment_length": 1, "step": 1e-3}
-    coarse, fine = (fitted(theta_CSD, **options, null_step=null_step) for null_step in (0.1, 0.005))
+    coarse, fine = (fitted(theta_CSD, **options, null_step=null_step) for null_step in (2.0**-6, 0.001))
     theirs_SD, ours_SD = (generator(latents_of_modes(generator)) for generator in (coarse, fine))
     torch.testing.assert_close(ours_SD, theirs_SD, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("null_step", [0.2, 0.35])
+def test_paths_are_rounded_as_if_once(null_step):
+    """They are rounded to fine integers first, which must not be seen in the coarse ones."""
+    theta_CSD = draws(num_draws=40, dtype=torch.float64)
+    options = {"pinned": 2, "rank": 12, "path_rank": 12, "segment_length": 1}
+
+    def share_of_zeros(null_step):
+        return (fitted(theta_CSD, **options, null_step=null_step).parts[0].null == 0).double().mean()
+
+    a_little_more = share_of_zeros(1.001 * null_step) - share_of_zeros(0.999 * null_step)
+    assert 0 <= a_little_more < 0.01
 
 
 def means_of_chains(model):

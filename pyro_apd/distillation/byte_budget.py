@@ -1,0 +1,117 @@
+# Copyright Contributors to the pyro_apd project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The finest steps of a default generator within a number of bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from pyro_apd.generators.draw_blocks import DrawBlocks
+from pyro_apd.generators.subspace import SubspaceGenerator
+from pyro_apd.generators.subspace_fit import SubspaceFit, SubspaceSettings
+
+# Share of a budget that modes may take.
+_SHARE_OF_MODES = 0.12
+_LARGEST_FILE = 2**60
+# To meet a budget, steps are halved or doubled up to so often, until the size is within this share of it, in so many
+# trials. Doubling them takes about a bit from each integer: at first, sizes are taken to fall with this slope.
+_MAX_HALVINGS, _MAX_DOUBLINGS, _TOLERANCE, _EVALUATIONS, _SLOPE = 8.0, 5.0, 0.03, 8, 0.4
+_LEAST_RANK = 4
+
+# Bytes of a generator's file.
+_SizeOf = Callable[[SubspaceGenerator], int]
+
+
+class LastFit:
+    """Fits with some settings, of which the last one is kept: it does for others that differ in steps alone."""
+
+    def __init__(self, fit_with: Callable[[SubspaceSettings], SubspaceFit]) -> None:
+        self._fit_with = fit_with
+        self._kept: tuple[SubspaceSettings, SubspaceFit] | None = None
+
+    def at(self, settings: SubspaceSettings) -> SubspaceFit:
+        """The fit with these settings."""
+        if self._kept is not None:
+            fitted, fit = self._kept
+            if replace(fitted, step=settings.step, null_step=settings.null_step) == settings:
+                return fit
+            del fit
+        self._kept = None  # freed first, since each takes the memory of many networks
+        self._kept = (settings, self._fit_with(settings))
+        return self._kept[1]
+
+
+def within_budget(
+    budget: float,
+    fits: LastFit,
+    shortest_segment: int,
+    settings: SubspaceSettings,
+    draws: DrawBlocks,
+    size_of: _SizeOf,
+) -> SubspaceGenerator:
+    """The generator with about the finest steps within a number of bytes, with fewer coordinates where needed.
+
+    :param int shortest_segment: draws that make a mode, at least.
+    :param settings: those to begin with.
+    :param callable size_of: bytes of a generator's file.
+    :raises ValueError: if no steps are coarse enough.
+    """
+    num_chains, num_draws, _ = draws.shape
+    while True:
+        shortest = math.ceil(num_chains * num_draws * settings.rank / (_SHARE_OF_MODES * budget))
+        settings = replace(settings, segment_length=max(shortest_segment, min(shortest, num_draws)))
+        generator, least = _with_finest_steps(fits.at(settings), settings, budget, size_of)
+        if generator is not None:
+            return generator
+        if settings.rank <= _LEAST_RANK:
+            raise ValueError(
+                f"byte_budget: {budget:,.0f} bytes are too few for this posterior; the least is about {least:,} bytes. "
+                "Give more."
+            )
+        rank = max(_LEAST_RANK, settings.rank // 2)
+        settings = replace(settings, rank=rank, path_rank=min(settings.path_rank, rank))
+
+
+def _with_finest_steps(
+    fit: SubspaceFit, settings: SubspaceSettings, budget: float, size_of: _SizeOf
+) -> tuple[SubspaceGenerator | None, int]:
+    """Bisection of the logarithm of the steps' factor, by secants where these stay within bounds.
+
+    :returns: None where the coarsest steps take more bytes; and the bytes of the generator.
+    """
+
+    def at(place: float) -> tuple[SubspaceGenerator, int]:
+        generator = fit.generator(settings.step * 2**place, settings.null_step * 2 ** (place / 2))
+        return generator, size_of(generator)
+
+    finest, coarsest, place, slope = -_MAX_HALVINGS, _MAX_DOUBLINGS, 0.0, _SLOPE
+    known: list[tuple[float, float]] = []
+    for _ in range(_EVALUATIONS):
+        generator, size = at(place)
+        excess = math.log(size / ((1 - _TOLERANCE / 2) * budget))
+        is_finest = bool(known) and excess < 0 and excess == known[-1][1]  # integers have 16 bits
+        if abs(excess) <= _TOLERANCE / 2 or is_finest:
+            return generator, size
+        finest, coarsest = (place, coarsest) if excess > 0 else (finest, place)
+        known.append((place, excess))
+        if len(known) > 1:
+            (one, before), (other, after) = known[-2:]
+            slope = max((before - after) / (other - one), _SLOPE / 20)
+        place += excess / slope
+        if not finest < place < coarsest:
+            place = (finest + coarsest) / 2
+    generator, size = at(coarsest)
+    return (generator if size <= budget else None), size
+
+
+def num_bytes_accepted(byte_budget: float | int | None, size: int, dtype: torch.dtype) -> float | None:
+    """Bytes, from bytes (an integer) or networks (a float); a budget beyond any file is such a file's."""
+    if byte_budget is None:
+        return None
+    network_bytes = 1 if isinstance(byte_budget, int) else size * dtype.itemsize
+    return min(byte_budget * network_bytes, _LARGEST_FILE)
