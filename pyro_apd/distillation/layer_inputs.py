@@ -35,8 +35,8 @@ class LayerInputs:
     """What a matrix of weights was multiplied with.
 
     A grouped convolution is one matrix, and its inputs are those of all groups. Where these differ in size, weights of
-    a group are 0.5 to 1.6 times as wide as the chain's. A matrix for each group would fix it, but for a frame for each: a
-    layer of four groups then takes 40 to 60 % more bytes.
+    a group are 0.5 to 1.6 times as wide as the chain's. A matrix for each group would fix it, but takes a frame for
+    each: a layer of four groups then takes 40 to 60 % more bytes.
 
     :ivar WeightMatrix matrix: where it is, with the bias that was added to the product.
     :ivar Tensor moment_II: mean of the outer products of inputs, the constant input of the bias included.
