@@ -11,6 +11,7 @@ the data, kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,9 +47,13 @@ _WEIGHTS = {"rows": 1.0, "near": 1.0, "far": 0.5}
 _SQUARES, _CAPS = (0.0, 0.25), (-3.0, -2.0, -1.0, 0.0, 1.0)
 _SHARE_AT_START = 0.3
 _SMALL = 20_000
-# Rounds of Gauss-Newton; steps of its differences, and its largest steps, in squares of the factor and logs of the cap.
+# Rounds of Gauss-Newton, in squares of the factor and relative caps: disagreements are nearly linear in these, and not
+# in the cap's logarithm. Its differences, that of the cap relative to it; the largest change of the cap's logarithm;
+# and a share of a step that is tried where all of it is worse.
 _ROUNDS = 2
-_DIFFERENCES, _LARGEST = (0.2, 0.5), (0.4, 1.5)
+_DIFFERENCES = (0.2, 0.65)
+_LARGEST_LOG = 1.5
+_SHARE_OF_STEP = 0.3
 _MAX_FACTOR = 1.1
 _RIDGE = 1e-4
 
@@ -130,7 +135,7 @@ def _calibrate_spread(
             ratios = {name: ratio.nan_to_num(nan=10.0, posinf=10.0, neginf=-10.0) for name, ratio in ratios.items()}
             weighted = torch.cat([(_WEIGHTS[name] / len(ratio)) ** 0.5 * ratio for name, ratio in ratios.items()])
             means = {name: float(ratio.mean()) for name, ratio in ratios.items()}
-            found.append(_Tried(float(weighted.square().sum()), square, log_cap, means))
+            found.append(_Tried(float(weighted.square().sum()), square, log_cap, means, weighted))
             return weighted
 
         return residuals, found
@@ -148,6 +153,7 @@ class _Tried:
     square: float
     log_cap: float
     means: dict[str, float] = field(compare=False)
+    residuals: Tensor = field(compare=False)
 
     @property
     def point(self) -> tuple[float, float]:
@@ -164,29 +170,45 @@ def _best_of_spread(search: Callable[[int], _Search], count: int, log_noise: flo
     for square in _SQUARES if size < _SMALL else _SQUARES[-1:]:
         for cap in _CAPS:
             residuals(square, log_noise + cap)
-    point = torch.tensor(min(found).point, dtype=torch.float64)
+    start = min(found).point
     residuals, found = search(count)
+    residuals(*start)
     for _ in range(_ROUNDS):
-        point = _improved(residuals, point)
-    residuals(*point.tolist())
+        best = min(found)
+        step = _step(residuals, best)
+        for share in (1.0, _SHARE_OF_STEP):
+            residuals(*_moved(best.point, step, share))
+            if min(found) is not best:
+                break
+        if min(found) is best:
+            break
     return min(found)
 
 
-def _improved(residuals: Callable[[float, float], Tensor], point: Tensor) -> Tensor:
-    """A step of Gauss-Newton, with differences for the derivatives."""
-    here = residuals(*point.tolist())
-    columns = []
-    for i, (difference, bound) in enumerate(zip(_DIFFERENCES, (_MAX_FACTOR**2, torch.inf), strict=True)):
-        difference = difference if point[i] + difference <= bound else -difference
-        moved = point.clone()
-        moved[i] += difference
-        columns.append((residuals(*moved.tolist()) - here) / difference)
+def _step(residuals: Callable[[float, float], Tensor], here: _Tried) -> tuple[float, float]:
+    """A step of Gauss-Newton for the square of the factor and for the cap relative to what it is, with differences for
+    the derivatives."""
+    difference, times = _DIFFERENCES
+    if here.square + difference > _MAX_FACTOR**2:
+        difference = -difference
+    columns = [
+        (residuals(here.square + difference, here.log_cap) - here.residuals) / difference,
+        (residuals(here.square, here.log_cap + math.log1p(times)) - here.residuals) / times,
+    ]
     slope = torch.stack(columns, 1)
-    step = -torch.linalg.solve(slope.mT @ slope + _RIDGE * torch.eye(2, dtype=slope.dtype), slope.mT @ here)
-    largest = torch.tensor(_LARGEST, dtype=torch.float64)
-    point = point + step.clamp(-largest, largest)
-    point[0] = point[0].clamp(0.0, _MAX_FACTOR**2)
-    return point
+    ridge = _RIDGE * torch.eye(2, dtype=slope.dtype)
+    square, cap = (-torch.linalg.solve(slope.mT @ slope + ridge, slope.mT @ here.residuals)).tolist()
+    inside = min(max(here.square + square, 0.0), _MAX_FACTOR**2) - here.square
+    if inside != square:  # at a bound, the cap alone is free
+        left, by_cap = here.residuals + inside * columns[0], columns[1]
+        cap = -float(by_cap @ left / (by_cap @ by_cap + _RIDGE))
+    return inside, cap
+
+
+def _moved(point: tuple[float, float], step: tuple[float, float], share: float) -> tuple[float, float]:
+    """The point after a share of a step."""
+    log = math.log(max(1 + share * step[1], math.exp(-_LARGEST_LOG)))
+    return point[0] + share * step[0], point[1] + min(log, _LARGEST_LOG)
 
 
 def _set(generator: SubspaceGenerator, unscaled: Tensor, square: float, log_cap: float) -> None:

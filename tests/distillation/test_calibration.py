@@ -1,10 +1,12 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
+import math
+
 import pytest
 import torch
 
-from pyro_apd.distillation.calibration import calibrate
+from pyro_apd.distillation.calibration import _best_of_spread, _Tried, calibrate
 from pyro_apd.generators.subspace_fit import SubspaceFit, SubspaceSettings
 from pyro_apd.generators.weight_matrices import WeightMatrix
 from tests.support.function_spaces import linear_classifier
@@ -80,3 +82,47 @@ def test_random_numbers_are_those_of_the_global_generator(case):
         torch.manual_seed(3)
         found.append(calibrate(generator, functions, draws))
     assert found[0] == found[1]
+
+
+def searched(by_square, by_cap, at_zero):
+    """The best point where disagreements are linear in the square of the factor and the cap, as they nearly are."""
+    points = []
+
+    def search(count):
+        found = []
+
+        def residuals(square, log_cap):
+            ratio_G = torch.tensor(at_zero).double() + square * torch.tensor(by_square) + math.exp(log_cap) * by_cap
+            residual_G = ratio_G.log()
+            found.append(_Tried(float(residual_G.square().sum()), square, log_cap, {}, residual_G))
+            points.append((square, log_cap))
+            return residual_G
+
+        return residuals, found
+
+    by_cap = torch.tensor(by_cap).double()
+    return _best_of_spread(search, 100, 0.0, 1000), points
+
+
+@pytest.mark.parametrize("cap", [0.15, 0.6, 2.0])
+@pytest.mark.parametrize("square", [0.1, 0.5, 1.0])
+def test_spread_and_cap_are_found_where_they_are_determined(square, cap):
+    by_square, by_cap = [0.4, 0.15], [0.2, 0.3]
+    at_zero = [1 - square * a - cap * b for a, b in zip(by_square, by_cap, strict=True)]
+    best, _ = searched(by_square, by_cap, at_zero)
+    assert best.loss < 1e-3
+    assert best.square == pytest.approx(square, abs=0.1)
+
+
+@pytest.mark.parametrize("excess", [0.05, 0.3])
+def test_the_cap_is_found_where_no_spread_is_small_enough(excess):
+    """With the least spread, the cap alone is free, and its best is where the sum of squares is least."""
+    best, points = searched([0.3, 0.1], [0.5, 0.2], [1 - 0.2 + excess, 1 - 0.2])
+    assert best.square == 0.0
+    finer = [searched_at([0.5, 0.2], [1 - 0.2 + excess, 1 - 0.2], 0.01 * i) for i in range(1, 200)]
+    assert best.loss < min(finer) + 2e-3
+    assert all(0 <= square <= 1.1**2 for square, _ in points)
+
+
+def searched_at(by_cap, at_zero, cap):
+    return sum(math.log(zero + cap * slope) ** 2 for zero, slope in zip(at_zero, by_cap, strict=True))
