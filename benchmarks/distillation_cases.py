@@ -304,11 +304,11 @@ _NOT_IN_PARTS = (*_SLOW, "stored", "int8", "int4", "int3", "int2", "low rank", "
 CASES = {
     case.name: case
     for case in (
-        Case("toy", toy, Chains(5e-3, None, 40, 250, 500)),
+        Case("toy", toy, Chains(5e-3, None, 40, 250, 500), num_sets=4),
         Case("digits", digits, Chains(1e-4, 100, 40, 300, 600), (*BUDGETS[:6], 5.0, *BUDGETS[6:])),
         Case("digits8", digits, Chains(1e-4, 100, 40, 300, 300, num_chains=8), (2.0, 4.0, 8.0, 11.0, 16.0)),
-        Case("concrete", uci("concrete"), Chains(3e-5, 100, 60, 500, 500)),
-        Case("yacht", uci("yacht"), Chains(1e-5, 50, 100, 500, 500)),
+        Case("concrete", uci("concrete"), Chains(3e-5, 100, 60, 500, 500), num_sets=4),
+        Case("yacht", uci("yacht"), Chains(1e-5, 50, 100, 500, 500), num_sets=4),
         Case("mnist", mnist(100), _MNIST, (*BUDGETS[:5], 3.2, *BUDGETS[5:])),
         Case("mnist400", mnist(400, 400), Chains(1e-6, 100, 150, 200, 600), without=("paper",)),
         Case("mlp1m", mnist(670, 670, num_rows=2000), Chains(1e-6, 100, 100, 200, 250), without=_SLOW, num_sets=4),
