@@ -48,13 +48,14 @@ _WEIGHTS = {"rows": 1.0, "near": 2.0, "far": 0.5}
 _SQUARES, _CAPS = (0.0, 0.25), (-3.0, -2.0, -1.0, 0.0, 1.0)
 _SHARE_AT_START = 0.3
 _SMALL = 20_000
-# Rounds of Gauss-Newton, in squares of the factor and relative caps: disagreements are nearly linear in these, and not
-# in the cap's logarithm. Its differences, that of the cap relative to it; the largest change of the cap's logarithm;
-# and a share of a step that is tried where all of it is worse.
-_ROUNDS = 2
+# Rounds of Levenberg and Marquardt, of small networks and of others, in squares of the factor and relative caps:
+# disagreements are nearly linear in these, and not in the cap's logarithm. Differences, that of the cap relative to it;
+# the largest change of the cap's logarithm; and dampings, of which the second is taken where the first is worse: both
+# numbers may change functions alike.
+_SMALL_ROUNDS, _ROUNDS = 3, 2
 _DIFFERENCES = (0.2, 0.65)
 _LARGEST_LOG = 1.5
-_SHARE_OF_STEP = 0.3
+_DAMPINGS = (0.01, 1.0)
 _MAX_FACTOR = 1.1
 _RIDGE = 1e-4
 
@@ -166,7 +167,7 @@ _Search = tuple[Callable[[float, float], Tensor], list[_Tried]]
 
 
 def _best_of_spread(search: Callable[[int], _Search], count: int, log_noise: float, size: int) -> _Tried:
-    """Gauss-Newton from the best of a few points."""
+    """From the best of a few points on."""
     residuals, found = search(max(2, round(_SHARE_AT_START * count)))
     for square in _SQUARES if size < _SMALL else _SQUARES[-1:]:
         for cap in _CAPS:
@@ -174,11 +175,11 @@ def _best_of_spread(search: Callable[[int], _Search], count: int, log_noise: flo
     start = min(found).point
     residuals, found = search(count)
     residuals(*start)
-    for _ in range(_ROUNDS):
+    for _ in range(_SMALL_ROUNDS if size < _SMALL else _ROUNDS):
         best = min(found)
-        step = _step(residuals, best)
-        for share in (1.0, _SHARE_OF_STEP):
-            residuals(*_moved(best.point, step, share))
+        slope = _slope(residuals, best)
+        for damping in _DAMPINGS:
+            residuals(*_moved(best, slope, damping))
             if min(found) is not best:
                 break
         if min(found) is best:
@@ -186,30 +187,27 @@ def _best_of_spread(search: Callable[[int], _Search], count: int, log_noise: flo
     return min(found)
 
 
-def _step(residuals: Callable[[float, float], Tensor], here: _Tried) -> tuple[float, float]:
-    """A step of Gauss-Newton for the square of the factor and for the cap relative to what it is, with differences for
-    the derivatives."""
+def _slope(residuals: Callable[[float, float], Tensor], here: _Tried) -> Tensor:
+    """Derivatives ``(R, 2)`` by the square of the factor and by the cap relative to what it is, from differences."""
     difference, times = _DIFFERENCES
     if here.square + difference > _MAX_FACTOR**2:
         difference = -difference
-    columns = [
-        (residuals(here.square + difference, here.log_cap) - here.residuals) / difference,
-        (residuals(here.square, here.log_cap + math.log1p(times)) - here.residuals) / times,
-    ]
-    slope = torch.stack(columns, 1)
-    ridge = _RIDGE * torch.eye(2, dtype=slope.dtype)
-    square, cap = (-torch.linalg.solve(slope.mT @ slope + ridge, slope.mT @ here.residuals)).tolist()
+    by_square = (residuals(here.square + difference, here.log_cap) - here.residuals) / difference
+    by_cap = (residuals(here.square, here.log_cap + math.log1p(times)) - here.residuals) / times
+    return torch.stack([by_square, by_cap], 1)
+
+
+def _moved(here: _Tried, slope: Tensor, damping: float) -> tuple[float, float]:
+    """The point after a step of Levenberg and Marquardt."""
+    product = slope.mT @ slope
+    ridge = damping * product.diagonal() + _RIDGE
+    square, cap = (-torch.linalg.solve(product + ridge.diag(), slope.mT @ here.residuals)).tolist()
     inside = min(max(here.square + square, 0.0), _MAX_FACTOR**2) - here.square
     if inside != square:  # at a bound, the cap alone is free
-        left, by_cap = here.residuals + inside * columns[0], columns[1]
-        cap = -float(by_cap @ left / (by_cap @ by_cap + _RIDGE))
-    return inside, cap
-
-
-def _moved(point: tuple[float, float], step: tuple[float, float], share: float) -> tuple[float, float]:
-    """The point after a share of a step."""
-    log = math.log(max(1 + share * step[1], math.exp(-_LARGEST_LOG)))
-    return point[0] + share * step[0], point[1] + min(log, _LARGEST_LOG)
+        left = here.residuals + inside * slope[:, 0]
+        cap = -float(slope[:, 1] @ left / (product[1, 1] + ridge[1]))
+    log = math.log(max(1 + cap, math.exp(-_LARGEST_LOG)))
+    return here.square + inside, here.log_cap + min(log, _LARGEST_LOG)
 
 
 def _set(generator: SubspaceGenerator, unscaled: Tensor, square: float, log_cap: float) -> None:

@@ -124,5 +124,12 @@ def test_the_cap_is_found_where_no_spread_is_small_enough(excess):
     assert all(0 <= square <= 1.1**2 for square, _ in points)
 
 
+def test_spread_and_cap_that_change_functions_alike_are_both_lowered():
+    """A step of Gauss-Newton would go far, the one up and the other down."""
+    best, _ = searched([0.6, 0.31], [0.4, 0.21], [0.9, 0.9])
+    assert best.loss < 0.05
+    assert best.square < 0.15
+
+
 def searched_at(by_cap, at_zero, cap):
     return sum(math.log(zero + cap * slope) ** 2 for zero, slope in zip(at_zero, by_cap, strict=True))
