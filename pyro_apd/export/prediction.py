@@ -16,7 +16,8 @@ from pyro_apd.export.fixed_latents import heads, keys, normals
 from pyro_apd.generators import Generator
 from pyro_apd.models.bnn import BNN
 from pyro_apd.models.layout import Layout
-from pyro_apd.models.network_prediction import NetworkPrediction, of_all_draws
+from pyro_apd.models.network_prediction import NetworkPrediction
+from pyro_apd.models.networks import of_all_draws
 from pyro_apd.runtime import checks
 from pyro_apd.uncertainty.program_scores import Scores
 

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from pyro_apd.models.bnn import BNN
 from pyro_apd.models.layout import Layout
 from pyro_apd.models.module_copies import ModuleCopies
 from pyro_apd.models.network_inputs import NetworkInputs
-from pyro_apd.models.networks import check_link, part_of, plain_network
-from pyro_apd.runtime.vectorisation import vectorised
+from pyro_apd.models.networks import check_link, of_all_draws, part_of, plain_network
 from pyro_apd.uncertainty.program_scores import Scores
 
 #: Site of the learned noise of a regression by :class:`~pyro_apd.BNN`.
@@ -109,34 +107,6 @@ def _checked_link(link: str | None, architecture: nn.Module) -> str:
             "average over networks alone, use posterior.ensemble(num_samples, net=net, link=...) without outputs."
         )
     return link
-
-
-def of_all_draws(
-    one: Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]],
-    values_S: Mapping[str, Tensor],
-    network: nn.Module,
-    chunk_size: int | None = None,
-) -> Sequence[Tensor]:
-    """What a function of one draw gives for each of them, stacked.
-
-    :param one: from values by site to tensors.
-    :param values_S: draws by site.
-    :param network: that the function runs, see :func:`~pyro_apd.runtime.vectorisation.vectorised`.
-    :param int chunk_size: draws evaluated together; None: all.
-    """
-
-    def together() -> Sequence[Tensor]:
-        with warnings.catch_warnings():  # of an operation that vmap does in a loop, as attention
-            warnings.filterwarnings("ignore", message="There is a performance drop")
-            return torch.vmap(one, chunk_size=chunk_size)(dict(values_S))
-
-    if not torch.compiler.is_exporting():  # vmap of a convolution takes the number of rows for a constant
-        found = vectorised(together, network)
-        if found is not None:
-            return found
-    num_draws = len(next(iter(values_S.values())))
-    each = [one({name: value[i] for name, value in values_S.items()}) for i in range(num_draws)]
-    return [torch.stack(parts) for parts in zip(*each, strict=True)]
 
 
 class ScoringEnsemble(nn.Module):

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from pyro_apd.models.layout import Layout
 from pyro_apd.models.module_copies import ModuleCopies
 from pyro_apd.models.network_inputs import NetworkInputs
 from pyro_apd.runtime.threads import one_thread
+from pyro_apd.runtime.vectorisation import vectorised
 
 #: From a network's outputs to predictions, by name.
 LINKS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -139,12 +141,12 @@ class Ensemble(nn.Module):
         trained = {name: self.get_buffer(buffer) for name, buffer in self._base_of.items()}
         with self._copies.own() as net:
 
-            def one(values: dict[str, Tensor]) -> Tensor:
+            def one(values: Mapping[str, Tensor]) -> tuple[Tensor]:
                 output = inputs.call(net, {**common, **self._part.weights(values, trained)})
-                return LINKS[self.link](output)
+                return (LINKS[self.link](output),)
 
-            mean: Tensor = torch.vmap(one, chunk_size=self.chunk_size)(stacked).mean(0)
-        return mean
+            (output_S,) = of_all_draws(one, stacked, self.net, self.chunk_size)
+        return output_S.mean(0)
 
     def train(self, mode: bool = True) -> Ensemble:
         """As for any module, but the networks stay in evaluation mode."""
@@ -155,6 +157,34 @@ class Ensemble(nn.Module):
     def extra_repr(self) -> str:
         """What ``print`` shows."""
         return f"num_networks={self.num_networks}, link={self.link!r}"
+
+
+def of_all_draws(
+    one: Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]],
+    values_S: Mapping[str, Tensor],
+    network: nn.Module,
+    chunk_size: int | None = None,
+) -> Sequence[Tensor]:
+    """What a function of one draw gives for each of them, stacked.
+
+    :param one: from values by site to tensors.
+    :param values_S: draws by site.
+    :param network: that the function runs, see :func:`~pyro_apd.runtime.vectorisation.vectorised`.
+    :param int chunk_size: draws evaluated together; None: all.
+    """
+
+    def together() -> Sequence[Tensor]:
+        with warnings.catch_warnings():  # of an operation that vmap does in a loop, as attention
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return torch.vmap(one, chunk_size=chunk_size)(dict(values_S))
+
+    if not torch.compiler.is_exporting():  # vmap of a convolution takes the number of rows for a constant
+        found = vectorised(together, network)
+        if found is not None:
+            return found
+    num_draws = len(next(iter(values_S.values())))
+    each = [one({name: value[i] for name, value in values_S.items()}) for i in range(num_draws)]
+    return [torch.stack(parts) for parts in zip(*each, strict=True)]
 
 
 def part_of(architecture: nn.Module, layout: Layout) -> tuple[nn.Module, BayesianPart]:

@@ -105,6 +105,31 @@ def test_an_ensemble_averages_and_has_gradients(chunk_size):
     assert_close(distilled.ensemble(5, seed=3, link="identity")(X), torch.stack([net(X) for net in nets]).mean(0))
 
 
+class Recurrent(nn.Module):
+    """A GRU, which :func:`torch.vmap` cannot run."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent = nn.GRU(2, 3, batch_first=True)
+        self.readout = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.readout(self.recurrent(x)[0][:, -1])
+
+
+def test_an_ensemble_of_networks_that_cannot_be_evaluated_together(caplog):
+    model = apd.BNN(Recurrent())
+    layout = Layout({f"net.{name}": tuple(value.shape) for name, value in Recurrent().named_parameters()})
+    distilled = DistilledPosterior(layout, PaperGenerator(layout.size, 3, 8)).bind(model)
+    x = torch.randn(4, 5, 2)
+    draws = distilled.get_samples(3, seed=1)
+    nets = [distilled.network({n: v[s] for n, v in draws.items()}) for s in range(3)]
+    ensemble = distilled.ensemble(3, seed=1)
+    for _ in range(2):
+        assert_close(ensemble(x), torch.stack([net(x).softmax(-1) for net in nets]).mean(0))
+    assert caplog.text.count("one by one") == 1
+
+
 def test_what_has_no_network():
     distilled = posterior()
     with pytest.raises(ValueError, match=r"Pass net=.*posterior.bind"):
