@@ -47,7 +47,7 @@ from pyro_apd.diagnostics.mixing.convergence import statistics
 
 NUM_CHAINS, HIDDEN, THINNING = 8, (50,), 20
 #: Langevin steps of warm-up, and kept, of regressions and of classifications: about the CPU seconds of BDE.
-STEPS = {"regression": (12_000, 6_000), "classification": (2_000, 2_000)}
+STEPS = {"regression": (18_000, 9_000), "classification": (6_000, 6_000)}
 #: CPU seconds of the deep ensemble where BDE is absent.
 SECONDS_WITHOUT_PEER = 20.0
 METHODS = ("pyro_apd", "BDE", "deep ensemble")
