@@ -71,7 +71,7 @@ def within_budget(
         if settings.rank <= _LEAST_RANK:
             raise ValueError(
                 f"byte_budget: {budget:,.0f} bytes are too few for this posterior; the least is about {least:,} bytes. "
-                "Give more."
+                "Give more. An integer is a number of bytes, and a float one of networks: 2.0 is two networks."
             )
         rank = max(_LEAST_RANK, settings.rank // 2)
         settings = replace(settings, rank=rank, path_rank=min(settings.path_rank, rank))

@@ -215,7 +215,7 @@ def report(training: Training, strict: bool) -> None:
         advice = training.shortage.advice
     message = (
         f"Distillation failed: {'; '.join(failures)}. Metrics on held-out draws: {metrics or 'none'}. Use "
-        f"{advice}, or compare with pyro_apd.diagnostics.compare first."
+        f"{advice}, or compare with pyro_apd.diagnostics.compare first, which also shows stored draws in as many bytes."
     )
     if strict:
         raise DistillationError(message)
