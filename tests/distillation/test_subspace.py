@@ -49,7 +49,9 @@ def test_a_budget_in_bytes_is_met():
 
 
 def test_a_budget_that_is_too_small_is_refused_with_the_least():
-    with pytest.raises(ValueError, match=r"byte_budget: 1,000 bytes are too few .* the least is about [\d,]+ bytes.*2\.0 is two"):
+    with pytest.raises(
+        ValueError, match=r"byte_budget: 1,000 bytes are too few .* the least is about [\d,]+ bytes.*2\.0 is two"
+    ):
         fitted(draws(), byte_budget=1000)
 
 
