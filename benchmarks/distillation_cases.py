@@ -311,8 +311,8 @@ CASES = {
         Case("yacht", uci("yacht"), Chains(1e-5, 50, 100, 500, 500), num_sets=4),
         Case("mnist", mnist(100), _MNIST, (*BUDGETS[:5], 3.2, *BUDGETS[5:])),
         Case("mnist400", mnist(400, 400), Chains(1e-6, 100, 150, 200, 600), without=("paper",)),
-        Case("mlp1m", mnist(670, 670, num_rows=2000), Chains(1e-6, 100, 100, 200, 250), without=_SLOW, num_sets=4),
-        Case("mlp10m", mnist(2790, 2790, num_rows=2000), _WIDE, (2.0,), without=_NOT_IN_PARTS, num_sets=4),
+        Case("mlp1m", mnist(670, 670, num_rows=2000), Chains(1e-6, 100, 100, 200, 250), without=_SLOW),
+        Case("mlp10m", mnist(2790, 2790, num_rows=500), _WIDE, (2.0,), without=_NOT_IN_PARTS),
         Case("conv", images(conv_net), _DEEP, (1.0, 2.0, 4.0, 8.0), conv_net, _SLOW, num_sets=4),
         Case("resnet20", images(resnet20, padding=2), _DEEP, (1.0, 2.0, 4.0, 8.0), resnet20, _SLOW, num_sets=4),
     )
