@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from pyro_apd.distillation.calibration import _best_of_spread, _Tried, calibrate
+from pyro_apd.distillation import calibration
+from pyro_apd.distillation.calibration import _best_of_spread, _moved, _Tried, calibrate
 from pyro_apd.generators.subspace_fit import SubspaceFit, SubspaceSettings
 from pyro_apd.generators.weight_matrices import WeightMatrix
 from tests.support.function_spaces import linear_classifier
@@ -129,6 +130,31 @@ def test_spread_and_cap_that_change_functions_alike_are_both_lowered():
     best, _ = searched([0.6, 0.31], [0.4, 0.21], [0.9, 0.9])
     assert best.loss < 0.05
     assert best.square < 0.15
+
+
+def test_a_step_is_damped_where_it_is_worse(monkeypatch):
+    dampings = []
+
+    def moved(here, slope, damping):
+        dampings.append(damping)
+        return (0.9, 1.0) if damping < 0.5 else (0.3, -1.0)  # far off, and the best
+
+    monkeypatch.setattr(calibration, "_moved", moved)
+    best, _ = searched([0.5, 0.2], [0.3, 0.4], [1 - 0.15 - 0.3 / math.e, 1 - 0.06 - 0.4 / math.e])
+    assert best.point == (0.3, -1.0)
+    assert dampings[0] < 0.5 <= dampings[1]
+
+
+@pytest.mark.parametrize(("square", "bound"), [(0.0, 0.0), (1.2, 1.1**2)])
+def test_at_a_bound_the_best_cap_is_that_of_the_cap_alone(square, bound):
+    """Residuals (a, b), slopes (1, 0), (0.5, 1): where the square moves by m, the cap does by -(a + 2 b + m) / 2.5."""
+    sign = -1.0 if square == 0 else 1.0
+    residual_R = torch.tensor([-sign, 0.2 * sign], dtype=torch.float64)
+    slope_R2 = torch.tensor([[1.0, 0.5], [0.0, 1.0]], dtype=torch.float64)
+    found_square, log_cap = _moved(_Tried(1.0, square, 0.0, {}, residual_R), slope_R2, 0.0)
+    assert found_square == pytest.approx(bound)
+    moved = -(0.5 * (-sign + bound - square) + 0.2 * sign) / 1.25
+    assert log_cap == pytest.approx(math.log1p(moved), rel=1e-3)
 
 
 def searched_at(by_cap, at_zero, cap):
