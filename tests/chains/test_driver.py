@@ -412,8 +412,15 @@ def test_an_interrupt_before_the_first_draw_is_raised_on():
 def test_an_interrupt_before_the_first_draw_names_the_checkpoint(method, at, tmp_path):
     path = tmp_path / "run.ckpt"
     options = {"num_chains": 2, "chain_method": method, "warmup_steps": 6, "checkpoint": path, "checkpoint_every": 2}
+    interrupt = interrupting(at, phase="Warmup")
+
+    def hook(kernel, params, stage, i):
+        if method == "parallel" and stage == "Warmup [1]" and i == at:
+            time.sleep(30)  # until the first chain's interrupt ends it, so that it has no draws by then
+        interrupt(kernel, params, stage, i)
+
     with pytest.raises(KeyboardInterrupt) as caught:
-        run(hook_fn=interrupting(at, phase="Warmup"), **options)
+        run(hook_fn=hook, **options)
     (note,) = caught.value.__notes__
     assert f"'{path}'" in note
     assert "the same call of MCMC(...).run() continues" in note
