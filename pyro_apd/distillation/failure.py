@@ -15,7 +15,7 @@ from pyro_apd.distillation.calibration import Calibration
 ACCEPTED_SPREAD = (0.5, 3.0)
 #: Of a generator in fewer bytes than the default: distance to held-out draws in units of their spread, and disagreement
 #: of its draws on the data relative to the chain's.
-ACCEPTED_DISTANCE, ACCEPTED_EXCESS = 0.3, 1.25
+ACCEPTED_DISTANCE, ACCEPTED_EXCESS = 0.1, 1.25
 #: Disagreement of the default's draws on the data relative to the chain's, or its inverse.
 ACCEPTED_DISAGREEMENT = 1.35
 # The default is better than a smaller generator if one of its metrics is this share of that one's, or less.

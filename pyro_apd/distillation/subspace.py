@@ -35,6 +35,8 @@ from pyro_apd.runtime.memory import give_back_freed
 
 # Coordinates of all chains together, and of one at least; numbers of a draw and draws per coordinate.
 _RANK, _MIN_RANK, _NUMBERS_PER_COORDINATE, _DRAWS_PER_COORDINATE = 96, 12, 10, 1.5
+# With smaller budgets there are fewer, so that steps are finer: chosen on validation rows of MNIST.
+_SMALLER_RANK, _COARSER_BELOW = 32, 0.8
 # With larger budgets there are up to so many times as many: of more, the modes have too large a variance.
 _MOST_TIMES = 1.7
 # Networks with fewer numbers take few bytes in any case. They have at least so many coordinates per chain: more where
@@ -125,7 +127,8 @@ def fit_default(
         del generator
         share = budget / default_bytes
         shortest = case.segment_length(share)
-        return within_budget(budget, fits, shortest, case.settings(share), draws, size_of), default_bytes
+        keeps_rank = options.rank is not None
+        return within_budget(budget, fits, shortest, case.settings(share), draws, size_of, keeps_rank), default_bytes
 
     def calibrated(generator: SubspaceGenerator) -> FittedSubspace:
         give_back_freed()
@@ -207,6 +210,8 @@ class _Case:
     def _usual_rank(self, share: float) -> int:
         num_chains, _, size = self.draws.shape
         largest = _RANK * min(max(1.0, share / 2), _MOST_TIMES)
+        if share < _COARSER_BELOW:
+            largest = _SMALLER_RANK
         least = _MIN_RANK
         if size < _TINY:
             least = min(_TINY_RANK, size // _TINY_NUMBERS_PER_COORDINATE)
@@ -235,8 +240,8 @@ def settings_for(share: float, rank: int) -> SubspaceSettings:
 
     Chosen on validation rows of MNIST and on digits, see "Distillation" in ``benchmarks/RESULTS.md``.
     """
-    if share < 0.8:
-        return SubspaceSettings(pinned=64, rank=min(rank, 64), path_rank=4, step=1.2e-3, null_step=0.6)
+    if share < _COARSER_BELOW:
+        return SubspaceSettings(pinned=64, rank=rank, path_rank=4, step=1.2e-3, null_step=0.6)
     if share < _FINER:
         return SubspaceSettings(rank=rank)
     more = 1 if share < _FINEST else 2

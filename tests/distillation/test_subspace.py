@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import gc
+import re
 import weakref
 
 import pytest
@@ -49,10 +50,24 @@ def test_a_budget_in_bytes_is_met():
 
 
 def test_a_budget_that_is_too_small_is_refused_with_the_least():
-    with pytest.raises(
-        ValueError, match=r"byte_budget: 1,000 bytes are too few .* the least is about [\d,]+ bytes.*2\.0 is two"
-    ):
-        fitted(draws(), byte_budget=1000)
+    """Which is the same for all, and is accepted."""
+
+    def least(budget):
+        with pytest.raises(ValueError, match=r"byte_budget: [\d,]+ bytes are too few .* bytes.*2\.0 is two") as caught:
+            fitted(draws(), byte_budget=budget)
+        return int(re.search(r"the least is about ([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
+
+    found = least(1000)
+    assert least(found // 2) == least(found - 1) == found
+    assert num_bytes(fitted(draws(), byte_budget=found)) <= found
+
+
+@pytest.mark.parametrize(("networks", "fewest", "most"), [(2.5, 2, 4), (4.0, 5, 16), (8.0, 20, 60)])
+def test_a_small_budget_has_fewer_coordinates_rather_than_coarse_steps(networks, fewest, most):
+    generator = fitted(draws(num_draws=200), byte_budget=networks)
+    assert fewest <= generator.rank <= most
+    assert generator.step.item() <= 2.5e-3 or generator.rank == 2
+    assert fitted(draws(num_draws=200), byte_budget=networks, rank=12).rank == 12
 
 
 def test_a_fit_is_freed_before_the_next_one(monkeypatch):
@@ -93,7 +108,8 @@ def test_steps_are_not_searched_where_integers_allow_no_finer_ones(monkeypatch):
 
 
 def test_more_bytes_give_finer_steps():
-    assert fitted(draws(), byte_budget=8.0).step.item() < 0.5 * fitted(draws(), byte_budget=3.0).step.item()
+    coarse, fine = (fitted(draws(), byte_budget=networks, rank=6).step.item() for networks in (3.0, 8.0))
+    assert fine < 0.5 * coarse
 
 
 @pytest.mark.parametrize("direction", [{7: 1.0}, {7: 0.6, 30: -0.8}], ids=["column", "mixture"])
