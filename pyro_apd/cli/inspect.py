@@ -33,6 +33,13 @@ _PARTS_LINE = 2
 # Longer values are shortened, and of more frozen tensors the first are named.
 _WIDTH, _NUM_NAMES = 100, 8
 _WARNING_WIDTH = 1000
+# Of tables in the metadata.
+_MEANINGS = {
+    "calibration": "factor of the spread around modes, and cap of noise",
+    "residuals": "logarithms of draws' disagreement relative to the chain's, by inputs; 0 is the same",
+    "metrics": "on held-out draws: distance in units of their spread, and ratios of generator to chain",
+    "held_out": "of every so many draws, those from the start on",
+}
 
 
 def describe(path: str | os.PathLike[str]) -> str:
@@ -70,6 +77,9 @@ def _lines(path: str | os.PathLike[str], contents: Artifact, table: dict[str, En
     sampler = metadata.pop("sampler", None)
     if isinstance(sampler, dict):
         lines += _sampler(sampler)
+    found = metadata.pop("warnings", None)
+    if isinstance(found, list):
+        lines += [f"warning     {_printable(text, width=_WARNING_WIDTH)}" for text in found]
     lines += [f"metadata    {'' if metadata else 'none'}".rstrip(), *_tree(metadata)]
     logs = ", ".join(f"{_printable(name)} ({len(values):,} numbers)" for name, values in contents.training_log.items())
     lines.append(f"training    {logs or 'no log'}")
@@ -142,7 +152,8 @@ def _tree(value: dict[str, Any], indent: str = "  ") -> list[str]:
     lines = []
     for name, item in value.items():
         if isinstance(item, dict) and item and len(indent) < 20:
-            lines += [f"{indent}{_printable(name)}", *_tree(item, indent + "  ")]
+            meaning = f" ({_MEANINGS[name]})" if name in _MEANINGS else ""
+            lines += [f"{indent}{_printable(name)}{meaning}", *_tree(item, indent + "  ")]
         else:
             lines.append(f"{indent}{_printable(name)}: {_printable(item)}")
     return lines

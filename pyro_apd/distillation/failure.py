@@ -86,11 +86,12 @@ class Shortage:
 
 
 def find_shortage(
-    byte_budget: float | int, default_bytes: int, own: Quality, default: Callable[[], Quality]
+    byte_budget: float | int, default_bytes: int, networks: float, own: Quality, default: Callable[[], Quality]
 ) -> Shortage | None:
     """Why a budget is too small for a posterior; None if it is not.
 
     :param int default_bytes: what the default without a budget takes.
+    :param float networks: the same in networks.
     :param Quality own: of the generator with this budget.
     :param callable default: returns that of the default, and is called only if this one is bad: where draws are too
         few, more bytes do not help.
@@ -102,7 +103,8 @@ def find_shortage(
         found.append(f"the distance to held-out draws is {own.metrics['distance']:.2g} of their spread")
     if not found:
         return None
-    what = f"{', and '.join(found)}; the default, without a budget, takes about {default_bytes:,} bytes"
+    what = f"{', and '.join(found)}; the default, without a budget, takes about {default_bytes:,} bytes "
+    what += f"({networks:.3g} networks)"
     if _is_better(default(), own):
         return Shortage(f"byte_budget={byte_budget!r} is too small for this posterior: {what}", "more bytes")
     return Shortage(f"there are too few draws for this posterior: {what}, and is no better", "more draws")

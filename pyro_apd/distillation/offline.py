@@ -32,6 +32,7 @@ from pyro_apd.runtime.global_state import gradients, seeded
 from pyro_apd.runtime.hashing import fingerprint
 from pyro_apd.runtime.ranks import Ranks
 from pyro_apd.runtime.seeds import derived_seed, seed_or_fresh
+from pyro_apd.runtime.stages import stages
 
 if TYPE_CHECKING:
     from pyro.infer import MCMC
@@ -104,7 +105,7 @@ def distill(
     options = DistillOptions(generator, objective, num_steps, rank, byte_budget, storage_dtype, seed)
     draws = read_source(source, model, data, group_by_chain)
     posterior, training = distill_draws(draws, options, probe_inputs, progress)
-    report(training, strict)
+    report(posterior, training, strict)
     return posterior
 
 
@@ -138,7 +139,8 @@ def _fit_and_train(
     train_index, held_out_index = split_held_out(num_draws)
     task = DistillationTask.of(source, probe_inputs, train_index, held_out_index, ranks)
     with cpu_threads(threads_for(task.step_seconds, source.theta_CSD.device)):
-        prepared = prepare(task, options)
+        with stages("Fit of the generator", progress) as note:
+            prepared = prepare(task, options, note)
         training = train(
             prepared.generator,
             prepared.objective,
@@ -149,7 +151,7 @@ def _fit_and_train(
         )
     fitted = prepared.fitted
     calibration = None if fitted is None else fitted.calibration
-    _judge(training, prepared, options.byte_budget)
+    _judge(training, prepared, options.byte_budget, source.layout.size * source.theta_CSD.element_size())
     metadata = {
         "num_chains": num_chains,
         "num_draws": num_draws,
@@ -166,7 +168,9 @@ def _fit_and_train(
     return DistilledPosterior(source.layout, generator, metadata=metadata, training_log=training.log), training
 
 
-def _judge(training: Training, prepared: PreparedTraining, byte_budget: float | int | None) -> None:
+def _judge(
+    training: Training, prepared: PreparedTraining, byte_budget: float | int | None, network_bytes: float
+) -> None:
     """Notes whether the default generator is too small, or its draws disagree too much or too little on the data."""
     fitted = prepared.fitted
     if fitted is None:
@@ -181,7 +185,8 @@ def _judge(training: Training, prepared: PreparedTraining, byte_budget: float | 
 
     if fitted.default_bytes is not None and byte_budget is not None:
         own = Quality(training.metrics, at_start)
-        training.shortage = find_shortage(byte_budget, fitted.default_bytes, own, default)
+        networks = fitted.default_bytes / network_bytes
+        training.shortage = find_shortage(byte_budget, fitted.default_bytes, networks, own, default)
     elif at_start is not None:
         training.disagreement = find_disagreement(at_start)
 
@@ -196,8 +201,9 @@ def _note_data_and_network(posterior: DistilledPosterior, source: Source) -> Non
         posterior.bind(source.model)
 
 
-def report(training: Training, strict: bool) -> None:
-    """Warns the caller's caller if a generator failed, see :func:`distill`; raises if ``strict``."""
+def report(posterior: DistilledPosterior, training: Training, strict: bool) -> None:
+    """Warns the caller's caller if a generator failed, see :func:`distill`, and notes that in the posterior's metadata;
+    raises if ``strict``."""
     failures = find_failures(training.metrics)
     if not training.metrics:
         failures.append("no state of the generator had finite metrics")
@@ -213,10 +219,12 @@ def report(training: Training, strict: bool) -> None:
     advice = "more draws, more steps (num_steps) or more coordinates (rank)"
     if training.shortage is not None:
         advice = training.shortage.advice
+    posterior.metadata["warnings"] = failures
     message = (
-        f"Distillation failed: {'; '.join(failures)}. Metrics on held-out draws: {metrics or 'none'}. Use "
-        f"{advice}, or compare with pyro_apd.diagnostics.compare first, which also shows stored draws in as many bytes."
+        f"{'; '.join(failures)}. Metrics on held-out draws, over inputs near the data and far from it: "
+        f"{metrics or 'none'}. Use {advice}. pyro_apd.diagnostics.compare shows what was lost, and stored draws in as "
+        "many bytes."
     )
     if strict:
-        raise DistillationError(message)
-    warnings.warn(message, DistillationWarning, stacklevel=3)
+        raise DistillationError(f"Distillation failed: {message}")
+    warnings.warn(f"The generator is returned, but it is not good: {message}", DistillationWarning, stacklevel=3)

@@ -166,7 +166,7 @@ def distill_online(
             posterior, training = distiller.make(run.whole_buffer(), lengths.num_samples, is_last=True)
         except KeyboardInterrupt:
             posterior, training = run.interrupted()
-    report(training, strict)
+    report(posterior, training, strict)
     return posterior
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from pyro_apd.runtime.global_state import seeded
 from pyro_apd.runtime.operation_count import OperationCount
 from pyro_apd.runtime.ranks import Ranks
 from pyro_apd.runtime.seeds import derived_seed
+from pyro_apd.runtime.stages import unseen
 
 # Draws that a critic compares per step.
 _CRITIC_BATCH = 100
@@ -121,11 +122,14 @@ class PreparedTraining:
     fitted: FittedSubspace | None = None
 
 
-def prepare(task: DistillationTask, options: DistillOptions) -> PreparedTraining:
-    """The training that ``options`` ask for, with torch's global random numbers."""
+def prepare(task: DistillationTask, options: DistillOptions, note: Callable[[str], None] = unseen) -> PreparedTraining:
+    """The training that ``options`` ask for, with torch's global random numbers.
+
+    :param callable note: is told what is being done.
+    """
     if options.generator == "paper":
         return _prepare_paper(task, options)
-    fitted = fit_default(task.layout, task.draws, task.functions, options, task.cost.num_products, task.frozen)
+    fitted = fit_default(task.layout, task.draws, task.functions, options, task.cost.num_products, task.frozen, note)
     generator = fitted.generator
     for name, parameter in generator.named_parameters():
         parameter.requires_grad_(name.rpartition(".")[2] in TRAINED)

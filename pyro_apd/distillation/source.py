@@ -31,6 +31,10 @@ logger = logging.getLogger("pyro_apd")
 MIN_DRAWS = 10
 #: Of every ``period`` draws of a chain, ``length`` from ``start`` on are held out; of fewer, none can be spared.
 HELD_OUT = {"period": 25, "start": 10, "length": 5}
+_BY_CHAIN = (
+    " If the first dimension of its tensors is that of chains, as after get_samples(group_by_chain=True), pass "
+    "group_by_chain=True here as well."
+)
 # Rows by which the sites and frozen tensors of a model are found.
 _FEW_ROWS = 4
 # Largest numbers of draws, as a power of the largest number of their dtype.
@@ -110,7 +114,8 @@ def read_source(
         return replace(found, frozen=_checked_frozen(store, found), sampler=sampler_summary(source))
     chains = read_chains(source, "source", group_by_chain=group_by_chain)
     _check_floating(chains.values)
-    _check_count(chains.num_chains, chains.num_draws)
+    hint = "" if group_by_chain or not isinstance(source, Mapping) else _BY_CHAIN
+    _check_count(chains.num_chains, chains.num_draws, hint)
     layout = _find_layout(kernel, model, args, kwargs, chains.values)
     theta_CSD = layout.unconstrain(chains.values)
     _check_interior(layout, theta_CSD)
@@ -146,11 +151,12 @@ def _check_floating(values: Mapping[str, Tensor]) -> None:
             )
 
 
-def _check_count(num_chains: int, num_draws: int) -> None:
+def _check_count(num_chains: int, num_draws: int, hint: str = "") -> None:
     if num_chains * num_draws < MIN_DRAWS:
         raise ValueError(
-            f"`source` holds {num_chains * num_draws} draws ({num_chains} chains of {num_draws}); at least {MIN_DRAWS} "
-            "are needed to fit a generator, and a few hundred to fit it well. Run the chain for longer."
+            f"`source` holds too few draws: {num_chains * num_draws} (chains: {num_chains}, draws of each: "
+            f"{num_draws}); at least {MIN_DRAWS} are needed to fit a generator, and a few hundred to fit it well. Run "
+            f"the chain for longer.{hint}"
         )
 
 

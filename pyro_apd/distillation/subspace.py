@@ -32,11 +32,12 @@ from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior import integers
 from pyro_apd.runtime.memory import give_back_freed
+from pyro_apd.runtime.stages import unseen
 
 # Coordinates of all chains together, and of one at least; numbers of a draw and draws per coordinate.
 _RANK, _MIN_RANK, _NUMBERS_PER_COORDINATE, _DRAWS_PER_COORDINATE = 96, 12, 10, 1.5
-# With smaller budgets there are fewer, so that steps are finer: chosen on validation rows of MNIST.
-_SMALLER_RANK, _COARSER_BELOW = 32, 0.8
+# With budgets below this share of what the default takes there are fewer, so that steps are finer.
+_SMALLER_RANK, _FEWER_BELOW = 32, 0.9
 # With larger budgets there are up to so many times as many: of more, the modes have too large a variance.
 _MOST_TIMES = 1.7
 # Networks with fewer numbers take few bytes in any case. They have at least so many coordinates per chain: more where
@@ -95,13 +96,16 @@ def fit_default(
     options: DistillOptions,
     num_products: int,
     frozen: FrozenTensors | None = None,
+    note: Callable[[str], None] = unseen,
 ) -> FittedSubspace:
     """Fits the generator to draws, within a budget where there is one, and calibrates it.
 
     :param functions: how draws are compared as functions; None where that is not known.
     :param int num_products: multiplications of a network per input.
     :param FrozenTensors frozen: those of the model, of which the file holds digests.
+    :param callable note: is told what is being done.
     """
+    note("inputs of the layers")
     seen = {} if functions is None else _seen_inputs(layout, draws, functions)
     if draws.shape[1] < _MIN_DRAWS and draws.shape[0] > 1:
         draws = draws.pooled()
@@ -119,6 +123,7 @@ def fit_default(
 
     def fitted() -> tuple[SubspaceGenerator, int | None]:
         """The generator, and the bytes of the default where there is a budget; what the fit held is freed."""
+        note("two passes over the draws")
         fits = LastFit(case.fit)
         generator = fits.at(settings).generator(is_last=budget is None)
         if budget is None:
@@ -127,11 +132,13 @@ def fit_default(
         del generator
         share = budget / default_bytes
         shortest = case.segment_length(share)
+        note(f"steps for {budget:,.0f} bytes")
         keeps_rank = options.rank is not None
         return within_budget(budget, fits, shortest, case.settings(share), draws, size_of, keeps_rank), default_bytes
 
     def calibrated(generator: SubspaceGenerator) -> FittedSubspace:
         give_back_freed()
+        note("spread and noise")
         calibration = None
         if functions is not None:
             calibration = calibrate(generator, functions, draws, num_products, case.scales_modes)
@@ -210,7 +217,7 @@ class _Case:
     def _usual_rank(self, share: float) -> int:
         num_chains, _, size = self.draws.shape
         largest = _RANK * min(max(1.0, share / 2), _MOST_TIMES)
-        if share < _COARSER_BELOW:
+        if share < _FEWER_BELOW:
             largest = _SMALLER_RANK
         least = _MIN_RANK
         if size < _TINY:
@@ -240,7 +247,7 @@ def settings_for(share: float, rank: int) -> SubspaceSettings:
 
     Chosen on validation rows of MNIST and on digits, see "Distillation" in ``benchmarks/RESULTS.md``.
     """
-    if share < _COARSER_BELOW:
+    if share < 0.8:
         return SubspaceSettings(pinned=64, rank=rank, path_rank=4, step=1.2e-3, null_step=0.6)
     if share < _FINER:
         return SubspaceSettings(rank=rank)

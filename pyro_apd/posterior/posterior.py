@@ -23,6 +23,7 @@ from pyro_apd.posterior import artifact, building, compatibility, estimates
 from pyro_apd.posterior.estimates import Estimates
 from pyro_apd.posterior.latent_noise import NO_DENSITY, NOISE_SITE, LatentNoise
 from pyro_apd.posterior.networks import PosteriorNetworks
+from pyro_apd.posterior.shown import shown
 from pyro_apd.predictive.draws import DrawSource
 from pyro_apd.runtime import checks
 from pyro_apd.runtime.global_state import seeded, without_autocast
@@ -303,9 +304,9 @@ class DistilledPosterior(PosteriorNetworks):
         """
         compatibility.check_model(self.layout, self.frozen, model, args, kwargs)
 
-    def extra_repr(self) -> str:
-        """Sites and sizes, for ``print``."""
-        return f"sites={list(self.layout.names)}, weights={self.layout.size}, latent_size={self.latent_size}"
+    def __repr__(self) -> str:
+        """What it is of, its size, and what is known of its quality."""
+        return shown(self)
 
     def _artifact(self, dtype: str | None = None) -> artifact.Artifact:
         return artifact.Artifact(

@@ -150,6 +150,17 @@ def test_inspect_names_frozen_weights(capsys, tmp_path):
         assert expected in line
 
 
+def test_inspect_says_what_a_distillation_warned_of(capsys, tmp_path):
+    posterior = DistilledPosterior.load(FILES / "posterior_v2_int8.safetensors")
+    posterior.metadata |= {"warnings": ["The budget is too small.\n"], "calibration": {"residuals": {"rows": 0.1}}}
+    posterior.save(tmp_path / "p")
+    assert main(["inspect", str(tmp_path / "p")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert r"warning     The budget is too small.\n" in lines
+    assert not any("warnings:" in line for line in lines)
+    assert any(line.startswith("    residuals (logarithms of draws' disagreement") for line in lines)
+
+
 def test_inspect_of_what_is_no_text_is_a_message(capsys, tmp_path):
     posterior = DistilledPosterior.load(FILES / "posterior_v2_float32.safetensors")
     posterior.save(tmp_path / "p")

@@ -40,7 +40,7 @@ def calibrated(excess):
 def shortage(metrics, calibration, default=None):
     """Of a generator in fewer bytes than the default, which by default is good."""
     good = Quality({"distance": 0.01}, calibrated(1.0))
-    return find_shortage(0.7, 76_672, Quality(metrics, calibration), lambda: default or good)
+    return find_shortage(0.7, 76_672, 5.1, Quality(metrics, calibration), lambda: default or good)
 
 
 def test_a_budget_is_too_small_by_disagreement_on_the_data_or_by_distance():
@@ -48,7 +48,7 @@ def test_a_budget_is_too_small_by_disagreement_on_the_data_or_by_distance():
     assert found.reason == (
         "byte_budget=0.7 is too small for this posterior: on the data, draws disagree 3.85 times as much as the "
         "chain's, and the distance to held-out draws is 1.7 of their spread; the default, without a budget, takes "
-        "about 76,672 bytes"
+        "about 76,672 bytes (5.1 networks)"
     )
     assert found.advice == "more bytes"
     assert "3.85" in shortage({"distance": 0.01}, calibrated(3.85)).reason
@@ -75,7 +75,7 @@ def test_a_budget_that_suffices_is_accepted():
         ({"distance": 0.02}, None),
         ({}, calibrated(0.8)),
     ):
-        assert find_shortage(2.0, 76_672, Quality(metrics, calibration), never) is None
+        assert find_shortage(2.0, 76_672, 5.1, Quality(metrics, calibration), never) is None
 
 
 @pytest.mark.parametrize(("ratio", "is_accepted"), [(0.5, False), (0.8, True), (1.0, True), (1.3, True), (1.5, False)])
@@ -105,9 +105,12 @@ def test_only_a_budget_below_the_default_is_called_too_small(chain, monkeypatch)
     monkeypatch.setattr(failure, "_BETTER", math.inf)
     enough = distill(**chain).num_bytes
     distill(**chain, byte_budget=2 * enough)  # warnings are errors
-    with pytest.warns(DistillationWarning, match=r"byte_budget=\d+ is too small .* Use more bytes, or compare"):
-        distill(**chain, byte_budget=enough // 2)
-    with pytest.raises(DistillationError, match="is too small for this posterior"):
+    with pytest.warns(DistillationWarning, match=r"not good: byte_budget=\d+ is too small .* Use more bytes\."):
+        posterior = distill(**chain, byte_budget=enough // 2)
+    (text,) = posterior.metadata["warnings"]
+    assert "is too small for this posterior" in text
+    assert text in repr(posterior)
+    with pytest.raises(DistillationError, match=r"Distillation failed: byte_budget=.* is too small for this posterior"):
         distill(**chain, byte_budget=enough // 2, strict=True)
 
 
@@ -115,7 +118,7 @@ def test_of_few_draws_more_are_asked_for(chain, monkeypatch):
     monkeypatch.setattr(failure, "ACCEPTED_DISTANCE", 0.0)
     monkeypatch.setattr(failure, "_BETTER", 0.0)
     enough = distill(**chain).num_bytes
-    with pytest.warns(DistillationWarning, match=r"too few draws .* and is no better\. .* Use more draws, or compare"):
+    with pytest.warns(DistillationWarning, match=r"too few draws .* and is no better\. .* Use more draws\."):
         distill(**chain, byte_budget=enough // 2)
 
 

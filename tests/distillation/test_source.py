@@ -143,7 +143,7 @@ def spoiled(value):
     ("source", "message"),
     [
         ({}, "at least one site"),
-        (draws(9), "holds 9 draws .* at least 10"),
+        (draws(9), "holds too few draws: 9 .* at least 10.*pass group_by_chain=True"),
         ({**draws(), "b": torch.randn(19)}, "different numbers of draws"),
         (spoiled(torch.nan), "site 'w' hold 1 NaN"),
         (spoiled(torch.inf), "site 'w' hold 1 NaN"),
@@ -248,7 +248,7 @@ def test_draws_in_memory_know_the_frozen_weights_of_their_model(batch_size):
 def test_unfit_stores(tmp_path):
     with pytest.raises(ValueError, match="'scale' hold 20 NaN or infinite"):
         read_source(stored(tmp_path / "s", value=float("nan")))
-    with pytest.raises(ValueError, match="holds 8 draws"):
+    with pytest.raises(ValueError, match="too few draws: 8"):
         read_source(stored(tmp_path / "t", num_draws=4))
 
 

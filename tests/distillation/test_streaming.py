@@ -200,7 +200,7 @@ def test_without_draws():
 def test_with_too_few_draws():
     statistics = online()
     feed(statistics, 3)
-    with pytest.raises(ValueError, match="holds 3 draws"):
+    with pytest.raises(ValueError, match="too few draws: 3"):
         statistics.get()
 
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["compare"]
 
+# Draws that can be compared, at least.
+MIN_SAMPLES = 8
 # Up to this share of the variance between half-chains, chains count as mixed.
 _MIXED_SHARE = 0.05
 
@@ -90,7 +92,8 @@ def compare(
     require("pandas", purpose="A comparison")  # which takes a while
     from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity
 
-    num_samples = integer("num_samples", num_samples, at_least=8, hint="Standard errors come from its halves.")
+    hint = "Standard errors come from its halves."
+    num_samples = integer("num_samples", num_samples, at_least=MIN_SAMPLES, hint=hint)
     seed = checked_seed(seed)
     chain = read_chains(mcmc, shapes=draw_shapes(posterior), group_by_chain=group_by_chain)
     model = model_of(mcmc, model)
@@ -146,7 +149,12 @@ def _notes(rows: Sequence[Row], chain: ChainDraws, mixing: float, split: Split) 
             f"{_num_closer(rows, [row.stored for row in rows])} metrics."
         )
     if split.is_fitted:
-        notes.append("There were too few held-out draws: the generator may be fitted to draws in the chain's column.")
+        each, unseen = split.draws_each, split.num_unseen
+        notes.append(
+            f"Of the {each} draws of each chain, {unseen} were held out: the generator may be fitted to the others."
+        )
+        enough = f"num_samples={unseen * split.chains} or " if unseen * split.chains >= MIN_SAMPLES else ""
+        notes.append(f"For held-out draws alone: {enough}chains of {5 * each} draws.")
     if split.overlap:
         notes.append("Stored draws include draws of the chain's own column, so they look better than they are.")
     return notes

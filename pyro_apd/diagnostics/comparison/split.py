@@ -27,6 +27,7 @@ class Split:
     :ivar int num_stored: draws that take the generator's bytes.
     :ivar bool overlap: whether stored draws are among those of ``chain``.
     :ivar bool is_fitted: whether the generator may have seen those of ``chain``.
+    :ivar int num_unseen: draws of each chain that it has not seen.
     """
 
     draws: dict[str, Values]
@@ -36,6 +37,7 @@ class Split:
     num_stored: int
     overlap: bool
     is_fitted: bool
+    num_unseen: int
 
 
 def split_draws(chain: ChainDraws, posterior: PosteriorLike, num_samples: int, seed: int | None) -> Split:
@@ -59,7 +61,7 @@ def split_draws(chain: ChainDraws, posterior: PosteriorLike, num_samples: int, s
         places = evenly_spaced(len(pool) * chain.num_chains, num_stored)
         draws["stored"] = chain.at([p // len(pool) for p in places], [pool[p % len(pool)] for p in places])
     is_fitted = len(candidates) > len(unseen) and not isinstance(posterior, Mapping)
-    return Split(draws, steps, chain.num_chains, len(steps), num_stored, overlap, is_fitted)
+    return Split(draws, steps, chain.num_chains, len(steps), num_stored, overlap, is_fitted, len(unseen))
 
 
 def baseline_draws(
