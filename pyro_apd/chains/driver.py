@@ -35,6 +35,7 @@ from pyro_apd.chains.settings import (
     checkpoint_interval,
     refuse_files,
 )
+from pyro_apd.chains.shown import print_summary, shown
 from pyro_apd.chains.stores.base import DrawStore, MemoryStore
 from pyro_apd.chains.stores.disk import open_store
 from pyro_apd.errors import DivergenceError
@@ -101,6 +102,7 @@ class MCMC(pyro.infer.MCMC):
     store: DrawStore | None
     #: Errors of the chains that diverged.
     diverged: list[DivergenceError]
+    __repr__, summary = shown, print_summary
 
     def __init__(
         self,
@@ -352,11 +354,6 @@ class MCMC(pyro.infer.MCMC):
         self._check_has_run()
         count = None if num_samples is None else integer("num_samples", num_samples)
         return dict(super().get_samples(count, flag("group_by_chain", group_by_chain)))
-
-    def summary(self, prob: float = 0.9) -> None:
-        """Prints Pyro's table; raises ``ValueError`` before :meth:`run`."""
-        self._check_has_run()
-        super().summary(prob)
 
     def _check_has_run(self) -> None:
         if getattr(self, "_samples", ()) is None:

@@ -36,6 +36,7 @@ from pyro_apd.kernels.engine.schedules import Schedule, as_schedule
 from pyro_apd.kernels.engine.starts import checked_start, checked_strategy, starting_at
 from pyro_apd.kernels.engine.step import SMALL, Step, StepSettings, step_seconds, steps_per_program
 from pyro_apd.kernels.engine.temperature import Temperature
+from pyro_apd.kernels.shown import shown
 from pyro_apd.models.building import build_potential, checked_model
 from pyro_apd.models.layout import Layout
 from pyro_apd.models.potential import Pieces, Potential
@@ -98,6 +99,7 @@ class StochasticGradientKernel(MCMCKernel):
     layout: Layout | None = None
     #: Why :func:`~pyro_apd.kernels.recommended.recommended_kernel` chose this kernel; empty where it did not.
     reason: str = ""
+    __repr__ = shown
 
     def __init__(
         self,
