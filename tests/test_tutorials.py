@@ -42,7 +42,7 @@ def notebook_of(source):
 
 
 def test_there_are_tutorials():
-    assert [path.name[:3] for path in SOURCES] == [f"{number:02d}_" for number in (*range(1, 11), 12)]
+    assert [path.name[:3] for path in SOURCES] == [f"{number:02d}_" for number in range(1, 13)]
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == {path.stem for path in SOURCES}
 
 

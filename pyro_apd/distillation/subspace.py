@@ -59,10 +59,10 @@ _NUM_ENTRIES = 512
 # Chains with fewer draws than this are fitted as one. Of more draws than this per chain some are taken, evenly spaced,
 # since the cost grows with their square.
 _MIN_DRAWS, _MAX_DRAWS = 20, 1024
-# Where each weight is used so often for one input, as in convolutions, functions change within a few draws by
-# directions in which weights hardly vary. Coordinates then follow functions, too: at inputs of so many multiplications
-# for all draws; they are more, and each draw is a mode. Null parts are coarser, and without noise: a third of the bytes
-# went there.
+# Where each weight, frozen ones included, is used so often for one input, as in convolutions, functions change within a
+# few draws by directions in which weights hardly vary. Coordinates then follow functions, too: at inputs of so many
+# multiplications for all draws; they are more, and each draw is a mode. Null parts are coarser, and without noise: a
+# third of the bytes went there.
 _MANY_USES, _STIFF_RANK, _PRODUCTS, _FEWEST_INPUTS, _MOST_INPUTS = 20, 280, 1_000_000_000_000, 20, 200
 _STIFF_SETTINGS: dict[str, Any] = {"null_step": 1.0, "is_dithered": True, "has_null_noise": False}
 # Sites with fewer rows or columns are numbers like any other.
@@ -117,7 +117,8 @@ def fit_default(
     found = _matrices(layout, seen, draws)
 
     # What all data together take says nothing about the uses of a weight.
-    is_stiff = functions is not None and functions[1].has_rows and num_products > _MANY_USES * size
+    num_weights = size + (0 if frozen is None else sum(value.numel() for value in frozen.values.values()))
+    is_stiff = functions is not None and functions[1].has_rows and num_products > _MANY_USES * num_weights
     functions_CTF = _functions(functions, draws, num_products) if functions is not None and is_stiff else None
     case = _Case(draws, found, functions_CTF, options.rank, length)
 

@@ -20,11 +20,11 @@ from pyro_apd.predictive.observed_site import ObservedSite, Piece
 from pyro_apd.uncertainty.accumulators import OF_MOMENTS, OF_PROBABILITIES, MomentReduction, ProbabilityReduction
 
 
-def check_names(names: Collection[str], known: Iterable[str]) -> None:
+def check_names(names: Collection[str], known: Iterable[str], argument: str = "reduce") -> None:
     """:raises ValueError: unless each of ``names`` is known."""
     surplus = [name for name in names if name not in known]
     if surplus or not names:
-        raise ValueError(f"`reduce` must name some of {', '.join(known)}; got {surplus or names!r}.")
+        raise ValueError(f"`{argument}` must name some of {', '.join(known)}; got {surplus or names!r}.")
 
 
 def reduce_outputs(
@@ -49,14 +49,14 @@ def reduce_outputs(
         meaning for the model's site.
     :raises ModelError: if there is not one observed site, or its distribution has no mean and variance.
     """
-    names = reduction_names(names) or ()
+    names = reduction_names(names, "names") or ()
     with torch.no_grad():
         observed = ObservedSite(model, draws, args, kwargs, site)
         kind = likelihoods.kind(observed.fn)
         if kind == "other" and not likelihoods.has_moments(observed.fn):
             raise likelihoods.without_moments(observed)
         of_classes = kind in ("categorical", "bernoulli")
-        check_names(names, OF_PROBABILITIES if of_classes else OF_MOMENTS)
+        check_names(names, OF_PROBABILITIES if of_classes else OF_MOMENTS, "names")
         reduction: list[ProbabilityReduction | MomentReduction] = []
 
         def add(piece: Piece) -> None:
@@ -71,17 +71,17 @@ def reduce_outputs(
     return reduction[0].result()
 
 
-def reduction_names(reduce: Collection[str] | str | None) -> tuple[str, ...] | None:
-    """Names of averages as a tuple, and None as it is.
+def reduction_names(reduce: Collection[str] | str | None, argument: str = "reduce") -> tuple[str, ...] | None:
+    """Names of averages as a tuple, and None as it is; ``argument`` is what the caller's user gave.
 
     :raises ValueError: if one is known for no kind of site, or there are none.
     """
     if reduce is None:
         return None
     if not isinstance(reduce, Collection):
-        raise ValueError(f"`reduce` must be the name of an average, or a list of names; got {reduce!r:.80}.")
+        raise ValueError(f"`{argument}` must be the name of an average, or a list of names; got {reduce!r:.80}.")
     names = (reduce,) if isinstance(reduce, str) else tuple(reduce)
-    check_names(names, dict.fromkeys((*OF_PROBABILITIES, *OF_MOMENTS)))
+    check_names(names, dict.fromkeys((*OF_PROBABILITIES, *OF_MOMENTS)), argument)
     return names
 
 

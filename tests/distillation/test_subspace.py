@@ -17,6 +17,7 @@ from pyro_apd.distillation.probes import Probes
 from pyro_apd.distillation.source import Source
 from pyro_apd.distillation.subspace import fit_default
 from pyro_apd.generators.draw_blocks import DrawBlocks
+from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
 
 file_bytes = subspace.num_bytes
@@ -168,6 +169,21 @@ def test_where_weights_are_used_often_for_a_row_each_draw_is_a_mode(num_uses, ha
     monkeypatch.setattr(Probes, "has_rows", has_rows)
     found = fit_default(layout, DrawBlocks(theta_CSD), functions, DistillOptions(), num_uses * layout.size)
     assert (found.generator.num_modes == 60) == is_each
+
+
+def test_frozen_weights_count_where_uses_of_a_weight_are_counted(monkeypatch):
+    """A network with an adapter takes many multiplications per weight of the adapter, and few per weight."""
+    torch.manual_seed(0)
+    model = apd.BNN(nn.Linear(8, 5), likelihood="categorical")
+    layout = Layout({"net.weight": (5, 8), "net.bias": (5,)})
+    theta_CSD = torch.linspace(-1, 1, 60).reshape(1, 60, 1) * torch.randn(layout.size) + torch.randn(1, 60, layout.size)
+    functions = function_space(Source(theta_CSD, layout, model, (torch.randn(60, 8),)), None)
+    stiff = []
+    monkeypatch.setattr(subspace, "_functions", lambda *args: stiff.append(1))
+    frozen = FrozenTensors({"body.weight": "0" * 32}, values={"body.weight": torch.ones(3 * layout.size)})
+    for known in (None, frozen):
+        fit_default(layout, DrawBlocks(theta_CSD), functions, DistillOptions(), 30 * layout.size, known)
+    assert len(stiff) == 1
 
 
 @pytest.mark.parametrize(
