@@ -120,7 +120,10 @@ def _run_demo(out: Path, seed: int, budget: Budget, device: str, runtime: Path |
             path=out / "report.html",
             title="Digits: 64-50-10 Bayesian neural network",
             seed=seed,
+            image_shape=IMAGE,
         )
+        x, y, noisy, inverse = (v.cpu().numpy() for v in (data.x_test, data.y_test, *ood.values()))
+        np.savez(out / "test.npz", x=x, y=y, ood_noise=noisy, ood_inverted=inverse)
         draw_summary(fidelity, out / "summary.png")
     page_path = None
     if budget.has_page:

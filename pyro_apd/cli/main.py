@@ -98,4 +98,9 @@ def _run_demo(arguments: argparse.Namespace) -> int:
         print(f"A page in which 50 networks answer:\n  {result.page_path}")
     print(f"The posterior, to ship:\n  {result.posterior_path}  ({result.posterior_path.stat().st_size:,} bytes)")
     print(f"Chains and generator for ArviZ:\n  {result.chains_path}")
+    out = arguments.out
+    print(
+        f"The report again, from files:\n  pyro-apd report {out / 'chains.nc'} {out / 'posterior.safetensors'} "
+        f"--model 'pyro_apd.cli.demo:digit_model()' --data {out / 'test.npz'} --image-shape 8 8"
+    )
     return 0

@@ -33,13 +33,20 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("chain", type=Path, metavar="CHAIN.nc", help="the chain's draws")
     parser.add_argument("posterior", type=Path, metavar="POSTERIOR.safetensors", help="the distilled posterior")
-    parser.add_argument("--model", metavar="MODULE:CALLABLE", help="the Pyro model, or a class to make it of")
+    parser.add_argument(
+        "--model",
+        metavar="MODULE:CALLABLE",
+        help="the Pyro model, or a class to make it of; with () at its end, a function that returns it",
+    )
     parser.add_argument(
         "--data", type=Path, metavar="DATA.npz", help=f"arrays x, y (optional), {_OOD}NAME (optional, any number)"
     )
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write (%(default)s)")
     parser.add_argument("--title", default="A distilled posterior against its chain", help="its heading")
     parser.add_argument("--num-samples", type=int, default=100, help="draws of chain and of generator (%(default)s)")
+    parser.add_argument(
+        "--image-shape", type=int, nargs="+", metavar="N", help="H W or C H W, of images in flat rows, to show some"
+    )
     parser.add_argument("--seed", type=int, default=0, help="makes the page reproducible (%(default)s)")
     parser.set_defaults(run=_run)
 
@@ -61,6 +68,7 @@ def _run(arguments: argparse.Namespace) -> int:
         title=arguments.title,
         num_samples=arguments.num_samples,
         seed=arguments.seed,
+        image_shape=arguments.image_shape,
     )
     print(path)
     return 0
@@ -72,6 +80,7 @@ def load_model(name: str) -> Callable[..., Any]:
     :raises ValueError: if there is no such module or attribute, or it cannot be called.
     """
     module_name, _, attribute = name.partition(":")
+    attribute, is_called = attribute.removesuffix("()"), attribute.endswith("()")
     if not module_name or not attribute:
         raise ValueError(f"--model must be MODULE:CALLABLE, such as my_package.models:bnn; got '{name}'.")
     sys.path.insert(0, "")
@@ -83,7 +92,7 @@ def load_model(name: str) -> Callable[..., Any]:
         raise ValueError(f"--model {name}: {error}. Give a module that Python can import, and a name in it.") from error
     finally:
         sys.path.remove("")
-    if inspect.isclass(found):
+    if inspect.isclass(found) or is_called:
         found = found()
     if not callable(found):
         raise ValueError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_apd.diagnostics.comparison.doubts import doubts
 from pyro_apd.diagnostics.comparison.evaluation import (
     Evaluation,
     check_sampled_model,
@@ -108,7 +109,9 @@ def compare(
         every = {**split.draws, **others}
         sets = {name: evaluate(model, draws, list(chain.values), inputs) for name, draws in every.items()}
         rows, mixing = metric_rows(chain, sets, split)
-    status, verdict = overall(rows, mixing, spread=bool((sets["chain"].theta_SD.std(0) > 0).any()))
+    spread = bool((sets["chain"].theta_SD.std(0) > 0).any())
+    doubted = doubts(mcmc, posterior)
+    status, verdict = overall(rows, mixing, spread, doubted)
     return Fidelity(
         rows,
         status,
@@ -118,7 +121,7 @@ def compare(
         num_bytes=_num_bytes(chain, posterior, split, baselines),
         mixing=mixing,
         chain_name=chain.name,
-        notes=notes + _notes(rows, chain, mixing, split) + _baseline_notes(rows, others),
+        notes=doubted + notes + _notes(rows, chain, mixing, split) + _baseline_notes(rows, others),
         per_input=_per_input(sets),
     )
 

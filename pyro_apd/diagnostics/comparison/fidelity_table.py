@@ -18,7 +18,7 @@ from typing import Any
 import pandas
 from torch import Tensor
 
-from pyro_apd.diagnostics.comparison.verdict import Row
+from pyro_apd.diagnostics.comparison.verdict import INDISTINGUISHABLE, Row
 from pyro_apd.diagnostics.formatting import finite_only, format_bytes, format_number
 
 _COLUMNS = ("chain", "generator", "stored", "resolution")
@@ -96,7 +96,8 @@ class Fidelity(pandas.DataFrame):
         lines = []
         for row in self.rows:
             numbers = (row.chain, row.generator, row.stored, *row.baselines.values(), row.resolution)
-            lines.append((row.label, *map(format_number, numbers), row.verdict))
+            same = row.status == "indistinguishable"
+            lines.append((row.label, *map(format_number, numbers), "=" if same else row.verdict))
         sizes = (format_bytes(self.num_bytes[column]) for column in (*_COLUMNS[:3], *self.baselines))
         lines.append(("bytes", *sizes, "", self.compression))
         last = len(header) - 1
@@ -112,7 +113,8 @@ class Fidelity(pandas.DataFrame):
                 group = row.group
                 table.append(f"-- {group}")
             table.append(formatted(line))
-        return "\n".join([self.verdict, "", *table, "", *(f"* {note}" for note in self.notes)])
+        legend = f"= {INDISTINGUISHABLE}"
+        return "\n".join([self.verdict, "", *table, "", legend, *(f"* {note}" for note in self.notes)])
 
     __repr__ = __str__
 

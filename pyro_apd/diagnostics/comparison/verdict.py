@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 INDISTINGUISHABLE = "indistinguishable at this chain's resolution"
 POORLY_MIXED = "chain too poorly mixed to tell"
 TOO_FEW = "too few independent draws to tell"
+NO_PREDICTIONS = (
+    "Predictions were not compared, and weights of a network are not identified: give the model and inputs x."
+)
 
 #: With a larger share of the variance between half-chains there is no reference to compare with.
 POORLY_MIXED_SHARE = 0.5
@@ -135,15 +138,26 @@ def _difference(metric: Metric, chain: float, generator: float) -> tuple[str, st
     return "departs", f"departs by {size}, to the better"
 
 
-def overall(rows: Sequence[Row], mixing: float, spread: bool) -> tuple[str, str]:
-    """Status and verdict of a comparison. Function space decides; weights do where nothing else is known.
+def overall(rows: Sequence[Row], mixing: float, spread: bool, doubts: Sequence[str] = ()) -> tuple[str, str]:
+    """Status and verdict of a comparison. Function space decides. Weights alone can show a loss, and not that there is
+    none.
 
     :param mixing: share of the predictive variance between half-chains; NaN where unknown.
     :param spread: whether the chain's draws differ at all.
+    :param doubts: sentences that say why the chain is no good reference, or the generator not good; with them there is
+        no verdict without a loss.
     """
     deciding = [row for row in rows if row.group != "weight space"]
     if all(row.group == "memory" for row in deciding):
         deciding = list(rows)
+        doubts = [*doubts, NO_PREDICTIONS]
+    status, words = _undoubted(deciding, mixing, spread)
+    if not doubts or status in ("loses", "unclear"):
+        return status, words
+    return "unclear", f"{' '.join(doubts)} Apart from that: {words}"
+
+
+def _undoubted(deciding: Sequence[Row], mixing: float, spread: bool) -> tuple[str, str]:
     by_status: dict[str, list[Row]] = {}
     for row in sorted(deciding, key=lambda row: (_named_after(row.name), -row.severity)):
         by_status.setdefault(row.status, []).append(row)

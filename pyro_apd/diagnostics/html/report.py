@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,10 @@ from pyro_apd.diagnostics.comparison.split import split_draws
 from pyro_apd.diagnostics.draws import draw_shapes, flat, kernel_settings
 from pyro_apd.diagnostics.formatting import counted, format_bytes, format_number
 from pyro_apd.diagnostics.html import pictures
+from pyro_apd.diagnostics.html.examples import examples
 from pyro_apd.diagnostics.mixing.function_space import FunctionProbe
 from pyro_apd.diagnostics.mixing.health import Health, chain_health, layer_health
+from pyro_apd.models.bnn import BNN
 from pyro_apd.predictive.chain_draws import ChainDraws
 from pyro_apd.predictive.draws import ChainsLike, PosteriorLike, evenly_spaced, read_chains, read_draws
 from pyro_apd.runtime.files import atomic_write
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from pyro_apd.diagnostics.comparison.fidelity_table import Fidelity
 
 _FUNCTIONS, _FUNCTION_DRAWS = 6, 1000
+# Prior scales that are named.
+_SCALES = 6
 
 
 def report(
@@ -52,6 +56,7 @@ def report(
     num_samples: int = 100,
     seed: int | None = 0,
     group_by_chain: bool | None = None,
+    image_shape: Sequence[int] | None = None,
 ) -> Path:
     """Writes one HTML page that needs no network and no JavaScript, and returns its path.
 
@@ -64,6 +69,8 @@ def report(
     :param path: the file to write.
     :param Fidelity fidelity: of :func:`~pyro_apd.diagnostics.compare` on the same arguments, if at hand.
     :param str title: heading of the page.
+    :param image_shape: ``(H, W)`` or ``(C, H, W)``, where inputs are images in flat rows. Images of which chain and
+        generator are most and least sure are shown, or rows of a table.
     :raises FileNotFoundError: if the folder does not exist.
     :raises ValueError: as :func:`~pyro_apd.diagnostics.compare`.
     :raises ArtifactError: likewise.
@@ -86,7 +93,9 @@ def report(
         inputs = find_inputs(mcmc, model, x, y, ood)[0]
         check_sampled_model((mcmc, posterior), model, chain.pooled([0]), inputs)
         page["functions"] = _functions(chain, posterior, model, inputs, fidelity, seed)
+        page["example_rows"], page["example_pictures"] = examples(fidelity.per_input, inputs, image_shape)
         page |= _of_run(mcmc, chain, model, inputs, seed)
+        page["settings"] = {**_of_model(model, posterior), **page["settings"]}
         temporary.write_text(_render(page), encoding="utf-8")
     return Path(path)
 
@@ -98,6 +107,7 @@ def _of_fidelity(fidelity: Fidelity) -> dict[str, Any]:
         "weight_rows": [row for row in fidelity.rows if row.group == "weight space"],
         "predictions": pictures.of_predictions(fidelity),
         "ledger": _ledger(fidelity),
+        "negative_energy": any(row.name.startswith("energy") and row.generator < 0 for row in fidelity.rows),
     }
 
 
@@ -131,6 +141,30 @@ def _of_run(
         "sampler": summary_lines(sampler_summary(mcmc)),
         "versions": versions(),
     }
+
+
+def _of_model(model: Callable[..., Any] | None, posterior: PosteriorLike) -> dict[str, Any]:
+    """Model, likelihood, prior, and digest of the data, as far as they are known."""
+    metadata = getattr(posterior, "metadata", None) or {}
+    found: dict[str, Any] = {} if model is None else {"model": getattr(model, "__name__", type(model).__name__)}
+    if isinstance(model, BNN):
+        scales = sorted({f"{float(scale):.3g}" for scale in _prior_scales(model)})
+        found |= {"likelihood": model.likelihood, "prior scales": ", ".join(scales[:_SCALES]) or "of your own"}
+    if isinstance(metadata.get("data"), str):
+        found["digest of the data"] = metadata["data"]
+    if "seed" in metadata:
+        found["seed of the distillation"] = metadata["seed"]
+    return found
+
+
+def _prior_scales(model: BNN) -> list[Tensor]:
+    """Standard deviations of priors that are Gaussian, where all entries of a site have the same."""
+    found = []
+    for prior in model.priors.values():
+        scale = getattr(getattr(prior, "base_dist", prior), "scale", None)
+        if isinstance(scale, Tensor) and scale.numel() and bool((scale == scale.flatten()[0]).all()):
+            found.append(scale.flatten()[0])
+    return found
 
 
 def _functions(

@@ -174,9 +174,14 @@ def test_printing_and_serialising(case, run):
     fidelity = run(case.chain(), case.posterior(sd=0.0))
     text = str(fidelity)
     lines = text.splitlines()
+
+    def shown(row):
+        return "  =" if row.status == "indistinguishable" else row.verdict
+
     assert lines[0] == fidelity.verdict
     for row in fidelity.rows:
-        assert any(line.startswith(row.label) and line.endswith(row.verdict) for line in lines)
+        assert any(line.startswith(row.label) and line.endswith(shown(row)) for line in lines)
+    assert "= indistinguishable at this chain's resolution" in lines
     assert "-- out of distribution: far" in lines
     assert max(map(len, lines[2:])) <= 130
     assert repr(fidelity) == text

@@ -65,7 +65,10 @@ def test_page_is_whole_and_alone(written):
     assert page.open == []
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert page.urls
-    assert all(url.startswith("data:image/png;base64,") for url in page.urls)
+    anchors = [url for url in page.urls if url.startswith("#")]
+    assert anchors
+    assert all(f'id="{anchor[1:]}"' in page.source for anchor in anchors)
+    assert all(url.startswith("data:image/png;base64,") for url in page.urls if url not in anchors)
     assert not re.search(r"https?://|@import|url\(", page.source)
     assert path.stat().st_size < 5e6
     assert "Digits &amp; &lt;friends&gt;" in page.source
@@ -78,14 +81,14 @@ def test_verdict_and_table_come_first(case, written, unpainted):
     mcmc = case.StubMCMC(case.chain(), case.model)
     fidelity = compare(mcmc, case.posterior(sd=0.0), x=case.x, y=case.y, ood=case.ood)
     page = Page(written(posterior=case.posterior(sd=0.0), fidelity=fidelity))
-    order = [page.text.index(fidelity.verdict), *(page.source.index(f"<h2>{t}") for t in ("Function", "Weight"))]
-    order += [page.source.index(f"<h2>{title}") for title in ("Chain health", "Training", "Provenance")]
+    order = [page.text.index(fidelity.verdict), *(page.source.index(f'<h2 id="{t}"') for t in ("functions", "weights"))]
+    order += [page.source.index(f'<h2 id="{name}"') for name in ("health", "training", "provenance")]
     assert order == sorted(order)
     assert 'class="verdict loses"' in page.source
     for row in fidelity.rows:
         assert row.label in page.text
         assert f"{row.generator:.4f}" in page.text
-    assert page.source.index("<table") < page.source.index("<h2>")
+    assert page.source.index("<table") < page.source.index("<h2")
 
 
 @pytest.mark.slow
@@ -97,7 +100,7 @@ def test_good_collapsed_and_unmixed_look_different(case, written, unpainted):
         (case.chain(sd=0.02, spread=1.0), case.posterior()),
     ]:
         source = written(chain, posterior).read_text()
-        statuses.append(re.search(r'<p class="verdict (\w+)"><b>([\w ]+)</b>', source).groups())
+        statuses.append(re.search(r'class="verdict (\w+)"><b>([\w ]+)</b>', source).groups())
     assert statuses == [
         ("indistinguishable", "No loss found"),
         ("loses", "Loss found"),
@@ -196,3 +199,19 @@ def test_missing_folder_costs_nothing(case, tmp_path, monkeypatch):
 
 def test_template_ships_with_the_package():
     assert resources.files("pyro_apd.diagnostics.html").joinpath("report.html.jinja").is_file()
+
+
+def test_a_warning_makes_the_box_yellow_and_comes_first(case, written, unpainted):
+    posterior = case.posterior()
+    posterior.metadata["warnings"] = ["draws disagree twice as much. Look."]
+    page = Page(written(posterior=posterior))
+    assert 'class="verdict unclear"' in page.source
+    assert "The distillation warned: draws disagree twice as much. Apart from that: indistinguishable" in page.text
+
+
+def test_what_is_known_of_model_and_data_is_in_the_page(case, written, unpainted):
+    posterior = case.posterior()
+    posterior.metadata |= {"data": "abc123", "seed": 7}
+    text = Page(written(posterior=posterior)).text
+    for part in ("digest of the data", "abc123", "seed of the distillation"):
+        assert part in text
