@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -27,8 +28,8 @@ _LEAST_RANK, _COARSE_STEP = 2, 2.5e-3
 # Of which there is this share, or where steps are nearly fine enough the second, in the next trial.
 _FEWER, _SOMEWHAT_FEWER = 0.5, 0.7
 
-# Bytes of a generator's file.
-_SizeOf = Callable[[SubspaceGenerator], int]
+# Bytes of a generator's file, and with always_coded=True those that fall with coarser steps.
+_SizeOf = Callable[..., int]
 
 
 class LastFit:
@@ -72,7 +73,9 @@ def within_budget(
     while True:
         shortest = math.ceil(num_chains * num_draws * settings.rank / (_SHARE_OF_MODES * budget))
         settings = replace(settings, segment_length=max(shortest_segment, min(shortest, num_draws)))
-        generator, size = _with_finest_steps(fits.at(settings), settings, budget, size_of)
+        generator, size = _with_finest_steps(fits.at(settings), settings, budget, partial(size_of, always_coded=True))
+        if generator is not None and (size := size_of(generator)) > (1 + _TOLERANCE) * budget:
+            generator = None  # too many integers for a code of so few bytes
         is_last = settings.rank <= _LEAST_RANK
         if generator is not None and (keeps_rank or is_last or generator.step.item() <= _COARSE_STEP):
             return generator

@@ -50,8 +50,8 @@ _MIXED, _SHARE_OF_CORRELATION = 10.0, 1 / 8
 # draw is one: what large networks predict changes within a few draws. With coarser steps than those of _FINER, such
 # draws disagree too much, and a spread around means of draws can be made smaller.
 _FREE_MODES = 0.05
-# Budgets relative to what the default takes, from which on settings are finer.
-_FINER, _FINEST = 2.2, 5.0
+# Budget relative to what the default takes, from which on settings are finer.
+_FINER = 2.2
 # Of so many chains, whose bytes add up, steps are coarser by a factor.
 _SEVERAL, _COARSER = 4, 1.5
 # Entries by which the length is estimated.
@@ -252,16 +252,22 @@ def settings_for(share: float, rank: int) -> SubspaceSettings:
         return SubspaceSettings(pinned=64, rank=rank, path_rank=4, step=1.2e-3, null_step=0.6)
     if share < _FINER:
         return SubspaceSettings(rank=rank)
-    more = 1 if share < _FINEST else 2
-    return SubspaceSettings(pinned=128 * more, rank=rank, path_rank=12 * more, null_step=0.2)
+    return SubspaceSettings(pinned=128, rank=rank, path_rank=12, null_step=0.2)
 
 
 def num_bytes(
-    generator: SubspaceGenerator, layout: Layout, dtype: str = "int8", frozen: FrozenTensors | None = None
+    generator: SubspaceGenerator,
+    layout: Layout,
+    dtype: str = "int8",
+    frozen: FrozenTensors | None = None,
+    always_coded: bool = False,
 ) -> int:
-    """Size of the file of a generator of these sites in a precision, within a few per cent."""
+    """Size of the file of a generator of these sites in a precision, within a few per cent.
+
+    :param bool always_coded: see :func:`~pyro_apd.posterior.integers.packed_sizes`.
+    """
     tensors = {name: value.detach() for name, value in generator.state_dict().items()}
-    found = integers.packed_sizes(tensors, precision.encode(tensors, dtype))
+    found = integers.packed_sizes(tensors, precision.encode(tensors, dtype), always_coded)
     # The header holds the description as a string of JSON, with quotes escaped. Sites and matrices may be hundreds.
     parts = [layout.to_json(), generator.config, {} if frozen is None else frozen.to_json()]
     description = json.dumps(json.dumps(parts))

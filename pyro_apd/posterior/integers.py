@@ -37,11 +37,15 @@ def packed(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str,
     return {CODE_NAME: code, **{name: value for name, value in stored.items() if name not in names}}
 
 
-def packed_sizes(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[int]:
-    """Bytes of each tensor that :func:`packed` returns, none of which it makes."""
+def packed_sizes(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], always_coded: bool = False) -> list[int]:
+    """Bytes of each tensor that :func:`packed` returns, none of which it makes.
+
+    :param bool always_coded: count the code also where it would hold too many integers to be written: bytes then grow
+        with finer steps, as those of a file may not.
+    """
     names = _integers(own)
     size = encoded_size([own[name] for name in names]) if names else 0
-    is_coded = bool(names) and sum(own[name].numel() for name in names) <= _accepted(size)
+    is_coded = bool(names) and (always_coded or sum(own[name].numel() for name in names) <= _accepted(size))
     kept = [value for name, value in stored.items() if not is_coded or name not in names]
     return [value.numel() * value.element_size() for value in kept] + ([size] if is_coded else [])
 

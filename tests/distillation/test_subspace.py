@@ -19,6 +19,7 @@ from pyro_apd.distillation.subspace import fit_default
 from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.models.frozen import FrozenTensors
 from pyro_apd.models.layout import Layout
+from pyro_apd.posterior import integers
 
 file_bytes = subspace.num_bytes
 
@@ -106,6 +107,17 @@ def test_steps_are_not_searched_where_integers_allow_no_finer_ones(monkeypatch):
     generator = fitted(DrawBlocks(theta_CSD), byte_budget=100.0)
     assert sizes[-1] == sizes[-2] == num_bytes(generator)
     assert len(sizes) <= 5
+
+
+def test_a_file_that_would_hold_too_many_integers_for_a_code_is_made_with_finer_steps(monkeypatch):
+    """Coarse steps leave most integers zero. Written without a code these took more bytes than finer ones in it, and
+    the search went the wrong way, to fewer coordinates.
+    """
+    monkeypatch.setattr(integers, "_ALWAYS", 0)
+    monkeypatch.setattr(integers, "_PER_BYTE", 5)
+    generator = fitted(draws(num_draws=200), byte_budget=8.0, rank=96)
+    assert generator.rank == 96
+    assert num_bytes(generator) <= 8.0 * 4 * LAYOUT.size
 
 
 def test_more_bytes_give_finer_steps():
