@@ -31,12 +31,12 @@ class ChosenInputs:
 
     :ivar rows: arguments of the model.
     :ivar lengths: inputs of each group.
-    :ivar weight_P: such that weighted sums have the expectation of means over all inputs of a group.
+    :ivar weight_N: such that weighted sums have the expectation of means over all inputs of a group.
     """
 
     rows: tuple[Tensor, ...]
     lengths: dict[str, int]
-    weight_P: Tensor
+    weight_N: Tensor
 
     @classmethod
     def chosen(
@@ -61,9 +61,9 @@ class ChosenInputs:
         views = values_at(space, draws.spaced(min(NUM_CHOOSING, len(draws))), every.rows)
         if not every.rows:
             return cls((), {"rows": len(views[0])}, views[0].new_full((len(views[0]),), 1 / len(views[0])))
-        score_PF = space.disagreements(views).double()
+        scores = every.by_input(space.disagreements(views).double()).split(list(every.lengths.values()))
         weights, kept = [], {}
-        for (name, rows), score_NF in zip(groups.items(), score_PF.split(list(every.lengths.values())), strict=True):
+        for (name, rows), score_NF in zip(groups.items(), scores, strict=True):
             wanted = max(1, round(count * shares[name] / sum(shares[other] for other in groups)))
             score_N = (score_NF / score_NF.mean(0).clamp_min(1e-30)).nan_to_num(nan=0.0, posinf=0.0).mean(1) + _EVENLY
             total_N = score_N.cumsum(0)
@@ -71,12 +71,16 @@ class ChosenInputs:
             index_K = torch.searchsorted(total_N, place_K).clamp(max=len(total_N) - 1)
             kept[name] = tuple(value[index_K] for value in rows)
             weights.append((total_N[-1] / (len(total_N) * wanted * score_N[index_K])).to(views[0].dtype))
-        return replace(cls._of(kept), weight_P=torch.cat(weights))
+        return replace(cls._of(kept), weight_N=torch.cat(weights))
 
     @classmethod
     def _of(cls, groups: dict[str, tuple[Tensor, ...]]) -> ChosenInputs:
         rows = tuple(torch.cat(parts) for parts in zip(*groups.values(), strict=True))
         return cls(rows, {name: len(parts[0]) if parts else 0 for name, parts in groups.items()}, torch.ones(0))
+
+    def by_input(self, values_PF: Tensor) -> Tensor:
+        """Values of the outputs of an input side by side, since these may differ in unit: ``(N, F)`` for N inputs."""
+        return values_PF.reshape(sum(self.lengths.values()), -1)
 
     def disagreements(self, space: FunctionSpace, blocks: Iterable[Tensor]) -> dict[str, Tensor]:
         """By group, how far draws disagree on average, ``(F,)``."""
@@ -84,7 +88,7 @@ class ChosenInputs:
 
     def means(self, values_PF: Tensor) -> dict[str, Tensor]:
         """Means of positive values by group, ``(F,)``."""
-        parts = (values_PF * self.weight_P.unsqueeze(1)).split(list(self.lengths.values()))
+        parts = (self.by_input(values_PF) * self.weight_N.unsqueeze(1)).split(list(self.lengths.values()))
         return {name: part.sum(0).clamp_min(1e-30) for name, part in zip(self.lengths, parts, strict=True)}
 
 

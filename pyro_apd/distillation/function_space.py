@@ -36,21 +36,33 @@ class FunctionSpace:
     :param Layout layout: of the draws.
     :param str kind: of the observed site, as in :class:`~pyro_apd.predictive.predictive.Outputs`.
     :param callable model: what takes the inputs.
+    :param bool outputs_first: whether a model with several outputs per input has the first output of all inputs first,
+        as one with a plate of outputs around the plate of data does.
     """
 
-    def __init__(self, view: FunctionView, layout: Layout, kind: str, model: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        view: FunctionView,
+        layout: Layout,
+        kind: str,
+        model: Callable[..., Any],
+        outputs_first: bool = False,
+    ) -> None:
         self.model = model
+        self._outputs_first = outputs_first
         self._view = view
         self._layout = layout
         self._kind = kind
 
     def views(self, theta_SD: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """Function values ``(P, S, F)``, on each scale that is compared.
+        """Function values ``(P, S, F)``, on each scale that is compared; ``P`` are inputs, or outputs of each in order.
 
         Log-probabilities differ between draws at every input, probabilities near the decision boundary. With only
         one of them, the generator could be wrong where the other differs. The last view is the one that users see.
         """
         values_PSF = self._view(self._layout.constrain(theta_SD), *inputs).transpose(0, 1)
+        if self._outputs_first:
+            values_PSF = values_PSF.unflatten(0, (-1, len(inputs[0]))).transpose(0, 1).flatten(0, 1)
         if self._kind == "categorical":
             return [values_PSF, values_PSF.exp()]
         if self._kind == "bernoulli":
@@ -150,7 +162,24 @@ def _viewed(model: Callable[..., Any], source: Source, inputs: tuple[Tensor, ...
     values = space.views(example_SD.clone().requires_grad_(), inputs)[0]
     if not values.requires_grad or not bool(values.isfinite().all()):
         raise ValueError("function values are not finite, or not differentiable")
+    if inputs and _has_outputs_first(space, values.detach(), example_SD, inputs):
+        return FunctionSpace(FunctionView(model, draws, *inputs), source.layout, kind, model, outputs_first=True)
     return space
+
+
+@torch.no_grad()
+def _has_outputs_first(
+    space: FunctionSpace, values_PSF: Tensor, example_SD: Tensor, inputs: tuple[Tensor, ...]
+) -> bool:
+    """By what the model says of the first input alone, since shapes may tell nothing."""
+    num_inputs = len(inputs[0])
+    if len(values_PSF) == num_inputs or len(values_PSF) % num_inputs:
+        return False
+    first_QSF = space.views(example_SD, tuple(value[:1] for value in inputs))[0]
+    error, error_if_first = (
+        (first_QSF - like_QSF).abs().max() for like_QSF in (values_PSF[: len(first_QSF)], values_PSF[::num_inputs])
+    )
+    return bool(error_if_first < error)
 
 
 def joined(parts: Iterable[list[Tensor]]) -> list[Tensor]:

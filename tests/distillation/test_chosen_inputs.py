@@ -22,7 +22,7 @@ def test_weighted_inputs_stand_for_all_candidates(case):
         torch.manual_seed(seed)
         inputs = ChosenInputs.chosen(space, probes, draws, 80, 800)
         assert inputs.lengths == {"rows": 40, "near": 20, "far": 20}
-        assert len(inputs.weight_P) == len(inputs.rows[0]) == 80
+        assert len(inputs.weight_N) == len(inputs.rows[0]) == 80
         found.append(inputs.disagreements(space, draws.rows())["rows"])
         every = space.views(torch.cat(list(draws.rows())), probes.groups(800)["rows"])
         wanted.append(space.disagreements(every).mean(0))
