@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Numbers of a draw up to which each has a row of Pyro's table.
 MOST_ROWS = 50
+# Draws of a chain of which Pyro has effective sizes and R-hats.
+_FEWEST_DRAWS = 4
 # Numbers of a site by which its effective sizes and R-hats are found, evenly spaced.
 _MOST_ENTRIES = 200
 _COLUMNS = ("mean", "sd", "n_eff, least", "median", "r_hat, median", "largest")
@@ -80,11 +82,15 @@ def site_table(samples_by_site: Mapping[str, Tensor]) -> str:
 
 def _row(value_CSX: Tensor) -> list[float]:
     value_CSE = value_CSX.reshape(*value_CSX.shape[:2], -1)
-    size = value_CSE.shape[2]
+    num_draws, size = value_CSE.shape[1:]
     if size == 0:
         return [float("nan")] * len(_COLUMNS)
     mean, sd = float(value_CSE.mean()), float(value_CSE.flatten(0, 1).std(0).mean())
     entry_E = torch.linspace(0, size - 1, min(size, _MOST_ENTRIES), dtype=torch.float64).round().long()
+    if num_draws < _FEWEST_DRAWS:
+        return [mean, sd] + [float("nan")] * (len(_COLUMNS) - 2)
     found: dict[str, Any] = pyro_summary({"site": value_CSE[..., entry_E.to(value_CSE.device)]})["site"]
+    # Of draws that hardly move, rounding makes Pyro's variances negative.
     n_eff, r_hat = found["n_eff"].float(), found["r_hat"].float()
+    n_eff = n_eff.where(n_eff > 0, torch.nan)
     return [mean, sd, *map(float, (n_eff.min(), n_eff.median(), r_hat.median(), r_hat.max()))]

@@ -16,7 +16,7 @@ from pyro_apd.predictive.draws import kernel_of
 def sampler_summary(mcmc: object) -> dict[str, Any]:
     """Kernel, step size, excursions and warnings of an ``MCMC`` after ``run``, as JSON values; else empty.
 
-    :param mcmc: a :class:`pyro.infer.MCMC`, or anything else, of which nothing is known.
+    :param mcmc: a :class:`pyro.infer.MCMC`, a run read from a file, or anything else, of which nothing is known.
     :returns: ``kernel``, its name; ``step_size``, of the last draw of the first chain; ``is_automatic``, whether it was
         chosen during warm-up; ``excursions``, the number of draws that are
         :mod:`excursions <pyro_apd.kernels.adaptation.excursions>`, over all chains; and ``warnings``, what the run
@@ -29,7 +29,8 @@ def sampler_summary(mcmc: object) -> dict[str, Any]:
     """
     kernel = kernel_of(mcmc)
     if kernel is None:
-        return {}
+        stored = getattr(mcmc, "sampler_summary", None)
+        return dict(stored) if isinstance(stored, Mapping) else {}
     found: dict[str, Any] = {"kernel": type(kernel).__name__}
     # The driver's own record: its public diagnostics() would first compute R-hat of every weight.
     records = getattr(mcmc, "_diagnostics", None)

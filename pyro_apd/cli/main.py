@@ -101,6 +101,6 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     out = arguments.out
     print(
         f"The report again, from files:\n  pyro-apd report {out / 'chains.nc'} {out / 'posterior.safetensors'} "
-        f"--model 'pyro_apd.cli.demo:digit_model()' --data {out / 'test.npz'} --image-shape 8 8"
+        f"--model 'pyro_apd.cli.demo:digit_model()' --data {out / 'test.npz'} --image 8x8"
     )
     return 0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_apd.cli.report import load_model
+from pyro_apd.cli.report import image_size, load_model
 from pyro_apd.export.example import network_inputs
 from pyro_apd.page import PageInputs, write_page
 from pyro_apd.page.runtime import PACKAGE, VERSION
@@ -112,7 +111,5 @@ def page_inputs(net: nn.Module, arrays: dict[str, Any], image: str | None) -> Pa
     shape = tuple(x.shape[1:] if x is not None else network_inputs(inner, None)["x"].shape[1:])
     if image is None:
         return PageInputs.sliders(shape, x, list(arrays.get("feature_names", ())), labels)
-    match = re.fullmatch(r"(\d+)x(\d+)", image)
-    if match is None:
-        raise ValueError(f"--image must be ROWSxCOLUMNS, such as 8x8; got '{image}'.")
-    return PageInputs.drawing(shape, (int(match[1]), int(match[2])), x, labels)
+    rows, columns = image_size(image, num_sizes=(2,))
+    return PageInputs.drawing(shape, (rows, columns), x, labels)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--title", default="A distilled posterior against its chain", help="its heading")
     parser.add_argument("--num-samples", type=int, default=100, help="draws of chain and of generator (%(default)s)")
     parser.add_argument(
-        "--image-shape", type=int, nargs="+", metavar="N", help="H W or C H W, of images in flat rows, to show some"
+        "--image", metavar="ROWSxCOLUMNS", help="inputs are images in flat rows, or CHANNELSxROWSxCOLUMNS: show some"
     )
     parser.add_argument("--seed", type=int, default=0, help="makes the page reproducible (%(default)s)")
     parser.set_defaults(run=_run)
@@ -68,10 +69,23 @@ def _run(arguments: argparse.Namespace) -> int:
         title=arguments.title,
         num_samples=arguments.num_samples,
         seed=arguments.seed,
-        image_shape=arguments.image_shape,
+        image_shape=None if arguments.image is None else image_size(arguments.image),
     )
     print(path)
     return 0
+
+
+def image_size(text: str, num_sizes: Sequence[int] = (2, 3)) -> tuple[int, ...]:
+    """Sizes of ``"8x8"`` or ``"3x8x8"``.
+
+    :param num_sizes: how many there may be.
+    :raises ValueError: if it is not like that.
+    """
+    sizes = text.split("x")
+    if len(sizes) not in num_sizes or not all(re.fullmatch("[1-9][0-9]*", size) for size in sizes):
+        channels = " or CHANNELSxROWSxCOLUMNS" if len(num_sizes) > 1 else ""
+        raise ValueError(f"--image must be ROWSxCOLUMNS{channels}, such as 8x8; got '{text}'.")
+    return tuple(map(int, sizes))
 
 
 def load_model(name: str) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The finest steps of a default generator within a number of bytes."""
+"""Steps and coordinates of a default generator within a number of bytes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def within_budget(
         if is_last:
             shortest_segment = num_draws
         share = min(_FEWER, budget / size) if generator is None else _share_for(generator.step.item())
-        rank = max(_LEAST_RANK, round(settings.rank * share))
+        rank = min(settings.rank, max(_LEAST_RANK, round(settings.rank * share)))
         settings = replace(settings, rank=rank, path_rank=min(settings.path_rank, rank))
 
 

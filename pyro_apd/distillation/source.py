@@ -139,6 +139,11 @@ def split_held_out(num_draws: int) -> tuple[Tensor, Tensor]:
     return index[~is_held_out], index[is_held_out]
 
 
+def num_draws_for(num_held_out: int) -> int:
+    """Draws of a chain of which so many are held out."""
+    return int(HELD_OUT["period"]) * -(-num_held_out // int(HELD_OUT["length"]))
+
+
 def _check_floating(values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         if not value.is_floating_point():

@@ -42,8 +42,17 @@ def _short(value: object) -> str:
     if isinstance(value, Constant):
         return f"{value.step_size:.4g}"
     value = getattr(value, "func", value)  # of a partial
-    text = getattr(value, "__name__", None) or repr(value)
+    text = getattr(value, "__name__", None) or " ".join(repr(value).split())
     return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."
+
+
+def _is_default(value: object, default: object) -> bool:
+    if default is inspect.Parameter.empty:
+        return True  # an argument that is always given
+    try:
+        return bool(value == default)
+    except (RuntimeError, ValueError):  # tensors or arrays of several numbers
+        return value is default
 
 
 def _settings(kernel: StochasticGradientKernel) -> list[str]:
@@ -54,8 +63,7 @@ def _settings(kernel: StochasticGradientKernel) -> list[str]:
             if name in _LEFT_OUT or name in found or not hasattr(kernel, name):
                 continue
             value = getattr(kernel, name)
-            default = parameter.default
-            if default is parameter.empty or value == default or (name == "warm_start" and not value):
+            if _is_default(value, parameter.default) or (name == "warm_start" and not value):
                 continue
             found[name] = f"{name}={_short(value)}"
     return list(found.values())

@@ -69,3 +69,11 @@ def test_rows_summarise_the_numbers_of_a_site():
     assert float(largest) < 1.02
     assert float(rows[1].split()[-1]) > 3
     assert rows[2].split()[2:] == ["nan"] * 6
+
+
+def test_sizes_that_cannot_be_known_are_not_numbers():
+    alternating_CS1 = torch.tensor([1.0, -1.0]).repeat(50).reshape(1, 100, 1)  # Pyro's size is negative
+    text = site_table({"few": torch.ones(2, 3, 4), "alternating": alternating_CS1})
+    few, alternating = (line.split()[2:] for line in text.splitlines()[1:])
+    assert few == ["1", "0", "nan", "nan", "nan", "nan"]
+    assert alternating[2:4] == ["nan", "nan"]

@@ -5,14 +5,19 @@ import numpy as np
 import pytest
 import torch
 
+import pyro_apd as apd
+from pyro_apd.chains.summary import sampler_summary
 from pyro_apd.cli.main import main
-from pyro_apd.cli.report import load_data, load_model
+from pyro_apd.cli.report import image_size, load_data, load_model
 from pyro_apd.diagnostics import save_netcdf, to_arviz
 from pyro_apd.diagnostics.arviz_export.stored import StoredRun
+from pyro_apd.diagnostics.comparison.doubts import doubts
 from pyro_apd.diagnostics.html import pictures
 from pyro_apd.generators import build_generator
+from pyro_apd.kernels.adaptation.drift import Drift, DriftWatch
 from pyro_apd.models.layout import Layout
 from pyro_apd.posterior.posterior import DistilledPosterior
+from tests.support.models import Conjugate
 
 MODEL = """
 import pyro, pyro.distributions as dist, torch
@@ -83,6 +88,37 @@ def test_stored_run_is_the_run(case, files):
         assert torch.equal(run.get_samples()[name], draws[name].flatten(0, 1))
     with pytest.raises(ValueError, match=r"num_samples.*file; got 3"):
         run.get_samples(3)
+
+
+def test_a_stored_run_says_how_it_was_sampled(tmp_path, monkeypatch):
+    problem = Conjugate()
+    monkeypatch.setattr(DriftWatch, "drifts", lambda self, temperature: [Drift("potential", None, 3.0, 1.0)])
+    mcmc = apd.MCMC(apd.SGLD(problem.full, "auto", seed=0), 30, 5, disable_progbar=True)
+    with pytest.warns(apd.WarmupWarning):
+        mcmc.run(problem.x, problem.y)
+    save_netcdf(to_arviz(mcmc), tmp_path / "chains.nc")
+    stored = StoredRun(tmp_path / "chains.nc")
+    assert sampler_summary(stored) == sampler_summary(mcmc)
+    (doubt,) = doubts(stored, None)
+    assert doubt.startswith("The run warned: The warm-up of 5 Langevin steps was too short")
+
+
+@pytest.mark.parametrize(("text", "expected"), [("8x8", (8, 8)), ("3x28x32", (3, 28, 32))])
+def test_sizes_of_images(text, expected):
+    assert image_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["8", "8x", "x8", "0x8", "8x8.5", "1x2x3x4", "8 x 8", "-8x8"])
+def test_sizes_of_images_that_are_none(text):
+    with pytest.raises(ValueError, match="--image must be ROWSxCOLUMNS or CHANNELSxROWSxCOLUMNS, such as 8x8; got"):
+        image_size(text)
+
+
+def test_an_image_of_another_size_is_found_before_anything_is_computed(files, capsys, monkeypatch):
+    monkeypatch.setattr("pyro_apd.diagnostics.html.report.compare", lambda *a, **k: pytest.fail("computed"))
+    options = ["--model", "nets_of_test_command:network", "--data", "data.npz", "--image", "8x8"]
+    assert main(["report", "chains.nc", "posterior.safetensors", *options]) == 2
+    assert "(8, 8) does not fit inputs of 2 numbers" in capsys.readouterr().err
 
 
 def test_files_without_a_chain(case, files):

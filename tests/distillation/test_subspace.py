@@ -72,6 +72,10 @@ def test_a_small_budget_has_fewer_coordinates_rather_than_coarse_steps(networks,
     assert fitted(draws(num_draws=200), byte_budget=networks, rank=12).rank == 12
 
 
+def test_a_rank_that_was_asked_for_does_not_grow():
+    assert fitted(draws(num_draws=200), byte_budget=4700, rank=1).rank == 1  # too few bytes for more than one mode
+
+
 def test_a_fit_is_freed_before_the_next_one(monkeypatch):
     """Each takes the memory of many networks."""
     budget = 3 * num_bytes(fitted(draws()))

@@ -40,6 +40,23 @@ def test_a_kernel_shows_the_settings_that_are_not_defaults(kernel, expected):
     assert repr(kernel(model)) == expected
 
 
+_ONES = torch.ones(2)
+
+
+class Scaled(apd.SGLD):
+    """A kernel of a user, whose setting is a tensor."""
+
+    def __init__(self, model, step_size, scale=_ONES, **settings):
+        self.scale = scale
+        super().__init__(model, step_size, **settings)
+
+
+def test_settings_may_be_tensors():
+    assert repr(Scaled(model, 0.1)) == "Scaled(step_size=0.1)"
+    assert repr(Scaled(model, 0.1, torch.zeros(2))) == "Scaled(step_size=0.1, scale=tensor([0., 0.]))"
+    assert "\n" not in repr(Scaled(model, 0.1, torch.zeros(50, 50)))
+
+
 def test_it_shows_why_it_was_recommended_and_what_was_chosen():
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
     kernel = apd.recommended_kernel(model, x, x.sum(1), seed=0, thinning=1)

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from pyro_apd._version import __version__
+from pyro_apd.chains.summary import sampler_summary
 from pyro_apd.diagnostics.arviz_export import compat
 from pyro_apd.diagnostics.arviz_export.predictions import ModelGroups, attempt
 from pyro_apd.diagnostics.arviz_export.variables import Selection, Variables, function_probe
@@ -287,7 +288,10 @@ def _of_model(
 def _attributes(mcmc: object, chain: ChainDraws | None, posterior: object) -> dict[str, dict[str, Any]]:
     settings = json.dumps(kernel_settings(mcmc), sort_keys=True)
     generator = {"source": "generator", "metadata": _metadata(posterior)}
-    of_chain = generator if chain is None else {"source": chain.name, "kernel_settings": settings}
+    of_chain = generator
+    if chain is not None:
+        summary = json.dumps(sampler_summary(mcmc), sort_keys=True)
+        of_chain = {"source": chain.name, "kernel_settings": settings, "sampler": summary}
     if chain is not None and chain.missing + chain.diverged:
         of_chain |= {"missing_chains": json.dumps(chain.missing), "diverged_chains": json.dumps(chain.diverged)}
     return {

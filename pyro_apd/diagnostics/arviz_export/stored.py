@@ -44,6 +44,8 @@ class StoredRun:
         self.chain_name = str(source or "chain")
         #: Settings of the kernel and the driver, as far as the file has them.
         self.settings: dict[str, Any] = json.loads(idata["posterior"].attrs.get("kernel_settings", "{}"))
+        #: Kernel, step size, excursions and warnings of the run, as far as the file has them.
+        self.sampler_summary: dict[str, Any] = json.loads(idata["posterior"].attrs.get("sampler", "{}"))
         #: Numbers of the chains of the run that are not in the file, and of those that diverged.
         self.missing_chains: list[int] = json.loads(idata["posterior"].attrs.get("missing_chains", "[]"))
         self.diverged_chains: list[int] = json.loads(idata["posterior"].attrs.get("diverged_chains", "[]"))

@@ -22,7 +22,7 @@ def doubts(mcmc: object, posterior: object) -> list[str]:
     """
     metadata = getattr(posterior, "metadata", None)
     metadata = metadata if isinstance(metadata, dict) else {}
-    own = sampler_summary(mcmc) or getattr(mcmc, "sampler", None) or metadata.get("sampler")
+    own = sampler_summary(mcmc) or metadata.get("sampler")
     found = _of_run(own) if isinstance(own, dict) else []
     warnings = metadata.get("warnings")
     if isinstance(warnings, list):

@@ -25,6 +25,7 @@ from pyro_apd.diagnostics.comparison.split import Split, baseline_draws, split_d
 from pyro_apd.diagnostics.comparison.verdict import Row, overall
 from pyro_apd.diagnostics.draws import draw_shapes, posterior_bytes
 from pyro_apd.diagnostics.formatting import counted
+from pyro_apd.distillation.source import num_draws_for
 from pyro_apd.predictive.chain_draws import ChainDraws
 from pyro_apd.predictive.draws import ChainsLike, PosteriorLike, Values, read_chains
 from pyro_apd.runtime.checks import integer
@@ -154,10 +155,10 @@ def _notes(rows: Sequence[Row], chain: ChainDraws, mixing: float, split: Split) 
     if split.is_fitted:
         each, unseen = split.draws_each, split.num_unseen
         notes.append(
-            f"Of the {each} draws of each chain, {unseen} were held out: the generator may be fitted to the others."
+            f"{each} draws of each chain are compared; {unseen} were held out, the generator may be fitted to others."
         )
         enough = f"num_samples={unseen * split.chains} or " if unseen * split.chains >= MIN_SAMPLES else ""
-        notes.append(f"For held-out draws alone: {enough}chains of {5 * each} draws.")
+        notes.append(f"For held-out draws alone: {enough}chains of {num_draws_for(each)} draws.")
     if split.overlap:
         notes.append("Stored draws include draws of the chain's own column, so they look better than they are.")
     return notes

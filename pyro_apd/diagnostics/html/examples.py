@@ -17,6 +17,8 @@ from pyro_apd.diagnostics.html.pictures import Picture, picture
 
 # Inputs of each kind, and features of a row that are shown.
 _COUNT, _NUM_FEATURES = 5, 8
+# A row of more is rather an image or a signal, of which the first numbers tell nothing.
+_MOST_FEATURES = 32
 # Width and height of an image and its title, in inches.
 _IMAGE_SIZE = (1.5, 1.85)
 #: Shapes of a tensor of images without channels and with them.
@@ -59,6 +61,7 @@ def examples(
     x = None if inputs is None or not inputs.args else inputs.args[0]
     if not per_input or not isinstance(x, Tensor) or x.dim() < 2:
         return [], []
+    check_image_shape(x, image_shape)
     chain, generator = per_input["chain"], per_input["generator"]
     score = "mi" if "mi" in chain else "epistemic"
     if len(x) != len(chain[score]):
@@ -68,7 +71,7 @@ def examples(
     found = []
     for kind, index in _chosen(chain[score], generator[score]):
         target = "" if targets is None or targets.dim() != 1 else f"{float(targets[index]):.4g}"
-        row = x[index].flatten()[:_NUM_FEATURES] if images_NHWC is None else x.new_zeros(0)
+        row = x[index].flatten()[:_NUM_FEATURES] if x[index].numel() <= _MOST_FEATURES else x.new_zeros(0)
         features = [f"{float(value):.4g}" for value in row]
         found.append(Example(kind, index, _said(chain, index), _said(generator, index), target, features))
     if images_NHWC is None:
@@ -94,21 +97,29 @@ def _said(side: Mapping[str, Tensor], index: int) -> str:
     return f"{float(mean):.3g} ± {float(side['sd'][index]):.2g}"
 
 
+def check_image_shape(x: Any, image_shape: Sequence[int] | None) -> None:
+    """Raises :class:`ValueError` if inputs have another number of entries than images of this shape."""
+    x = x[0] if isinstance(x, tuple) and x else x
+    if image_shape is None or not isinstance(x, Tensor) or len(x) == 0:
+        return
+    size = tuple(image_shape)
+    if torch.Size(size).numel() != x[0].numel() or len(size) not in (_WITHOUT_CHANNELS - 1, _WITH_CHANNELS - 1):
+        raise ValueError(
+            f"`image_shape` {size} does not fit inputs of {x[0].numel()} numbers; give (H, W) or (C, H, W)."
+        )
+
+
 def _images(x: Tensor, image_shape: Sequence[int] | None) -> Tensor | None:
     """Images ``(N, H, W, C)`` with values from 0 to 1; None if inputs are no images."""
     if image_shape is not None:
-        size = tuple(image_shape)
-        if torch.Size(size).numel() != x[0].numel() or len(size) not in (2, 3):
-            raise ValueError(
-                f"`image_shape` {size} does not fit inputs of {x[0].numel()} numbers; give (H, W) or (C, H, W)."
-            )
-        x = x.reshape(len(x), *size)
+        x = x.reshape(len(x), *image_shape)
     if x.dim() == _WITHOUT_CHANNELS and image_shape is not None:
         x = x.unsqueeze(1)
     if x.dim() != _WITH_CHANNELS or x.shape[1] not in (1, 3):
         return None
+    x = x.float()  # images may be integers, or black and white
     lowest, highest = x.amin(), x.amax()
-    return ((x - lowest) / (highest - lowest).clamp_min(1e-12)).float().permute(0, 2, 3, 1)
+    return ((x - lowest) / (highest - lowest).clamp_min(1e-12)).permute(0, 2, 3, 1)
 
 
 def _drawing(found: list[Example], images_NHWC: Tensor, rows: int) -> Callable[[Any], object]:

@@ -23,7 +23,7 @@ from pyro_apd.diagnostics.comparison.split import split_draws
 from pyro_apd.diagnostics.draws import draw_shapes, flat, kernel_settings
 from pyro_apd.diagnostics.formatting import counted, format_bytes, format_number
 from pyro_apd.diagnostics.html import pictures
-from pyro_apd.diagnostics.html.examples import examples
+from pyro_apd.diagnostics.html.examples import check_image_shape, examples
 from pyro_apd.diagnostics.mixing.function_space import FunctionProbe
 from pyro_apd.diagnostics.mixing.health import Health, chain_health, layer_health
 from pyro_apd.models.bnn import BNN
@@ -75,8 +75,9 @@ def report(
     :raises ValueError: as :func:`~pyro_apd.diagnostics.compare`.
     :raises ArtifactError: likewise.
     """
-    # Opened first, so that a folder that does not exist costs no computation.
+    # Opened and checked first, so that mistakes cost no computation.
     with atomic_write(path) as temporary:
+        check_image_shape(x, image_shape)
         if fidelity is None:
             fidelity = compare(
                 *(mcmc, posterior, model, x, y),

@@ -41,7 +41,7 @@ def test_metadata_of_others_are_no_error(metadata):
 
 
 def test_what_the_run_itself_knows_comes_before_the_files_note():
-    stored = SimpleNamespace(sampler={"warnings": ["Short."]})
+    stored = SimpleNamespace(sampler_summary={"warnings": ["Short."]})
     assert doubts(stored, posterior(sampler={"warnings": ["Other."]})) == ["The run warned: Short."]
 
 

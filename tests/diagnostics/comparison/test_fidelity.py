@@ -17,6 +17,7 @@ from pyro_apd import uncertainty
 from pyro_apd.diagnostics import Fidelity, compare
 from pyro_apd.diagnostics.comparison.split import split_draws
 from pyro_apd.diagnostics.formatting import format_bytes
+from pyro_apd.distillation.source import num_draws_for, split_held_out
 from pyro_apd.predictive.draws import evenly_spaced, read_chains
 from pyro_apd.predictive.predictive import log_likelihood, outputs
 
@@ -447,6 +448,8 @@ def test_the_chain_column_is_of_draws_that_were_held_out():
     assert set(split.draws["stored"]["w"].flatten().tolist()).isdisjoint(split.draws["chain"]["w"].flatten().tolist())
     # More draws than were held out, or another chain than the one distilled: all draws, and a note that says so.
     assert split_draws(chain, posterior, 60, None).is_fitted
+    assert [num_draws_for(count) for count in (1, 5, 6, 20)] == [25, 25, 50, 100]
+    assert all(len(split_held_out(num_draws_for(count))[1]) >= count for count in (1, 5, 6, 20))
     posterior.metadata = {**metadata, "num_draws": 99}
     assert held_out_steps(chain, posterior) == []
 

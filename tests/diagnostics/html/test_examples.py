@@ -33,6 +33,11 @@ def test_rows_of_a_table_are_the_most_and_least_sure_and_those_that_differ():
     assert (first.index, first.chain, first.target, first.features) == (2, "1 (0.90)", "2", ["2"] * 8)
 
 
+def test_long_rows_have_no_features():
+    assert [row.features for row in examples(PER_INPUT, inputs(torch.ones(7, 33)), None)[0]] == [[]] * 15
+    assert len(examples(PER_INPUT, inputs(torch.ones(7, 32)), None)[0][0].features) == 8
+
+
 def test_numbers_have_a_standard_deviation():
     side = {"epistemic": torch.arange(7.0), "sd": torch.full((7,), 0.25), "mean": torch.full((7,), 12.5)}
     rows, _ = examples({"chain": side, "generator": side}, inputs(torch.ones(7, 3)), None)
@@ -43,8 +48,9 @@ def test_numbers_have_a_standard_deviation():
 @pytest.mark.parametrize(
     ("shape", "image_shape"), [((7, 64), (8, 8)), ((7, 192), [3, 8, 8]), ((7, 1, 8, 8), None), ((7, 3, 8, 8), None)]
 )
-def test_images_are_drawn(shape, image_shape):
-    rows, (picture,) = examples(PER_INPUT, inputs(torch.rand(shape)), image_shape)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8, torch.bool])
+def test_images_are_drawn(shape, image_shape, dtype):
+    rows, (picture,) = examples(PER_INPUT, inputs((3 * torch.rand(shape)).to(dtype)), image_shape)
     assert rows == []
     assert picture.light != picture.dark
     assert "disagree least" in picture.caption
