@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks import large_networks
-from pyro_apd import BNN, MCMC, SGHMC, SGLD, datasets, open_store
+from pyro_apd import BNN, MCLMC, MCMC, SGHMC, SGLD, datasets, open_store
 from pyro_apd.chains.stores.base import DrawStore
 from pyro_apd.models.normalisation import with_group_norm
 
@@ -62,13 +62,13 @@ class Chains:
     :ivar int warm_start: steps of Adam before the warm-up, from a draw of the prior.
     """
 
-    step_size: float
+    step_size: float | str
     batch_size: int | None
     thinning: int
     warmup: int
     num_draws: int
     num_chains: int = 1
-    kernel: type[SGLD] | type[SGHMC] = SGLD
+    kernel: type[SGLD] | type[SGHMC] | type[MCLMC] = SGLD
     warm_start: int | None = None
 
 
@@ -299,6 +299,9 @@ _DEEP = Chains(1e-7, 32, 10, 100, 500, kernel=SGHMC)
 # Weights are a draw of their prior to begin with, and stay one where the data say nothing; seven CPU minutes in all.
 _WIDE = Chains(5e-8, 100, 12, 30, 200, kernel=SGHMC, warm_start=500)
 _SLOW = ("SWAG", "paper")
+# The recommended kernels, which mix.
+_MIXED = Chains("auto", None, 20, 100, 250, num_chains=4, kernel=SGHMC)
+_MIXED_TABLE = Chains("auto", None, 10, 100, 500, num_chains=4, kernel=MCLMC)
 # Methods that need all draws in memory, or several networks.
 _NOT_IN_PARTS = (*_SLOW, "stored", "int8", "int4", "int3", "int2", "low rank", "flow", "default", "mean field")
 CASES = {
@@ -307,6 +310,8 @@ CASES = {
         Case("toy", toy, Chains(5e-3, None, 40, 250, 500), num_sets=4),
         Case("digits", digits, Chains(1e-4, 100, 40, 300, 600), (*BUDGETS[:6], 5.0, *BUDGETS[6:])),
         Case("digits8", digits, Chains(1e-4, 100, 40, 300, 300, num_chains=8), (2.0, 4.0, 8.0, 11.0, 16.0)),
+        Case("digits_mixed", digits, _MIXED, (*BUDGETS[2:], 16.0)),
+        Case("concrete_mixed", uci("concrete"), _MIXED_TABLE, (4.0, 8.0, 12.0, 24.0, 48.0), num_sets=4),
         Case("concrete", uci("concrete"), Chains(3e-5, 100, 60, 500, 500), num_sets=4),
         Case("yacht", uci("yacht"), Chains(1e-5, 50, 100, 500, 500), num_sets=4),
         Case("mnist", mnist(100), _MNIST, (*BUDGETS[:5], 3.2, *BUDGETS[5:])),

@@ -42,6 +42,8 @@ TITLES = {
     "toy": "the paper's toy, 2-10-10-2",
     "digits": "digits, 64-50-10",
     "digits8": "digits, eight chains",
+    "digits_mixed": "digits, four chains that mix",
+    "concrete_mixed": "concrete, four chains that mix",
     "concrete": "concrete, 8-50-1",
     "yacht": "yacht, 6-50-1",
     "mnist": "MNIST, 784-100-10",

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from pyro_apd.generators.draw_blocks import DrawBlocks
+from pyro_apd.distillation.subspace_settings import Case
 from pyro_apd.generators.subspace import SubspaceGenerator
 from pyro_apd.generators.subspace_fit import SubspaceFit, SubspaceSettings
 
@@ -22,14 +22,17 @@ _LARGEST_FILE = 2**60
 # To meet a budget, steps are halved or doubled up to so often, until the size is within this share of it, in so many
 # trials. Doubling them takes about a bit from each integer: at first, sizes are taken to fall with this slope.
 _MAX_HALVINGS, _MAX_DOUBLINGS, _TOLERANCE, _EVALUATIONS, _SLOPE = 8.0, 5.0, 0.03, 8, 0.4
-# Coordinates, at least; and steps that are coarser than this cost more than half of the coordinates do. Of networks of
-# 400 to 4,000 weights, within a factor of about two of the best number of coordinates at budgets of 0.7 to 6 networks.
-_LEAST_RANK, _COARSE_STEP = 2, 2.5e-3
+# Coordinates, at least.
+_LEAST_RANK = 2
 # Of which there is this share, or where steps are nearly fine enough the second, in the next trial.
 _FEWER, _SOMEWHAT_FEWER = 0.5, 0.7
 
 # Bytes of a generator's file, and with always_coded=True those that fall with coarser steps.
 _SizeOf = Callable[..., int]
+
+
+class BudgetError(ValueError):
+    """A budget is too small for any generator."""
 
 
 class LastFit:
@@ -54,45 +57,45 @@ class LastFit:
 def within_budget(
     budget: float,
     fits: LastFit,
-    shortest_segment: int,
-    settings: SubspaceSettings,
-    draws: DrawBlocks,
+    case: Case,
+    relative: float,
     size_of: _SizeOf,
     keeps_rank: bool = False,
 ) -> SubspaceGenerator:
     """The generator with about the finest steps within a number of bytes, with fewer coordinates where these are too
     coarse.
 
-    :param int shortest_segment: draws that make a mode, at least.
-    :param settings: those to begin with.
+    :param Case case: the draws, and which settings suit them.
+    :param float relative: budget relative to what the default takes.
     :param callable size_of: bytes of a generator's file.
     :param bool keeps_rank: whether there are fewer coordinates only where any steps take too many bytes.
-    :raises ValueError: if no steps are coarse enough.
+    :raises BudgetError: if no steps are coarse enough.
     """
-    num_chains, num_draws, _ = draws.shape
+    num_draws, settings, shortest = case.draws.shape[1], case.settings(relative), case.segment_length(relative)
     while True:
-        shortest = math.ceil(num_chains * num_draws * settings.rank / (_SHARE_OF_MODES * budget))
-        settings = replace(settings, segment_length=max(shortest_segment, min(shortest, num_draws)))
+        settings = replace(settings, segment_length=case.segment_within(_SHARE_OF_MODES * budget, settings, shortest))
         generator, size = _with_finest_steps(fits.at(settings), settings, budget, partial(size_of, always_coded=True))
         if generator is not None and (size := size_of(generator)) > (1 + _TOLERANCE) * budget:
             generator = None  # too many integers for a code of so few bytes
         is_last = settings.rank <= _LEAST_RANK
-        if generator is not None and (keeps_rank or is_last or generator.step.item() <= _COARSE_STEP):
+        if generator is not None and (keeps_rank or is_last or generator.step.item() <= case.coarse_step(settings)):
             return generator
         if is_last and settings.segment_length == num_draws:
-            raise ValueError(
+            raise BudgetError(
                 f"byte_budget: {budget:,.0f} bytes are too few for this posterior; the least is about {size:,} bytes. "
                 "Give more. An integer is a number of bytes, and a float one of networks: 2.0 is two networks."
             )
         if is_last:
-            shortest_segment = num_draws
-        share = min(_FEWER, budget / size) if generator is None else _share_for(generator.step.item())
+            shortest = num_draws
+        share = min(_FEWER, budget / size)
+        if generator is not None:
+            share = _share_for(generator.step.item(), case.coarse_step(settings))
         rank = min(settings.rank, max(_LEAST_RANK, round(settings.rank * share)))
         settings = replace(settings, rank=rank, path_rank=min(settings.path_rank, rank))
 
 
-def _share_for(step: float) -> float:
-    return _FEWER if step > 2 * _COARSE_STEP else _SOMEWHAT_FEWER
+def _share_for(step: float, coarse: float) -> float:
+    return _FEWER if step > 2 * coarse else _SOMEWHAT_FEWER
 
 
 def _with_finest_steps(

@@ -12,8 +12,8 @@ the data, kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,26 @@ class Calibration:
     noise_cap: float
     residuals: dict[str, float]
 
+    @property
+    def ratio(self) -> float:
+        """Disagreement of the generator's draws on the data relative to the chain's."""
+        return math.exp(self.residuals.get("rows", 0.0))
+
+    @torch.no_grad()
+    def of_trained(
+        self,
+        generator: SubspaceGenerator,
+        functions: tuple[FunctionSpace, Probes],
+        draws: DrawBlocks,
+        num_products: int,
+    ) -> Calibration:
+        """The same with the residuals of a generator that was trained since; parameters as for :func:`calibrate`."""
+        count = min(_draws_compared(generator, num_products), len(draws))
+        inputs = _chosen_inputs(functions, draws, count, num_products)
+        chain = inputs.disagreements(functions[0], draws.spaced(count))
+        own = inputs.disagreements(functions[0], blocks_of_draws(generator, count))
+        return replace(self, residuals={name: float(_ratios(own, chain)[name].mean()) for name in own})
+
     def to_json(self) -> dict[str, Any]:
         """For the metadata of a posterior, rounded."""
         residuals = {name: round(value, 4) for name, value in self.residuals.items()}
@@ -98,24 +118,44 @@ def calibrate(
     :param bool scales_modes: whether to do so. In small networks whose draws are all modes, noise makes draws disagree
         too much, and its cap alone is set.
     """
-    space, probes = functions
-    has_spread = bool(generator.spread.any()) or not scales_modes
-    if has_spread:
-        by_size = max(_MIN_DRAWS, min(_MAX_DRAWS, _NUMBERS // generator.output_size))
-        count, products, fewest = _FEW_DRAWS if num_products > _COSTLY else by_size, _PRODUCTS, _MIN_PROBES
-    else:
-        count, products, fewest = len(generator.modes), _PRODUCTS_OF_MODES, _MIN_PROBES_OF_MODES
-    count = min(count, len(draws))
+    space, _ = functions
+    if bool(generator.spread.any()) or not scales_modes:
+        count = min(_draws_compared(generator, num_products), len(draws))
+        inputs = _chosen_inputs(functions, draws, count, num_products)
+        return _calibrate_spread(generator, space, inputs, draws, count)
+    count = min(len(generator.modes), len(draws))
+    limits = _PRODUCTS_OF_MODES, _MIN_PROBES_OF_MODES
+    inputs = _chosen_inputs(functions, draws, count, num_products, *limits, SHARES_OF_MODES)
+    noise = _typical_noise(generator)
+    generator.noise_cap.copy_(noise)
+    factor, residuals = scale_modes(generator, space, inputs, draws, count)
+    return Calibration(factor, float(noise), residuals)
+
+
+def _draws_compared(generator: SubspaceGenerator, num_products: int) -> int:
+    by_size = max(_MIN_DRAWS, min(_MAX_DRAWS, _NUMBERS // generator.output_size))
+    return _FEW_DRAWS if num_products > _COSTLY else by_size
+
+
+def _chosen_inputs(
+    functions: tuple[FunctionSpace, Probes],
+    draws: DrawBlocks,
+    count: int,
+    num_products: int,
+    products: int = _PRODUCTS,
+    fewest: int = _MIN_PROBES,
+    shares: Mapping[str, float] = SHARES,
+) -> ChosenInputs:
+    """At which so many draws are compared."""
     num_probes = max(fewest, min(_MAX_PROBES, products // max(1, num_products * count)))
     num_candidates = min(_CANDIDATES * num_probes, products // max(1, num_products * NUM_CHOOSING))
-    shares = SHARES if has_spread else SHARES_OF_MODES
-    inputs = ChosenInputs.chosen(space, probes, draws, num_probes, max(num_probes, num_candidates), shares)
-    noise = _typical_noise(generator)
-    if not has_spread:
-        generator.noise_cap.copy_(noise)
-        factor, residuals = scale_modes(generator, space, inputs, draws, count)
-        return Calibration(factor, float(noise), residuals)
-    return _calibrate_spread(generator, space, inputs, draws, count)
+    return ChosenInputs.chosen(*functions, draws, num_probes, max(num_probes, num_candidates), shares)
+
+
+def _ratios(own: Mapping[str, Tensor], chain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Logarithms of ratios of disagreements, by group."""
+    ratios = {name: (own[name] / chain[name]).log().double().cpu() for name in own}
+    return {name: ratio.nan_to_num(nan=10.0, posinf=10.0, neginf=-10.0) for name, ratio in ratios.items()}
 
 
 def _calibrate_spread(
@@ -133,8 +173,7 @@ def _calibrate_spread(
             _set(generator, unscaled, square, log_cap)
             with seeded(seed, device):
                 own = inputs.disagreements(space, blocks_of_draws(generator, count))
-            ratios = {name: (own[name] / chain[name]).log().double().cpu() for name in own}
-            ratios = {name: ratio.nan_to_num(nan=10.0, posinf=10.0, neginf=-10.0) for name, ratio in ratios.items()}
+            ratios = _ratios(own, chain)
             weighted = torch.cat([(_WEIGHTS[name] / len(ratio)) ** 0.5 * ratio for name, ratio in ratios.items()])
             means = {name: float(ratio.mean()) for name, ratio in ratios.items()}
             found.append(_Tried(float(weighted.square().sum()), square, log_cap, means, weighted))

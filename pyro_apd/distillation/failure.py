@@ -121,4 +121,4 @@ def _is_better(default: Quality, own: Quality) -> bool:
 
 def _excess(calibration: Calibration | None) -> float:
     """Disagreement of draws on the data relative to the chain's; one where it is not known."""
-    return 1.0 if calibration is None else math.exp(calibration.residuals.get("rows", 0.0))
+    return 1.0 if calibration is None else calibration.ratio

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from pyro_apd.distillation.calibration import Calibration
 from pyro_apd.distillation.failure import (
     DistillationError,
     DistillationWarning,
@@ -25,6 +26,7 @@ from pyro_apd.distillation.setup import DistillationTask, PreparedTraining, prep
 from pyro_apd.distillation.source import HELD_OUT, Source, read_source, split_held_out
 from pyro_apd.distillation.training import Training, train
 from pyro_apd.generators.draw_blocks import blocks_of_draws
+from pyro_apd.generators.subspace import SubspaceGenerator
 from pyro_apd.models.bnn import BNN
 from pyro_apd.posterior.posterior import DistilledPosterior
 from pyro_apd.runtime.cpu_threads import cpu_threads, threads_for
@@ -151,7 +153,12 @@ def _fit_and_train(
         )
     fitted = prepared.fitted
     calibration = None if fitted is None else fitted.calibration
-    _judge(training, prepared, options.byte_budget, source.layout.size * source.theta_CSD.element_size())
+    if calibration is not None and training.best_step:
+        assert task.functions is not None
+        assert isinstance(prepared.generator, SubspaceGenerator)
+        calibration = calibration.of_trained(prepared.generator, task.functions, task.draws, task.cost.num_products)
+    network_bytes = source.layout.size * source.theta_CSD.element_size()
+    _judge(training, prepared, calibration, options.byte_budget, network_bytes)
     metadata = {
         "num_chains": num_chains,
         "num_draws": num_draws,
@@ -160,6 +167,7 @@ def _fit_and_train(
         "held_out": HELD_OUT if len(held_out_index) < num_draws else None,
         "space": "weights" if task.functions is None else "functions",
         **({} if calibration is None else {"calibration": calibration.to_json()}),
+        **({} if fitted is None or fitted.num_distinct is None else {"distinct_draws": fitted.num_distinct}),
         "num_steps": training.num_steps,
         "best_step": training.best_step,
         "metrics": {name: float(f"{value:.4g}") for name, value in training.metrics.items()},
@@ -169,13 +177,16 @@ def _fit_and_train(
 
 
 def _judge(
-    training: Training, prepared: PreparedTraining, byte_budget: float | int | None, network_bytes: float
+    training: Training,
+    prepared: PreparedTraining,
+    calibration: Calibration | None,
+    byte_budget: float | int | None,
+    network_bytes: float,
 ) -> None:
     """Notes whether the default generator is too small, or its draws disagree too much or too little on the data."""
     fitted = prepared.fitted
     if fitted is None:
         return
-    at_start = fitted.calibration if training.best_step == 0 else None
 
     def default() -> Quality:
         assert fitted.default is not None
@@ -184,11 +195,11 @@ def _judge(
         return Quality(prepared.evaluator.metrics(blocks_of_draws(found.generator, count, count)), found.calibration)
 
     if fitted.default_bytes is not None and byte_budget is not None:
-        own = Quality(training.metrics, at_start)
+        own = Quality(training.metrics, calibration)
         networks = fitted.default_bytes / network_bytes
         training.shortage = find_shortage(byte_budget, fitted.default_bytes, networks, own, default)
-    elif at_start is not None:
-        training.disagreement = find_disagreement(at_start)
+    else:
+        training.disagreement = find_disagreement(calibration)
 
 
 def _note_data_and_network(posterior: DistilledPosterior, source: Source) -> None:

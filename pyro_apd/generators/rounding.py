@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_apd project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Rounding of bases and null parts, without a copy of all of them in floating point."""
+"""Rounding of coordinates; and of bases and null parts, without a copy of all of them in floating point."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from pyro_apd.generators.precision import to_int8
+
 # Numbers that are rounded together.
 _NUMBERS_AT_ONCE = 2**22
+
+
+def as_in_file(coordinates_CTR: Tensor) -> Tensor:
+    """Coordinates that a file of precision ``"int8"`` keeps unchanged."""
+    integers_NR, scale_N = to_int8(coordinates_CTR.flatten(0, 1))
+    return (integers_NR * scale_N.unsqueeze(1)).view_as(coordinates_CTR).to(coordinates_CTR.dtype)
 
 
 def scaled_bases(basis_CROK: Tensor, step: float, rows: slice) -> Tensor:

@@ -17,7 +17,7 @@ from pyro_apd.generators.base import peak
 from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.generators.frames import LARGEST_INT16, fitted_frame, num_pinned, scale_exponents, short
 from pyro_apd.generators.moments import Moments, NullMoments, gram_of_functions, moments_of_block
-from pyro_apd.generators.rounding import rounded, row_blocks, scaled_bases
+from pyro_apd.generators.rounding import as_in_file, rounded, row_blocks, scaled_bases
 from pyro_apd.generators.subspace import (
     MEAN_STEPS,
     EntriesPart,
@@ -172,11 +172,12 @@ class SubspaceFit:
             raise ValueError("All draws are the same, so there is no posterior to distil. Check that the chain moved.")
         if self._functions_CTF is not None:
             gram_CTT += gram_of_functions(self._functions_CTF)
-        rank = self._model.rank
-        vectors_CTR = torch.linalg.eigh(gram_CTT)[1][..., -rank:].flip(-1)
+        vectors_CTR = torch.linalg.eigh(gram_CTT)[1][..., -self._model.rank :].flip(-1)
         largest = vectors_CTR.abs().argmax(1, keepdim=True)
         vectors_CTR = vectors_CTR * vectors_CTR.gather(1, largest).sign()
         self._coordinates_CTR = (vectors_CTR * num_draws**0.5).to(self._draws.dtype)
+        if self._model.rank == num_draws - 1 and self._model.num_modes == num_draws:
+            self._coordinates_CTR = as_in_file(self._coordinates_CTR)  # nothing else is lost
         self._fit_modes()
 
     def _fit_modes(self) -> None:
@@ -188,8 +189,7 @@ class SubspaceFit:
 
     def _find_bases(self) -> None:
         """The second pass: means, bases and paths in these coordinates."""
-        num_draws = self._draws.shape[1]
-        left_CRT = self._coordinates_CTR.mT / num_draws
+        left_CRT = torch.linalg.pinv(self._coordinates_CTR.double()).to(self._draws.dtype)
         for part in self._parts:
             moments, null, squares = Moments.empty(part, left_CRT), [], []
             self._centres[part] = left_CRT.new_empty(len(left_CRT), *part.shape)

@@ -27,6 +27,8 @@ def shown(posterior: DistilledPosterior) -> str:
     ]
     if "num_draws" in metadata:
         lines.append(f"  fitted to  {metadata.get('num_chains')} chains of {metadata['num_draws']} draws")
+    if isinstance(metadata.get("distinct_draws"), int):
+        lines.append(f"  draws      {metadata['distinct_draws']:,} distinct networks, up to noise")
     metrics = metadata.get("metrics")
     if isinstance(metrics, dict):
         lines.append(f"  held out   {', '.join(f'{name} {value}' for name, value in sorted(metrics.items()))}")

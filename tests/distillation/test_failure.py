@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_apd.distillation import DistillationError, DistillationWarning, distill, failure, setup
+from pyro_apd.distillation import DistillationError, DistillationWarning, distill, failure, offline, setup
 from pyro_apd.distillation.calibration import Calibration
 from pyro_apd.distillation.failure import Quality, find_disagreement, find_failures, find_shortage
 from pyro_apd.models.bnn import BNN
@@ -126,6 +126,13 @@ def test_a_default_that_disagrees_too_much_on_the_data_is_trained_or_reported(ch
     monkeypatch.setattr(failure, "ACCEPTED_DISAGREEMENT", 1.0)
     with pytest.warns(DistillationWarning, match=r"on the data, draws disagree .* Use more draws, more steps"):
         distill(**chain)
+    at_start = failure.find_disagreement
     monkeypatch.setattr(setup, "_TINY_STEPS", 2)
-    trained = distill(**{**chain, "num_steps": None})  # warnings are errors
-    assert trained.metadata["num_steps"] == 2
+    monkeypatch.setattr(offline, "find_disagreement", lambda calibration: seen.append(calibration))
+    seen = []
+    trained = distill(**{**chain, "num_steps": None})
+    assert trained.metadata["num_steps"] == trained.metadata["best_step"] == 2
+    # What is judged, and kept, is the state after training.
+    assert [calibration.to_json() for calibration in seen] == [trained.metadata["calibration"]]
+    assert trained.metadata["calibration"]["residuals"] != distill(**chain).metadata["calibration"]["residuals"]
+    assert "times as much" in at_start(seen[0])

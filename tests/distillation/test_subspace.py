@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pyro_apd as apd
-from pyro_apd.distillation import subspace
+from pyro_apd.distillation import subspace, subspace_settings
 from pyro_apd.distillation.function_space import function_space
 from pyro_apd.distillation.options import DistillOptions
 from pyro_apd.distillation.probes import Probes
@@ -81,22 +81,22 @@ def test_a_fit_is_freed_before_the_next_one(monkeypatch):
     budget = 3 * num_bytes(fitted(draws()))
     fits = []
 
-    class Noted(subspace.SubspaceFit):
+    class Noted(subspace_settings.SubspaceFit):
         def __init__(self, *args):
             gc.collect()
             assert [fit() for fit in fits] == [None] * len(fits)
             fits.append(weakref.ref(self))
             super().__init__(*args)
 
-    monkeypatch.setattr(subspace, "SubspaceFit", Noted)
+    monkeypatch.setattr(subspace_settings, "SubspaceFit", Noted)
     fitted(draws(), byte_budget=budget)
     assert len(fits) == 2
 
 
 def test_a_fit_is_used_again_where_steps_alone_differ(monkeypatch):
     fits = []
-    fit_with = subspace.SubspaceFit
-    monkeypatch.setattr(subspace, "SubspaceFit", lambda *args: fits.append(1) or fit_with(*args))
+    fit_with = subspace_settings.SubspaceFit
+    monkeypatch.setattr(subspace_settings, "SubspaceFit", lambda *args: fits.append(1) or fit_with(*args))
     default_bytes = num_bytes(fitted(draws()))
     fits.clear()
     assert num_bytes(fitted(draws(), byte_budget=round(0.95 * default_bytes))) < default_bytes

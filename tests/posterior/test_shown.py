@@ -26,6 +26,7 @@ def test_it_says_what_it_is_of_and_its_size():
 
 
 def test_it_never_fails(monkeypatch):
+    assert "7 distinct networks" in repr(posterior(distinct_draws=7))
     assert "float32" in repr(posterior(note=torch.ones(1)))  # which cannot be saved
     assert repr(posterior(metrics=None, warnings=3)).count("\n") == 2
     monkeypatch.setattr(shown, "_MANY", 10)

@@ -67,7 +67,8 @@ def compare(
 
     ``resolution`` is four standard errors of the difference, which come from ways of halving the chain (in time, and
     chains against chains, where these say more) and the generator's draws: no p-value, since draws of a chain are not
-    independent. Function space and memorised draws decide the verdict; weights are unidentified.
+    independent. Function space and memorised draws decide the verdict (function space alone, where the
+    posterior says that it repeats draws); weights are unidentified.
 
     The chain's column is of the draws that :func:`pyro_apd.distill` held out, where there are as many as asked for.
     Chains that diverged are left out, and ``notes`` says which.
@@ -112,7 +113,10 @@ def compare(
         rows, mixing = metric_rows(chain, sets, split)
     spread = bool((sets["chain"].theta_SD.std(0) > 0).any())
     doubted = doubts(mcmc, posterior)
-    status, verdict = overall(rows, mixing, spread, doubted)
+    num_distinct = _num_distinct(posterior)
+    # Of a generator that says that it repeats draws, predictions alone decide.
+    deciding = [row for row in rows if row.group != "memory" or num_distinct is None]
+    status, verdict = overall(deciding, mixing, spread, doubted)
     return Fidelity(
         rows,
         status,
@@ -122,7 +126,7 @@ def compare(
         num_bytes=_num_bytes(chain, posterior, split, baselines),
         mixing=mixing,
         chain_name=chain.name,
-        notes=doubted + notes + _notes(rows, chain, mixing, split) + _baseline_notes(rows, others),
+        notes=doubted + notes + _notes(rows, chain, mixing, split, num_distinct) + _baseline_notes(rows, others),
         per_input=_per_input(sets),
     )
 
@@ -139,8 +143,16 @@ def _num_bytes(
     }
 
 
-def _notes(rows: Sequence[Row], chain: ChainDraws, mixing: float, split: Split) -> list[str]:
+def _num_distinct(posterior: PosteriorLike) -> int | None:
+    metadata = getattr(posterior, "metadata", None)
+    found = metadata.get("distinct_draws") if isinstance(metadata, Mapping) else None
+    return found if isinstance(found, int) else None
+
+
+def _notes(rows: Sequence[Row], chain: ChainDraws, mixing: float, split: Split, num_distinct: int | None) -> list[str]:
     notes = chain.remarks()
+    if num_distinct is not None:
+        notes.append(f"The generator holds {counted(num_distinct, 'network')} of the chain, and repeats them.")
     if chain.num_chains == 1:
         notes.append("One chain: modes that it never visited are missing in the generator too, and no metric shows it.")
     if mixing == mixing:

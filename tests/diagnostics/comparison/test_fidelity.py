@@ -242,6 +242,13 @@ def test_memorised_draws(case, run):
         assert fidelity["new_draws"].generator == 0.0
         assert fidelity["new_draws"].verdict == "loses 1"
         assert fidelity.status == "loses"
+    # A posterior that says so is judged by what it predicts.
+    repeats = of(400, 0.004)
+    repeats.metadata["distinct_draws"] = 400
+    fidelity = run(chain, repeats)
+    assert fidelity["new_draws"].verdict == "loses 1"
+    assert fidelity.status == "indistinguishable"
+    assert "The generator holds 400 networks of the chain, and repeats them." in fidelity.notes
     # As far from the draws as these are from each other: no copies.
     assert run(chain, of(400, 0.4))["new_draws"].generator == 1.0
 
