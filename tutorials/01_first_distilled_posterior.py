@@ -73,7 +73,7 @@ print(model)
 # The progress bar is switched off here to keep the page short; leave `disable_progbar` out when you try it.
 
 # %%
-kernel = apd.SGLD(model, step_size=0.02, thinning=20, seed=0)
+kernel = apd.SGLD(model, step_size=0.01, thinning=40, seed=0)
 mcmc = apd.MCMC(kernel, num_samples=size(250, 60), warmup_steps=size(100, 20), num_chains=4, disable_progbar=True)
 mcmc.run(x, y)
 draws = mcmc.get_samples()
@@ -121,8 +121,9 @@ _ = figure.suptitle("Six networks of one posterior")
 # these inputs vary determine the predictions, and are kept finely. All others are kept coarsely;
 # [concepts](../docs/concepts.md) has a picture of this. A fifth of the chain is held out, for the comparison below.
 #
-# It takes seconds. This network is tiny, and its draws differ widely. Where the fit of such a network differs from the
-# draws that were held out, a short training in function space follows by itself.
+# It takes seconds. This chain mixes well, so that its networks have little in common that could be left out. Then the
+# generator holds some of them, here 200, and repeats them, apart from noise; `print` says so. Larger networks, and
+# chains that mix slowly, have generators that draw endlessly many networks.
 
 # %%
 posterior = apd.distill(mcmc, num_steps=size(None, 5), seed=0, progress=False)

@@ -133,8 +133,8 @@ except apd.ModelError as error:
 
 # %%
 model = apd.BNN(nn.Sequential(nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 10)), "categorical", prior_scale=0.4)
-kernel = apd.SGLD(model, step_size=1e-4, batch_size=100, thinning=20, seed=0)
-mcmc = apd.MCMC(kernel, num_samples=size(150, 10), warmup_steps=size(150, 10), num_chains=4, disable_progbar=True)
+kernel = apd.SGLD(model, step_size=1e-4, batch_size=100, thinning=40, seed=0)
+mcmc = apd.MCMC(kernel, num_samples=size(150, 10), warmup_steps=size(250, 10), num_chains=4, disable_progbar=True)
 mcmc.run(data.x_train, data.y_train)
 print(mcmc.diagnostics()["temperatures"]["chain 0"][0])
 

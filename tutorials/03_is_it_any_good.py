@@ -51,14 +51,14 @@ far = torch.rand(300, 2, generator=torch.Generator().manual_seed(2)) * 4 + torch
 # ## A chain, and a generator
 #
 # Four chains of SGLD, and `distill`. The network is small, and its draws differ widely: the mean of a few of them is
-# not a good network. Where the fit of such a small network differs from the draws that were held out, a short training
-# in function space follows by itself.
+# not a good network. The generator therefore holds 200 of the chain's networks themselves, in few bytes, and repeats
+# them. `compare` says so, and judges it by what it predicts.
 
 # %%
 net = nn.Sequential(nn.Linear(2, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 2))
 model = apd.BNN(net, "categorical", prior_scale="fan_in")
-kernel = apd.SGLD(model, step_size=5e-3, thinning=size(20, 5), seed=0)
-mcmc = apd.MCMC(kernel, num_samples=size(200, 40), warmup_steps=size(150, 10), num_chains=4, disable_progbar=True)
+kernel = apd.SGLD(model, step_size=5e-3, thinning=size(60, 5), seed=0)
+mcmc = apd.MCMC(kernel, num_samples=size(200, 40), warmup_steps=size(200, 10), num_chains=4, disable_progbar=True)
 mcmc.run(x, y)
 settings = {"num_steps": size(None, 5), "seed": 0, "progress": False}
 posterior = apd.distill(mcmc, **settings)
@@ -74,8 +74,8 @@ print(fidelity)
 # %% [markdown]
 # ## Reading the table
 #
-# * **The first line is the verdict** on the whole posterior. It is based on function space and on copied draws. Weights
-#   are not identified, so their rows only help to explain.
+# * **The first line is the verdict** on the whole posterior. It is based on function space; and on copied draws, unless
+#   the posterior itself says that it repeats some. Weights are not identified, so their rows only help to explain.
 # * **SGLD**: the metric of held-out draws of the chain. The generator should reproduce it, *not* exceed it.
 # * **generator**: the same metric of as many draws of the generator.
 # * **stored**: the same metric of stored draws, as many as fit into the bytes of the generator's file. For a network
@@ -101,10 +101,10 @@ fidelity.loc[fidelity["status"] != "indistinguishable", ["label", "chain", "gene
 # ## Far from the data
 #
 # `far` has inputs up to four units from any datum. A generator is calibrated to agree with the chain at inputs near the
-# data and on variations of them, so this is where it is worst. If you need other inputs, pass them as `probe_inputs`:
-# model arguments on whose rows generator and chain are to agree. Here these are points all over the plane (different
-# from those in `far`). With them, the mutual information of `far` is nearer to the chain's. The table above shows how
-# little of this difference this chain can resolve.
+# data and on variations of them, so far from them it can be worse. If you need other inputs, pass them as
+# `probe_inputs`: model arguments on whose rows generator and chain are to agree. Here these are points all over the
+# plane (different from those in `far`). They change nothing here, since this generator holds networks of the chain,
+# which are right everywhere. The table above shows that this chain cannot resolve the difference that is left.
 
 # %%
 plane = torch.rand(400, 2, generator=torch.Generator().manual_seed(5)) * 10 - 3
@@ -152,7 +152,8 @@ for name, result in found.items():
 #
 # By accuracy alone, all of them would pass, and by NLL the memorised draws, too. The mutual information, the distance
 # between two draws and the share of new draws detect the collapsed generator. The last two also detect the memorised
-# draws. The narrow one mainly loses NLL: halfway between two good networks there need not be a good one.
+# draws, and find that the distilled ones repeat as well. The narrow one mainly loses NLL: halfway between two good
+# networks there need not be a good one.
 
 # %%
 names = ["accuracy", "nll", "mean_mi", "mean_mi[far]", "auroc_mi[far]", "disagreement", "new_draws"]
@@ -221,7 +222,7 @@ for ax, (name, run) in zip(axes, {"mixed": mcmc, "on its way": unmixed}.items(),
 # * *too poorly mixed*: longer chains, more warm-up, a larger step size (`step_size="auto"` finds one).
 # * *loses mutual information*: more coordinates (`rank`), a larger `byte_budget` if you gave one, more draws, or a
 #   training after the fit (`num_steps`).
-# * *draws that copy no other* below 1: too few draws for the generator's size, or memorised draws.
+# * *draws that copy no other* below 1: memorised draws, or a generator that holds some of the chain's, and says so.
 # * *too few independent draws to tell*: a larger `num_samples=`, and a chain that is long enough for it.
 #
 # `apd.diagnostics.report` puts all of this on one page. See also [diagnostics](../docs/diagnostics.md). Next:
