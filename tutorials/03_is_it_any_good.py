@@ -84,7 +84,8 @@ print(fidelity)
 # * **resolution**: differences up to this value are Monte-Carlo error. A large one means that nothing can be decided,
 #   not that everything is right. More draws of a longer chain make it smaller.
 # * **verdict** per row. *loses* and *overstates* are losses beyond the resolution; *departs* is a difference in the
-#   better direction, which is also a difference.
+#   better direction, which is also a difference. *Repeats networks, as it says* is no loss: see the notes below the
+#   table.
 #
 # Metrics of similarity (agreement, total variation, correlations) compare halves: the chain's column compares one half
 # of the chain with the other, and a perfect generator reaches that number, not 1.
