@@ -16,10 +16,17 @@ from pyro_apd.generators.precision import to_int8
 _NUMBERS_AT_ONCE = 2**22
 
 
-def as_in_file(coordinates_CTR: Tensor) -> Tensor:
-    """Coordinates that a file of precision ``"int8"`` keeps unchanged."""
+def with_left_inverse(coordinates_CTR: Tensor, is_rounded: bool) -> tuple[Tensor, Tensor]:
+    """Coordinates, which are orthogonal with a mean square of one, and their left inverse ``(C, R, T)``.
+
+    :param bool is_rounded: round them to what a file of precision ``"int8"`` keeps unchanged: where nothing is left
+        out, that would be the largest error. They are not quite orthogonal then.
+    """
+    if not is_rounded:
+        return coordinates_CTR, coordinates_CTR.mT / coordinates_CTR.shape[1]
     integers_NR, scale_N = to_int8(coordinates_CTR.flatten(0, 1))
-    return (integers_NR * scale_N.unsqueeze(1)).view_as(coordinates_CTR).to(coordinates_CTR.dtype)
+    rounded_CTR = (integers_NR * scale_N.unsqueeze(1)).view_as(coordinates_CTR).to(coordinates_CTR.dtype)
+    return rounded_CTR, torch.linalg.pinv(rounded_CTR.double()).to(coordinates_CTR.dtype)
 
 
 def scaled_bases(basis_CROK: Tensor, step: float, rows: slice) -> Tensor:

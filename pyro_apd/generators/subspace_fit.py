@@ -17,7 +17,7 @@ from pyro_apd.generators.base import peak
 from pyro_apd.generators.draw_blocks import DrawBlocks
 from pyro_apd.generators.frames import LARGEST_INT16, fitted_frame, num_pinned, scale_exponents, short
 from pyro_apd.generators.moments import Moments, NullMoments, gram_of_functions, moments_of_block
-from pyro_apd.generators.rounding import as_in_file, rounded, row_blocks, scaled_bases
+from pyro_apd.generators.rounding import rounded, row_blocks, scaled_bases, with_left_inverse
 from pyro_apd.generators.subspace import (
     MEAN_STEPS,
     EntriesPart,
@@ -175,9 +175,9 @@ class SubspaceFit:
         vectors_CTR = torch.linalg.eigh(gram_CTT)[1][..., -self._model.rank :].flip(-1)
         largest = vectors_CTR.abs().argmax(1, keepdim=True)
         vectors_CTR = vectors_CTR * vectors_CTR.gather(1, largest).sign()
-        self._coordinates_CTR = (vectors_CTR * num_draws**0.5).to(self._draws.dtype)
-        if self._model.rank == num_draws - 1 and self._model.num_modes == num_draws:
-            self._coordinates_CTR = as_in_file(self._coordinates_CTR)  # nothing else is lost
+        coordinates_CTR = (vectors_CTR * num_draws**0.5).to(self._draws.dtype)
+        loses_nothing = self._model.rank == num_draws - 1 and self._model.num_modes == num_draws
+        self._coordinates_CTR, self._left_CRT = with_left_inverse(coordinates_CTR, loses_nothing)
         self._fit_modes()
 
     def _fit_modes(self) -> None:
@@ -189,7 +189,7 @@ class SubspaceFit:
 
     def _find_bases(self) -> None:
         """The second pass: means, bases and paths in these coordinates."""
-        left_CRT = torch.linalg.pinv(self._coordinates_CTR.double()).to(self._draws.dtype)
+        left_CRT = self._left_CRT
         for part in self._parts:
             moments, null, squares = Moments.empty(part, left_CRT), [], []
             self._centres[part] = left_CRT.new_empty(len(left_CRT), *part.shape)

@@ -43,11 +43,7 @@ class Refusal:
 
     def raised(self):
         """The error that the example raises; None where it raises none."""
-        try:
-            run(self.example)
-        except Exception as error:
-            return error
-        return None
+        return error_of(self.example)
 
 
 def names():
@@ -74,6 +70,15 @@ def names():
         "labels": torch.arange(40) % 3,
         "sample": sample,
     }
+
+
+def error_of(code):
+    """What an example raises; None if nothing."""
+    try:
+        run(code)
+    except Exception as error:
+        return error
+    return None
 
 
 def run(code):
