@@ -92,7 +92,8 @@ def distill(
         :class:`DistillationWarning` says where a budget, or the number of draws, is too small for the posterior.
     :param int rank: coordinates of a chain; by default 96 divided by the number of chains, at least 12, and two thirds
         of a chain's draws at most. Where a chain mixes well, the generator repeats one draw more than these, by default
-        100 in all, or 200 of networks of fewer than 2,000 weights; ``metadata["distinct_draws"]`` has their number.
+        100 in all, or 200 of networks of fewer than 2,000 weights. Where there is no spread around modes,
+        ``metadata["distinct_draws"]`` has their number.
     :param str storage_dtype: precision of the numbers that are not integers, in memory and in the file that
         :meth:`~pyro_apd.DistilledPosterior.save` writes; by default ``"int8"``; for ``"paper"``, and for draws of more
         digits, that of the draws.

@@ -161,7 +161,8 @@ def _num_distinct(posterior: PosteriorLike) -> int | None:
 def _notes(rows: Sequence[Row], chain: ChainDraws, mixing: float, split: Split, num_distinct: int | None) -> list[str]:
     notes = chain.remarks()
     if num_distinct is not None:
-        notes.append(f"The generator holds {counted(num_distinct, 'network')} of the chain, and repeats them.")
+        repeated = counted(num_distinct, "network")
+        notes.append(f"The generator repeats {repeated}, apart from noise, as its metadata say.")
     if chain.num_chains == 1:
         notes.append("One chain: modes that it never visited are missing in the generator too, and no metric shows it.")
     if mixing == mixing:

@@ -248,7 +248,7 @@ def test_memorised_draws(case, run):
     fidelity = run(chain, repeats)
     assert fidelity["new_draws"].verdict == "repeats networks, as it says"
     assert fidelity.status == "indistinguishable"
-    assert "The generator holds 400 networks of the chain, and repeats them." in fidelity.notes
+    assert "The generator repeats 400 networks, apart from noise, as its metadata say." in fidelity.notes
     # As far from the draws as these are from each other: no copies.
     assert run(chain, of(400, 0.4))["new_draws"].generator == 1.0
 
